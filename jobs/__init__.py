@@ -1,0 +1,1 @@
+"""One file, one command: each job adapts a plain loop to Ray."""

@@ -1,0 +1,196 @@
+"""Makes a corpus folder from what installable packages carry: `{speaker}/{id}.wav + .txt`.
+
+The plan (who says which sentence) is a pure function of the recipe; a second run makes only the
+files that are missing, so an interrupted one goes on where it stopped.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+
+from valle.jobs.voices import ENGINES, LICENCES, asterisk_prompts
+from valle.platform import audio, recipe, storage
+from valle.platform.cluster import CODE_ROOT, connect
+from valle.platform.progress import progress
+
+SENTENCES = CODE_ROOT / "jobs" / "sentences"
+_LISTS = {"en": "en.txt", "fr": "fr.txt", "es": "es.txt", "de": "de.txt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Some utterances by one engine."""
+
+    engine: str
+    """kokoro, joe, asterisk (human recordings, where Debian's packages are) or espeak."""
+
+    language: str = "en-us"
+    """espeak voice name; for asterisk, which language's prompts to take."""
+
+    voices: tuple[str, ...] = ("joe",)
+    """kokoro: `mix-0`, `mix-1` ...; espeak: variants such as `f2`; joe and asterisk: one name."""
+
+    utterances: int = 0
+    """How many each voice says; 0 takes all there are (asterisk)."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: {self.engine!r} is none of {sorted(ENGINES)}")
+        if self.engine != "asterisk" and self.utterances < 1:
+            raise ValueError(f"utterances: {self.engine} needs a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecipe:
+    """What to speak, by whom, and where to put it."""
+
+    out: str
+    """Folder or URI of the corpus."""
+
+    sources: tuple[Source, ...] = field(default_factory=tuple)
+    """The engines with their voices."""
+
+    seed: int = 0
+    """Which sentences each voice gets, and their order."""
+
+    workers: int = 2
+    """Engines at work at the same time, one core each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One utterance of the plan."""
+
+    engine: str
+    voice: str
+    language: str
+    speaker: str
+    id: str
+    text: str
+
+
+def plan(chosen: CorpusRecipe) -> list[Line]:
+    """Every utterance of the corpus, in the order of the recipe."""
+    lines: list[Line] = []
+    for source in chosen.sources:
+        maker = _recorded if source.engine == "asterisk" else _synthesised
+        lines += maker(source, chosen.seed)
+    return lines
+
+
+def _synthesised(source: Source, seed: int) -> Iterator[Line]:
+    base = source.language.split("-")[0]
+    if base not in _LISTS:
+        raise recipe.RecipeError(f"language: no sentence list for {source.language!r}")
+    sentences = (SENTENCES / _LISTS[base]).read_text().splitlines()
+    for voice in source.voices:
+        speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
+        order = sentences.copy()
+        random.Random(f"{seed}/{speaker}").shuffle(order)
+        for number in range(source.utterances):
+            # past the end of the list, two sentences make a new, longer line
+            lap, index = divmod(number, len(order))
+            text = " ".join([order[index], *(order[(index + k * 7) % len(order)] for k in range(1, lap + 1))])
+            yield Line(
+                engine=source.engine, voice=voice, language=source.language,
+                speaker=speaker, id=f"{number:05d}", text=text,
+            )  # fmt: skip
+
+
+def _recorded(source: Source, seed: int) -> Iterator[Line]:
+    prompts = sorted(asterisk_prompts(source.language).items())
+    if not prompts:
+        print(
+            f"asterisk {source.language}: Debian's recordings are not installed, skipped "
+            "(apt-get install asterisk-core-sounds-XX asterisk-core-sounds-XX-g722)"
+        )
+    random.Random(seed).shuffle(prompts)
+    speaker = f"asterisk-{source.language.split('-')[0]}"
+    for name, recording in prompts[: source.utterances or None]:
+        yield Line(
+            engine="asterisk", voice=name, language=source.language,
+            speaker=speaker, id=name, text=recording.text,
+        )  # fmt: skip
+
+
+class Speaker:
+    """A Ray actor that speaks lines and stores them. Engines load on first use."""
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._engines = {}  # type: ignore[var-annotated]
+
+    def speak(self, line: Line) -> dict[str, object]:
+        """Makes one utterance; what went wrong comes back as the `reason`."""
+        try:
+            if line.engine not in self._engines:
+                self._engines[line.engine] = ENGINES[line.engine]()
+            wave = self._engines[line.engine].speak(line.text, line.voice, line.language)
+        except Exception as error:  # one bad line must not stop a corpus; it is reported
+            return {**asdict(line), "seconds": 0.0, "reason": f"{type(error).__name__}: {error}"}
+        target = storage.join(self._out, line.speaker, line.id)
+        storage.write_bytes(f"{target}.txt", (line.text + "\n").encode())
+        storage.write_bytes(f"{target}.wav", audio.wav_bytes(wave))  # last: marks the line done
+        return {**asdict(line), "seconds": len(wave) / audio.SAMPLE_RATE, "reason": None}
+
+
+def make(chosen: CorpusRecipe) -> dict[str, object]:
+    """Speaks the missing lines on Ray; returns the report, also written as `corpus.json`."""
+    import ray
+    from ray.util import ActorPool
+
+    out = storage.absolute(chosen.out)
+    lines = plan(chosen)
+    present = set(storage.list_files(out, (".wav",)))
+    missing = [line for line in lines if f"{line.speaker}/{line.id}.wav" not in present]
+    seconds, rejects = 0.0, []
+    if missing:
+        actor = ray.remote(num_cpus=0.9)(Speaker)
+        pool = ActorPool([actor.remote(out) for _ in range(chosen.workers)])
+        results = pool.map_unordered(lambda a, line: a.speak.remote(line), missing)
+        for result in progress(results, total=len(missing), label="corpus", unit="line"):
+            seconds += result["seconds"]
+            if result["reason"]:
+                rejects.append(result)
+    report = {
+        "out": out,
+        "lines": len(lines),
+        "already_there": len(lines) - len(missing),
+        "made": len(missing) - len(rejects),
+        "made_seconds": round(seconds, 1),
+        "rejected": rejects,
+    }
+    storage.write_json(storage.join(out, "corpus.json"), report)
+    storage.write_bytes(storage.join(out, "LICENCES.md"), _licences(lines).encode())
+    return report
+
+
+def _licences(lines: Sequence[Line]) -> str:
+    """Where each speaker's audio comes from and under which terms."""
+    rows = {
+        line.speaker: LICENCES.get(line.speaker, LICENCES.get(line.engine, "unknown"))
+        for line in lines
+    }
+    table = "".join(f"| {speaker} | {terms} |\n" for speaker, terms in sorted(rows.items()))
+    return (
+        "# Provenance and licences\n\nMade by `jobs/corpus.py` from installed packages; the "
+        "sentences are the project's own (Apache-2.0), the transcripts of recordings come with "
+        f"them.\n\n| speaker | source and terms |\n|---|---|\n{table}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.corpus --recipe demo`."""
+    chosen = recipe.parse_arguments(argv, "corpus", CorpusRecipe, __doc__ or "")
+    with connect():
+        report = make(chosen)
+    print(
+        f"corpus: {report['made']} made ({report['made_seconds']} s of speech), "
+        f"{report['already_there']} already there, {len(report['rejected'])} rejected "  # type: ignore[arg-type]
+        f"-> {report['out']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""Trains the AR and NAR models on a token dataset, on Ray Train.
+
+Resumable: a run of the same name goes on from its last checkpoint, with the batches it had not
+seen yet. Metrics, samples and parameters go to MLflow.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import dacite
+import numpy as np
+import torch
+
+from valle.jobs import validation
+from valle.model import codec as codecs
+from valle.model.config import SIZES, Kind, ModelConfig
+from valle.model.sequence import Batch, collate
+from valle.model.tokens import FRAME_RATE
+from valle.model.training import Optimization, TrainState, draw_levels, seed_step
+from valle.platform import checkpoint, recipe, sampler, settings, storage, tracking
+from valle.platform.backends import DDP, Backend, DeepSpeed
+from valle.platform.cluster import connect
+from valle.platform.dataset import TokenDataset, read_manifest
+from valle.platform.progress import progress
+from valle.platform.sampler import Batching, Prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A preset and what differs from it."""
+
+    size: str = "nano"
+    """nano (256 wide, 6 layers), quarter, half or full (12 layers; 256, 512, 1024 wide)."""
+
+    width: int | None = None
+    """Instead of the preset's."""
+
+    n_heads: int | None = None
+    """Instead of the preset's."""
+
+    n_layers: int | None = None
+    """Instead of the preset's."""
+
+    dropout: float | None = None
+    """Instead of the preset's."""
+
+    def resolve(self) -> ModelConfig:
+        """The architecture."""
+        if self.size not in SIZES:
+            raise ValueError(f"model.size: {self.size!r} is none of {sorted(SIZES)}")
+        changes = {k: v for k, v in asdict(self).items() if k != "size" and v is not None}
+        return replace(SIZES[self.size], **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """One training run."""
+
+    data: str
+    """Folder or URI of the token dataset."""
+
+    run: str
+    """Name of the run. The same name resumes; the models are kept as `{run}-ar` and `{run}-nar`."""
+
+    storage: str = "runs"
+    """Folder or URI for checkpoints."""
+
+    models: tuple[Kind, ...] = ("ar", "nar")
+    """What to train, in this order."""
+
+    model: Size = field(default_factory=Size)
+    """Architecture of both."""
+
+    steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
+    """Optimizer steps of each model."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    """AdamW and its schedule."""
+
+    batching: Batching = field(default_factory=Batching)
+    """Token budget per worker."""
+
+    prompt_seconds: float = 3.0
+    """Longest prompt; each utterance gets a random piece of another one by its speaker."""
+
+    validation_utterances: int = 64
+    """Held out from the end of each speaker's utterances, at most a tenth."""
+
+    backend: str = "ddp"
+    """ddp or deepspeed."""
+
+    zero_stage: int = 1
+    """DeepSpeed's: 1 shards optimizer states, 2 gradients too, 3 weights too."""
+
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast with ddp)."""
+
+    workers: int = 1
+    """Data-parallel workers: one GPU each where there are any."""
+
+    threads: int = 1
+    """Torch threads per worker on a CPU."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; each comes with validation and samples."""
+
+    log_every: int = 20
+    """Steps between training metrics."""
+
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+
+    samples: int = 2
+    """Validation sentences spoken at each checkpoint (codes of the data stand in for the model
+    that is not being trained)."""
+
+    codec: str = "nano"
+    """Decodes the samples; must be the dataset's codec."""
+
+    max_failures: int = 2
+    """Worker losses survived before the run gives up."""
+
+    seed: int = 0
+    """Initial weights, order of the data, prompts, levels, dropout."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("backend", self.backend, ("ddp", "deepspeed")),
+            ("precision", self.precision, ("fp32", "bf16")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is none of {known}")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
+        for kind in self.models:
+            if kind not in ("ar", "nar") or self.steps.get(kind, 0) < 1:
+                raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
+        self.model.resolve()
+
+
+class Loader:
+    """Turns the plan's utterance numbers into batches with prompts."""
+
+    def __init__(self, dataset: TokenDataset, chosen: TrainRecipe) -> None:
+        self.dataset = dataset
+        self.prompt_frames = int(chosen.prompt_seconds * FRAME_RATE)
+        self.seed = chosen.seed
+        self._prompts = Prompts(dataset.speakers())
+        self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
+        self.training, self.validation = self._split(chosen.validation_utterances)
+
+    def _split(self, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """Held out: every n-th utterance, so that each speaker is in both parts."""
+        numbers = np.arange(len(self.dataset))
+        every = max(10, len(numbers) // max(1, wanted))
+        held_out = numbers % every == every - 1
+        return numbers[~held_out], numbers[held_out]
+
+    def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
+        """The batch of some utterances; `key` decides prompts and where they are cut."""
+        generator = np.random.default_rng([self.seed, *key])
+        items = [self.dataset[int(number)] for number in utterances]
+        prompts = []
+        for number in utterances:
+            codes = self.dataset[self._prompts.draw(int(number), generator)].codes
+            start = int(generator.integers(0, max(1, codes.shape[1] - self.prompt_frames + 1)))
+            prompts.append(torch.from_numpy(codes[:, start : start + self.prompt_frames].copy()))
+        return collate(
+            [torch.from_numpy(item.phonemes.copy()) for item in items],
+            prompts,
+            [torch.from_numpy(item.codes.copy()) for item in items],
+        )
+
+    def batches(
+        self, batching: Batching, state: TrainState, rank: int, world_size: int
+    ) -> Iterator[tuple[int, int, Batch]]:
+        """Endless (epoch, batch number, batch) of one rank, from the position in `state` on."""
+        position = sampler.batches(
+            self.lengths[self.training], batching, seed=self.seed, epoch=state.epoch,
+            batch=state.batch, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        for epoch, number, chosen in position:
+            yield epoch, number, self.batch(self.training[chosen], [epoch, number, rank])
+
+
+def build_backend(chosen: TrainRecipe, kind: Kind, device: torch.device) -> Backend:
+    """A fresh model on a worker, the same on every rank."""
+    torch.manual_seed(chosen.seed)
+    model = checkpoint.create(kind, chosen.model.resolve())
+    bf16 = chosen.precision == "bf16"
+    if chosen.backend == "ddp":
+        return DDP(model, chosen.optimization, device, bf16)
+    return DeepSpeed(model, chosen.optimization, device, bf16, chosen.zero_stage)
+
+
+def train(values: dict[str, Any]) -> None:
+    """The loop of one worker. `values`: the recipe, the model's kind, the MLflow run."""
+    import ray.train
+    import ray.train.torch
+
+    chosen = dacite.from_dict(TrainRecipe, values["recipe"], dacite.Config(cast=[tuple, float]))
+    kind: Kind = values["kind"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(chosen.threads)
+    loader = Loader(TokenDataset(chosen.data, settings.read().cache), chosen)
+    backend = build_backend(chosen, kind, device)
+    state = TrainState()
+    if found := ray.train.get_checkpoint():
+        with found.as_directory() as folder:
+            backend.load(Path(folder))
+            state = checkpoint.load_state(Path(folder))
+    total = chosen.steps[kind]
+    run = tracking.worker_run(values["run_id"] if rank == 0 else None)
+    bar = progress(total=total, label=kind, unit="step", initial=state.step)
+    n_codebooks = loader.dataset.manifest.codec.n_codebooks
+
+    for epoch, number, batch in loader.batches(chosen.batching, state, rank, world_size):
+        if state.step >= total:
+            break
+        started = time.perf_counter()
+        key = f"{chosen.seed}/{state.step}/{rank}"
+        seed_step(key)
+        backend.model.train()
+        level = draw_levels(len(batch.frames), n_codebooks, key)
+        rate = chosen.optimization.rate(state.step, total)
+        loss, norm = backend.step(batch.to(device), level.to(device), rate)
+        state = TrainState(step=state.step + 1, epoch=epoch, batch=number + 1)
+        bar.update()
+        if state.step % chosen.log_every == 0 or state.step == total:
+            seconds = time.perf_counter() - started
+            run.metrics(
+                {
+                    "train/loss": loss.loss.item(),
+                    "train/accuracy": float(loss.correct.sum() / loss.tokens.sum()),
+                    "train/gradient_norm": norm,
+                    "train/learning_rate": rate,
+                    "train/epoch": epoch,
+                    "train/tokens_per_second": batch.n_tokens * world_size / seconds,
+                    "train/padding": 1 - batch.n_tokens / batch.n_padded,
+                },
+                state.step,
+            )
+        if state.step % chosen.checkpoint_every == 0 or state.step == total:
+            _report(backend, loader, state, chosen, kind, run, rank, device)
+    bar.close()
+    run.close()
+
+
+def _report(
+    backend: Backend,
+    loader: Loader,
+    state: TrainState,
+    chosen: TrainRecipe,
+    kind: Kind,
+    run: tracking.WorkerRun,
+    rank: int,
+    device: torch.device,
+) -> None:
+    """Writes the checkpoint, validates it (rank 0), hands it to Ray Train.
+
+    `report` is a barrier and every rank calls it equally often.
+    """
+    import ray.train
+    from ray.train import Checkpoint
+
+    weights = backend.weights()  # on every rank: ZeRO-3 gathers
+    metrics: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if rank == 0:
+            manifest = loader.dataset.manifest
+            description = checkpoint.describe(
+                kind, chosen.model.resolve(), manifest.codec, tracking.code_version(),
+                asdict(chosen),
+            )  # fmt: skip
+            checkpoint.save(folder, weights, description)
+            checkpoint.save_state(folder, state)
+            metrics = _evaluate(folder, loader, state, chosen, run, device)
+        mine = rank == 0 or backend.writes_on_every_rank
+        if mine:
+            backend.save(folder)
+        ray.train.report(
+            {"step": state.step, **metrics},
+            checkpoint=Checkpoint.from_directory(name) if mine else None,
+            checkpoint_dir_name=f"step_{state.step:08d}",
+        )
+
+
+def _evaluate(
+    folder: Path,
+    loader: Loader,
+    state: TrainState,
+    chosen: TrainRecipe,
+    run: tracking.WorkerRun,
+    device: torch.device,
+) -> dict[str, float]:
+    """Validation and samples of a checkpoint just written, as anyone would load it."""
+    model, _ = checkpoint.load(folder, str(device))
+    metrics = validation.run(model, loader, chosen.batching, device)
+    run.metrics(metrics, state.step)
+    if chosen.samples:
+        codec = codecs.load(chosen.codec, device=str(device), cache=settings.read().cache)
+        run.samples(validation.samples(model, loader, codec, chosen.samples, device), state.step)
+    return metrics
+
+
+def fit(chosen: TrainRecipe, kind: Kind) -> str:
+    """Trains one model on the connected cluster; returns the URI of its last checkpoint."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    name = f"{chosen.run}-{kind}"
+    with tracking.driver_run(name, asdict(chosen)) as run_id:
+        trainer = TorchTrainer(
+            train,
+            train_loop_config={"recipe": asdict(chosen), "kind": kind, "run_id": run_id},
+            scaling_config=ScalingConfig(
+                num_workers=chosen.workers, use_gpu=torch.cuda.is_available()
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=chosen.storage,
+                checkpoint_config=CheckpointConfig(num_to_keep=chosen.keep_checkpoints),
+                failure_config=FailureConfig(max_failures=chosen.max_failures),
+            ),
+        )
+        result = trainer.fit()
+    assert result.checkpoint is not None, "a finished run has reported its last step"
+    return str(result.checkpoint.path)
+
+
+def prepare_run(chosen: TrainRecipe) -> TrainRecipe:
+    """The recipe with absolute paths (workers start in folders of their own), data checked."""
+    chosen = replace(
+        chosen, data=storage.absolute(chosen.data), storage=storage.absolute(chosen.storage)
+    )
+    manifest = read_manifest(chosen.data)
+    if chosen.samples:
+        codec = codecs.load(chosen.codec, cache=settings.read().cache)
+        codec.identity.check(manifest.codec, f"the dataset {chosen.data}")
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.train --recipe demo`."""
+    chosen = recipe.parse_arguments(argv, "train", TrainRecipe, __doc__ or "")
+    chosen = prepare_run(chosen)
+    with connect():
+        for kind in chosen.models:
+            print(f"{kind}: checkpoint at {fit(chosen, kind)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The transformer under both models: attention with cache, feed-forward, level-adaptive norm.
+
+Legend: B batch, S sequence, D width, H heads, K head width, N layers.
+
+Choices: pre-norm, because it trains without tricks at any depth; rotary positions, because one
+sequence holds text and frames whose relative offset carries the alignment, and because it needs
+no table and no longest length; GELU with 4 D hidden units as in the paper's sizes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from valle.model.config import ModelConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions already seen, for decoding one frame at a time."""
+
+    keys: Float[Tensor, "N B H S K"]
+    values: Float[Tensor, "N B H S K"]
+    length: int = 0
+    """Positions filled so far, the same for every row."""
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> "KVCache":
+        """Room for `capacity` positions, on the device and in the precision of `like`."""
+        head = config.width // config.n_heads
+        shape = (config.n_layers, batch, config.n_heads, capacity, head)
+        return cls(like.new_empty(shape), like.new_empty(shape))
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them.
+
+        `length` is advanced by `advance` once all layers have stored theirs.
+        """
+        end = self.length + key.shape[2]
+        assert end <= self.keys.shape[3], "KV cache is full: capacity was computed too small"
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Counts `positions` more as filled."""
+        self.length += positions
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+        self.length = 0
+
+
+def rotation(positions: Float[Tensor, "B S"], width: int) -> Float[Tensor, "2 B 1 S half"]:
+    """Cosine and sine of each position at `width / 2` frequencies (RoFormer, Su et al. 2021)."""
+    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = positions.float()[:, None, :, None] * torch.pow(10_000.0, -exponent)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Float[Tensor, "B H S K"], by: Float[Tensor, "2 B 1 S half"]) -> Tensor:
+    """Turns each pair of features of a query or key by the angles of its position."""
+    cos, sin = by.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm whose gain and bias belong to the level (AdaLN, VALL-E section 4.2.2).
+
+    All levels are one stacked parameter, indexed: separate modules would leave some without a
+    gradient in a step, which breaks DDP and, silently, DeepSpeed's ZeRO.
+    """
+
+    def __init__(self, n_levels: int, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(n_levels, 2, width))
+        self._shape = (width,)
+
+    def forward(self, x: Float[Tensor, "B S D"], level: Int[Tensor, "B"]) -> Float[Tensor, "B S D"]:
+        """Normalises `x` with the gain and bias of each row's level."""
+        gain, bias = self.modulation[level][:, :, None].unbind(1)
+        normal = F.layer_norm(x, self._shape)
+        return normal * (1 + gain) + bias
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions (PyTorch's fused kernel)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        turn: Float[Tensor, "2 B 1 S half"],
+        valid: Bool[Tensor, "B S"] | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Float[Tensor, "B S D"]:
+        """Causal when `valid` is None, else over all valid positions.
+
+        With a cache, `x` holds either a whole prefix (the cache is empty) or one new position.
+        """
+        query, key, value = (
+            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        query, key = rotate(query, turn), rotate(key, turn)
+        one_more = cache is not None and cache.length > 0
+        if cache is not None:
+            assert not one_more or x.shape[1] == 1, "a filled cache takes one position at a time"
+            key, value = cache.append(layer, key, value)
+        mask = None if valid is None else valid[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=valid is None and not one_more
+        )
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, n_levels: int) -> None:
+        super().__init__()
+        self.attention_norm = AdaptiveNorm(n_levels, config.width)
+        self.attention = Attention(config)
+        self.ffn_norm = AdaptiveNorm(n_levels, config.width)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.width, config.width),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        turn: Float[Tensor, "2 B 1 S half"],
+        level: Int[Tensor, "B"],
+        valid: Bool[Tensor, "B S"] | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Float[Tensor, "B S D"]:
+        """One layer."""
+        x = x + self.dropout(
+            self.attention(self.attention_norm(x, level), turn, valid, cache, layer)
+        )
+        return x + self.dropout(self.ffn(self.ffn_norm(x, level)))
+
+
+class Transformer(nn.Module):
+    """The stack of blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig, n_levels: int) -> None:
+        super().__init__()
+        self.head_width = config.width // config.n_heads
+        self.blocks = nn.ModuleList(Block(config, n_levels) for _ in range(config.n_layers))
+        self.norm = AdaptiveNorm(n_levels, config.width)
+        self.apply(_initialise)
+        for block in self.blocks:  # keep the residual stream's variance flat in depth (GPT-2)
+            for last in (block.attention.out, block.ffn[2]):  # type: ignore[union-attr, index]
+                nn.init.normal_(last.weight, std=0.02 / (2 * config.n_layers) ** 0.5)  # type: ignore[union-attr, arg-type]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        positions: Float[Tensor, "B S"],
+        level: Int[Tensor, "B"],
+        valid: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Hidden states. Causal without `valid`; bidirectional over `valid` positions with it."""
+        turn = rotation(positions, self.head_width)
+        for number, block in enumerate(self.blocks):
+            x = block(x, turn, level, valid, cache, number)
+        if cache is not None:
+            cache.advance(positions.shape[1])
+        return self.norm(x, level)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

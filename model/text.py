@@ -1,0 +1,175 @@
+"""Text to phoneme ids: normalise, speak numbers, phonemise with espeak, look ids up.
+
+Everything that touches GPL-3 code (phonemizer and the espeak library in `espeakng-loader`) is
+behind this module; the rest of the project sees strings of IPA and lists of ids.
+
+A phoneme token is one Unicode code point of espeak's IPA: letters, length, stress, the space as
+word boundary, and punctuation. That keeps one inventory for all languages.
+"""
+
+import re
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from phonemizer.backend import EspeakBackend
+
+PAD: Final = 0
+"""Fills up a batch; never seen by a loss."""
+UNK: Final = 1
+"""Stands for every symbol outside the inventory."""
+
+_PUNCTUATION = " .,?!;:-…()\"'¿¡«»—"
+_MARKS = "ˈˌːˑ\u0303\u0329\u032f\u0361ʲʰʷˠˤ\u0325\u032a\u0306\u030a\u0308\u031d\u031e\u0320"
+_LATIN = "abcdefghijklmnopqrstuvwxyz"
+_IPA = (
+    "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃᵻᵊ"
+)
+
+INVENTORY: Final[tuple[str, ...]] = ("<pad>", "<unk>", *_PUNCTUATION, *_MARKS, *_LATIN, *_IPA)
+"""Id to symbol. Append only: an id, once given, is in datasets and checkpoints for good."""
+
+_IDS: Final = {symbol: index for index, symbol in enumerate(INVENTORY)}
+
+# phonemizer cuts the text at punctuation before espeak sees it, so espeak's own knowledge of
+# "Dr." is lost: a full stop that abbreviates has to be spelled out here.
+_ABBREVIATIONS: Final[dict[str, dict[str, str]]] = {
+    "en": {
+        "mr.": "mister", "mrs.": "missus", "ms.": "miss", "dr.": "doctor", "st.": "saint",
+        "prof.": "professor", "jr.": "junior", "sr.": "senior", "vs.": "versus", "no.": "number",
+        "etc.": "et cetera", "e.g.": "for example", "i.e.": "that is", "approx.": "approximately",
+        "dept.": "department", "ave.": "avenue", "a.m.": "a m", "p.m.": "p m",
+    },
+    "fr": {
+        "m.": "monsieur", "mme": "madame", "mlle": "mademoiselle", "dr.": "docteur",
+        "etc.": "et cetera", "p.ex.": "par exemple", "st.": "saint",
+    },
+    "es": {
+        "sr.": "señor", "sra.": "señora", "srta.": "señorita", "dr.": "doctor", "dra.": "doctora",
+        "ud.": "usted", "uds.": "ustedes", "etc.": "etcétera", "p.ej.": "por ejemplo",
+    },
+    "de": {
+        "dr.": "Doktor", "hr.": "Herr", "fr.": "Frau", "z.b.": "zum Beispiel", "d.h.": "das heißt",
+        "usw.": "und so weiter", "bzw.": "beziehungsweise", "ca.": "zirka", "nr.": "Nummer",
+    },
+}  # fmt: skip
+
+_SYMBOLS: Final[dict[str, dict[str, str]]] = {
+    "en": {"&": "and", "%": "percent", "+": "plus", "=": "equals", "@": "at", "#": "number"},
+    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase"},
+    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba"},
+    "de": {"&": "und", "%": "Prozent", "+": "plus", "=": "gleich", "@": "at"},
+}
+
+_CURRENCIES: Final = {"$": "USD", "€": "EUR", "£": "GBP"}
+_QUOTES: Final = str.maketrans("‘’‛`´“”„", "'''''\"\"\"")
+_DECIMAL_COMMA: Final = frozenset({"fr", "es", "de", "it", "ru"})
+_ORDINAL: Final = {"en": r"(\d+)(?:st|nd|rd|th)\b", "fr": r"(\d+)(?:er|re|e|ème)\b"}
+_YEAR: Final = re.compile(r"\b(1[1-9]\d\d|20[1-9]\d)\b")
+
+
+def normalize(text: str, language: str = "en-us") -> str:
+    """Unicode NFKC, abbreviations, symbols and numbers spelled out, white space folded.
+
+    `language` is an espeak voice name; its part before the hyphen picks the tables. A language
+    without tables keeps its abbreviations and gets its numbers from num2words or espeak.
+    """
+    base = language.split("-")[0]
+    # NFKC would take an ellipsis apart into three full stops
+    text = unicodedata.normalize("NFKC", text.replace("…", "\0")).replace("\0", "…")
+    text = text.translate(_QUOTES)
+    for short, spoken in _ABBREVIATIONS.get(base, {}).items():
+        text = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", spoken, text, flags=re.IGNORECASE)
+    text = _speak_numbers(text, base)
+    for symbol, spoken in _SYMBOLS.get(base, {}).items():
+        text = text.replace(symbol, f" {spoken} ")
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _speak_numbers(text: str, base: str) -> str:
+    """Times, money, ordinals, years and plain numbers in words, by num2words."""
+    from num2words import CONVERTER_CLASSES, num2words
+
+    if base not in CONVERTER_CLASSES or not any(c.isdigit() for c in text):
+        return text
+
+    def say(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
+        number = float(value) if "." in value else int(value)
+        if kind == "currency":
+            return str(num2words(float(number), lang=base, to=kind, currency=currency))
+        return str(num2words(number, lang=base, to=kind))
+
+    # "10:30" as two numbers; "1,000,000" (or "1.000.000") as one; decimals with a point inside
+    text = re.sub(r"(\d)[:h](\d\d)\b", r"\1 \2", text)
+    thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
+    text = re.sub(rf"(?<=\d){thousands}(?=\d\d\d\b)", "", text)
+    text = re.sub(rf"(?<=\d){decimal}(?=\d)", ".", text)
+    number = r"\d+(?:\.\d+)?"
+    for sign, code in _CURRENCIES.items():
+        amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
+        text = re.sub(amount, lambda m, c=code: say(m[1] or m[2], "currency", c), text)
+    if base in _ORDINAL:
+        text = re.sub(_ORDINAL[base], lambda m: say(m[1], "ordinal"), text)
+    if base == "en":
+        text = _YEAR.sub(lambda m: say(m[1], "year"), text)
+    # beyond 15 digits it is an identifier: digit by digit
+    text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
+    return re.sub(number, lambda m: say(m[0]), text)
+
+
+@lru_cache(maxsize=16)
+def _backend(language: str) -> "EspeakBackend":
+    """One espeak backend per language and process: each copies the shared library."""
+    import espeakng_loader
+    from phonemizer.backend import EspeakBackend
+    from phonemizer.backend.espeak.wrapper import EspeakWrapper
+
+    EspeakWrapper.set_library(espeakng_loader.get_library_path())
+    EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
+    if not EspeakBackend.is_supported_language(language):
+        raise ValueError(f"language: espeak has no voice named {language!r} (try en-us, fr-fr, es)")
+    return EspeakBackend(
+        language, preserve_punctuation=True, with_stress=True, language_switch="remove-flags"
+    )
+
+
+def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
+    """IPA of each text, with stress marks, spaces between words and punctuation kept.
+
+    Raises ValueError for a language espeak does not know.
+    """
+    clean = [normalize(text, language) for text in texts]
+    # an empty line would be dropped by phonemizer and shift the rest
+    spoken = [text or " " for text in clean]
+    phonemes = _backend(language).phonemize(spoken, strip=True)
+    return [
+        re.sub(r"\s+", " ", p).strip() if text else ""
+        for p, text in zip(phonemes, clean, strict=True)
+    ]
+
+
+def encode(phonemes: str) -> list[int]:
+    """Ids of an IPA string. A symbol outside the inventory becomes `UNK`, with a warning."""
+    unknown = sorted({symbol for symbol in phonemes if symbol not in _IDS})
+    if unknown:
+        names = ", ".join(f"{s!r} (U+{ord(s):04X})" for s in unknown)
+        warnings.warn(f"not in the phoneme inventory, read as <unk>: {names}", stacklevel=2)
+    return [_IDS.get(symbol, UNK) for symbol in phonemes]
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The IPA string of ids; `UNK` shows as the replacement character."""
+    return "".join("\ufffd" if i == UNK else INVENTORY[i] for i in ids if i != PAD)
+
+
+def read_phn(content: str) -> str:
+    """IPA of a reference-system `.phn.txt`: symbols joined by one space, a real space empty.
+
+    Stress and length marks there are merged onto the symbol before them, which in a string of
+    code points is the same text.
+    """
+    symbols = content.strip("\n").split(" ")
+    return "".join(symbol or " " for symbol in symbols)

@@ -1,0 +1,24 @@
+"""Special ids, codebooks, hop and rate: every number that two modules must agree on, named once.
+
+Legend used throughout `model/`: B batch, L phonemes, T frames, Q codebooks, D width, V codes.
+"""
+
+from typing import Final
+
+SAMPLE_RATE: Final = 24_000
+"""Samples per second of every waveform inside the system (EnCodec 24 kHz)."""
+
+HOP: Final = 320
+"""Samples per code frame: the product of EnCodec's strides 2, 4, 5 and 8."""
+
+FRAME_RATE: Final = SAMPLE_RATE // HOP
+"""Code frames per second: 75."""
+
+N_CODEBOOKS: Final = 8
+"""Residual codebooks per frame at 6 kbps."""
+
+CODEBOOK_SIZE: Final = 1024
+"""Entries of each codebook; codes are 0 .. 1023."""
+
+EOS: Final = CODEBOOK_SIZE
+"""End of speech: the one extra class of the AR model's first codebook."""

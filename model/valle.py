@@ -1,0 +1,109 @@
+"""Text and a recording to speech: the slow, obvious reference path.
+
+VALL-E section 4: phonemes of the text, codes of the prompt, AR for the first codebook, NAR for
+the other seven, codec decoder. One request at a time, nothing shared between calls.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from valle.model import text as phonemes
+from valle.model.ar import AR
+from valle.model.codec import Codec, Codes, Wave
+from valle.model.nar import NAR
+from valle.model.sampling import Sampling
+from valle.model.tokens import FRAME_RATE, N_CODEBOOKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """How a sentence is spoken."""
+
+    ar: Sampling = field(default_factory=lambda: Sampling(top_p=0.9, repetition_threshold=0.1))
+    """Sampling of the first codebook (VALL-E 2's repetition-aware sampling)."""
+
+    nar: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
+    """Sampling of the other codebooks; 0 is the paper's greedy choice."""
+
+    max_seconds: float = 20.0
+    """Length limit of the answer."""
+
+    prompt_seconds: float = 3.0
+    """How much of the recording serves as prompt, from its start."""
+
+    language: str = "en-us"
+    """espeak voice name of the text."""
+
+    seed: int = 0
+    """Same seed, same speech."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What `speak` returns."""
+
+    wave: Wave
+    """Samples at 24 kHz."""
+
+    codes: Codes
+    """`[8, T]`."""
+
+    hit_limit: bool
+    """True when the length limit cut it off."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """The three networks of a voice on one device."""
+
+    ar: AR
+    nar: NAR
+    codec: Codec
+
+    def speak(self, text: str, prompt: Wave, how: Synthesis) -> Spoken:
+        """Says `text` in the voice of `prompt` (24 kHz samples, no transcript needed).
+
+        Raises ValueError for a text without a pronounceable symbol or an empty prompt.
+        """
+        return self.speak_codes(text_ids(text, how.language), self.encode_prompt(prompt, how), how)
+
+    def encode_prompt(self, prompt: Wave, how: Synthesis) -> Codes:
+        """Codes of the recording's first seconds."""
+        if not len(prompt):
+            raise ValueError("prompt: the recording is empty")
+        return self.codec.encode([prompt])[0][:, : int(how.prompt_seconds * FRAME_RATE)]
+
+    def speak_codes(self, ids: list[int], prompt: Codes, how: Synthesis) -> Spoken:
+        """The same from phoneme ids and prompt codes `[8, P]`."""
+        device = self.codec.device
+        generator = torch.Generator(device).manual_seed(how.seed)
+        text = torch.tensor(ids, device=device)
+        prompt_codes = torch.from_numpy(prompt).long().to(device)
+        first = self.ar.generate(
+            text, prompt_codes, sampling=how.ar, generator=generator,
+            max_frames=int(how.max_seconds * FRAME_RATE),
+        )  # fmt: skip
+        if not len(first.codes):
+            return Spoken(_no_wave(), _no_codes(), hit_limit=False)
+        codes = self.nar.generate(
+            text, prompt_codes, first.codes, sampling=how.nar, generator=generator
+        )
+        stored = codes.to("cpu", torch.int16).numpy()
+        return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)
+
+
+def text_ids(text: str, language: str) -> list[int]:
+    """Phoneme ids of a text. Raises ValueError when nothing in it can be spoken."""
+    spoken = phonemes.phonemize([text], language)[0]
+    if not any(symbol.isalpha() for symbol in spoken):
+        raise ValueError("text: nothing to say in it")
+    return phonemes.encode(spoken)
+
+
+def _no_wave() -> Wave:
+    return torch.empty(0).numpy()
+
+
+def _no_codes() -> Codes:
+    return torch.empty(N_CODEBOOKS, 0, dtype=torch.int16).numpy()

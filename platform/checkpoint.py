@@ -1,0 +1,137 @@
+"""The checkpoint format, and the only code that reads or writes it.
+
+    model.safetensors   weights of one model
+    config.json         kind, architecture, recipe, code version, codec, phoneme inventory
+    state/              what a resumed run needs besides: counters and optimizer
+
+Weights are safetensors and are never unpickled. The optimizer of the `ddp` backend is safetensors
+too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same run reads back.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dacite
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from valle.model.ar import AR
+from valle.model.codec import CodecIdentity
+from valle.model.config import Kind, ModelConfig
+from valle.model.nar import NAR
+from valle.model.text import INVENTORY
+from valle.model.training import TrainState
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+STATE = "state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """`config.json`: everything about a checkpoint but its numbers."""
+
+    kind: Kind
+    model: ModelConfig
+    codec: CodecIdentity
+    inventory: list[str]
+    """Phoneme symbols by id."""
+    code_version: str
+    """Of the code that trained it."""
+    recipe: dict[str, Any]
+    """The resolved recipe of the run."""
+
+
+def describe(
+    kind: Kind, model: ModelConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
+) -> Description:
+    """A description with this code's phoneme inventory."""
+    return Description(
+        kind=kind, model=model, codec=codec, inventory=list(INVENTORY),
+        code_version=code_version, recipe=recipe,
+    )  # fmt: skip
+
+
+def create(kind: Kind, config: ModelConfig) -> AR | NAR:
+    """A fresh model."""
+    return AR(config) if kind == "ar" else NAR(config)
+
+
+def save(folder: Path, weights: Mapping[str, Tensor], description: Description) -> None:
+    """Writes weights and description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(kept, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(asdict(description), indent=2) + "\n")
+
+
+def read(folder: Path) -> Description:
+    """The description of a checkpoint. Raises FileNotFoundError or ValueError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
+    try:
+        description = dacite.from_dict(Description, json.loads(path.read_text()), _STRICT)
+    except (json.JSONDecodeError, dacite.DaciteError) as error:
+        raise ValueError(f"{path} is not a checkpoint's description: {error}") from error
+    if description.inventory != list(INVENTORY[: len(description.inventory)]):
+        raise ValueError(f"{path}: the model was trained with another phoneme inventory")
+    return description
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
+    """The model of a checkpoint, in evaluation mode, and its description."""
+    description = read(folder)
+    model = create(description.kind, description.model)
+    try:
+        weights = load_file(folder / WEIGHTS, device=device)
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    return model.to(device).eval(), description
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Writes the counters of a run below `state/`."""
+    target = folder / STATE
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "train_state.json").write_text(json.dumps(state.to_dict()))
+
+
+def load_state(folder: Path) -> TrainState:
+    """The counters of a run."""
+    return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights alone."""
+    return load_file(folder / WEIGHTS)
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """AdamW's averages as safetensors, named after the parameters they belong to."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / STATE / "optimizer.safetensors")
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """Puts saved averages back; every parameter must have its own."""
+    tensors = load_file(folder / STATE / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {
+            # AdamW keeps its step counter on the CPU
+            key: tensors[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+            for key in keys
+        }
+
+
+_STRICT = dacite.Config(strict=True)

@@ -1,0 +1,240 @@
+"""The token dataset: Parquet shards under one URI, and `dataset.json` that says what they hold.
+
+One row is an utterance. Utterances of a speaker lie together and row groups are bounded in
+frames. Training does not read the Parquet row by row: each node keeps a memory-mapped Arrow copy
+of every shard, built on first use and named by the shard's hash.
+"""
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dacite
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from valle.model.codec import CodecIdentity, Codes
+from valle.model.text import INVENTORY
+from valle.model.tokens import FRAME_RATE
+from valle.platform import storage
+
+VERSION = 1
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("speaker", pa.string(), nullable=False),
+        pa.field("language", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("phonemes", pa.list_(pa.int16()), nullable=False),  # ids of the inventory
+        pa.field("codes", pa.list_(pa.int16()), nullable=False),  # [Q, T] in C order
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+FRAMES_PER_ROW_GROUP = 60_000
+"""About 13 minutes of speech, one megabyte of codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Parquet file, as `dataset.json` lists it."""
+
+    name: str
+    sha256: str
+    utterances: int
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of `dataset.json`."""
+
+    codec: CodecIdentity
+    inventory: list[str]
+    """Phoneme symbols by id, as they were when the dataset was made."""
+    shards: list[Shard] = field(default_factory=list)
+    utterances: int = 0
+    hours: float = 0.0
+    hours_by_speaker: dict[str, float] = field(default_factory=dict)
+    hours_by_language: dict[str, float] = field(default_factory=dict)
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row, ready for a model."""
+
+    id: str
+    speaker: str
+    language: str
+    text: str
+    phonemes: NDArray[np.int16]
+    codes: Codes
+    """`[Q, T]`."""
+
+
+def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Rows with the fields of `SCHEMA` (codes as arrays `[Q, T]`) as an Arrow table."""
+    flat = [{**row, "codes": np.asarray(row["codes"], np.int16).ravel()} for row in rows]
+    return pa.Table.from_pylist(flat, schema=SCHEMA)
+
+
+def write_shard(uri: str, name: str, rows: pa.Table) -> Shard:
+    """Writes `shards/{name}.parquet` atomically; row groups end before they grow too long."""
+    buffer = io.BytesIO()
+    frames = rows.column("frames").to_numpy()
+    with pq.ParquetWriter(buffer, SCHEMA, compression="zstd") as writer:
+        group = np.cumsum(frames) // FRAMES_PER_ROW_GROUP
+        for number in np.unique(group):
+            start, end = np.searchsorted(group, [number, number + 1])
+            writer.write_table(rows.slice(start, end - start), row_group_size=end - start)
+    data = buffer.getvalue()
+    storage.write_bytes(storage.join(uri, "shards", f"{name}.parquet"), data)
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(name=name, sha256=digest, utterances=len(rows), frames=int(frames.sum()))
+
+
+def write_manifest(
+    uri: str, codec: CodecIdentity, shards: Sequence[Shard], statistics: "Statistics"
+) -> Manifest:
+    """Writes `dataset.json`, which makes `shards` the dataset."""
+    manifest = Manifest(
+        codec=codec,
+        inventory=list(INVENTORY),
+        shards=sorted(shards, key=lambda s: s.name),
+        utterances=sum(s.utterances for s in shards),
+        hours=round(sum(s.frames for s in shards) / FRAME_RATE / 3600, 4),
+        hours_by_speaker=statistics.hours(statistics.by_speaker),
+        hours_by_language=statistics.hours(statistics.by_language),
+    )
+    storage.write_json(storage.join(uri, "dataset.json"), asdict(manifest))
+    return manifest
+
+
+class Statistics:
+    """Frames per speaker and language, added up shard by shard."""
+
+    def __init__(self) -> None:
+        self.by_speaker: dict[str, int] = {}
+        self.by_language: dict[str, int] = {}
+
+    def add(self, rows: pa.Table) -> None:
+        """Counts the rows of a shard (only `speaker`, `language` and `frames` are needed)."""
+        for column, sums in (("speaker", self.by_speaker), ("language", self.by_language)):
+            grouped = rows.group_by(column).aggregate([("frames", "sum")])
+            for row in grouped.to_pylist():
+                sums[row[column]] = sums.get(row[column], 0) + row["frames_sum"]
+
+    @staticmethod
+    def hours(frames: dict[str, int]) -> dict[str, float]:
+        """Frames as hours, by name."""
+        return {name: round(n / FRAME_RATE / 3600, 4) for name, n in sorted(frames.items())}
+
+
+def read_manifest(uri: str) -> Manifest:
+    """`dataset.json` of a dataset. Raises FileNotFoundError or ValueError with what to do."""
+    path = storage.join(uri, "dataset.json")
+    if not storage.exists(path):
+        raise FileNotFoundError(f"no dataset at {uri}: run `prepare` first (no dataset.json)")
+    values = storage.read_json(path)
+    if values.get("version") != VERSION:
+        raise ValueError(f"{path}: version {values.get('version')}, this code reads {VERSION}")
+    manifest = dacite.from_dict(Manifest, values)
+    # ids are positions: a dataset made with a shorter inventory is still right
+    if manifest.inventory != list(INVENTORY[: len(manifest.inventory)]):
+        raise ValueError(f"{path}: made with another phoneme inventory; prepare it again")
+    return manifest
+
+
+def columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:
+    """Some columns of one shard; reads the footer and those columns only."""
+    filesys, path = storage.filesystem(storage.join(uri, "shards", f"{shard}.parquet"))
+    return pq.read_table(path, columns=list(names), filesystem=filesys)
+
+
+class TokenDataset:
+    """A dataset opened for training: utterances by number, through the node's cache."""
+
+    def __init__(self, uri: str, cache: Path) -> None:
+        self.uri = storage.absolute(uri)
+        self.manifest = read_manifest(self.uri)
+        if not self.manifest.utterances:
+            raise ValueError(f"the dataset at {uri} is empty: see its rejects/ for the reasons")
+        self._tables = [self._mapped(shard, cache) for shard in self.manifest.shards]
+        rows = [len(t) for t in self._tables]
+        self._first = np.concatenate([[0], np.cumsum(rows)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, number: int) -> Utterance:
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        row = number - int(self._first[shard])
+        values = self._tables[shard]
+
+        def array(name: str) -> NDArray[np.int16]:
+            return np.asarray(values.column(name)[row].values, np.int16)
+
+        return Utterance(
+            id=values.column("id")[row].as_py(),
+            speaker=values.column("speaker")[row].as_py(),
+            language=values.column("language")[row].as_py(),
+            text=values.column("text")[row].as_py(),
+            phonemes=array("phonemes"),
+            codes=array("codes").reshape(self.manifest.codec.n_codebooks, -1),
+        )
+
+    def frames(self) -> NDArray[np.int64]:
+        """Frames of every utterance."""
+        return self._numbers(lambda t: t.column("frames"))
+
+    def n_phonemes(self) -> NDArray[np.int64]:
+        """Phonemes of every utterance."""
+        return self._numbers(lambda t: pc.list_value_length(t.column("phonemes")))
+
+    def speakers(self) -> NDArray[np.int64]:
+        """A number for the speaker of every utterance, the same for the same speaker."""
+        names = pa.chunked_array([c for t in self._tables for c in t.column("speaker").chunks])
+        encoded = names.combine_chunks().dictionary_encode()
+        return np.asarray(encoded.indices, np.int64)
+
+    def _numbers(self, column: Any) -> NDArray[np.int64]:
+        return np.concatenate([np.asarray(column(t), np.int64) for t in self._tables])
+
+    def _mapped(self, shard: Shard, cache: Path) -> pa.Table:
+        """The shard as a memory-mapped table; its pages are shared by all processes of a node."""
+        path = cache / "shards" / f"{shard.sha256}.arrow"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):  # one process per node does the work
+                if not path.exists():
+                    self._build(shard, path)
+        # one chunk per shard: rows are then found without a search
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+    def _build(self, shard: Shard, path: Path) -> None:
+        data = storage.read_bytes(storage.join(self.uri, "shards", f"{shard.name}.parquet"))
+        if hashlib.sha256(data).hexdigest() != shard.sha256:
+            raise ValueError(f"{self.uri}: shard {shard.name} does not match its hash; it was "
+                             "changed or damaged after `prepare` wrote it")  # fmt: skip
+        rows = pq.read_table(io.BytesIO(data)).combine_chunks()
+        handle, part = tempfile.mkstemp(dir=path.parent)
+        os.close(handle)
+        with pa.OSFile(part, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        os.replace(part, path)
+
+
+def shard_names(uri: str) -> Iterator[str]:
+    """Names of the shard files that are there, listed in `dataset.json` or not."""
+    for path in storage.list_files(storage.join(uri, "shards"), (".parquet",)):
+        yield path.removesuffix(".parquet")

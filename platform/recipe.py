@@ -1,0 +1,103 @@
+"""A run as typed, validated YAML.
+
+A recipe is one YAML file with a section per job (`corpus:`, `prepare:`, `train:` ...). Each job
+owns the dataclass of its section and reads it with `load`; unknown keys, wrong types and values
+out of range fail with the name of the field. `key=value` arguments override fields of the
+section; dots go deeper (`model.width=128`).
+"""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import docstring_parser
+import yaml
+
+from valle.platform.cluster import CODE_ROOT
+
+RECIPES = CODE_ROOT / "jobs" / "recipes"
+SECTIONS = ("corpus", "prepare", "codec", "train", "publish", "serve")
+
+Section = TypeVar("Section")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the field."""
+
+
+def load(name: str, section: str, schema: type[Section], overrides: Sequence[str] = ()) -> Section:
+    """The section of a recipe (a name in `jobs/recipes`, or a path to YAML) as its dataclass."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise RecipeError(f"no recipe {name!r}: give a path to YAML, or one of: {known}")
+    content = yaml.safe_load(path.read_text()) or {}
+    if unknown := sorted(set(content) - set(SECTIONS)):
+        raise RecipeError(f"{path.name}: unknown section {unknown[0]!r}; known: {SECTIONS}")
+    values = content.get(section)
+    if values is None:
+        raise RecipeError(f"{path.name} has no section {section!r}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return dacite.from_dict(schema, values, dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.DaciteError as error:
+        raise RecipeError(f"{path.name}, section {section}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path.name}, section {section}: {error}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value` inside nested dictionaries; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise RecipeError(f"expected key=value, got {override!r}")
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{key}: {part} is not a group of settings")
+    values[last] = yaml.safe_load(text)
+
+
+def parse_arguments(
+    argv: Sequence[str] | None, section: str, schema: type[Section], description: str
+) -> Section:
+    """The command line that every job shares: `--recipe NAME key=value ...`.
+
+    `--help` lists the fields of the section with their types, defaults and docstrings. A bad
+    recipe ends the program with the reason and status 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"fields of the section `{section}`:\n\n{describe(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", default="demo", help="name in jobs/recipes, or path to YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    arguments = parser.parse_args(argv)
+    try:
+        return load(arguments.recipe, section, schema, arguments.overrides)
+    except RecipeError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def describe(schema: type[Any], prefix: str = "") -> str:
+    """One entry per field: name, type, default and the docstring under it."""
+    parsed = docstring_parser.parse_from_object(schema)
+    texts = {p.arg_name: p.description or "" for p in parsed.params}
+    lines = []
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            lines.append(describe(field.type, f"{name}."))
+            continue
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        given = "" if field.default is dataclasses.MISSING else f", default {field.default!r}"
+        text = textwrap.fill(" ".join(texts.get(field.name, "").split()), 92)
+        lines.append(f"  {name} ({kind}{given})\n{textwrap.indent(text, '      ')}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""Which utterances form the next batch, and which recording prompts each.
+
+The plan of an epoch is a pure function of (lengths, seed, epoch): every rank computes the same
+one and takes its slice. Equal step counts on all ranks and exact resume follow.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How utterances are grouped."""
+
+    tokens: int = 4000
+    """Padded positions of a batch (text + prompt + response) on one worker."""
+
+    max_utterances: int = 64
+    """Bound on the rows of a batch."""
+
+    jitter: float = 0.05
+    """Lengths are sorted with this much noise, so that neighbours change between epochs."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 100:
+            raise ValueError(f"tokens: {self.tokens} is too small for any utterance")
+
+
+def plan(
+    lengths: Indices, batching: Batching, *, seed: int, epoch: int, world_size: int = 1
+) -> list[Indices]:
+    """Batches of one epoch: a multiple of `world_size`, alike in length inside, in random order.
+
+    An utterance longer than the whole budget gets a batch of its own. When the last round would
+    leave some ranks without a batch, its batches are left out; another epoch cuts differently.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    noise = generator.uniform(1 - batching.jitter, 1 + batching.jitter, len(lengths))
+    batches = []
+    start = 0
+    order = np.argsort(lengths * noise, kind="stable")
+    longest = 0
+    sizes = lengths[order].tolist()
+    for position, size in enumerate(sizes):
+        longest = max(longest, size)
+        count = position - start
+        if count and (longest * (count + 1) > batching.tokens or count == batching.max_utterances):
+            batches.append(order[start:position])
+            start, longest = position, size
+    if len(order):
+        batches.append(order[start:])
+    whole = len(batches) // world_size * world_size
+    if not whole:
+        raise ValueError(
+            f"{len(lengths)} utterances make {len(batches)} batches: too few for {world_size} "
+            "workers; lower batching.tokens or the number of workers"
+        )
+    return [batches[i] for i in generator.permutation(len(batches))[:whole]]
+
+
+class Prompts:
+    """Draws, for an utterance, another one by the same speaker."""
+
+    def __init__(self, speakers: Indices) -> None:
+        order = np.argsort(speakers, kind="stable")
+        starts = np.searchsorted(speakers[order], np.arange(int(speakers.max()) + 2))
+        self._order, self._starts, self._speakers = order, starts, speakers
+
+    def draw(self, utterance: int, generator: np.random.Generator) -> int:
+        """Number of the prompt's utterance; a speaker with only one prompts himself."""
+        speaker = self._speakers[utterance]
+        start, end = self._starts[speaker], self._starts[speaker + 1]
+        if end - start == 1:
+            return utterance
+        chosen = int(self._order[generator.integers(start, end - 1)])
+        return int(self._order[end - 1]) if chosen == utterance else chosen
+
+
+def batches(
+    lengths: Indices, batching: Batching, *, seed: int, epoch: int, batch: int, rank: int,
+    world_size: int,
+) -> Iterator[tuple[int, int, Indices]]:  # fmt: skip
+    """Endless (epoch, batch, utterances) for one rank, from a resume position on."""
+    while True:
+        mine = plan(lengths, batching, seed=seed, epoch=epoch, world_size=world_size)[rank::world_size]
+        for number in range(batch, len(mine)):
+            yield epoch, number, mine[number]
+        epoch, batch = epoch + 1, 0

@@ -1,0 +1,174 @@
+"""MLflow runs: the driver opens one, the first worker writes to it.
+
+The default store is sqlite in `VALLE_HOME`; `MLFLOW_TRACKING_URI` names a server instead.
+"""
+
+import io
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from valle import __version__
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform import audio, settings
+from valle.platform.cluster import CODE_ROOT
+
+EXPERIMENT = "valle"
+
+Wave = NDArray[np.float32]
+
+
+def code_version() -> str:
+    """Package version and, in a checkout, the commit, with `+dirty` when files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12"],
+            cwd=CODE_ROOT, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return __version__  # a submitted job's working directory has no .git
+    return f"{__version__}-{described.stdout.strip()}"
+
+
+def connect() -> None:
+    """Points MLflow at this installation's store and experiment."""
+    import mlflow
+
+    mlflow.set_tracking_uri(settings.read().tracking_uri)
+    mlflow.set_experiment(EXPERIMENT)
+
+
+@contextmanager
+def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
+    """One MLflow run around a training; yields its id.
+
+    An earlier unfinished run of the same name is continued, as the training itself is.
+    """
+    import mlflow
+
+    connect()
+    earlier = mlflow.search_runs(
+        experiment_names=[EXPERIMENT], max_results=1, output_format="list",
+        filter_string=f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'",
+    )  # fmt: skip
+    run_id = earlier[0].info.run_id if earlier else None
+    with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=False) as run:
+        if run_id is None:
+            mlflow.log_params(dict(flatten(parameters)))
+        mlflow.set_tags({"code_version": code_version()})
+        yield run.info.run_id
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as `a.b` and value, the form MLflow shows."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class WorkerRun(Protocol):
+    """What the training loop tells its run."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Logs numbers of a step."""
+
+    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+        """Logs audio, each with its spectrogram."""
+
+    def close(self) -> None:
+        """Waits until everything is stored."""
+
+
+class NullRun:
+    """For the workers that do not log."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Does nothing."""
+
+    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class MlflowRun:
+    """The first worker's end of the driver's run, with its machine's system metrics."""
+
+    def __init__(self, run_id: str) -> None:
+        import mlflow
+
+        connect()
+        mlflow.set_system_metrics_sampling_interval(10)
+        mlflow.start_run(run_id=run_id, log_system_metrics=True)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Queues the numbers; a thread stores them."""
+        import mlflow
+
+        mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+        """Stores `samples/step/{name}.wav` and `.png`."""
+        import mlflow
+
+        client = mlflow.MlflowClient()
+        run = mlflow.active_run()
+        assert run is not None, "MlflowRun opened a run"
+        for name, wave in samples:
+            path = f"samples/{step:08d}/{name}"
+            with _artifact(client, run.info.run_id, f"{path}.wav") as file:
+                file.write(audio.wav_bytes(wave))
+            with _artifact(client, run.info.run_id, f"{path}.png") as file:
+                file.write(spectrogram(wave, name))
+
+    def close(self) -> None:
+        """Stores what is queued; the driver ends the run."""
+        import mlflow
+
+        mlflow.flush_async_logging()
+
+
+@contextmanager
+def _artifact(client: Any, run_id: str, path: str) -> Iterator[io.BufferedWriter]:
+    """A local file that becomes the artifact `path` of a run."""
+    import tempfile
+    from pathlib import Path, PurePosixPath
+
+    target = PurePosixPath(path)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / target.name
+        with local.open("wb") as file:
+            yield file
+        client.log_artifact(run_id, str(local), str(target.parent))
+
+
+def worker_run(run_id: str | None) -> WorkerRun:
+    """The run to log to; None gives one that ignores everything."""
+    return NullRun() if run_id is None else MlflowRun(run_id)
+
+
+def spectrogram(wave: Wave, title: str = "") -> bytes:
+    """A PNG of the log-mel spectrogram, 0 to 12 kHz."""
+    import librosa
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mel = librosa.feature.melspectrogram(y=wave, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96)
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(
+        librosa.power_to_db(mel, ref=np.max, top_db=70), origin="lower", aspect="auto",
+        extent=(0.0, len(wave) / SAMPLE_RATE, 0.0, 96.0), cmap="magma",
+    )  # fmt: skip
+    axes.set(xlabel="seconds", ylabel="mel band", title=title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
