@@ -23,7 +23,7 @@ from torch import Tensor
 from valle.model import codec as codecs
 from valle.model.codec import CodecConfig
 from valle.model.codec_training import CodecLoss, CodecTrainee, init_from_data
-from valle.model.tokens import SAMPLE_RATE
+from valle.model.tokens import CODEBOOK_SIZE, SAMPLE_RATE
 from valle.platform import recipe, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
@@ -255,16 +255,14 @@ def fit(chosen: CodecRecipe) -> None:
 def codebook_use(codes: Sequence[np.ndarray]) -> list[float]:
     """Share of the 1024 entries that a set of codes touches, per codebook."""
     stacked = np.concatenate(codes, axis=1)
-    return [len(np.unique(book)) / codecs.CODEBOOK_SIZE for book in stacked]
+    return [len(np.unique(book)) / CODEBOOK_SIZE for book in stacked]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.codec --recipe codec`."""
     chosen = recipe.parse_arguments(argv, "codec", CodecRecipe, __doc__ or "")
     # workers start in folders of their own: paths are fixed here, on the driver
-    chosen = replace(
-        chosen, data=storage.absolute(chosen.data), out=storage.absolute(chosen.out)
-    )
+    chosen = replace(chosen, data=storage.absolute(chosen.data), out=storage.absolute(chosen.out))
     split(chosen)  # a missing corpus is better noticed before Ray starts
     with connect():
         fit(chosen)

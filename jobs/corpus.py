@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-
 from valle.jobs.voices import ENGINES, LICENCES, asterisk_prompts
+from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, recipe, storage
 from valle.platform.cluster import CODE_ROOT, connect
 from valle.platform.progress import progress
@@ -89,9 +89,10 @@ def _synthesised(source: Source, seed: int) -> Iterator[Line]:
         order = sentences.copy()
         random.Random(f"{seed}/{speaker}").shuffle(order)
         for number in range(source.utterances):
-            # past the end of the list, two sentences make a new, longer line
+            # past the end of the list, lines of two and more sentences
             lap, index = divmod(number, len(order))
-            text = " ".join([order[index], *(order[(index + k * 7) % len(order)] for k in range(1, lap + 1))])
+            parts = [order[(index + 7 * step) % len(order)] for step in range(lap + 1)]
+            text = " ".join(parts)
             yield Line(
                 engine=source.engine, voice=voice, language=source.language,
                 speaker=speaker, id=f"{number:05d}", text=text,
@@ -132,7 +133,7 @@ class Speaker:
         target = storage.join(self._out, line.speaker, line.id)
         storage.write_bytes(f"{target}.txt", (line.text + "\n").encode())
         storage.write_bytes(f"{target}.wav", audio.wav_bytes(wave))  # last: marks the line done
-        return {**asdict(line), "seconds": len(wave) / audio.SAMPLE_RATE, "reason": None}
+        return {**asdict(line), "seconds": len(wave) / SAMPLE_RATE, "reason": None}
 
 
 def make(chosen: CorpusRecipe) -> dict[str, object]:
@@ -149,10 +150,13 @@ def make(chosen: CorpusRecipe) -> dict[str, object]:
         actor = ray.remote(num_cpus=0.9)(Speaker)
         pool = ActorPool([actor.remote(out) for _ in range(chosen.workers)])
         results = pool.map_unordered(lambda a, line: a.speak.remote(line), missing)
-        for result in progress(results, total=len(missing), label="corpus", unit="line"):
+        bar = progress(total=len(missing), label="corpus", unit="line")
+        for result in results:
+            bar.update()
             seconds += result["seconds"]
             if result["reason"]:
                 rejects.append(result)
+        bar.close()
     report = {
         "out": out,
         "lines": len(lines),

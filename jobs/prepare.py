@@ -9,7 +9,6 @@ leaves a valid dataset of what was done.
 import hashlib
 import json
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -141,9 +140,7 @@ class Phonemise:
 
     def _phonemise(self, row: Row) -> Row:
         spoken = phonemes.phonemize([row["text"]], row["language"])[0]
-        with warnings.catch_warnings():  # one warning per process, not one per row
-            warnings.simplefilter("once")
-            ids = phonemes.encode(spoken)
+        ids = phonemes.encode(spoken)
         if not self._chosen.min_phonemes <= len(ids) <= self._chosen.max_phonemes:
             raise ValueError(
                 f"phoneme count out of range: {len(ids)}, "

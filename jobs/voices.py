@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from valle.model import text as phonemes
+from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
 from valle.platform.audio import Wave
 
@@ -136,7 +137,7 @@ class Espeak:
 
         def receive(samples: object, count: int, events: object) -> int:
             if samples and count > 0:
-                parts.append(np.ctypeslib.as_array(samples, (count,)).copy())  # type: ignore[call-overload]
+                parts.append(np.ctypeslib.as_array(samples, (count,)).copy())
             return 0
 
         signature = ctypes.CFUNCTYPE(
@@ -148,7 +149,7 @@ class Espeak:
             raise ValueError(f"espeak has no voice {language}+{voice}")
         spoken = text.encode()
         self._library.espeak_Synth(spoken, len(spoken) + 1, 0, 1, 0, 1, None, None)
-        wave = np.concatenate(parts).astype(np.float32) / 32768
+        wave = np.concatenate(parts).astype(np.float32) / np.float32(32768)
         return trim(audio.resample(wave, self._rate))
 
 
@@ -172,7 +173,7 @@ def asterisk_prompts(language: str) -> dict[str, Recording]:
     """Name to recording of the human prompts that Debian's packages carry.
 
     Needs `asterisk-core-sounds-XX-g722` and its base package (which holds the transcripts).
-    Empty when they are not installed. Bracketed texts describe noises, not speech.
+    Empty when they are not installed. Texts with brackets describe noises or pauses.
     """
     base = language.split("-")[0]
     listing = Path(f"/usr/share/doc/asterisk-core-sounds-{base}/core-sounds-{base}.txt.gz")
@@ -184,7 +185,7 @@ def asterisk_prompts(language: str) -> dict[str, Recording]:
         name, separator, text = line.partition(":")
         path = folder / f"{name.strip()}.g722"
         text = text.strip()
-        spoken = separator and re.search(r"\w", text) and not text.startswith(("[", "("))
+        spoken = separator and re.search(r"\w", text) and not re.search(r"[\[\]()]", text)
         if spoken and not name.startswith((";", "silence/")) and path.exists():
             found[name.strip().replace("/", "-")] = Recording(path=path, text=text)
     return found
@@ -201,7 +202,7 @@ class Asterisk:
         with av.open(str(path), format="g722") as container:
             frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
             rate = container.streams.audio[0].rate
-        wave = np.concatenate(frames).astype(np.float32) / 32768
+        wave = np.concatenate(frames).astype(np.float32) / np.float32(32768)
         return trim(audio.resample(wave, rate))
 
 
@@ -215,6 +216,6 @@ def trim(wave: Wave, threshold: float = 0.01, keep_seconds: float = 0.05) -> Wav
     loud = np.flatnonzero(np.abs(wave) > threshold)
     if not len(loud):
         raise audio.AudioError("nothing but silence")
-    keep = int(keep_seconds * audio.SAMPLE_RATE)
+    keep = int(keep_seconds * SAMPLE_RATE)
     wave = wave[max(0, loud[0] - keep) : loud[-1] + keep]
     return (wave / max(1.0, float(np.abs(wave).max()) / 0.99)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""The method: text, codec, the two models, sampling and training. PyTorch only, no Ray, no MLflow."""
+"""The method: text, codec, the two models, sampling, training. Imports neither Ray nor MLflow."""

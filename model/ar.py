@@ -25,7 +25,7 @@ from valle.model.tokens import CODEBOOK_SIZE, EOS
 class Generated:
     """What the AR model said."""
 
-    codes: Int[Tensor, "T"]
+    codes: Int[Tensor, " T"]
     hit_limit: bool
     """True when the length limit ended it, not the model."""
 
@@ -75,7 +75,7 @@ class AR(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        phonemes: Int[Tensor, "L"],
+        phonemes: Int[Tensor, " L"],
         prompt: Int[Tensor, "Q P"],
         *,
         sampling: Sampling,
@@ -101,7 +101,7 @@ class AR(nn.Module):
         return Generated(codes, hit_limit=True)
 
     def prefill(
-        self, phonemes: Int[Tensor, "L"], prompt: Int[Tensor, "Q P"], max_frames: int
+        self, phonemes: Int[Tensor, " L"], prompt: Int[Tensor, "Q P"], max_frames: int
     ) -> tuple[Float[Tensor, "1 1025"], KVCache]:
         """Logits of the first frame, and a cache holding text and prompt."""
         joined = self._join(_single(phonemes, prompt, phonemes.new_empty(0)))
@@ -112,7 +112,7 @@ class AR(nn.Module):
         return self.head(hidden[:, -1]), cache
 
     def step(
-        self, token: Int[Tensor, "B"], position: int, cache: KVCache
+        self, token: Int[Tensor, " B"], position: int, cache: KVCache
     ) -> Float[Tensor, "B 1025"]:
         """Logits of the frame after `token`, which is frame number `position` of the response."""
         x = self.code_embedding(token[:, None, None])
@@ -130,7 +130,7 @@ class CodeEmbedding(nn.Module):
         nn.init.normal_(self.tables, std=0.02)
 
     def forward(
-        self, codes: Int[Tensor, "B Q T"], below: Int[Tensor, "B"] | None = None
+        self, codes: Int[Tensor, "B Q T"], below: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Embeds `codes`; with `below`, only the first `below[b]` codebooks of row b."""
         n_codebooks = codes.shape[1]

@@ -128,9 +128,9 @@ class Codec:
         frames = [-(-len(wave) // HOP) for wave in waves]
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
         for group in _groups(frames, int(batch_seconds * FRAME_RATE)):
-            batch = torch.zeros(len(group), 1, max(frames[i] for i in group) * HOP)
+            batch = torch.zeros(len(group), 1, _padded(frames, group) * HOP)
             for row, index in enumerate(group):
-                batch[row, 0, : len(waves[index])] = torch.from_numpy(waves[index])
+                batch[row, 0, : len(waves[index])] = torch.tensor(waves[index])
             codes, _ = self._model.encode(batch.to(self.device))[0]
             stored = codes.to("cpu", torch.int16).numpy()
             for row, index in enumerate(group):
@@ -146,13 +146,13 @@ class Codec:
         for number, item in enumerate(codes):
             if item.ndim != 2 or not 1 <= item.shape[0] <= N_CODEBOOKS:
                 raise ValueError(f"codes[{number}]: expected [1..8, T], got {item.shape}")
-            if item.size and not (0 <= item.min() and item.max() < CODEBOOK_SIZE):
+            if item.size and not (item.min() >= 0 and item.max() < CODEBOOK_SIZE):
                 raise ValueError(f"codes[{number}]: values must lie in 0 .. {CODEBOOK_SIZE - 1}")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
         for group in _groups(frames, int(batch_seconds * FRAME_RATE)):
             n_codebooks = codes[group[0]].shape[0]
-            batch = torch.zeros(len(group), n_codebooks, max(frames[i] for i in group)).long()
+            batch = torch.zeros(len(group), n_codebooks, _padded(frames, group)).long()
             for row, index in enumerate(group):
                 batch[row, :, : frames[index]] = torch.from_numpy(codes[index].astype(np.int64))
             waves = self._model.decode([(batch.to(self.device), None)])[:, 0].cpu().numpy()
@@ -173,11 +173,17 @@ def _groups(frames: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield group
 
 
+def _padded(frames: Sequence[int], group: Sequence[int]) -> int:
+    """Frames of a padded batch. The first convolutions mirror up to six frames of the start, so
+    a shorter item would depend on what it is batched with."""
+    return max(8, *(frames[index] for index in group))
+
+
 def _fold_weight_norm(model: nn.Module) -> None:
     """Multiplies weight normalisation into plain weights: fewer operations a call."""
     for module in model.modules():
         if hasattr(module, "weight_g"):
-            nn.utils.remove_weight_norm(module)  # type: ignore[no-untyped-call]
+            nn.utils.remove_weight_norm(module)
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
@@ -191,10 +197,14 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 
 
 def save(model: "EncodecModel", config: CodecConfig, folder: Path) -> None:
-    """Writes `model.safetensors` and `config.json`."""
+    """Writes `model.safetensors` (half precision, read back as float32) and `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     # training-only averages double the size of the codebooks and are no part of the codec
-    kept = {k: v.contiguous() for k, v in model.state_dict().items() if not _is_training_only(k)}
+    kept = {
+        name: value.half().contiguous()
+        for name, value in model.state_dict().items()
+        if not _is_training_only(name)
+    }
     save_file(kept, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 

@@ -50,11 +50,11 @@ class MelLoss(nn.Module):
 
     def __init__(self, windows: tuple[int, ...] = (128, 256, 512, 1024, 2048)) -> None:
         super().__init__()
-        import librosa
+        from librosa.filters import mel
 
         self.windows = windows
         for window in windows:
-            bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=window, n_mels=max(8, window // 13))
+            bank = mel(sr=SAMPLE_RATE, n_fft=window, n_mels=max(8, window // 13))
             self.register_buffer(f"bank_{window}", torch.from_numpy(bank), persistent=False)
             self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
 
@@ -82,17 +82,17 @@ def init_from_data(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> 
 
     def rescale(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         deviation = output.std().clamp_min(1e-6)
-        module.weight_g.div_(deviation)  # type: ignore[operator, union-attr]
+        module.weight_g.div_(deviation)
         return output / deviation
 
     convolutions = [m for m in model.modules() if hasattr(m, "weight_g")]
     for convolution in convolutions:
-        convolution.bias.zero_()  # type: ignore[operator, union-attr]
+        convolution.bias.zero_()
     hooks = [convolution.register_forward_hook(rescale) for convolution in convolutions]
     model.decoder(model.encoder(waves[:, None]))
     for hook in hooks:
         hook.remove()
-    convolutions[-1].weight_g.mul_(0.05)  # type: ignore[operator, union-attr]
+    convolutions[-1].weight_g.mul_(0.05)
 
 
 def quantise(

@@ -79,7 +79,9 @@ class AdaptiveNorm(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(n_levels, 2, width))
         self._shape = (width,)
 
-    def forward(self, x: Float[Tensor, "B S D"], level: Int[Tensor, "B"]) -> Float[Tensor, "B S D"]:
+    def forward(
+        self, x: Float[Tensor, "B S D"], level: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B S D"]:
         """Normalises `x` with the gain and bias of each row's level."""
         gain, bias = self.modulation[level][:, :, None].unbind(1)
         normal = F.layer_norm(x, self._shape)
@@ -142,7 +144,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         turn: Float[Tensor, "2 B 1 S half"],
-        level: Int[Tensor, "B"],
+        level: Int[Tensor, " B"],
         valid: Bool[Tensor, "B S"] | None,
         cache: KVCache | None,
         layer: int,
@@ -171,7 +173,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         positions: Float[Tensor, "B S"],
-        level: Int[Tensor, "B"],
+        level: Int[Tensor, " B"],
         valid: Bool[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B S D"]:

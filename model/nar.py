@@ -37,7 +37,7 @@ class NAR(nn.Module):
         for parameter in (self.text_embedding.weight, self.separators, self.heads):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, batch: Batch, level: Int[Tensor, "B"]) -> Float[Tensor, "B T 1024"]:
+    def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Float[Tensor, "B T 1024"]:
         """Logits of codebook `level` (1 .. Q-1, per row) of the response."""
         rows = len(batch.phonemes)
         one = batch.frames.new_ones(rows)
@@ -65,9 +65,9 @@ class NAR(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        phonemes: Int[Tensor, "L"],
+        phonemes: Int[Tensor, " L"],
         prompt: Int[Tensor, "Q P"],
-        first: Int[Tensor, "T"],
+        first: Int[Tensor, " T"],
         *,
         sampling: Sampling,
         generator: torch.Generator,

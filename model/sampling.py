@@ -47,7 +47,7 @@ def sample(
     *,
     generator: torch.Generator,
     history: Int[Tensor, "R T"] | None = None,
-) -> Int[Tensor, "R"]:
+) -> Int[Tensor, " R"]:
     """One token per row. `history` is what repetition-aware sampling looks back on."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -79,5 +79,5 @@ def nucleus(logits: Float[Tensor, "R V"], p: float) -> Float[Tensor, "R V"]:
     return logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
 
 
-def _draw(logits: Float[Tensor, "R V"], generator: torch.Generator) -> Int[Tensor, "R"]:
+def _draw(logits: Float[Tensor, "R V"], generator: torch.Generator) -> Int[Tensor, " R"]:
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

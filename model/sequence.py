@@ -19,11 +19,12 @@ class Batch:
     """What a model is given: text, the prompt recording, and the speech to learn or continue."""
 
     phonemes: Int[Tensor, "B L"]
-    phoneme_lengths: Int[Tensor, "B"]
+    phoneme_lengths: Int[Tensor, " B"]
     prompt: Int[Tensor, "B Q P"]
-    prompt_frames: Int[Tensor, "B"]
-    codes: Int[Tensor, "B Q T"]
-    frames: Int[Tensor, "B"]
+    prompt_frames: Int[Tensor, " B"]
+    codes: Int[Tensor, "B R T"]
+    """R = Q, or 1 where only the first codebook is known."""
+    frames: Int[Tensor, " B"]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -43,9 +44,9 @@ class Batch:
 
 
 def collate(
-    phonemes: Sequence[Int[Tensor, "l"]],
-    prompts: Sequence[Int[Tensor, "q p"]],
-    codes: Sequence[Int[Tensor, "q t"]],
+    phonemes: Sequence[Int[Tensor, " _"]],
+    prompts: Sequence[Int[Tensor, "_ _"]],
+    codes: Sequence[Int[Tensor, "_ _"]],
 ) -> Batch:
     """Pads single items into a batch."""
 
@@ -70,7 +71,7 @@ class Segment:
 
     x: Float[Tensor, "B N D"]
     positions: Float[Tensor, "B N"]
-    lengths: Int[Tensor, "B"]
+    lengths: Int[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Joined:
     x: Float[Tensor, "B S D"]
     positions: Float[Tensor, "B S"]
     valid: Bool[Tensor, "B S"]
-    starts: tuple[Int[Tensor, "B"], ...]
+    starts: tuple[Int[Tensor, " B"], ...]
     """Where each segment begins, per row."""
 
 
@@ -104,7 +105,7 @@ def join(segments: Sequence[Segment]) -> Joined:
 
 
 def take(
-    x: Float[Tensor, "B S D"], start: Int[Tensor, "B"], length: int
+    x: Float[Tensor, "B S D"], start: Int[Tensor, " B"], length: int
 ) -> Float[Tensor, "B {length} D"]:
     """`length` positions of each row from its `start` on (clamped to the end of the row)."""
     steps = torch.arange(length, device=x.device)
@@ -112,12 +113,12 @@ def take(
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def mask(lengths: Int[Tensor, "B"], size: int) -> Bool[Tensor, "B {size}"]:
+def mask(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:
     """True at the first `lengths` of `size` positions."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def frame_positions(lengths: Int[Tensor, "B"], size: int, end: bool = False) -> Tensor:
+def frame_positions(lengths: Int[Tensor, " B"], size: int, end: bool = False) -> Tensor:
     """Positions 0, 1, 2 ... of frames; with `end`, they count up to -2 (a separator is at -1)."""
     steps = torch.arange(size, device=lengths.device, dtype=torch.float32).expand(len(lengths), -1)
     return steps - lengths[:, None] - 1 if end else steps

@@ -25,9 +25,7 @@ UNK: Final = 1
 _PUNCTUATION = " .,?!;:-…()\"'¿¡«»—"
 _MARKS = "ˈˌːˑ\u0303\u0329\u032f\u0361ʲʰʷˠˤ\u0325\u032a\u0306\u030a\u0308\u031d\u031e\u0320"
 _LATIN = "abcdefghijklmnopqrstuvwxyz"
-_IPA = (
-    "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃᵻᵊ"
-)
+_IPA = "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃᵻᵊ"
 
 INVENTORY: Final[tuple[str, ...]] = ("<pad>", "<unk>", *_PUNCTUATION, *_MARKS, *_LATIN, *_IPA)
 """Id to symbol. Append only: an id, once given, is in datasets and checkpoints for good."""
@@ -65,10 +63,10 @@ _SYMBOLS: Final[dict[str, dict[str, str]]] = {
 }
 
 _CURRENCIES: Final = {"$": "USD", "€": "EUR", "£": "GBP"}
-_QUOTES: Final = str.maketrans("‘’‛`´“”„", "'''''\"\"\"")
+_FOLDED: Final = str.maketrans("‘’‛`´“”„[]{}", "'''''\"\"\"()()")
 _DECIMAL_COMMA: Final = frozenset({"fr", "es", "de", "it", "ru"})
 _ORDINAL: Final = {"en": r"(\d+)(?:st|nd|rd|th)\b", "fr": r"(\d+)(?:er|re|e|ème)\b"}
-_YEAR: Final = re.compile(r"\b(1[1-9]\d\d|20[1-9]\d)\b")
+_YEAR: Final = re.compile(r"(?<![\w,.$€£])(1[1-9]\d\d|20[1-9]\d)(?!\w|[,.:]\d)")
 
 
 def normalize(text: str, language: str = "en-us") -> str:
@@ -80,7 +78,7 @@ def normalize(text: str, language: str = "en-us") -> str:
     base = language.split("-")[0]
     # NFKC would take an ellipsis apart into three full stops
     text = unicodedata.normalize("NFKC", text.replace("…", "\0")).replace("\0", "…")
-    text = text.translate(_QUOTES)
+    text = text.translate(_FOLDED)
     for short, spoken in _ABBREVIATIONS.get(base, {}).items():
         text = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", spoken, text, flags=re.IGNORECASE)
     text = _speak_numbers(text, base)
@@ -102,6 +100,8 @@ def _speak_numbers(text: str, base: str) -> str:
             return str(num2words(float(number), lang=base, to=kind, currency=currency))
         return str(num2words(number, lang=base, to=kind))
 
+    if base == "en":  # before commas go: "1,984" is no year
+        text = _YEAR.sub(lambda m: say(m[1], "year"), text)
     # "10:30" as two numbers; "1,000,000" (or "1.000.000") as one; decimals with a point inside
     text = re.sub(r"(\d)[:h](\d\d)\b", r"\1 \2", text)
     thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
@@ -110,11 +110,13 @@ def _speak_numbers(text: str, base: str) -> str:
     number = r"\d+(?:\.\d+)?"
     for sign, code in _CURRENCIES.items():
         amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
-        text = re.sub(amount, lambda m, c=code: say(m[1] or m[2], "currency", c), text)
+
+        def money(found: re.Match[str], currency: str = code) -> str:
+            return say(found[1] or found[2], "currency", currency)
+
+        text = re.sub(amount, money, text)
     if base in _ORDINAL:
         text = re.sub(_ORDINAL[base], lambda m: say(m[1], "ordinal"), text)
-    if base == "en":
-        text = _YEAR.sub(lambda m: say(m[1], "year"), text)
     # beyond 15 digits it is an identifier: digit by digit
     text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
     return re.sub(number, lambda m: say(m[0]), text)

@@ -92,13 +92,13 @@ class Loss:
     loss: Tensor
     """Mean cross entropy per predicted token."""
 
-    tokens: Int[Tensor, "levels"]
+    tokens: Int[Tensor, " levels"]
     """Predicted tokens, per codebook."""
 
-    correct: Int[Tensor, "levels"]
+    correct: Int[Tensor, " levels"]
     """Of those, predicted right."""
 
-    total: Float[Tensor, "levels"]
+    total: Float[Tensor, " levels"]
     """Summed cross entropy, per codebook."""
 
 
@@ -109,7 +109,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, level: Int[Tensor, "B"]) -> Loss:
+    def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Loss:
         """Loss of a batch. The AR model has one codebook and takes no notice of `level`."""
         if isinstance(self.model, AR):
             return ar_loss(self.model(batch), batch)
@@ -125,9 +125,7 @@ def ar_loss(logits: Float[Tensor, "B T1 1025"], batch: Batch) -> Loss:
     return _summarise(logits, targets, batch.frames.new_zeros(rows), 1)
 
 
-def nar_loss(
-    logits: Float[Tensor, "B T 1024"], batch: Batch, level: Int[Tensor, "B"]
-) -> Loss:
+def nar_loss(logits: Float[Tensor, "B T 1024"], batch: Batch, level: Int[Tensor, " B"]) -> Loss:
     """Cross entropy over codebook `level` of the response; none on the prompt."""
     rows = torch.arange(len(level), device=level.device)
     targets = batch.codes[rows, level]
@@ -138,7 +136,7 @@ def nar_loss(
 def _summarise(
     logits: Float[Tensor, "B T V"],
     targets: Int[Tensor, "B T"],
-    index: Int[Tensor, "B"],
+    index: Int[Tensor, " B"],
     n_levels: int,
 ) -> Loss:
     each = F.cross_entropy(
@@ -155,7 +153,7 @@ def _summarise(
     return Loss(loss, tokens, correct, total)
 
 
-def draw_levels(rows: int, n_codebooks: int, key: str) -> Int[Tensor, "B"]:
+def draw_levels(rows: int, n_codebooks: int, key: str) -> Int[Tensor, " B"]:
     """A codebook 1 .. Q-1 to predict for each row, uniformly (VALL-E section 4.2.2)."""
     chosen = random.Random(f"levels/{key}")
     return torch.tensor([chosen.randint(1, n_codebooks - 1) for _ in range(rows)])
@@ -164,5 +162,3 @@ def draw_levels(rows: int, n_codebooks: int, key: str) -> Int[Tensor, "B"]:
 def seed_step(key: str) -> None:
     """Seeds dropout for one step of one worker."""
     torch.manual_seed(random.Random(f"dropout/{key}").getrandbits(62))
-
-

@@ -5,11 +5,9 @@ interface. Both run inside Ray Train's process group. Which one a recipe names c
 memory, not results.
 """
 
-import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -57,15 +55,13 @@ class DDP:
             self._objective = DistributedDataParallel(self._objective)
         self._optimizer = build_optimizer(self.model, chosen)
         self._chosen = chosen
-        self._autocast: Callable[[], Any] = (
-            (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
-        )
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def step(self, batch: Batch, level: Tensor, rate: float) -> tuple[Loss, float]:
         """One update at learning rate `rate`."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with self._autocast():
+        with self._autocast:
             loss: Loss = self._objective(batch, level)
         self._optimizer.zero_grad(set_to_none=True)
         loss.loss.backward()

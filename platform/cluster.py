@@ -36,7 +36,7 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     arguments: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if here.ray_address is None:
-        ray.init(num_cpus=num_cpus, include_dashboard=False, **arguments)
+        ray.init(num_cpus=num_cpus, **arguments)
     elif here.inside_ray_job:
         ray.init(**arguments)
     else:  # a laptop driving a cluster: its workers get this checkout, not an installed copy

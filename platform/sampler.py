@@ -87,7 +87,9 @@ def batches(
 ) -> Iterator[tuple[int, int, Indices]]:  # fmt: skip
     """Endless (epoch, batch, utterances) for one rank, from a resume position on."""
     while True:
-        mine = plan(lengths, batching, seed=seed, epoch=epoch, world_size=world_size)[rank::world_size]
+        mine = plan(lengths, batching, seed=seed, epoch=epoch, world_size=world_size)[
+            rank::world_size
+        ]
         for number in range(batch, len(mine)):
             yield epoch, number, mine[number]
         epoch, batch = epoch + 1, 0

@@ -160,7 +160,9 @@ def spectrogram(wave: Wave, title: str = "") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mel = librosa.feature.melspectrogram(y=wave, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96)
+    mel = librosa.feature.melspectrogram(
+        y=wave, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96
+    )
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

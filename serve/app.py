@@ -1,0 +1,127 @@
+"""Ray Serve: ingress -> AR -> NAR -> codec, separate deployments that scale on their own.
+
+    serve run valle.serve.app:build_app model=models:/valle@champion voices=data/voices
+
+Codes travel between deployments as small int16 arrays (12 KB for ten seconds), by value.
+"""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve import Application
+
+from valle.model.codec import Codes
+from valle.model.sampling import Sampling
+from valle.platform import registry
+from valle.serve.api import create_api
+from valle.serve.schema import AppArgs
+
+
+class ARDeployment:
+    """Phonemes and prompt to the first codebook, one request at a time per replica."""
+
+    def __init__(self, model: str, device: str) -> None:
+        _one_thread(device)
+        self._model = registry.load_ar(registry.resolve(model), device)
+        self._device = device
+
+    async def generate(
+        self, ids: list[int], prompt: Codes, sampling: Sampling, max_frames: int, seed: int
+    ) -> tuple[NDArray[np.int16], bool]:
+        """First codebook `[T]`, and whether the length limit ended it."""
+
+        def work() -> tuple[NDArray[np.int16], bool]:
+            said = self._model.generate(
+                torch.tensor(ids, device=self._device),
+                torch.from_numpy(prompt.astype(np.int64)).to(self._device),
+                sampling=sampling, max_frames=max_frames,
+                generator=torch.Generator(self._device).manual_seed(seed),
+            )  # fmt: skip
+            return said.codes.cpu().numpy().astype(np.int16), said.hit_limit
+
+        return await asyncio.to_thread(work)
+
+
+class NARDeployment:
+    """First codebook to all eight."""
+
+    def __init__(self, model: str, device: str) -> None:
+        _one_thread(device)
+        self._model = registry.load_nar(registry.resolve(model), device)
+        self._device = device
+
+    async def generate(self, ids: list[int], prompt: Codes, first: NDArray[np.int16]) -> Codes:
+        """Codes `[8, T]`."""
+
+        def work() -> Codes:
+            codes = self._model.generate(
+                torch.tensor(ids, device=self._device),
+                torch.from_numpy(prompt.astype(np.int64)).to(self._device),
+                torch.from_numpy(first.astype(np.int64)).to(self._device),
+                sampling=Sampling(temperature=0.0),
+                generator=torch.Generator(self._device),
+            )
+            return codes.cpu().numpy().astype(np.int16)
+
+        return await asyncio.to_thread(work)
+
+
+class CodecDeployment:
+    """Recordings to codes and codes to waveforms."""
+
+    def __init__(self, model: str, device: str) -> None:
+        _one_thread(device)
+        self._codec = registry.load_codec(registry.resolve(model), device)
+
+    async def encode(self, wave: NDArray[np.float32], max_frames: int) -> Codes:
+        """Codes `[8, T]` of a recording's start."""
+        codes = await asyncio.to_thread(self._codec.encode, [wave])
+        return codes[0][:, :max_frames]
+
+    async def decode(self, codes: Codes) -> NDArray[np.float32]:
+        """Samples at 24 kHz."""
+        waves = await asyncio.to_thread(self._codec.decode, [codes])
+        return waves[0]
+
+
+def _one_thread(device: str) -> None:
+    if device == "cpu":
+        torch.set_num_threads(1)  # replicas, not threads, use the other cores
+
+
+def build_app(args: AppArgs) -> Application:
+    """The application; Serve validates `args` before anything starts."""
+    accelerator = "cuda" if args.use_gpu else "cpu"
+    scaling = {
+        "min_replicas": 1, "max_replicas": args.max_replicas, "target_ongoing_requests": 1.5,
+    }  # fmt: skip
+
+    def deploy(target: type, name: str, device: str, max_ongoing: int) -> Application:
+        options: dict[str, Any] = {
+            "name": name,
+            "max_ongoing_requests": max_ongoing,
+            "max_queued_requests": 64,
+            "autoscaling_config": scaling,
+            "ray_actor_options": {
+                # small shares: on two cores all four deployments must fit beside each other
+                "num_cpus": 0.3,
+                "num_gpus": 1 if device == "cuda" else 0,
+            },
+        }
+        return serve.deployment(target, **options).bind(args.model, device)
+
+    ar = deploy(ARDeployment, "AR", accelerator, 2)
+    nar = deploy(NARDeployment, "NAR", accelerator, 2)
+    codec = deploy(CodecDeployment, "Codec", "cpu", 4)
+    ingress = serve.deployment(
+        serve.ingress(partial(create_api, args))(),
+        name="Ingress",
+        max_ongoing_requests=100,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return ingress.bind(ar, nar, codec)

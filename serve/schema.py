@@ -1,0 +1,77 @@
+"""What clients send and get: pydantic at the HTTP border, and nowhere else."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class AppArgs(BaseModel):
+    """Arguments of `build_app`: the `args:` of a Serve config, or `key=value` after `serve run`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = "models:/valle@champion"
+    """Registry URI, or the folder of a bundle."""
+
+    voices: str = "data/voices"
+    """Folder of reference recordings; `voice` in a request names one without `.wav`."""
+
+    max_replicas: int = Field(4, ge=1)
+    """Upper bound of each deployment's autoscaling."""
+
+    max_seconds: float = Field(20.0, gt=0, le=60)
+    """Length limit of an answer."""
+
+    max_body_bytes: int = Field(5_000_000, ge=1_000)
+    """Larger requests are refused before they are read."""
+
+    use_gpu: bool = False
+    """One GPU per AR and NAR replica (written to the documentation, not run on a GPU yet)."""
+
+
+class SpeechRequest(BaseModel):
+    """`POST /v1/audio/speech`, OpenAI's fields and ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = "valle"
+    """Ignored but for OpenAI's clients, which must send it."""
+
+    input: str = Field(min_length=1, max_length=4096)
+    """What to say."""
+
+    voice: str = Field("", max_length=100, pattern=r"^[\w-]*$")
+    """Name of a reference recording of the server."""
+
+    ref_audio: str | None = Field(None, max_length=4_000_000)
+    """Instead of `voice`: a recording, base64 of a sound file."""
+
+    response_format: Literal["wav"] = "wav"
+    """The audio's container."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Same seed, same speech."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Of the AR model; 0 is greedy."""
+
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Of the AR model."""
+
+    language: str = Field("en-us", max_length=20, pattern=r"^[a-zA-Z-]+$")
+    """espeak voice name of the text."""
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's envelope around it."""
+
+    error: ErrorDetail

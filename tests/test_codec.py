@@ -1,0 +1,154 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CODEC
+
+from valle.model import codec as codecs
+from valle.model.codec import Codec, CodecIdentity
+from valle.model.codec_training import CodecLoss, CodecTrainee, init_from_data, quantise
+from valle.model.tokens import HOP
+
+
+def waves(*lengths: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.normal(0, 0.1, n).astype(np.float32) for n in lengths]
+
+
+def test_batched_encode_equals_one_by_one(tiny_codec: Codec) -> None:
+    recordings = waves(24_000, 7_777, 48_001, 640, 12_345)
+    together = tiny_codec.encode(recordings)
+    for recording, codes in zip(recordings, together, strict=True):
+        assert codes.dtype == np.int16
+        assert codes.shape == (8, -(-len(recording) // HOP))
+        np.testing.assert_array_equal(codes, tiny_codec.encode([recording])[0])
+    # any split into groups gives the same
+    for codes, grouped in zip(together, tiny_codec.encode(recordings, 1.0), strict=True):
+        np.testing.assert_array_equal(codes, grouped)
+
+
+def test_batched_decode_equals_one_by_one(tiny_codec: Codec) -> None:
+    codes = tiny_codec.encode(waves(24_000, 7_777, 3_200))
+    for item, wave in zip(codes, tiny_codec.decode(codes), strict=True):
+        assert wave.shape == (item.shape[1] * HOP,)
+        np.testing.assert_allclose(wave, tiny_codec.decode([item])[0], atol=1e-5)
+
+
+def test_folded_weights_equal_the_packages_own_model(tiny_codec_folder: Path) -> None:
+    """The slow twin: EncodecModel.encode/decode with weight normalisation left in place."""
+    model = codecs.build(TINY_CODEC).eval()
+    model.load_state_dict(codecs.load_file(tiny_codec_folder / "model.safetensors"), strict=False)
+    model.set_target_bandwidth(6.0)
+    wave = waves(9_600)[0]
+    with torch.inference_mode():
+        codes, _ = model.encode(torch.from_numpy(wave)[None, None])[0]
+        decoded = model.decode([(codes, None)])[0, 0].numpy()
+    ours = codecs.load(str(tiny_codec_folder))
+    np.testing.assert_array_equal(ours.encode([wave])[0], codes[0].numpy())
+    np.testing.assert_allclose(ours.decode([codes[0].short().numpy()])[0], decoded, atol=1e-5)
+
+
+def test_decode_refuses_what_is_not_codes(tiny_codec: Codec) -> None:
+    with pytest.raises(ValueError, match=r"codes\[0\]: values must lie in 0 .. 1023"):
+        tiny_codec.decode([np.full((8, 4), 1024, np.int16)])
+    with pytest.raises(ValueError, match=r"codes\[1\]: expected \[1..8, T\]"):
+        tiny_codec.decode([np.zeros((8, 4), np.int16), np.zeros((9, 4), np.int16)])
+
+
+def test_identity_follows_the_weights(tiny_codec_folder: Path, tmp_path: Path) -> None:
+    first = codecs.load(str(tiny_codec_folder)).identity
+    assert codecs.load(str(tiny_codec_folder)).identity == first
+    weights = codecs.load_file(tiny_codec_folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    codecs.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_codec_folder / "config.json").read_text())
+    other = codecs.load(str(tmp_path)).identity
+    with pytest.raises(ValueError, match="codec mismatch: the dataset was made with tiny"):
+        first.check(other, "the dataset")
+
+
+def test_official_checkpoint_loads_from_a_path(tmp_path: Path) -> None:
+    """The official file is a state dict of exactly this architecture; here with random weights."""
+    model = codecs.build(codecs.CodecConfig())
+    path = tmp_path / "encodec_24khz-d7cc33bc.th"
+    torch.save(model.state_dict(), path)
+    codec = codecs.load(str(path))
+    assert codec.identity.name == "encodec-24khz"
+    assert codec.encode(waves(6_400))[0].shape == (8, 20)
+
+
+def test_official_checkpoint_without_a_network_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(FileNotFoundError, match="on a closed network put the file at"):
+        codecs.load("encodec-24khz", cache=tmp_path)
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = tmp_path / "served.th"
+    served.write_bytes(b"not the checkpoint")
+    monkeypatch.setattr(codecs, "OFFICIAL_URL", f"file://{served}")
+    with pytest.raises(RuntimeError, match="invalid hash value"):
+        codecs.load("encodec-24khz", cache=tmp_path / "cache")
+
+
+def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give nano, encodec-24khz, a folder"):
+        codecs.load(str(tmp_path / "nothing"))
+
+
+def test_nano_ships_and_is_small() -> None:
+    codec = codecs.load("nano")
+    assert codec.identity == CodecIdentity(name="nano", sha256=codec.identity.sha256)
+    assert (codecs.NANO_FOLDER / "model.safetensors").stat().st_size < 8_000_000
+    config = json.loads((codecs.NANO_FOLDER / "config.json").read_text())
+    assert config["n_codebooks"] == 8
+
+
+def test_initialisation_from_data_gives_unit_deviation() -> None:
+    torch.manual_seed(0)
+    model = codecs.build(TINY_CODEC)
+    audio = torch.randn(4, 9_600) * 0.1
+    before = model.encoder(audio[:, None]).detach().std()
+    init_from_data(model, audio)
+    after = model.encoder(audio[:, None]).detach().std()
+    assert before < 0.5
+    assert after == pytest.approx(1.0, rel=1e-3)
+
+
+def test_quantiser_revives_dead_entries() -> None:
+    """With the package's own rule one entry in 1024 stays in use; here nearly all vectors differ."""
+    torch.manual_seed(0)
+    model = codecs.build(TINY_CODEC)
+    loss = CodecLoss(dead_below=0.02)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(8, TINY_CODEC.dimension, 75)
+    for _ in range(20):
+        quantised, codes, _ = quantise(model, z, loss, generator)
+    assert len(codes[0].unique()) > 300
+    assert torch.nn.functional.mse_loss(quantised, z) < 0.05
+
+
+def test_training_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    trainee = CodecTrainee(codecs.build(TINY_CODEC), CodecLoss(autoencode_steps=5))
+    time = torch.arange(12_160) / 24_000
+    audio = 0.3 * torch.sin(2 * torch.pi * torch.tensor([[220.0], [330.0]]) * time)
+    init_from_data(trainee.model, audio)
+    optimizer = torch.optim.AdamW(trainee.model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(30):
+        total, terms = trainee(audio, step, generator)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        losses.append(terms["mel"].item())
+    assert losses[-1] < 0.8 * losses[0]

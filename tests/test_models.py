@@ -1,0 +1,185 @@
+"""Shapes, cache = full, batched = single, and the family's known defects."""
+
+import pytest
+import torch
+from models import TINY, random_batch, random_items, tiny_ar, tiny_nar
+
+from valle.model.ar import AR, _single
+from valle.model.config import ModelConfig
+from valle.model.layers import KVCache, rotate, rotation
+from valle.model.nar import NAR
+from valle.model.sampling import Sampling
+from valle.model.sequence import collate
+from valle.model.tokens import EOS
+from valle.model.training import ar_loss, nar_loss
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def perturb(model: AR | NAR) -> None:
+    """Fresh models have zero modulation: give every parameter a say."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_cached_steps_equal_the_full_forward() -> None:
+    model = tiny_ar()
+    perturb(model)
+    phonemes, prompt, codes = random_items(30)[0]
+    with torch.inference_mode():
+        full = model(_single(phonemes, prompt, codes[0]))[0]
+        logits, cache = model.prefill(phonemes, prompt, 30)
+        steps = [logits[0]]
+        for position, token in enumerate(codes[0]):
+            steps.append(model.step(token[None], position, cache)[0])
+    torch.testing.assert_close(torch.stack(steps), full, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.9, repetition_threshold=0.1)])
+def test_generation_with_and_without_cache_is_the_same(sampling: Sampling) -> None:
+    model = tiny_ar()
+    perturb(model)
+    phonemes, prompt, _ = random_items(20)[0]
+    with_cache, without = (
+        model.generate(
+            phonemes, prompt, sampling=sampling, max_frames=25, use_cache=use_cache,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    assert torch.equal(with_cache.codes, without.codes)
+    assert with_cache.hit_limit == without.hit_limit
+
+
+def test_length_limit_is_reported_and_eos_stops() -> None:
+    model = tiny_ar()
+    phonemes, prompt, _ = random_items(20)[0]
+    arguments = {"sampling": GREEDY, "max_frames": 5, "generator": torch.Generator()}
+    model.head.bias.data[EOS] = -100.0
+    assert model.generate(phonemes, prompt, **arguments).hit_limit
+    model.head.bias.data[EOS] = 100.0
+    stopped = model.generate(phonemes, prompt, **arguments)
+    assert len(stopped.codes) == 0 and not stopped.hit_limit
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_a_row_does_not_depend_on_its_neighbours(kind: str) -> None:
+    model = tiny_ar() if kind == "ar" else tiny_nar()
+    perturb(model)
+    items = random_items(40, 12, 27)
+    level = torch.tensor([1, 4, 7])
+
+    def run(rows: list, levels: torch.Tensor) -> torch.Tensor:
+        batch = collate(*zip(*rows, strict=True))
+        return model(batch) if kind == "ar" else model(batch, levels)
+
+    together = run(items, level)
+    for row, item in enumerate(items):
+        alone = run([item], level[row : row + 1])[0]
+        torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_ar_is_causal_and_sees_text_and_prompt() -> None:
+    model = tiny_ar()
+    perturb(model)
+    phonemes, prompt, codes = random_items(20)[0]
+    base = model(_single(phonemes, prompt, codes[0]))[0]
+    later = codes[0].clone()
+    later[12] = (later[12] + 1) % 1024
+    changed = model(_single(phonemes, prompt, later))[0]
+    assert torch.equal(base[:13], changed[:13])
+    assert not torch.allclose(base[13:], changed[13:])
+    other_text = model(_single(phonemes.roll(1), prompt, codes[0]))[0]
+    assert not torch.allclose(base[0], other_text[0])
+    for book in range(8):  # the prompt is heard in all its codebooks
+        louder = prompt.clone()
+        louder[book] = (louder[book] + 1) % 1024
+        assert not torch.allclose(base[0], model(_single(phonemes, louder, codes[0]))[0][0])
+
+
+def test_first_response_token_is_trained() -> None:
+    """Defect 1 of the family: the target at the separator was ignored, its gradient exactly 0."""
+    model = tiny_ar()
+    batch = random_batch(6, 9)
+    logits = model(batch)
+    logits.retain_grad()
+    loss = ar_loss(logits, batch)
+    loss.loss.backward()
+    assert (logits.grad[:, 0].abs().sum(-1) > 0).all()
+    # 6 + 9 frames and an EOS each; nothing beyond a row's own EOS
+    assert loss.tokens.tolist() == [17]
+    assert (logits.grad[0, 7:] == 0).all()
+    assert logits.grad[0, 6, EOS] < 0  # EOS is pulled up right after the last frame
+
+
+def test_nar_is_bidirectional_and_level_conditioned() -> None:
+    """Defects 2 and 3: a causal NAR that never learnt which level it was at."""
+    model = tiny_nar()
+    perturb(model)
+    phonemes, prompt, codes = random_items(20)[0]
+    level = torch.tensor([3])
+    base = model(collate([phonemes], [prompt], [codes]), level)[0]
+    last = codes.clone()
+    last[0, -1] = (last[0, -1] + 1) % 1024
+    assert not torch.allclose(base[0], model(collate([phonemes], [prompt], [last]), level)[0][0])
+    hidden = codes.clone()
+    hidden[3:] = 0  # codebooks from the level on are what it predicts: it must not see them
+    assert torch.equal(base, model(collate([phonemes], [prompt], [hidden]), level)[0])
+    same_input = model(collate([phonemes], [prompt], [codes]), torch.tensor([4]))[0]
+    assert not torch.allclose(base, same_input)
+
+
+def test_nar_loss_falls_on_the_response_at_its_level() -> None:
+    model = tiny_nar()
+    batch = random_batch(6, 9)
+    level = torch.tensor([2, 7])
+    loss = nar_loss(model(batch, level), batch, level)
+    assert loss.tokens.tolist() == [0, 6, 0, 0, 0, 0, 9]
+    loss.loss.backward()
+    used = model.heads.grad.abs().sum((1, 2)) > 0
+    assert used.tolist() == [False, True, False, False, False, False, True]
+    # stacked parameters: every one has a gradient in every step, which ZeRO needs
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_nar_generates_all_codebooks_from_the_first() -> None:
+    model = tiny_nar()
+    phonemes, prompt, codes = random_items(15)[0]
+    made = model.generate(
+        phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator()
+    )
+    assert made.shape == (8, 15)
+    assert torch.equal(made[0], codes[0])
+    # teacher-forced with its own output, each level predicts itself
+    for level in range(1, 8):
+        logits = model(collate([phonemes], [prompt], [made]), torch.tensor([level]))[0]
+        assert torch.equal(logits.argmax(-1), made[level])
+
+
+def test_rotary_scores_depend_on_distance_only() -> None:
+    query, key = torch.randn(2, 1, 1, 1, 8).unbind(0)
+
+    def score(at: float, to: float) -> torch.Tensor:
+        turn = [rotation(torch.tensor([[p]]), 8) for p in (at, to)]
+        return (rotate(query, turn[0]) * rotate(key, turn[1])).sum()
+
+    torch.testing.assert_close(score(3.0, 7.0), score(10.0, 14.0))
+    assert not torch.allclose(score(3.0, 7.0), score(3.0, 8.0))
+
+
+def test_cache_knows_its_bounds() -> None:
+    cache = KVCache.empty(TINY, 1, 2, like=torch.zeros(1))
+    part = torch.zeros(1, TINY.n_heads, 3, 8)
+    with pytest.raises(AssertionError, match="KV cache is full"):
+        cache.append(0, part, part)
+    cache.advance(2)
+    cache.reset()
+    assert cache.length == 0
+
+
+def test_config_names_the_wrong_field() -> None:
+    with pytest.raises(ValueError, match="width: 30 is no even multiple of n_heads 4"):
+        ModelConfig(width=30, n_heads=4)
+    with pytest.raises(ValueError, match=r"dropout: 1.0 is not in \[0, 1\)"):
+        ModelConfig(width=16, n_heads=2, dropout=1.0)

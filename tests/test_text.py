@@ -1,0 +1,86 @@
+import hashlib
+import warnings
+
+import pytest
+
+from valle.model import text
+
+
+@pytest.mark.parametrize(
+    ("written", "language", "spoken"),
+    [
+        ("Dr. Smith paid $5.20.", "en-us", "doctor Smith paid five dollars, twenty cents."),
+        ("1,234 people, 3.5%", "en-us", "one thousand, two hundred and thirty-four people, "
+         "three point five percent"),
+        ("In 1984 he was 2nd", "en-us", "In nineteen eighty-four he was second"),
+        ("At 10:30 & no later", "en-us", "At ten thirty and no later"),
+        ("“Hi”  —\u00a0she’s ﬁne…", "en-us", "\"Hi\" — she's fine…"),
+        ("M. Dupont a 21 ans", "fr-fr", "monsieur Dupont a vingt et un ans"),
+        ("La Sra. tiene 25 años", "es", "La señora tiene veinticinco años"),
+        ("Das kostet 3,5 €, z.B. heute", "de",
+         "Das kostet drei Euro und fünfzig Cent, zum Beispiel heute"),
+        ("call 12345678901234567890", "en-us", "call " + "one two three four five six seven "
+         "eight nine zero one two three four five six seven eight nine zero"),
+    ],
+)  # fmt: skip
+def test_normalize(written: str, language: str, spoken: str) -> None:
+    assert text.normalize(written, language) == spoken
+
+
+@pytest.mark.parametrize(
+    ("written", "language", "ipa"),
+    [
+        ("Hello, world!", "en-us", "həlˈoʊ, wˈɜːld!"),
+        ("Bonjour", "fr-fr", "bɔ̃ʒˈuʁ"),
+        ("Buenos días", "es", "bwˈenos ðˈias"),
+        ("Guten Tag", "de", "ɡˈuːtən tˈɑːk"),
+    ],
+)
+def test_phonemize_keeps_stress_word_boundaries_and_punctuation(
+    written: str, language: str, ipa: str
+) -> None:
+    assert text.phonemize([written], language) == [ipa]
+
+
+def test_empty_lines_do_not_shift_their_neighbours() -> None:
+    alone = text.phonemize(["one"])
+    assert text.phonemize(["", "one", "  "]) == ["", *alone, ""]
+
+
+def test_everything_espeak_says_is_in_the_inventory() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for language, line in [
+            ("en-us", "The quick brown fox jumps; measure, joy, thing, this: (naïve) café?"),
+            ("fr-fr", "Un bon vin blanc, œuvre, garçon, Noël; agneau!"),
+            ("es", "¿Qué tal, señor? ¡El pingüino llovía!"),
+            ("de", "Schöne Grüße, ich möchte Bücher, Äpfel und Pfützen."),
+            ("it", "Gli gnocchi, sci, zaino"), ("ru", "Здравствуйте, щука, ещё"),
+        ]:  # fmt: skip
+            ipa = text.phonemize([line], language)[0]
+            assert text.decode(text.encode(ipa)) == ipa
+
+
+def test_unknown_symbols_warn_and_become_unk() -> None:
+    with pytest.warns(UserWarning, match=r"'☃' \(U\+2603\)"):
+        ids = text.encode("a☃b")
+    assert ids[1] == text.UNK
+    assert text.decode(ids) == "a\ufffdb"
+
+
+def test_unknown_language_names_the_field() -> None:
+    with pytest.raises(ValueError, match="language: espeak has no voice named 'xx-yy'"):
+        text.phonemize(["hello"], "xx-yy")
+
+
+def test_inventory_is_stable() -> None:
+    """Ids are in datasets and checkpoints: symbols may be appended, never moved."""
+    known = "".join(text.INVENTORY[:156]).encode()
+    assert hashlib.sha256(known).hexdigest()[:16] == "ac625bd32c708482"
+    assert len(set(text.INVENTORY)) == len(text.INVENTORY)
+
+
+def test_reads_the_reference_systems_phn_files() -> None:
+    content = "h ə lˈ oʊ ,  w ˈɜː l d"
+    assert text.read_phn(content) == "həlˈoʊ, wˈɜːld"
+    assert text.UNK not in text.encode(text.read_phn(content))

@@ -1,0 +1,81 @@
+"""`python -m valle "text" ref.wav out.wav`: speech without any server."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
+from valle.model.valle import Synthesis, Voice
+from valle.platform import audio, checkpoint, registry
+
+
+def load(arguments: argparse.Namespace) -> Voice:
+    """The networks named on the command line."""
+    if not arguments.ar_ckpt and not arguments.nar_ckpt:
+        return registry.load_voice(registry.resolve(arguments.model), arguments.device)
+    from valle.model import codec as codecs
+    from valle.model.ar import AR
+    from valle.model.nar import NAR
+
+    if not (arguments.ar_ckpt and arguments.nar_ckpt):
+        raise ValueError("--ar-ckpt and --nar-ckpt go together")
+    codec = codecs.load(arguments.codec, device=arguments.device)
+    ar, about_ar = checkpoint.load(arguments.ar_ckpt, arguments.device)
+    nar, about_nar = checkpoint.load(arguments.nar_ckpt, arguments.device)
+    if not isinstance(ar, AR) or not isinstance(nar, NAR):
+        raise ValueError("--ar-ckpt must hold an AR model, --nar-ckpt a NAR model")
+    codec.identity.check(about_ar.codec, "the AR checkpoint")
+    codec.identity.check(about_nar.codec, "the NAR checkpoint")
+    return Voice(ar, nar, codec)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Speaks one text; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m valle", description=__doc__)
+    parser.add_argument("text", help="what to say")
+    parser.add_argument("reference", type=Path, help="recording of the voice (wav, flac, mp3)")
+    parser.add_argument("out", type=Path, help="wav file to write")
+    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
+    parser.add_argument("--ar-ckpt", type=Path, help="AR checkpoint, instead of --model")
+    parser.add_argument("--nar-ckpt", type=Path, help="NAR checkpoint, instead of --model")
+    parser.add_argument("--codec", default="nano", help="codec of --ar-ckpt and --nar-ckpt")
+    parser.add_argument("--max-ar-steps", type=int, default=1500, help="length limit in frames")
+    parser.add_argument("--ar-temp", type=float, default=1.0, help="temperature of the AR model")
+    parser.add_argument("--nar-temp", type=float, default=0.0, help="0 is greedy, the default")
+    parser.add_argument("--language", default="en-us", help="espeak voice name of the text")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same speech")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    arguments = parser.parse_args(argv)
+    try:
+        default = Synthesis()
+        how = replace(
+            default,
+            ar=replace(default.ar, temperature=arguments.ar_temp),
+            nar=replace(default.nar, temperature=arguments.nar_temp),
+            max_seconds=arguments.max_ar_steps / FRAME_RATE,
+            language=arguments.language,
+            seed=arguments.seed,
+        )
+        voice = load(arguments)
+        prompt = audio.read(arguments.reference.read_bytes(), max_seconds=60)
+        started = time.perf_counter()
+        spoken = voice.speak(arguments.text, prompt, how)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not len(spoken.wave):
+        print("error: the model stopped at once; try another --seed", file=sys.stderr)
+        return 1
+    arguments.out.write_bytes(audio.wav_bytes(spoken.wave))
+    seconds = len(spoken.wave) / SAMPLE_RATE
+    taken = time.perf_counter() - started
+    limit = ", cut off by the length limit" if spoken.hit_limit else ""
+    print(f"{arguments.out}: {seconds:.2f} s of speech in {taken:.2f} s{limit}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
