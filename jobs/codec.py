@@ -22,7 +22,7 @@ from torch import Tensor
 
 from valle.model import codec as codecs
 from valle.model.codec import CodecConfig
-from valle.model.codec_training import CodecLoss, CodecTrainee, init_from_data
+from valle.model.codec_training import CodecLoss, CodecTrainee, condition, init_from_data
 from valle.model.tokens import CODEBOOK_SIZE, SAMPLE_RATE
 from valle.platform import recipe, storage
 from valle.platform.cluster import connect
@@ -175,6 +175,8 @@ def train(values: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(chosen, step)
+        if step == chosen.loss.autoencode_steps:
+            condition(trainee.model, crops.batch(16, f"{chosen.seed}/init").to(device))
         loss, terms = module(waves, step, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

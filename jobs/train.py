@@ -217,7 +217,7 @@ def train(values: dict[str, Any]) -> None:
             backend.load(Path(folder))
             state = checkpoint.load_state(Path(folder))
     total = chosen.steps[kind]
-    run = tracking.worker_run(values["run_id"] if rank == 0 else None)
+    run = tracking.worker_run(values["run_id"] if rank == 0 else None, values["tracking_uri"])
     bar = progress(total=total, label=kind, unit="step", initial=state.step)
     n_codebooks = loader.dataset.manifest.codec.n_codebooks
 
@@ -320,7 +320,12 @@ def fit(chosen: TrainRecipe, kind: Kind) -> str:
     with tracking.driver_run(name, asdict(chosen)) as run_id:
         trainer = TorchTrainer(
             train,
-            train_loop_config={"recipe": asdict(chosen), "kind": kind, "run_id": run_id},
+            train_loop_config={
+                "recipe": asdict(chosen),
+                "kind": kind,
+                "run_id": run_id,
+                "tracking_uri": settings.read().tracking_uri,
+            },
             scaling_config=ScalingConfig(
                 num_workers=chosen.workers, use_gpu=torch.cuda.is_available()
             ),

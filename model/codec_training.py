@@ -80,12 +80,12 @@ def init_from_data(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> 
     learns the mean spectrum, and the codes never come to matter. The last layer is made small.
     """
 
-    def rescale(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def rescale(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         deviation = output.std().clamp_min(1e-6)
         module.weight_g.div_(deviation)
         return output / deviation
 
-    convolutions = [m for m in model.modules() if hasattr(m, "weight_g")]
+    convolutions: list[Any] = [m for m in model.modules() if hasattr(m, "weight_g")]
     for convolution in convolutions:
         convolution.bias.zero_()
     hooks = [convolution.register_forward_hook(rescale) for convolution in convolutions]
@@ -93,6 +93,39 @@ def init_from_data(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> 
     for hook in hooks:
         hook.remove()
     convolutions[-1].weight_g.mul_(0.05)
+
+
+@torch.no_grad()
+def condition(model: "EncodecModel", waves: Float[Tensor, "B samples"], power: float = 0.5) -> None:
+    """Evens out the encoder's output before the quantiser joins; the autoencoder stays the same.
+
+    After plain auto-encoding two directions of the features (loudness, mostly) carry a hundred
+    times the variance of the others, and residual quantisation by distance would spend all books
+    on them. Each principal direction is divided by its deviation to the `power`; the change is
+    folded into the encoder's last and the decoder's first convolution, which are linear.
+    """
+    z = model.encoder(waves[:, None]).transpose(1, 2).flatten(0, 1)
+    mean = z.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov(z.T))
+    variances = variances.clamp_min(variances.max() * 1e-6)
+    scale = variances.pow(-power / 2)
+    scale = scale / (variances * scale.square()).mean().sqrt()
+    forth, back = (axes * scale) @ axes.T, (axes / scale) @ axes.T
+
+    last, first = model.encoder.model[-1].conv.conv, model.decoder.model[0].conv.conv
+    last_weight, first_weight = (
+        torch._weight_norm(layer.weight_v, layer.weight_g, 0) for layer in (last, first)
+    )
+    last.bias.copy_(forth @ (last.bias - mean))
+    first.bias.add_(first_weight.sum(2) @ mean)
+    _set_weight(last, torch.einsum("oc,cik->oik", forth, last_weight))
+    _set_weight(first, torch.einsum("ock,ci->oik", first_weight, back))
+
+
+def _set_weight(layer: Any, weight: Tensor) -> None:
+    """Gives a weight-normalised convolution the effective weight `weight`."""
+    layer.weight_v.copy_(weight)
+    layer.weight_g.copy_(weight.flatten(1).norm(dim=1)[:, None, None])
 
 
 def quantise(

@@ -88,7 +88,7 @@ def publish(folder: Path, alias: str, tags: dict[str, str]) -> int:
     return int(version.version)
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, tracking_uri: str | None = None) -> Path:
     """The local folder of a bundle: a path as it is, `models:/...` through the registry.
 
     Raises FileNotFoundError when there is no such model, with what to do.
@@ -101,7 +101,7 @@ def resolve(source: str) -> Path:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    tracking.connect()
+    tracking.connect(tracking_uri)
     try:
         return Path(mlflow.artifacts.download_artifacts(source))
     except MlflowException as error:

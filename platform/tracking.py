@@ -34,11 +34,20 @@ def code_version() -> str:
     return f"{__version__}-{described.stdout.strip()}"
 
 
-def connect() -> None:
-    """Points MLflow at this installation's store and experiment."""
+def connect(uri: str | None = None) -> None:
+    """Points MLflow at a store (default: this machine's settings) and at our experiment.
+
+    Workers and replicas run in folders and environments of their own, so they are told the URI
+    by whoever started them.
+    """
     import mlflow
 
-    mlflow.set_tracking_uri(settings.read().tracking_uri)
+    here = settings.read()
+    mlflow.set_tracking_uri(uri or here.tracking_uri)
+    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        # without a server, MLflow would keep artifacts in whatever folder it was started in
+        local = mlflow.get_tracking_uri().startswith("sqlite:")
+        mlflow.create_experiment(EXPERIMENT, str(here.home / "mlruns") if local else None)
     mlflow.set_experiment(EXPERIMENT)
 
 
@@ -101,10 +110,10 @@ class NullRun:
 class MlflowRun:
     """The first worker's end of the driver's run, with its machine's system metrics."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, uri: str) -> None:
         import mlflow
 
-        connect()
+        connect(uri)
         mlflow.set_system_metrics_sampling_interval(10)
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
 
@@ -149,9 +158,9 @@ def _artifact(client: Any, run_id: str, path: str) -> Iterator[io.BufferedWriter
         client.log_artifact(run_id, str(local), str(target.parent))
 
 
-def worker_run(run_id: str | None) -> WorkerRun:
+def worker_run(run_id: str | None, uri: str) -> WorkerRun:
     """The run to log to; None gives one that ignores everything."""
-    return NullRun() if run_id is None else MlflowRun(run_id)
+    return NullRun() if run_id is None else MlflowRun(run_id, uri)
 
 
 def spectrogram(wave: Wave, title: str = "") -> bytes:

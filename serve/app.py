@@ -17,7 +17,7 @@ from ray.serve import Application
 
 from valle.model.codec import Codes
 from valle.model.sampling import Sampling
-from valle.platform import registry
+from valle.platform import registry, settings, storage
 from valle.serve.api import create_api
 from valle.serve.schema import AppArgs
 
@@ -25,9 +25,9 @@ from valle.serve.schema import AppArgs
 class ARDeployment:
     """Phonemes and prompt to the first codebook, one request at a time per replica."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
         _one_thread(device)
-        self._model = registry.load_ar(registry.resolve(model), device)
+        self._model = registry.load_ar(registry.resolve(model, tracking_uri), device)
         self._device = device
 
     async def generate(
@@ -50,9 +50,9 @@ class ARDeployment:
 class NARDeployment:
     """First codebook to all eight."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
         _one_thread(device)
-        self._model = registry.load_nar(registry.resolve(model), device)
+        self._model = registry.load_nar(registry.resolve(model, tracking_uri), device)
         self._device = device
 
     async def generate(self, ids: list[int], prompt: Codes, first: NDArray[np.int16]) -> Codes:
@@ -74,9 +74,9 @@ class NARDeployment:
 class CodecDeployment:
     """Recordings to codes and codes to waveforms."""
 
-    def __init__(self, model: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
         _one_thread(device)
-        self._codec = registry.load_codec(registry.resolve(model), device)
+        self._codec = registry.load_codec(registry.resolve(model, tracking_uri), device)
 
     async def encode(self, wave: NDArray[np.float32], max_frames: int) -> Codes:
         """Codes `[8, T]` of a recording's start."""
@@ -96,6 +96,9 @@ def _one_thread(device: str) -> None:
 
 def build_app(args: AppArgs) -> Application:
     """The application; Serve validates `args` before anything starts."""
+    # replicas run in folders of their own: what is relative or local is fixed here
+    tracking_uri = args.tracking_uri or settings.read().tracking_uri
+    args = args.model_copy(update={"voices": storage.absolute(args.voices)})
     accelerator = "cuda" if args.use_gpu else "cpu"
     scaling = {
         "min_replicas": 1, "max_replicas": args.max_replicas, "target_ongoing_requests": 1.5,
@@ -113,7 +116,7 @@ def build_app(args: AppArgs) -> Application:
                 "num_gpus": 1 if device == "cuda" else 0,
             },
         }
-        return serve.deployment(target, **options).bind(args.model, device)
+        return serve.deployment(target, **options).bind(args.model, tracking_uri, device)
 
     ar = deploy(ARDeployment, "AR", accelerator, 2)
     nar = deploy(NARDeployment, "NAR", accelerator, 2)

@@ -13,6 +13,9 @@ class AppArgs(BaseModel):
     model: str = "models:/valle@champion"
     """Registry URI, or the folder of a bundle."""
 
+    tracking_uri: str | None = None
+    """MLflow's address; default: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
+
     voices: str = "data/voices"
     """Folder of reference recordings; `voice` in a request names one without `.wav`."""
 

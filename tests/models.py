@@ -27,9 +27,7 @@ def random_items(*frames: int, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
     def draw(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(2, high, shape, generator=generator)
 
-    return [
-        (draw(100, 4 + n // 4), draw(1024, 8, 5 + n // 2), draw(1024, 8, n)) for n in frames
-    ]
+    return [(draw(100, 4 + n // 4), draw(1024, 8, 5 + n // 2), draw(1024, 8, n)) for n in frames]
 
 
 def random_batch(*frames: int, seed: int = 0) -> Batch:

@@ -146,9 +146,7 @@ def test_nar_loss_falls_on_the_response_at_its_level() -> None:
 def test_nar_generates_all_codebooks_from_the_first() -> None:
     model = tiny_nar()
     phonemes, prompt, codes = random_items(15)[0]
-    made = model.generate(
-        phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator()
-    )
+    made = model.generate(phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator())
     assert made.shape == (8, 15)
     assert torch.equal(made[0], codes[0])
     # teacher-forced with its own output, each level predicts itself

@@ -55,7 +55,9 @@ def test_resumed_position_repeats_the_rest() -> None:
         stream = batches(
             LENGTHS[:200], Batching(), seed=0, epoch=epoch, batch=batch, rank=1, world_size=2
         )
-        return [(e, n, next_.tolist()) for _, (e, n, next_) in zip(range(count), stream)]
+        return [
+            (e, n, next_.tolist()) for _, (e, n, next_) in zip(range(count), stream, strict=False)
+        ]
 
     whole = take(0, 0, 60)
     assert whole[-1][0] > 0  # crosses an epoch

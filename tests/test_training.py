@@ -1,5 +1,6 @@
 """Loss, schedule, overfitting, and golden numbers."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_schedule_rises_falls_and_keeps_its_end() -> None:
     rates = [chosen.rate(step, 110) for step in range(120)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert max(rates) == rates[9] == rates[10]
-    assert all(a > b for a, b in zip(rates[10:109], rates[11:110], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:110]))
     assert rates[110] == rates[119] == pytest.approx(0.1)
 
 

@@ -1,0 +1,36 @@
+# Thin: every target is a command one could type. All go through .venv, made on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?= 8000
+
+.PHONY: help venv demo test check serve format
+help:    ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv: .venv/.complete  ## make .venv and install everything, pinned (first time: several minutes)
+.venv/.complete: pyproject.toml constraints.txt
+	@echo "==> installing into .venv with the versions of constraints.txt"
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed (make PYTHON=...)"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the whole path
+	@$(BIN)/python -m valle.jobs.demo --port $(PORT)
+
+test: venv  ## all tests
+	@$(BIN)/python -m pytest -q
+
+check: venv  ## format, lint, types and the fast tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q -m "not ray and not slow"
+
+serve: venv  ## the endpoint with the registry's champion, on PORT
+	@$(BIN)/python -m valle.serve.run --port $(PORT)
+
+format: venv  ## format and sort imports
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .

@@ -1,0 +1,114 @@
+"""The token dataset: what goes in comes out, lazily, checked."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import random_rows, write_dataset
+
+from valle.model.codec import Codec
+from valle.platform import dataset, storage
+from valle.platform.dataset import SCHEMA, Statistics, TokenDataset
+
+
+def test_round_trip(tmp_path: Path, tiny_codec: Codec) -> None:
+    rows = write_dataset(str(tmp_path / "tokens"), tiny_codec)
+    opened = TokenDataset(str(tmp_path / "tokens"), tmp_path / "cache")
+    assert len(opened) == len(rows)
+    for number in (0, 24, 25, 59):
+        found, row = opened[number], rows[number]
+        assert (found.id, found.speaker, found.text) == (row["id"], row["speaker"], row["text"])
+        np.testing.assert_array_equal(found.codes, row["codes"])
+        assert found.phonemes.tolist() == row["phonemes"]
+    assert opened.frames().tolist() == [row["frames"] for row in rows]
+    assert opened.n_phonemes().tolist() == [len(row["phonemes"]) for row in rows]
+    speakers = opened.speakers()
+    assert len(set(speakers.tolist())) == 3
+    assert (np.diff(speakers) >= 0).all()  # utterances of a speaker lie together
+
+
+def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Codec) -> None:
+    rows = write_dataset(str(tmp_path), tiny_codec)
+    manifest = dataset.read_manifest(str(tmp_path))
+    frames = sum(row["frames"] for row in rows)
+    assert manifest.utterances == 60
+    assert manifest.hours == pytest.approx(frames / 75 / 3600, abs=1e-4)
+    assert set(manifest.hours_by_speaker) == {"s0", "s1", "s2"}
+    assert set(manifest.hours_by_language) == {"en-us"}
+    assert manifest.codec == tiny_codec.identity
+
+
+def test_row_groups_are_bounded_in_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "FRAMES_PER_ROW_GROUP", 300)
+    dataset.write_shard(str(tmp_path), "one", dataset.table(random_rows(50)))
+    footer = pq.ParquetFile(tmp_path / "shards/one.parquet").metadata
+    assert footer.num_row_groups > 4
+    frames = np.asarray([row["frames"] for row in random_rows(50)])
+    sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    for group in np.split(frames, np.cumsum(sizes)[:-1]):
+        assert group.sum() <= 300 + frames.max()
+
+
+def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+    write_dataset(str(tmp_path), tiny_codec)
+    path = next((tmp_path / "shards").glob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="does not match its hash"):
+        TokenDataset(str(tmp_path), tmp_path / "cache")
+
+
+def test_cache_is_built_once(tmp_path: Path, tiny_codec: Codec) -> None:
+    uri = str(tmp_path / "tokens")
+    write_dataset(uri, tiny_codec)
+    TokenDataset(uri, tmp_path / "cache")
+    built = sorted((tmp_path / "cache/shards").glob("*.arrow"))
+    assert len(built) == 3
+    for path in (tmp_path / "tokens/shards").glob("*.parquet"):
+        path.unlink()  # a second opening needs the cache only
+    assert len(TokenDataset(uri, tmp_path / "cache")) == 60
+
+
+def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: Codec) -> None:
+    with pytest.raises(FileNotFoundError, match="run `prepare` first"):
+        dataset.read_manifest(str(tmp_path))
+    dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
+    with pytest.raises(ValueError, match="is empty: see its rejects/"):
+        TokenDataset(str(tmp_path), tmp_path / "cache")
+
+
+def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+    manifest = dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
+    path = str(tmp_path / "dataset.json")
+    storage.write_json(path, {**asdict(manifest), "inventory": ["x", "y"]})
+    with pytest.raises(ValueError, match="made with another phoneme inventory"):
+        dataset.read_manifest(str(tmp_path))
+    storage.write_json(path, {**asdict(manifest), "version": 99})
+    with pytest.raises(ValueError, match="version 99, this code reads 1"):
+        dataset.read_manifest(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Codec) -> None:
+    """200,000 utterances: lengths and speakers come from mapped columns, not from rows."""
+    count = 200_000
+    frames = np.full(count, 4, np.int32)
+    lists = pa.ListArray.from_arrays(np.arange(0, count * 4 + 1, 4), np.zeros(count * 4, np.int16))
+    codes = pa.ListArray.from_arrays(
+        np.arange(0, count * 32 + 1, 32), np.zeros(count * 32, np.int16)
+    )
+    names = pa.array([f"s{i // 1000}" for i in range(count)])
+    ids = pa.array([str(i) for i in range(count)])
+    table = pa.Table.from_arrays(
+        [ids, names, names, ids, lists, codes, pa.array(frames), ids], schema=SCHEMA
+    )
+    shard = dataset.write_shard(str(tmp_path), "big", table)
+    statistics = Statistics()
+    statistics.add(table)
+    dataset.write_manifest(str(tmp_path), tiny_codec.identity, [shard], statistics)
+    TokenDataset(str(tmp_path), tmp_path / "cache")
+    opened = TokenDataset(str(tmp_path), tmp_path / "cache")
+    assert len(opened.frames()) == len(opened.speakers()) == count
+    assert opened[123_456].id == "123456"

@@ -1,0 +1,224 @@
+"""Storage, audio files, recipes and checkpoints."""
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from models import TINY, random_batch, tiny_ar, tiny_nar
+
+from valle.jobs.train import TrainRecipe
+from valle.model.ar import AR
+from valle.model.codec import Codec
+from valle.model.training import Objective, Optimization, TrainState, build_optimizer
+from valle.platform import audio, checkpoint, recipe, storage
+from valle.platform.recipe import RECIPES, RecipeError
+
+
+def test_storage_verbs_on_a_folder(home: Path) -> None:
+    storage.write_bytes("a/b c/ü.txt", b"one")
+    assert (home / "a/b c/ü.txt").read_bytes() == b"one"  # relative paths start at home
+    storage.write_bytes("a/b c/ü.txt", b"two")
+    assert storage.read_bytes(f"file://{home}/a/b c/ü.txt") == b"two"
+    storage.write_bytes("a/z.WAV", b"")
+    (home / "a/half.wav.part").write_bytes(b"a writer was killed here")
+    assert list(storage.list_files("a")) == ["b c/ü.txt", "z.WAV"]
+    assert list(storage.list_files("a", (".wav",))) == ["z.WAV"]
+    assert list(storage.list_files("nothing")) == []
+    assert storage.size("a/b c/ü.txt") == 3
+    storage.remove("a/z.WAV")
+    assert not storage.exists("a/z.WAV") and storage.exists("a")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/none")
+    with pytest.raises(ValueError, match="not a usable storage URI: 'ftp://x/y'"):
+        storage.filesystem("ftp://x/y")
+
+
+def sound(samples: np.ndarray, rate: int, format: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "MP3"])
+def test_audio_becomes_24_khz_mono(format: str) -> None:
+    time = np.arange(48_000) / 48_000
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time)
+    stereo = np.stack([tone, np.zeros_like(tone)], axis=1)
+    wave = audio.read(sound(stereo, 48_000, format), max_seconds=5)
+    assert wave.dtype == np.float32
+    assert len(wave) == pytest.approx(24_000, abs=1_500 if format == "MP3" else 1)
+    assert np.abs(wave).max() == pytest.approx(0.25, abs=0.02)
+    spectrum = np.abs(np.fft.rfft(wave[:24_000], 24_000))
+    assert int(spectrum.argmax()) == 440
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable audio"),
+        (b"RIFFgarbage", "unreadable audio"),
+        (sound(np.zeros((0, 1)), 24_000, "WAV"), "empty audio"),
+        (sound(np.zeros(24_000 * 4), 24_000, "FLAC"), "too long: 4.0 s, limit 3 s"),
+        (sound(np.full(2400, np.nan), 24_000, "WAV")[:44] + b"", "empty audio"),
+    ],
+)
+def test_bad_audio_says_why(data: bytes, reason: str) -> None:
+    with pytest.raises(audio.AudioError, match=reason):
+        audio.read(data, max_seconds=3)
+
+
+def test_loudness_of_a_full_scale_sine() -> None:
+    wave = np.sin(np.linspace(0, 2000 * np.pi, 24_000)).astype(np.float32)
+    assert audio.loudness(wave) == pytest.approx(-3.0, abs=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    width: int = 4
+    """How wide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    out: str
+    """Where to."""
+    inner: Inner = field(default_factory=Inner)
+    rate: float = 0.1
+    """How fast."""
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate: {self.rate} is not above 0")
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_recipe_with_overrides(tmp_path: Path) -> None:
+    name = written(tmp_path, "corpus: {out: x, rate: 1}")
+    loaded = recipe.load(name, "corpus", Example, ["inner.width=9", "out=y z"])
+    assert loaded == Example(out="y z", inner=Inner(width=9), rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("corpus: {out: x, wdith: 3}", [], "wdith"),
+        ("corpus: {out: x, inner: {widht: 3}}", [], "widht"),
+        ("corpus: {out: 3}", [], 'wrong value type for field "out"'),
+        ("corpus: {rate: 2}", [], '"out"'),
+        ("corpus: {out: x, rate: -1}", [], "rate: -1.0 is not above 0"),
+        ("corpus: {out: x}", ["rate"], "expected key=value, got 'rate'"),
+        ("corpus: {out: x}", ["out.deeper=1"], "out is not a group of settings"),
+        ("corpse: {out: x}", [], "unknown section 'corpse'"),
+        ("prepare: {out: x}", [], "has no section 'corpus'"),
+    ],
+)
+def test_a_bad_recipe_names_the_field(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe.load(written(tmp_path, text), "corpus", Example, overrides)
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="or one of: .*demo"):
+        recipe.load("nonsense", "corpus", Example)
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        recipe.parse_arguments(["--help"], "train", TrainRecipe, "Trains.")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "optimization.learning_rate (float, default 0.0005)" in text
+    assert "ddp or deepspeed." in text
+
+
+def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        recipe.parse_arguments(["backend=horovod"], "train", TrainRecipe, "Trains.")
+    assert stop.value.code == 2
+    assert "backend: 'horovod' is none of ('ddp', 'deepspeed')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    from valle.jobs import codec, corpus, prepare, publish, train
+
+    schemas = {
+        "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
+        "codec": codec.CodecRecipe, "train": train.TrainRecipe,
+        "publish": publish.PublishRecipe,
+    }  # fmt: skip
+    import yaml
+
+    sections = yaml.safe_load(path.read_text())
+    assert sections
+    for section in sections:
+        assert recipe.load(path.stem, section, schemas[section])
+
+
+def description(codec: Codec) -> checkpoint.Description:
+    return checkpoint.describe("ar", TINY, codec.identity, "test", {"run": "x"})
+
+
+def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Codec) -> None:
+    model = tiny_ar()
+    checkpoint.save(tmp_path, model.state_dict(), description(tiny_codec))
+    loaded, about = checkpoint.load(tmp_path)
+    assert isinstance(loaded, AR) and about == description(tiny_codec)
+    batch = random_batch(9, 14)
+    assert torch.equal(loaded(batch), model(batch))
+
+
+def test_optimizer_round_trip_continues_to_the_last_bit(tmp_path: Path, tiny_codec: Codec) -> None:
+    batch, level = random_batch(9, 14), torch.tensor([3, 5])
+
+    def steps(model: AR, optimizer: torch.optim.AdamW, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            loss = Objective(model)(batch, level).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    model = tiny_ar()
+    optimizer = build_optimizer(model, Optimization())
+    steps(model, optimizer, 5)
+    checkpoint.save(tmp_path, model.state_dict(), description(tiny_codec))
+    checkpoint.save_state(tmp_path, TrainState(step=5, epoch=1, batch=2))
+    checkpoint.save_optimizer(tmp_path, model, optimizer)
+    uninterrupted = steps(model, optimizer, 5)
+
+    resumed, _ = checkpoint.load(tmp_path)
+    assert isinstance(resumed, AR)
+    fresh = build_optimizer(resumed, Optimization())
+    checkpoint.load_optimizer(tmp_path, resumed, fresh)
+    assert steps(resumed, fresh, 5) == uninterrupted
+    assert checkpoint.load_state(tmp_path) == TrainState(step=5, epoch=1, batch=2)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
+        checkpoint.read(tmp_path)
+    checkpoint.save(tmp_path, tiny_nar().state_dict(), description(tiny_codec))
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        checkpoint.load(tmp_path)  # a NAR's weights under an AR's description
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 a pickle")
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        checkpoint.load(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "surprise": 1}))
+    with pytest.raises(ValueError, match="surprise"):
+        checkpoint.read(tmp_path)
