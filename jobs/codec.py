@@ -175,7 +175,7 @@ def train(values: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(chosen, step)
-        if step == chosen.loss.autoencode_steps:
+        if step in chosen.loss.condition_at:
             condition(trainee.model, crops.batch(16, f"{chosen.seed}/init").to(device))
         loss, terms = module(waves, step, generator)
         optimizer.zero_grad(set_to_none=True)

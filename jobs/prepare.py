@@ -83,7 +83,7 @@ def each(rows: pa.Table, work: Callable[[Row], Row], drop: Sequence[str] = ()) -
         if row["reason"] is None:
             try:
                 row |= work(row)
-            except (ValueError, OSError) as error:  # AudioError, UnicodeDecodeError among them
+            except (ValueError, OSError) as error:  # AudioError among them
                 row["reason"] = str(error)
         done.append({key: value for key, value in row.items() if key not in drop})
     return pa.Table.from_pylist(done, schema=_schema(drop))
@@ -116,7 +116,10 @@ class Decode:
         if text is None:
             if not storage.exists(row["text_uri"]):
                 raise ValueError("no transcript beside the recording")
-            text = storage.read_bytes(row["text_uri"]).decode("utf-8-sig")
+            try:
+                text = storage.read_bytes(row["text_uri"]).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"text is not UTF-8: {error}") from error
         if not text.strip():
             raise ValueError("empty text")
         wave = audio.read(storage.read_bytes(row["audio"]), max_seconds=chosen.max_seconds)

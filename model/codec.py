@@ -79,12 +79,7 @@ class CodecIdentity:
 
 def build(config: CodecConfig) -> "EncodecModel":
     """An untrained EnCodec of the given size, on the CPU."""
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        # `encodec` imports torchaudio at its top and needs nothing of it here; PyPI's torchaudio
-        # does not load beside a CPU build of torch (it asks for libc10_cuda.so)
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    ensure_torchaudio()
     from encodec.model import EncodecModel
     from encodec.modules import SEANetDecoder, SEANetEncoder
     from encodec.quantization import ResidualVectorQuantizer
@@ -103,6 +98,22 @@ def build(config: CodecConfig) -> "EncodecModel":
     )
     bandwidths = [1.5, 3.0, 6.0, 12.0, 24.0]
     return EncodecModel(encoder, decoder, quantizer, bandwidths, SAMPLE_RATE, 1, name=config.name)
+
+
+def ensure_torchaudio() -> None:
+    """Puts an empty module where torchaudio cannot load.
+
+    `encodec` and `distillmos` import torchaudio at their top and need nothing of it on our path;
+    PyPI's torchaudio does not load beside a CPU build of torch (it asks for libc10_cuda.so).
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        stand_in = types.ModuleType("torchaudio")
+        transforms = types.ModuleType("torchaudio.transforms")
+        transforms.MFCC = None  # type: ignore[attr-defined]
+        stand_in.transforms = transforms  # type: ignore[attr-defined]
+        sys.modules |= {"torchaudio": stand_in, "torchaudio.transforms": transforms}
 
 
 class Codec:

@@ -35,6 +35,10 @@ class CodecLoss:
     commitment: float = 0.25
     """Pulls the encoder's output to its codebook entries."""
 
+    feature_size: float = 0.05
+    """Mean square of the encoder's output: keeps one direction from growing without bound, which
+    costs the decoder nothing and the quantiser its first books."""
+
     decay: float = 0.99
     """Of the moving averages that place the codebook entries."""
 
@@ -43,6 +47,9 @@ class CodecLoss:
 
     autoencode_steps: int = 300
     """Steps without the quantiser at the start, until the encoder's output carries anything."""
+
+    condition_at: tuple[int, ...] = (300,)
+    """Steps at which the features are evened out (`condition`) and the codebooks start anew."""
 
 
 class MelLoss(nn.Module):
@@ -118,6 +125,9 @@ def condition(model: "EncodecModel", waves: Float[Tensor, "B samples"], power: f
     )
     last.bias.copy_(forth @ (last.bias - mean))
     first.bias.add_(first_weight.sum(2) @ mean)
+    for layer in model.quantizer.vq.layers:
+        layer._codebook.cluster_size.zero_()  # all dead: the next batch fills them
+        layer._codebook.embed_avg.zero_()
     _set_weight(last, torch.einsum("oc,cik->oik", forth, last_weight))
     _set_weight(first, torch.einsum("ock,ci->oik", first_weight, back))
 
@@ -190,7 +200,7 @@ class CodecTrainee(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its terms, with the share of entries used by each book."""
         z = self.model.encoder(waves[:, None])
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {"features": z.square().mean()}
         if step >= self.loss.autoencode_steps:
             z, codes, terms["commitment"] = quantise(self.model, z, self.loss, generator)
             terms["entries_1"] = codes[0].unique().numel() * torch.ones(())
@@ -200,4 +210,5 @@ class CodecTrainee(nn.Module):
         terms["waveform"] = F.l1_loss(output, waves)
         total = self.loss.mel * terms["mel"] + self.loss.waveform * terms["waveform"]
         total = total + self.loss.commitment * terms.get("commitment", z.new_zeros(()))
+        total = total + self.loss.feature_size * terms["features"]
         return total, {name: value.detach() for name, value in terms.items()}

@@ -6,11 +6,11 @@ Codes travel between deployments as small int16 arrays (12 KB for ten seconds), 
 """
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application
@@ -118,11 +118,14 @@ def build_app(args: AppArgs) -> Application:
         }
         return serve.deployment(target, **options).bind(args.model, tracking_uri, device)
 
+    def build_api() -> FastAPI:  # Serve calls it on each ingress replica; a `partial` it would not
+        return create_api(args)
+
     ar = deploy(ARDeployment, "AR", accelerator, 2)
     nar = deploy(NARDeployment, "NAR", accelerator, 2)
     codec = deploy(CodecDeployment, "Codec", "cpu", 4)
     ingress = serve.deployment(
-        serve.ingress(partial(create_api, args))(),
+        serve.ingress(build_api)(),
         name="Ingress",
         max_ongoing_requests=100,
         ray_actor_options={"num_cpus": 0.1},

@@ -1,0 +1,255 @@
+"""Sources, and the preparation of good and bad recordings."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import numpy as np
+import pytest
+import soundfile
+
+from valle.jobs import prepare as prepare_module
+from valle.jobs.prepare import PrepareRecipe, group, prepare
+from valle.jobs.sources import Item, Reject, Source, listing, speaker_pattern
+from valle.model import codec as codecs
+from valle.model import text
+from valle.platform import audio, dataset
+from valle.platform.dataset import TokenDataset
+
+
+def sound(seconds: float, rate: int = 24_000, channels: int = 1, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.normal(0, 0.1, (int(seconds * rate), channels))
+
+
+def put(
+    path: Path, samples: np.ndarray, rate: int = 24_000, words: str | None = "hello there"
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate)
+    if words is not None:
+        path.with_suffix(".txt").write_text(words, encoding="utf-8")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Nine usable recordings in awkward clothes, and nine that are not."""
+    root = tmp_path / "my corpus"
+    for number in range(6):
+        put(root / f"speaker{number % 2}" / f"{number}.wav", sound(0.6 + number / 5, seed=number))
+    put(root / "speaker1" / "stereo 48k.flac", sound(1.0, 48_000, 2), 48_000)
+    put(root / "Zoë Ünïcode" / "naïve file.wav", sound(0.8))
+    put(root / "speaker0" / "compressed.mp3", sound(1.2))
+    bad = root / "bad"
+    put(bad / "zero.wav", sound(0.0))
+    put(bad / "short.wav", sound(0.2))
+    put(bad / "long.wav", sound(4.0))
+    put(bad / "quiet.wav", sound(1.0) * 1e-5)
+    put(bad / "no text.wav", sound(1.0), words=None)
+    put(bad / "empty text.wav", sound(1.0), words=" \n")
+    put(bad / "wordless.wav", sound(1.0), words="!")
+    put(bad / "latin1.wav", sound(1.0))
+    (bad / "latin1.txt").write_bytes("café".encode("latin-1"))
+    put(bad / "corrupt.wav", sound(1.0))
+    (bad / "corrupt.wav").write_bytes(b"RIFF" + bytes(range(200)))
+    return root
+
+
+REASONS = {
+    "bad/zero": "empty audio: 0 samples",
+    "bad/short": "too short: 0.20 s, limit 0.5 s",
+    "bad/long": "too long: 4.0 s, limit 3 s",
+    "bad/quiet": "too quiet: -93 dB, limit -50 dB",
+    "bad/no text": "no transcript beside the recording",
+    "bad/empty text": "empty text",
+    "bad/wordless": "phoneme count out of range: 1",
+    "bad/latin1": "text is not UTF-8",
+    "bad/corrupt": "unreadable audio",
+}
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("VALLE_HOME", str(home))
+        patch.setenv("VALLE_CACHE", str(home / "cache"))
+        with clusters.embedded():
+            yield
+
+
+def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
+    return PrepareRecipe(
+        out=str(tmp_path / "tokens"), sources=(Source(path=str(corpus)),), codec=str(codec),
+        max_seconds=3.0, utterances_per_shard=4,
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+def test_good_and_bad_recordings(
+    ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    report = prepare(chosen)
+    assert (report["inputs"], report["prepared"], report["utterances"]) == (18, 9, 9)
+    assert sum(report["rejected"].values()) == 9
+    rejects = [
+        json.loads(line)
+        for path in (tmp_path / "tokens/rejects").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    found = {r["id"].removeprefix("my corpus/"): r["reason"] for r in rejects}
+    assert found.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert found[name].startswith(reason), (name, found[name])
+
+    # sharded and batched = one file at a time
+    codec = codecs.load(str(tiny_codec_folder))
+    opened = TokenDataset(chosen.out, tmp_path / "cache")
+    assert len(opened) == 9
+    for number in range(9):
+        utterance = opened[number]
+        source = corpus / f"{utterance.id.removeprefix('my corpus/')}"
+        path = next(
+            p for p in source.parent.iterdir() if p.stem == source.name and p.suffix != ".txt"
+        )
+        wave = audio.read(path.read_bytes(), max_seconds=3)
+        np.testing.assert_array_equal(utterance.codes, codec.encode([wave])[0])
+        assert utterance.speaker == path.parent.name
+        assert text.decode(utterance.phonemes.tolist()) == text.phonemize(["hello there"])[0]
+
+    # a second run does nothing
+    again = prepare(chosen)
+    assert (again["already_done"], again["prepared"], again["utterances"]) == (18, 0, 9)
+    assert again["rejected"] == {}
+    # and a new file is all that a third one does
+    put(corpus / "speaker9" / "new.wav", sound(1.0))
+    third = prepare(chosen)
+    assert (third["already_done"], third["prepared"], third["utterances"]) == (18, 1, 10)
+
+    with pytest.raises(ValueError, match="codec mismatch: the dataset"):
+        other = tmp_path / "other codec"
+        codecs.save(
+            codecs.build(codecs.CodecConfig(**_tiny())), codecs.CodecConfig(**_tiny()), other
+        )
+        prepare(replace(chosen, codec=str(other)))
+
+
+def _tiny() -> dict:
+    return {"name": "other", "n_filters": 2, "dimension": 8, "lstm": 0, "n_codebooks": 8}
+
+
+@pytest.mark.ray
+def test_killed_half_way_it_leaves_a_valid_dataset_and_goes_on(
+    ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    real = prepare_module.pipeline
+
+    def killed(*arguments: object) -> Iterator[dict]:
+        results = real(*arguments)  # type: ignore[arg-type]
+        yield next(results)
+        raise KeyboardInterrupt  # the driver dies before it can list the shard
+
+    monkeypatch.setattr(prepare_module, "pipeline", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(chosen)
+    assert dataset.read_manifest(chosen.out).shards == []  # valid, if poorer than the folder
+    monkeypatch.setattr(prepare_module, "pipeline", real)
+    report = prepare(chosen)
+    assert report["already_done"] >= 4
+    assert report["utterances"] == 9
+
+    whole = prepare(replace(chosen, out=str(tmp_path / "uninterrupted")))
+    assert whole["utterances"] == 9
+    opened = [TokenDataset(uri, tmp_path / "cache") for uri in (chosen.out, whole["out"])]
+    ids = [{o[i].id: o[i].codes.tobytes() for i in range(9)} for o in opened]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "speaker"),
+    [
+        ("{speaker}/*", "a/b/c.wav", ("b",)),
+        ("{speaker}/*/*", "root/a/b/c.wav", ("a",)),
+        ("{speaker}/{speaker}/*", "x/lib/19/c.wav", ("lib", "19")),
+        ("{speaker}/*/*", "c.wav", None),
+    ],
+)
+def test_speaker_patterns(pattern: str, path: str, speaker: tuple[str, ...] | None) -> None:
+    found = speaker_pattern(pattern).search(path)
+    assert (found.groups() if found else None) == speaker
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*/*", "{speaker}", "lambda p: p", "{speaker}/{name}", "*/{speaker}"]
+)
+def test_bad_speaker_patterns_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"speaker: .* must be folders of"):
+        Source(path="x", speaker=pattern)
+
+
+def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
+    lj = tmp_path / "LJSpeech-1.1"
+    put(lj / "wavs/LJ001-0001.wav", sound(1), words=None)
+    (lj / "metadata.csv").write_text("LJ001-0001|Dr. 1|Doctor one\nLJ001-0002\n")
+    items = list(listing(Source(path=str(lj), layout="ljspeech")))
+    assert isinstance(items[0], Item) and isinstance(items[1], Reject)
+    assert (items[0].speaker, items[0].text) == ("LJSpeech-1.1", "Doctor one")
+    assert items[0].audio.endswith("wavs/LJ001-0001.wav")
+
+    libri = tmp_path / "train-clean-100"
+    put(libri / "19/198/19_198_0.wav", sound(1), words=None)
+    put(libri / "stray.wav", sound(1), words=None)
+    items = list(listing(Source(path=str(libri), layout="libritts")))
+    assert isinstance(items[0], Item) and isinstance(items[1], Reject)
+    assert items[0].speaker == "19"
+    assert items[0].text_uri == f"{libri}/19/198/19_198_0.normalized.txt"
+
+    manifest = tmp_path / "list.jsonl"
+    rows = ['{"audio": "a b.wav", "text": "hi", "speaker": "s", "language": "de", "id": "7"}',
+            '{"audio": "s3://bucket/x.wav", "text": "ho", "speaker": "s"}',
+            "", '{"audio": "c.wav"}', "not json"]  # fmt: skip
+    manifest.write_text("\n".join(rows))
+    found = list(listing(Source(path=str(manifest), layout="manifest")))
+    good = [entry for entry in found if isinstance(entry, Item)]
+    assert [(i.id, i.language, i.audio) for i in good] == [
+        ("7", "de", f"{tmp_path}/a b.wav"),
+        ("list.jsonl/2", "en-us", "s3://bucket/x.wav"),
+    ]
+    assert [e.source for e in found if isinstance(e, Reject)] == [f"{manifest}:4", f"{manifest}:5"]
+    with pytest.raises(FileNotFoundError, match="prepare.sources: .* does not exist"):
+        list(listing(Source(path=str(tmp_path / "none"))))
+
+
+def test_shards_keep_speakers_together_and_have_stable_names() -> None:
+    items = [
+        Item(id=f"{n}", speaker=f"s{n % 3}", language="en-us", audio="", text="x", text_uri=None)
+        for n in range(10)
+    ]
+    tables = list(group(items, 4))
+    speakers = [s for t in tables for s in t.column("speaker").to_pylist()]
+    assert speakers == sorted(speakers)
+    names = [set(t.column("shard").to_pylist()) for t in tables]
+    again = [set(t.column("shard").to_pylist()) for t in group(items[::-1], 4)]
+    assert names == again and all(len(n) == 1 for n in names)
+
+
+def test_two_roots_with_the_same_ids_are_an_error(tmp_path: Path, tiny_codec_folder: Path) -> None:
+    for parent in ("a", "b"):
+        put(tmp_path / parent / "data" / "s" / "1.wav", sound(1))
+    sources = tuple(Source(path=str(tmp_path / parent / "data")) for parent in ("a", "b"))
+    chosen = PrepareRecipe(out=str(tmp_path / "o"), sources=sources, codec=str(tiny_codec_folder))
+    with pytest.raises(ValueError, match="have the same id 'data/s/1'"):
+        prepare(chosen)
+
+
+def test_wav_bytes_round_trip() -> None:
+    wave = sound(0.5)[:, 0].astype(np.float32)
+    samples, rate = soundfile.read(io.BytesIO(audio.wav_bytes(wave)))
+    assert rate == 24_000
+    np.testing.assert_allclose(samples, wave, atol=1e-4)

@@ -1,0 +1,193 @@
+"""Publishing, the registry, the command line and the endpoint, on untrained models."""
+
+import base64
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import httpx
+import numpy as np
+import pytest
+from models import TINY, tiny_ar, tiny_nar
+
+from valle.__main__ import main as speak_main
+from valle.jobs.publish import PublishRecipe, last_checkpoint, publish
+from valle.model.codec import Codec
+from valle.model.tokens import EOS
+from valle.model.valle import Synthesis, Voice, text_ids
+from valle.platform import audio, checkpoint, registry, storage
+
+
+@pytest.fixture
+def published(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> PublishRecipe:
+    """A recipe over untrained checkpoints that speak noise for at most a second."""
+    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
+        if kind == "ar":
+            model.head.bias.data[EOS] = 4.5  # stops after some fifteen frames
+        about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
+        for step in (5, 20):
+            folder = home / f"runs/test-{kind}/step_{step:08d}"
+            checkpoint.save(folder, model.state_dict(), about)
+    noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
+    storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
+    return PublishRecipe(
+        ar="runs/test-ar", nar="runs/test-nar", codec=str(tiny_codec_folder),
+        sample_prompt="voices/ann.wav", sample_seconds=1.0,
+    )  # fmt: skip
+
+
+def test_publish_registers_plain_files_and_moves_the_alias(
+    published: PublishRecipe, home: Path
+) -> None:
+    import mlflow
+
+    assert publish(published) == 1
+    assert publish(published) == 2
+    folder = registry.resolve(registry.CHAMPION)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "ar/config.json", "ar/model.safetensors", "nar/config.json", "nar/model.safetensors",
+        "codec/config.json", "codec/model.safetensors", "bundle.json", "sample.wav", "sample.png",
+    }  # fmt: skip
+    client = mlflow.MlflowClient()
+    version = client.get_model_version_by_alias("valle", "champion")
+    assert int(version.version) == 2
+    assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    published: PublishRecipe, home: Path
+) -> None:
+    with pytest.raises(ValueError, match="ar: the checkpoint holds a model of kind 'nar'"):
+        publish(replace(published, ar="runs/test-nar"))
+    with pytest.raises(ValueError, match="codec mismatch: the AR checkpoint"):
+        publish(replace(published, codec="nano"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*: train first"):
+        last_checkpoint(str(home / "runs/none"))
+    with pytest.raises(FileNotFoundError, match="train and publish one"):
+        registry.resolve("models:/valle@champion")
+
+
+def test_command_line_speaks_and_is_repeatable(
+    published: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(published)
+    arguments = ["hello there", str(home / "voices/ann.wav")]
+    for name in ("one.wav", "two.wav"):
+        assert speak_main([*arguments, str(home / name), "--max-ar-steps", "40"]) == 0
+    assert (home / "one.wav").read_bytes() == (home / "two.wav").read_bytes()
+    by_path = [
+        "--ar-ckpt", str(home / "runs/test-ar/step_00000020"),
+        "--nar-ckpt", str(home / "runs/test-nar/step_00000020"), "--codec", published.codec,
+    ]  # fmt: skip
+    assert speak_main([*arguments, str(home / "three.wav"), "--max-ar-steps", "40", *by_path]) == 0
+    assert (home / "three.wav").read_bytes() == (home / "one.wav").read_bytes()
+    assert "s of speech" in capsys.readouterr().out
+    for wrong in (["...", arguments[1]], ["hello", str(home / "none.wav")]):
+        assert speak_main([*wrong, str(home / "x.wav")]) == 2
+    assert "text: nothing to say in it" in capsys.readouterr().err
+
+
+@pytest.fixture
+def endpoint(
+    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    from ray import serve
+
+    from valle.serve.app import build_app
+    from valle.serve.schema import AppArgs
+
+    publish(published)
+    port = clusters.free_port()
+    with clusters.embedded():
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        args = AppArgs(voices="voices", max_replicas=1, max_seconds=1.0, max_body_bytes=1_000_000)
+        serve.run(build_app(args), name="valle")
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+
+
+@pytest.mark.ray
+def test_endpoint(endpoint: str, home: Path) -> None:
+    recording = (home / "voices/ann.wav").read_bytes()
+    with httpx.Client(base_url=endpoint, timeout=60) as client:
+
+        def speech(**body: object) -> httpx.Response:
+            return client.post("/v1/audio/speech", json=body)
+
+        good = speech(input="hello there", voice="ann", seed=7)
+        assert good.status_code == 200, good.text
+        assert good.headers["content-type"] == "audio/wav"
+
+        # through four deployments = the reference path, sample for sample
+        voice: Voice = registry.load_voice(registry.resolve(registry.CHAMPION))
+        how = replace(Synthesis(), seed=7, max_seconds=1.0)
+        prompt = audio.read(recording, max_seconds=30)
+        expected = voice.speak_codes(
+            text_ids("hello there", "en-us"), voice.encode_prompt(prompt, how), how
+        )
+        assert good.content == audio.wav_bytes(expected.wave)
+        assert good.headers["x-hit-limit"] == str(expected.hit_limit).lower()
+
+        assert speech(input="hello there", voice="ann", seed=8).content != good.content
+        inline = base64.b64encode(recording).decode()
+        assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
+        assert client.get("/v1/audio/voices").json() == {"voices": [{"id": "ann", "name": "ann"}]}
+        assert client.get("/health/live").json() == {"status": "ok"}
+
+        refused = {
+            (400, "input"): {"input": "", "voice": "ann"},
+            (400, "voice"): {"input": "hello"},
+            (400, "volume"): {"input": "hello", "voice": "ann", "volume": 3},
+            (400, "response_format"): {"input": "x", "voice": "ann", "response_format": "mp3"},
+            (400, "ref_audio"): {"input": "hello", "ref_audio": "bm90IGF1ZGlv"},
+            (404, "voice"): {"input": "hello", "voice": "bob"},
+        }
+        for (status, param), body in refused.items():
+            answer = speech(**body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+        assert speech(input="...", voice="ann").json()["error"]["message"].startswith("text:")
+        outside = speech(input="hello", voice="../voices/ann")
+        assert outside.status_code == 400
+        large = client.post("/v1/audio/speech", content=b"x" * 2_000_000)
+        assert large.status_code == 413
+        assert large.json()["error"]["code"] == "request_too_large"
+        endless = client.post("/v1/audio/speech", content=iter([b"{}"]))
+        assert endless.status_code == 411
+        assert client.post("/v1/audio/speech", content=b"{").status_code == 400
+
+
+@pytest.mark.ray
+def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) -> None:
+    """`serve run valle.serve.app:build_app`, as the README says it, on a cluster of its own."""
+    publish(published)
+    port = clusters.free_port()
+    with clusters.embedded():
+        import ray
+
+        config = home / "serve.yaml"
+        config.write_text(
+            f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
+            "applications:\n"
+            "- name: valle\n"
+            "  import_path: valle.serve.app:build_app\n"
+            f"  args: {{voices: {home}/voices, max_replicas: 1, max_seconds: 1.0}}\n"
+        )
+        serve = Path(sys.executable).parent / "serve"
+        address = ray.get_runtime_context().gcs_address
+        command = [str(serve), "run", f"--address={address}", str(config)]
+        root = Path(__file__).resolve().parent.parent
+        process = subprocess.Popen(command, cwd=root, start_new_session=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            clusters.wait_for(lambda: clusters._answers(f"{url}/health/live"), 120, "the endpoint")
+            body = {"input": "hello", "voice": "ann"}
+            assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
+        finally:
+            process.terminate()
+            process.wait(timeout=60)

@@ -1,0 +1,199 @@
+"""Training on Ray: both backends, killed workers, resumed runs."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import psutil
+import pytest
+import torch
+from conftest import write_dataset
+
+from valle.jobs.train import Loader, Size, TrainRecipe, build_backend, fit, prepare_run
+from valle.model.codec import Codec
+from valle.model.sequence import Batch
+from valle.model.training import Optimization, TrainState, draw_levels, seed_step
+from valle.platform import checkpoint, tracking
+from valle.platform.dataset import TokenDataset
+from valle.platform.sampler import Batching
+
+
+@pytest.fixture
+def ray_cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    with clusters.embedded():
+        yield
+
+
+@pytest.fixture
+def chosen(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> TrainRecipe:
+    write_dataset(str(home / "tokens"), tiny_codec)
+    return prepare_run(
+        TrainRecipe(
+            data="tokens", run="test", codec=str(tiny_codec_folder), workers=2,
+            model=Size(width=16, n_heads=2, n_layers=2, dropout=0.1),
+            steps={"ar": 24, "nar": 24}, optimization=Optimization(warmup=5),
+            batching=Batching(tokens=300), prompt_seconds=0.3, validation_utterances=6,
+            checkpoint_every=8, log_every=1, samples=1, keep_checkpoints=10,
+        )
+    )  # fmt: skip
+
+
+def losses(name: str) -> dict[int, float]:
+    """Training loss by step, as MLflow has it (the last value wins after a restart)."""
+    import mlflow
+
+    tracking.connect()
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    return {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
+
+
+def weights(uri: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load_weights(Path(uri))
+
+
+def plain_loop(chosen: TrainRecipe, kind: str, home: Path) -> list[float]:
+    """The slow twin: both workers' batches in one process, gradients averaged by hand."""
+    loader = Loader(TokenDataset(chosen.data, home / "cache"), chosen)
+    backend = build_backend(chosen, kind, torch.device("cpu"))
+    objective, optimizer = backend._objective, backend._optimizer
+    streams = [loader.batches(chosen.batching, TrainState(), rank, 2) for rank in range(2)]
+    history = []
+    for step in range(chosen.steps[kind]):
+        for group in optimizer.param_groups:
+            group["lr"] = chosen.optimization.rate(step, chosen.steps[kind])
+        optimizer.zero_grad()
+        for rank, stream in enumerate(streams):
+            batch: Batch = next(stream)[2]
+            key = f"{chosen.seed}/{step}/{rank}"
+            seed_step(key)
+            loss = objective.train()(batch, draw_levels(len(batch.frames), 8, key)).loss
+            (loss / 2).backward()
+            if rank == 0:
+                history.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(backend.model.parameters(), chosen.optimization.clip)
+        optimizer.step()
+    return history
+
+
+@pytest.mark.ray
+def test_ddp_trains_both_models_and_equals_a_plain_loop(
+    ray_cluster: None, chosen: TrainRecipe, home: Path
+) -> None:
+    import mlflow
+
+    for kind in ("ar", "nar"):
+        uri = fit(chosen, kind)
+        _, about = checkpoint.load(Path(uri))
+        assert about.kind == kind and about.recipe["run"] == "test"
+        found = losses(f"test-{kind}")
+        assert list(found) == list(range(1, 25))
+        expected = plain_loop(chosen, kind, home)
+        assert list(found.values()) == pytest.approx(expected, rel=1e-4)
+        assert checkpoint.load_state(Path(uri)).step == 24
+
+        client = mlflow.MlflowClient()
+        (run,) = mlflow.search_runs(
+            experiment_names=["valle"], filter_string=f"attributes.run_name = 'test-{kind}'",
+            output_format="list",
+        )  # fmt: skip
+        assert run.info.status == "FINISHED"
+        assert run.data.params["optimization.warmup"] == "5"
+        assert run.data.tags["code_version"] == tracking.code_version()
+        assert "validation/loss_wrong_text" in run.data.metrics
+        accuracies = [m for m in run.data.metrics if m.startswith("validation/accuracy_codebook")]
+        assert len(accuracies) == (1 if kind == "ar" else 6)  # six utterances, a level each
+        names = [a.path for a in client.list_artifacts(run.info.run_id, "samples/00000024")]
+        assert any(n.endswith("-recording.wav") for n in names)
+        assert sum(n.endswith(".png") for n in names) == sum(n.endswith(".wav") for n in names)
+        assert math.isfinite(run.data.metrics["train/gradient_norm"])
+
+
+@pytest.mark.ray
+def test_deepspeed_equals_ddp(ray_cluster: None, chosen: TrainRecipe) -> None:
+    """ZeRO-1 on the NAR, whose per-level weights are what breaks it in other designs."""
+    short = replace(chosen, steps={"nar": 10}, checkpoint_every=5, samples=0, models=("nar",))
+    ddp = weights(fit(replace(short, run="ddp"), "nar"))
+    uri = fit(replace(short, run="zero", backend="deepspeed"), "nar")
+    assert json.loads((Path(uri) / "state/deepspeed.json").read_text())["zero_stage"] == 1
+    zero = weights(uri)
+    assert ddp.keys() == zero.keys()
+    for name, value in ddp.items():
+        torch.testing.assert_close(zero[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert list(losses("zero-nar").values()) == pytest.approx(
+        list(losses("ddp-nar").values()), rel=1e-4
+    )
+    # resume: the same name goes on from step 10, and equals a run that never stopped
+    longer = replace(short, steps={"nar": 14}, optimization=Optimization(warmup=50))
+    whole = weights(fit(replace(longer, run="whole", backend="deepspeed"), "nar"))
+    first = replace(longer, run="parts", backend="deepspeed", steps={"nar": 7})
+    fit(first, "nar")
+    parts = weights(fit(replace(first, steps={"nar": 14}), "nar"))
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name
+
+
+def _training_workers() -> list[psutil.Process]:
+    """Processes of this test's own cluster that run the training loop."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.ray
+def test_a_killed_worker_changes_nothing(
+    ray_cluster: None, chosen: TrainRecipe, home: Path
+) -> None:
+    """SIGKILL of one of two workers mid-run: the run finishes with the same losses and weights."""
+    import threading
+
+    steps = {"ar": 240}
+    long = replace(chosen, steps=steps, models=("ar",), checkpoint_every=40, samples=0)
+    expected = fit(replace(long, run="uninterrupted"), "ar")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        folder = home / "runs" / "interrupted-ar"
+        clusters.wait_for(lambda: any(folder.glob("step_*/config.json")), 120, "a checkpoint")
+        clusters.wait_for(lambda: len(_training_workers()) == 2, 60, "two workers")
+        victim = _training_workers()[-1]
+        victim.kill()
+        killed.append(victim.pid)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    found = fit(replace(long, run="interrupted"), "ar")
+    thread.join()
+    assert killed
+    first, second = losses("uninterrupted-ar"), losses("interrupted-ar")
+    assert len(first) == 240 and first == second
+    ours = weights(found)
+    for name, value in weights(expected).items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_a_mismatched_codec_is_noticed_before_training(
+    home: Path, tiny_codec: Codec, tmp_path: Path, chosen: TrainRecipe
+) -> None:
+    with pytest.raises(ValueError, match="codec mismatch: the dataset"):
+        prepare_run(replace(chosen, codec="nano"))
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="model.size: 'huge' is none of"):
+        TrainRecipe(data="x", run="y", model=Size(size="huge"))
+    with pytest.raises(ValueError, match="zero_stage: 4"):
+        TrainRecipe(data="x", run="y", zero_stage=4)
+    with pytest.raises(ValueError, match="'ar' needs to be ar or nar, with steps"):
+        TrainRecipe(data="x", run="y", steps={"nar": 5})
