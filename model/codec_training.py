@@ -39,10 +39,10 @@ class CodecLoss:
     """Mean square of the encoder's output: keeps one direction from growing without bound, which
     costs the decoder nothing and the quantiser its first books."""
 
-    decay: float = 0.99
+    decay: float = 0.98
     """Of the moving averages that place the codebook entries."""
 
-    dead_below: float = 0.02
+    dead_below: float = 0.05
     """An entry whose average count per step falls below this moves to a vector of the batch."""
 
     autoencode_steps: int = 300
@@ -182,8 +182,8 @@ def _update(
     # all three together, or the next average pulls a revived entry straight back
     dead = book.cluster_size < loss.dead_below
     book.embed[dead] = fresh[dead]
-    book.embed_avg[dead] = fresh[dead] * (4 * loss.dead_below)
-    book.cluster_size[dead] = 4 * loss.dead_below
+    book.embed_avg[dead] = fresh[dead] * (2 * loss.dead_below)
+    book.cluster_size[dead] = 2 * loss.dead_below
 
 
 class CodecTrainee(nn.Module):

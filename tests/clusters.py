@@ -15,6 +15,10 @@ from pathlib import Path
 import httpx
 
 
+NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
+"""For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,6 +66,7 @@ def started(num_cpus: int = 4) -> Iterator[str]:
                 "--object-store-memory=300000000", *options,
             ],
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | NO_AUTH,
         )  # fmt: skip
     address = f"http://127.0.0.1:{ports[1]}"
     try:

@@ -149,7 +149,7 @@ def test_quantiser_revives_dead_entries() -> None:
     """The package's own rule leaves one entry in use here; ours gives most vectors their own."""
     torch.manual_seed(0)
     model = codecs.build(TINY_CODEC)
-    loss = CodecLoss(dead_below=0.02)
+    loss = CodecLoss()
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(8, TINY_CODEC.dimension, 75)
     for _ in range(20):
