@@ -161,7 +161,7 @@ def train(values: dict[str, Any]) -> None:
         init_from_data(trainee.model, crops.batch(16, f"{chosen.seed}/init").to(device))
     # DDP averages gradients; codebooks are buffers, kept equal by the quantiser itself
     module = (
-        DistributedDataParallel(trainee, broadcast_buffers=False, find_unused_parameters=True)
+        DistributedDataParallel(trainee, forward_sync_buffers=False)
         if ray.train.get_context().get_world_size() > 1
         else trainee
     )

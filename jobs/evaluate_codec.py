@@ -22,6 +22,9 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage
 from valle.platform.progress import progress
 
+MAX_SECONDS = 20.0
+"""Longer recordings are skipped: a recogniser's habits, not the codec's, would decide."""
+
 
 def load_recordings(
     folder: str, count: int, min_seconds: float
@@ -33,8 +36,8 @@ def load_recordings(
     texts: list[str] = []
     waves: list[audio.Wave] = []
     for name in names:
-        wave = audio.read(storage.read_bytes(storage.join(root, name)), max_seconds=60)
-        if len(wave) >= min_seconds * SAMPLE_RATE and len(waves) < count:
+        wave = audio.read(storage.read_bytes(storage.join(root, name)), max_seconds=600)
+        if min_seconds <= len(wave) / SAMPLE_RATE <= MAX_SECONDS and len(waves) < count:
             texts.append(storage.read_bytes(storage.join(root, f"{name[:-4]}.txt")).decode())
             waves.append(wave)
     return texts, waves

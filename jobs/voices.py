@@ -168,6 +168,10 @@ _ASTERISK_FOLDERS = {
 }  # fmt: skip
 
 
+def _transcripts(base: str) -> Path:
+    return Path(f"/usr/share/doc/asterisk-core-sounds-{base}/core-sounds-{base}.txt.gz")
+
+
 @cache
 def asterisk_prompts(language: str) -> dict[str, Recording]:
     """Name to recording of the human prompts that Debian's packages carry.
@@ -176,7 +180,7 @@ def asterisk_prompts(language: str) -> dict[str, Recording]:
     Empty when they are not installed. Texts with brackets describe noises or pauses.
     """
     base = language.split("-")[0]
-    listing = Path(f"/usr/share/doc/asterisk-core-sounds-{base}/core-sounds-{base}.txt.gz")
+    listing = _transcripts(base)
     folder = _ASTERISK / _ASTERISK_FOLDERS.get(base, "none")
     if not listing.exists() or not folder.exists():
         return {}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 
-
 NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
 """For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
 
