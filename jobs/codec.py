@@ -149,7 +149,7 @@ def train(values: dict[str, Any]) -> None:
     trainee = CodecTrainee(codecs.build(chosen.codec), chosen.loss).to(device)
     start = 0
     optimizer = torch.optim.AdamW(
-        trainee.model.parameters(), chosen.learning_rate, betas=(0.8, 0.99), weight_decay=0.0
+        trainee.model.parameters(), chosen.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -166,7 +166,7 @@ def train(values: dict[str, Any]) -> None:
         else trainee
     )
 
-    bar = progress(total=chosen.steps, label="codec", unit="step", initial=start)
+    bar = progress(total=chosen.steps, label="codec", unit="step", initial=start, shown=rank == 0)
     averages: dict[str, float] = {}
     begun = time.monotonic()
     for step in range(start, chosen.steps):

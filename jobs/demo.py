@@ -4,11 +4,12 @@ Runs the jobs' own functions one after the other with the recipe `demo`, and say
 took. Run it again and it goes on with what is there.
 """
 
+import argparse
 import json
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from valle.jobs import corpus, prepare, publish, train
@@ -45,8 +46,6 @@ def request(port: int, out: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.demo`."""
-    import argparse
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="demo", help="name in jobs/recipes, or path to YAML")
     parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
@@ -58,17 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     publish_recipe = recipe.load(name, "publish", publish.PublishRecipe)
     times: dict[str, float] = {}
 
-    with stage("Ray", times):
-        cluster = connect()
-        cluster.__enter__()
-    try:
+    with ExitStack() as stack:
+        with stage("Ray", times):
+            stack.enter_context(connect())
         with stage("corpus", times):
             made = corpus.make(corpus_recipe)
             print(f"{made['lines']} lines, {made['made_seconds']} s of speech made now")
         with stage("prepare", times):
             report = prepare.prepare(prepare_recipe)
-            print(f"{report['utterances']} utterances, {report['hours']} hours, "
-                  f"rejected: {report['rejected'] or 'none'}")  # fmt: skip
+            print(
+                f"{report['utterances']} utterances, {report['hours']} hours, "
+                f"rejected: {report['rejected'] or 'none'}"
+            )
         train_recipe = train.prepare_run(train_recipe)
         for kind in train_recipe.models:
             with stage(f"train {kind}", times):
@@ -78,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with stage("serve and one request", times):
             out = settings.read().home / "data" / "demo" / "speech"
             seconds = serve_and_request(publish_recipe.sample_prompt, arguments.port, out)
-    finally:
-        cluster.__exit__(None, None, None)
 
     print("\nstage                    seconds")
     for name, taken in {**times, "total": sum(times.values())}.items():

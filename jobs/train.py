@@ -218,7 +218,7 @@ def train(values: dict[str, Any]) -> None:
             state = checkpoint.load_state(Path(folder))
     total = chosen.steps[kind]
     run = tracking.worker_run(values["run_id"] if rank == 0 else None, values["tracking_uri"])
-    bar = progress(total=total, label=kind, unit="step", initial=state.step)
+    bar = progress(total=total, label=kind, unit="step", initial=state.step, shown=rank == 0)
     n_codebooks = loader.dataset.manifest.codec.n_codebooks
 
     for epoch, number, batch in loader.batches(chosen.batching, state, rank, world_size):
