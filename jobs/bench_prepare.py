@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=200, help="recordings per round")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each")
     parser.add_argument("--workers", type=int, default=2, help="actors, one core each")
-    parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio at once")
+    parser.add_argument("--batch-seconds", type=float, default=10.0, help="padded audio at once")
     arguments = parser.parse_args(argv)
     _, waves = load_recordings(arguments.recordings, arguments.count, 0.5)
     seconds = sum(len(w) for w in waves) / SAMPLE_RATE

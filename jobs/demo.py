@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:<24} {taken:7.1f}")
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
     print(f'said: "{TEXT}" in the voice of {VOICE}')
-    print("With this little training it mumbles: speech-like, in the right voice, hardly a word.")
+    print("With this little training it is the rhythm of a sentence, not words: see README.md.")
     print(f"runs and registry: mlflow ui --backend-store-uri {settings.read().tracking_uri}")
     print("endpoint: make serve")
 

@@ -131,7 +131,7 @@ class Codec:
         _fold_weight_norm(self._model)
 
     @torch.inference_mode()
-    def encode(self, waves: Sequence[Wave], batch_seconds: float = 60.0) -> list[Codes]:
+    def encode(self, waves: Sequence[Wave], batch_seconds: float = 10.0) -> list[Codes]:
         """Codes `[Q, ceil(samples / 320)]` of each waveform `[samples]`, in the order given.
 
         At most `batch_seconds` of padded audio goes through the network at once.
@@ -149,7 +149,7 @@ class Codec:
         return result
 
     @torch.inference_mode()
-    def decode(self, codes: Sequence[Codes], batch_seconds: float = 60.0) -> list[Wave]:
+    def decode(self, codes: Sequence[Codes], batch_seconds: float = 10.0) -> list[Wave]:
         """Waveforms `[T * 320]` of each `[Q, T]`, in the order given.
 
         Raises ValueError for codes outside 0 .. 1023 or of a wrong shape.
