@@ -3,12 +3,14 @@
 Both work from weights inside packages, so they run on a closed network.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from valle.model.codec import ensure_torchaudio
+from valle.model.text import normalize
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
 
@@ -57,10 +59,6 @@ class DistillMos:
 
 def plain_words(text: str) -> str:
     """Lower case, numbers spoken, punctuation gone: what word error rates compare."""
-    import re
-
-    from valle.model.text import normalize
-
     spoken = normalize(text).lower().replace("-", " ").replace("'", "")
     return re.sub(r"[^\w\s]|_", " ", spoken)
 

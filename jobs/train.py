@@ -88,7 +88,7 @@ class TrainRecipe:
     """Longest prompt; each utterance gets a random piece of another one by its speaker."""
 
     validation_utterances: int = 64
-    """Held out from the end of each speaker's utterances, at most a tenth."""
+    """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
 
     backend: str = "ddp"
     """ddp or deepspeed."""

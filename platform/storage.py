@@ -6,10 +6,8 @@ A URI is `s3://bucket/key`, `file:///abs/path` or a plain path; a relative path 
 
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
@@ -46,15 +44,6 @@ def exists(uri: str) -> bool:
     """True when a file or folder is there."""
     filesys, path = filesystem(uri)
     return bool(filesys.get_file_info(path).type != fs.FileType.NotFound)
-
-
-def size(uri: str) -> int:
-    """Bytes of a file. Raises FileNotFoundError when it is missing."""
-    filesys, path = filesystem(uri)
-    info = filesys.get_file_info(path)
-    if info.type != fs.FileType.File:
-        raise FileNotFoundError(f"no such file: {uri}")
-    return int(info.size)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -99,23 +88,3 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     for path in relative:
         if not path.endswith(".part") and (not suffixes or path.lower().endswith(suffixes)):
             yield path
-
-
-def remove(uri: str) -> None:
-    """Deletes one file."""
-    filesys, path = filesystem(uri)
-    filesys.delete_file(path)
-
-
-def fetch(uri: str, folder: Path) -> Path:
-    """A local path holding the file: itself when local, else a copy in `folder`."""
-    filesys, path = filesystem(uri)
-    if isinstance(filesys, fs.LocalFileSystem):
-        return Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / os.path.basename(path)
-    handle, part = tempfile.mkstemp(dir=folder)
-    with os.fdopen(handle, "wb") as file:
-        file.write(read_bytes(uri))
-    os.replace(part, target)
-    return target

@@ -29,18 +29,16 @@ def test_storage_verbs_on_a_folder(home: Path) -> None:
     assert list(storage.list_files("a")) == ["b c/ü.txt", "z.WAV"]
     assert list(storage.list_files("a", (".wav",))) == ["z.WAV"]
     assert list(storage.list_files("nothing")) == []
-    assert storage.size("a/b c/ü.txt") == 3
-    storage.remove("a/z.WAV")
-    assert not storage.exists("a/z.WAV") and storage.exists("a")
+    assert storage.exists("a/z.WAV") and not storage.exists("a/none")
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("a/none")
     with pytest.raises(ValueError, match="not a usable storage URI: 'ftp://x/y'"):
         storage.filesystem("ftp://x/y")
 
 
-def sound(samples: np.ndarray, rate: int, format: str) -> bytes:
+def sound(samples: np.ndarray, rate: int, format: str, subtype: str | None = None) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=format)
+    soundfile.write(buffer, samples, rate, format=format, subtype=subtype)
     return buffer.getvalue()
 
 
@@ -64,7 +62,7 @@ def test_audio_becomes_24_khz_mono(format: str) -> None:
         (b"RIFFgarbage", "unreadable audio"),
         (sound(np.zeros((0, 1)), 24_000, "WAV"), "empty audio"),
         (sound(np.zeros(24_000 * 4), 24_000, "FLAC"), "too long: 4.0 s, limit 3 s"),
-        (sound(np.full(2400, np.nan), 24_000, "WAV")[:44] + b"", "empty audio"),
+        (sound(np.full(2400, np.nan), 24_000, "WAV", "FLOAT"), "NaN or infinite"),
     ],
 )
 def test_bad_audio_says_why(data: bytes, reason: str) -> None:
