@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import dacite
 import numpy as np
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from valle.model import codec as codecs
 from valle.model.codec import CodecConfig
-from valle.model.codec_training import CodecLoss, CodecTrainee, condition, init_from_data
-from valle.model.tokens import CODEBOOK_SIZE, SAMPLE_RATE
+from valle.model.codec_training import CodecLoss, CodecTrainee
+from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
 from valle.platform import recipe, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
+
+INITIAL_CROPS: Final = 800
+"""Crops from which convolutions, features and codebooks get their first values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +157,13 @@ def train(values: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
-        trainee.model.load_state_dict(state["model"])
+        trainee.load_state_dict(state["trainee"])
         optimizer.load_state_dict(state["optimizer"])
         start = int(state["step"])
     else:
-        init_from_data(trainee.model, crops.batch(16, f"{chosen.seed}/init").to(device))
+        sample = crops.batch(INITIAL_CROPS, f"{chosen.seed}/init").to(device)
+        per_step = chosen.workers * chosen.batch * int(chosen.crop_seconds * FRAME_RATE)
+        trainee.initialise(sample, per_step, chosen.seed)
     # DDP averages gradients; codebooks are buffers, kept equal by the quantiser itself
     module = (
         DistributedDataParallel(trainee, forward_sync_buffers=False)
@@ -175,8 +180,6 @@ def train(values: dict[str, Any]) -> None:
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(chosen, step)
-        if step in chosen.loss.condition_at:
-            condition(trainee.model, crops.batch(16, f"{chosen.seed}/init").to(device))
         loss, terms = module(waves, step, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -226,7 +229,7 @@ def _report(
         log.write(json.dumps(metrics) + "\n")
     folder = tempfile.mkdtemp()
     state = {
-        "model": trainee.model.state_dict(),
+        "trainee": trainee.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": metrics["step"],
     }

@@ -1,14 +1,21 @@
-"""Training a narrow EnCodec: initialisation, quantiser, losses and one step.
+"""Training a narrow EnCodec: taught latents, quantiser, losses and one step.
 
 Follows EnCodec (Défossez et al. 2022): multi-scale mel and waveform reconstruction plus
-commitment (section 3.4), without the discriminators, which do not pay on a CPU. Two things
-differ because a small batch on a fresh network collapses otherwise: the convolutions are
-initialised from data, and the quantiser's averages are kept here, with a dead-entry threshold
-that fits a few hundred vectors a step. Inference stays the package's own `EncodecModel`.
+commitment (section 3.4), without the discriminators, which do not pay on a CPU. Three things
+differ, because a small network on small batches otherwise codes loudness and nothing else:
+
+- the convolutions are initialised from data;
+- for the first steps the latents are taught: the encoder learns to compute log-mel features
+  (`Teacher`), the decoder learns to speak from the same features, quantised, so that the books
+  hold phonetic content before encoder and decoder are joined and trained end to end;
+- the quantiser's averages are kept here, with a dead-entry threshold that fits a few hundred
+  vectors a step.
+
+Inference stays the package's own `EncodecModel`.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -16,10 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from valle.model.tokens import CODEBOOK_SIZE, SAMPLE_RATE
+from valle.model.tokens import CODEBOOK_SIZE, HOP, SAMPLE_RATE
 
 if TYPE_CHECKING:
     from encodec.model import EncodecModel
+
+
+FLOOR: Final = 1e-3
+"""Added to mel magnitudes before the logarithm: some 45 dB below speech, so that the noise of a
+pause does not weigh as much as the vowel beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +47,12 @@ class CodecLoss:
     commitment: float = 0.25
     """Pulls the encoder's output to its codebook entries."""
 
-    feature_size: float = 0.05
-    """Mean square of the encoder's output: keeps one direction from growing without bound, which
-    costs the decoder nothing and the quantiser its first books."""
+    teacher: float = 1.0
+    """Mean square distance of the encoder's output to the teacher's features, while taught."""
+
+    anchor: float = 0.05
+    """The same afterwards: keeps directions that cost the decoder nothing from growing without
+    bound and taking the first books with them."""
 
     decay: float = 0.98
     """Of the moving averages that place the codebook entries."""
@@ -45,11 +60,8 @@ class CodecLoss:
     dead_below: float = 0.05
     """An entry whose average count per step falls below this moves to a vector of the batch."""
 
-    autoencode_steps: int = 300
-    """Steps without the quantiser at the start, until the encoder's output carries anything."""
-
-    condition_at: tuple[int, ...] = (300,)
-    """Steps at which the features are evened out (`condition`) and the codebooks start anew."""
+    taught_steps: int = 1500
+    """Steps at the start during which the decoder reads the teacher's features, quantised."""
 
 
 class MelLoss(nn.Module):
@@ -73,7 +85,7 @@ class MelLoss(nn.Module):
             bank, hann = getattr(self, f"bank_{window}"), getattr(self, f"hann_{window}")
             spectrum = torch.stft(both, window, window // 4, window=hann, return_complex=True)
             magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()
-            mel = torch.log(bank @ magnitude + 1e-4)
+            mel = torch.log(bank @ magnitude + FLOOR)
             left, right = mel.chunk(2)
             total = total + F.l1_loss(left, right)
         return total / len(self.windows)
@@ -102,40 +114,77 @@ def init_from_data(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> 
     convolutions[-1].weight_g.mul_(0.05)
 
 
-@torch.no_grad()
-def condition(model: "EncodecModel", waves: Float[Tensor, "B samples"], power: float = 0.5) -> None:
-    """Evens out the encoder's output before the quantiser joins; the autoencoder stays the same.
+class Teacher(nn.Module):
+    """What the latents are taught to be: causal log-mel features, 75 frames a second.
 
-    After plain auto-encoding two directions of the features (loudness, mostly) carry a hundred
-    times the variance of the others, and residual quantisation by distance would spend all books
-    on them. Each principal direction is divided by its deviation to the `power`; the change is
-    folded into the encoder's last and the decoder's first convolution, which are linear.
+    A short window follows the spectral envelope, a long one resolves the harmonics of a voice.
+    Both end where the codec's causal frame ends, and fall off late, so that a frame describes its
+    own samples first.
     """
-    z = model.encoder(waves[:, None]).transpose(1, 2).flatten(0, 1)
-    mean = z.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov(z.T))
-    variances = variances.clamp_min(variances.max() * 1e-6)
-    scale = variances.pow(-power / 2)
-    scale = scale / (variances * scale.square()).mean().sqrt()
-    forth, back = (axes * scale) @ axes.T, (axes / scale) @ axes.T
 
-    last, first = model.encoder.model[-1].conv.conv, model.decoder.model[0].conv.conv
-    last_weight, first_weight = (
-        torch._weight_norm(layer.weight_v, layer.weight_g, 0) for layer in (last, first)
-    )
-    last.bias.copy_(forth @ (last.bias - mean))
-    first.bias.add_(first_weight.sum(2) @ mean)
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        from librosa.filters import mel
+
+        self.windows = (640, 1280)
+        short = dimension * 3 // 8
+        for window, bands, top in zip(
+            self.windows, (short, dimension - short), (SAMPLE_RATE / 2, 5000.0), strict=True
+        ):
+            bank = mel(sr=SAMPLE_RATE, n_fft=window, n_mels=bands, fmax=top)
+            rise, fall = torch.hann_window(2 * (window - 160)), torch.hann_window(2 * 160)
+            shape = torch.cat([rise[: window - 160], fall[160:]])
+            self.register_buffer(f"bank_{window}", torch.from_numpy(bank), persistent=False)
+            self.register_buffer(f"window_{window}", shape, persistent=False)
+        self.register_buffer("mean", torch.zeros(dimension))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def forward(self, waves: Float[Tensor, "B samples"]) -> Float[Tensor, "B D T"]:
+        """Features of whole frames, near zero mean and unit variance over speech."""
+        features = []
+        for window in self.windows:
+            padded = F.pad(waves, (window - HOP, 0))
+            frames = padded.unfold(1, window, HOP) * getattr(self, f"window_{window}")
+            magnitude = torch.fft.rfft(frames).abs()
+            features.append(torch.log(magnitude @ getattr(self, f"bank_{window}").T + FLOOR))
+        return ((torch.cat(features, 2) - self.mean) / self.scale).transpose(1, 2)
+
+    @torch.no_grad()
+    def fit(self, waves: Float[Tensor, "B samples"]) -> None:
+        """Sets mean (per feature) and scale (one for all) from speech."""
+        features = self(waves).transpose(1, 2).flatten(0, 1)
+        self.mean.copy_(features.mean(0))
+        self.scale.copy_((features - self.mean).square().mean().sqrt())
+
+
+@torch.no_grad()
+def init_codebooks(
+    model: "EncodecModel", vectors: Float[Tensor, "N D"], per_step: int, seed: int = 0
+) -> None:
+    """Places the entries of each book by k-means over what the books before it left.
+
+    `per_step` is the number of vectors of a training step, the unit of the running averages.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    residual = vectors
     for layer in model.quantizer.vq.layers:
-        layer._codebook.cluster_size.zero_()  # all dead: the next batch fills them
-        layer._codebook.embed_avg.zero_()
-    _set_weight(last, torch.einsum("oc,cik->oik", forth, last_weight))
-    _set_weight(first, torch.einsum("ock,ci->oik", first_weight, back))
-
-
-def _set_weight(layer: Any, weight: Tensor) -> None:
-    """Gives a weight-normalised convolution the effective weight `weight`."""
-    layer.weight_v.copy_(weight)
-    layer.weight_g.copy_(weight.flatten(1).norm(dim=1)[:, None, None])
+        book = layer._codebook
+        means = KMeans(CODEBOOK_SIZE, init="random", n_init=1, max_iter=20, random_state=seed)
+        # its threads wait by spinning: more than there are free cores and they starve each other
+        with threadpool_limits(torch.get_num_threads()):
+            means.fit(residual.cpu().numpy())
+        book.embed.copy_(torch.from_numpy(means.cluster_centers_))
+        index = book.quantize(residual)
+        counts = torch.bincount(index, minlength=CODEBOOK_SIZE).to(book.embed)
+        book.cluster_size.copy_(counts * (per_step / len(residual)))
+        book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
+        residual = residual - F.embedding(index, book.embed)
 
 
 def quantise(
@@ -194,21 +243,37 @@ class CodecTrainee(nn.Module):
         self.model = model
         self.loss = loss
         self.mel = MelLoss()
+        self.teacher = Teacher(model.quantizer.dimension)
+
+    @torch.no_grad()
+    def initialise(self, waves: Float[Tensor, "B samples"], per_step: int, seed: int) -> None:
+        """Convolutions, teacher and codebooks from a sample of speech (a few hundred crops)."""
+        init_from_data(self.model, waves[:16])
+        self.teacher.fit(waves)
+        vectors = self.teacher(waves).transpose(1, 2).flatten(0, 1)
+        init_codebooks(self.model, vectors, per_step, seed)
 
     def forward(
         self, waves: Float[Tensor, "B samples"], step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its terms, with the share of entries used by each book."""
+        """The loss of a batch and its terms, with the number of entries used by two books."""
         z = self.model.encoder(waves[:, None])
-        terms: dict[str, Tensor] = {"features": z.square().mean()}
-        if step >= self.loss.autoencode_steps:
-            z, codes, terms["commitment"] = quantise(self.model, z, self.loss, generator)
-            terms["entries_1"] = codes[0].unique().numel() * torch.ones(())
-            terms["entries_8"] = codes[-1].unique().numel() * torch.ones(())
-        output = self.model.decoder(z)[:, 0]
+        features = self.teacher(waves)
+        terms: dict[str, Tensor] = {"teacher": F.mse_loss(z, features)}
+        taught = step < self.loss.taught_steps
+        quantised, codes, terms["commitment"] = quantise(
+            self.model, features if taught else z, self.loss, generator
+        )
+        output = self.model.decoder(quantised)[:, 0]
         terms["mel"] = self.mel(output, waves)
         terms["waveform"] = F.l1_loss(output, waves)
-        total = self.loss.mel * terms["mel"] + self.loss.waveform * terms["waveform"]
-        total = total + self.loss.commitment * terms.get("commitment", z.new_zeros(()))
-        total = total + self.loss.feature_size * terms["features"]
+        total = self.loss.mel * terms["mel"]
+        if taught:
+            total = total + self.loss.teacher * terms["teacher"]
+        else:
+            total = total + self.loss.anchor * terms["teacher"]
+            total = total + self.loss.commitment * terms["commitment"]
+            total = total + self.loss.waveform * terms["waveform"]
+        terms["entries_1"] = codes[0].unique().numel() * torch.ones(())
+        terms["entries_8"] = codes[-1].unique().numel() * torch.ones(())
         return total, {name: value.detach() for name, value in terms.items()}

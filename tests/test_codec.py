@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from valle.model.codec import Codec, CodecIdentity
 from valle.model.codec_training import (
     CodecLoss,
     CodecTrainee,
-    condition,
+    Teacher,
+    init_codebooks,
     init_from_data,
     quantise,
 )
@@ -129,20 +131,43 @@ def test_initialisation_from_data_gives_unit_deviation() -> None:
     assert after == pytest.approx(1.0, rel=1e-3)
 
 
-def test_conditioning_evens_out_the_features_and_changes_nothing_else() -> None:
+def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
+    teacher = Teacher(TINY_CODEC.dimension)
+    time = torch.arange(8 * HOP) / 24_000
+    audio = torch.cat([torch.zeros(8 * HOP), 0.3 * torch.sin(2 * torch.pi * 440 * time)])[None]
+    features = teacher(audio)
+    assert features.shape == (1, TINY_CODEC.dimension, 16)
+    torch.testing.assert_close(features[..., :8], features[..., :1].expand(-1, -1, 8))
+    assert features[0, :, 8].max() > features[0, :, 7].max() + 1
+    loud, quiet = (teacher(audio * gain)[0, :, 12].mean() for gain in (1.0, 0.1))
+    assert loud > quiet
+
+
+def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(TINY_CODEC.dimension)
+    audio = torch.randn(4, 30 * HOP) * torch.tensor([0.01, 0.1, 0.3, 0.5])[:, None]
+    teacher.fit(audio)
+    features = teacher(audio)
+    assert features.mean((0, 2)).abs().max() < 1e-5
+    assert features.square().mean() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_codebooks_start_where_the_vectors_are() -> None:
+    """Each book takes up what the ones before it left, and every entry is in use."""
     torch.manual_seed(0)
     model = codecs.build(TINY_CODEC)
-    audio = torch.randn(4, 9_600) * torch.tensor([0.01, 0.1, 0.3, 0.5])[:, None]
-    init_from_data(model, audio)
-    with torch.no_grad():
-        before = model.encoder(audio[:, None])
-        heard = model.decoder(before)
-        condition(model, audio)
-        after = model.encoder(audio[:, None])
-        torch.testing.assert_close(model.decoder(after), heard, atol=1e-4, rtol=1e-3)
-    spread = [torch.linalg.svdvals(z.transpose(1, 2).flatten(0, 1)) for z in (before, after)]
-    assert spread[1][0] / spread[1][-1] < 0.7 * spread[0][0] / spread[0][-1]
-    assert after.std() == pytest.approx(1.0, rel=0.05)
+    vectors = torch.randn(4_000, TINY_CODEC.dimension)
+    init_codebooks(model, vectors, per_step=600)
+    left = [vectors.square().mean()]
+    residual = vectors
+    for layer in model.quantizer.vq.layers:
+        index = layer._codebook.quantize(residual)
+        assert len(index.unique()) > 900
+        assert layer._codebook.cluster_size.sum() == pytest.approx(600, rel=1e-3)
+        residual = residual - layer._codebook.embed[index]
+        left.append(residual.square().mean())
+    assert all(after < 0.9 * before for before, after in itertools.pairwise(left))
 
 
 def test_quantiser_revives_dead_entries() -> None:
@@ -158,19 +183,24 @@ def test_quantiser_revives_dead_entries() -> None:
     assert torch.nn.functional.mse_loss(quantised, z) < 0.05
 
 
-def test_training_lowers_the_loss() -> None:
+@pytest.mark.parametrize("taught_steps", [0, 100], ids=["joined", "taught"])
+def test_training_lowers_the_loss(taught_steps: int) -> None:
     torch.manual_seed(0)
-    trainee = CodecTrainee(codecs.build(TINY_CODEC), CodecLoss(autoencode_steps=5))
-    time = torch.arange(12_160) / 24_000
-    audio = 0.3 * torch.sin(2 * torch.pi * torch.tensor([[220.0], [330.0]]) * time)
-    init_from_data(trainee.model, audio)
+    trainee = CodecTrainee(codecs.build(TINY_CODEC), CodecLoss(taught_steps=taught_steps))
+    time = torch.arange(38 * HOP) / 24_000
+    pitch = torch.linspace(110, 440, 128)[:, None]
+    audio = 0.3 * torch.sin(2 * torch.pi * pitch * time) + 0.01 * torch.randn(128, len(time))
+    trainee.initialise(audio, per_step=16 * 38, seed=0)
     optimizer = torch.optim.AdamW(trainee.model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
-    losses = []
+    seen: dict[str, list[float]] = {"mel": [], "teacher": []}
     for step in range(30):
-        total, terms = trainee(audio, step, generator)
+        total, terms = trainee(audio[::8], step, generator)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        losses.append(terms["mel"].item())
-    assert losses[-1] < 0.8 * losses[0]
+        for name, values in seen.items():
+            values.append(terms[name].item())
+    assert seen["mel"][-1] < 0.8 * seen["mel"][0]
+    if taught_steps:
+        assert seen["teacher"][-1] < 0.8 * seen["teacher"][0]
