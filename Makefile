@@ -14,6 +14,7 @@ venv: .venv/.complete  ## make .venv and install everything, pinned (first time:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$(grep -i '^resemblyzer==' constraints.txt)"
 	@touch $@
 
 demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the whole path

@@ -15,7 +15,6 @@ from valle.platform.cluster import CODE_ROOT, connect
 from valle.platform.progress import progress
 
 SENTENCES = CODE_ROOT / "jobs" / "sentences"
-_LISTS = {"en": "en.txt", "fr": "fr.txt", "es": "es.txt", "de": "de.txt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,9 @@ class Source:
 
     utterances: int = 0
     """How many each voice says; 0 takes all there are (asterisk)."""
+
+    sentences: tuple[str, ...] = ()
+    """Lists in `jobs/sentences` to draw from; none given takes the language's own (en, fr, ...)."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -80,10 +82,13 @@ def plan(chosen: CorpusRecipe) -> list[Line]:
 
 
 def _synthesised(source: Source, seed: int) -> Iterator[Line]:
-    base = source.language.split("-")[0]
-    if base not in _LISTS:
-        raise recipe.RecipeError(f"language: no sentence list for {source.language!r}")
-    sentences = (SENTENCES / _LISTS[base]).read_text().splitlines()
+    sentences: list[str] = []
+    for name in source.sentences or (source.language.split("-")[0],):
+        path = SENTENCES / f"{name}.txt"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in SENTENCES.glob("*.txt")))
+            raise recipe.RecipeError(f"sentences: no list {name!r}; known: {known}")
+        sentences += path.read_text().splitlines()
     for voice in source.voices:
         speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
         order = sentences.copy()

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from valle.jobs.codec import codebook_use
-from valle.jobs.metrics import DistillMos, Whisper, word_error_rate
+from valle.jobs.judges.quality import DistillMos
+from valle.jobs.judges.recogniser import Whisper, word_error_rate
 from valle.model import codec as codecs
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage

@@ -1,23 +1,36 @@
-"""Publishes an AR and a NAR checkpoint with their codec as one version in the model registry."""
+"""Publishes an AR and a NAR checkpoint with their codec as one version in the model registry.
 
+A new version is the registry's `candidate`. It becomes `champion`, which is what is served, when
+it passes the recipe's gate: the version is evaluated (`publish.evaluation`), its report is kept
+with it, every bound of `publish.gate` must hold, and it must not lose to the present champion
+beyond noise. `force="why"` promotes all the same and records the reason.
+"""
+
+import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from valle.jobs import evaluate
+from valle.jobs.evaluate import EvaluateRecipe
+from valle.jobs.gate import Bound, refusals
 from valle.model.valle import Synthesis
-from valle.platform import audio, recipe, registry, storage, tracking
+from valle.platform import audio, checkpoint, recipe, registry, storage, tracking
+from valle.platform.cluster import connect
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishRecipe:
-    """What to publish, and the sample that goes with it."""
+    """What to publish, the sample that goes with it, and what it must reach."""
 
     ar: str
-    """Checkpoint, or the run's folder (its last checkpoint is taken)."""
+    """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
 
     nar: str
-    """Checkpoint, or the run's folder (its last checkpoint is taken)."""
+    """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
 
     sample_prompt: str
     """Recording whose voice speaks the sample."""
@@ -25,33 +38,33 @@ class PublishRecipe:
     codec: str = "nano"
     """The codec both were trained with."""
 
-    alias: str = "champion"
-    """Registry alias that will point at the new version."""
-
     sample_text: str = "The voice you are hearing was made by a small model."
     """What the sample says."""
 
     sample_seconds: float = 8.0
     """Length limit of the sample."""
 
+    evaluation: EvaluateRecipe | None = None
+    """How a version is judged; `model` and the end of `out` are filled in. None: it is not."""
 
-def last_checkpoint(uri: str) -> str:
-    """`uri` itself when it is a checkpoint, else the newest `step_*` folder in it."""
-    if storage.exists(storage.join(uri, "model.safetensors")):
-        return uri
-    steps = sorted(
-        path.split("/")[0]
-        for path in storage.list_files(uri, ("model.safetensors",))
-        if path.startswith("step_")
-    )
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {uri}: train first")
-    return storage.join(uri, steps[-1])
+    gate: tuple[Bound, ...] = field(default_factory=tuple)
+    """Bounds on the evaluation's figures."""
+
+    force: str | None = None
+    """Why a version that the gate refuses is promoted all the same."""
+
+    def __post_init__(self) -> None:
+        if self.gate and self.evaluation is None:
+            raise ValueError("gate: without `evaluation` there are no figures to hold against it")
 
 
-def publish(chosen: PublishRecipe) -> int:
-    """Packs, speaks the sample, registers; returns the version."""
-    ar, nar = (last_checkpoint(storage.absolute(uri)) for uri in (chosen.ar, chosen.nar))
+class GateError(RuntimeError):
+    """A candidate was refused; the message names the figures."""
+
+
+def register(chosen: PublishRecipe) -> int:
+    """Packs, speaks the sample, registers as candidate; returns the version."""
+    ar, nar = (checkpoint.choose(storage.absolute(uri)) for uri in (chosen.ar, chosen.nar))
     prompt = audio.read(storage.read_bytes(chosen.sample_prompt), max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
@@ -60,14 +73,60 @@ def publish(chosen: PublishRecipe) -> int:
         spoken = registry.load_voice(folder).speak(chosen.sample_text, prompt, how)
         (folder / "sample.wav").write_bytes(audio.wav_bytes(spoken.wave))
         (folder / "sample.png").write_bytes(tracking.spectrogram(spoken.wave, chosen.sample_text))
-        return registry.publish(folder, chosen.alias, {"ar": ar, "nar": nar})
+        return registry.publish(folder, {"ar": ar, "nar": nar})
+
+
+def judge(version: int, chosen: EvaluateRecipe) -> dict[str, Any]:
+    """Evaluates a version and keeps the report with it."""
+    name = f"models:/{registry.NAME}/{version}"
+    content = evaluate.evaluate(
+        replace(chosen, model=name, out=storage.join(chosen.out, f"version-{version}"))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for file in ("report.json", "report.md"):
+            source = storage.join(chosen.out, f"version-{version}", file)
+            (Path(folder) / file).write_bytes(storage.read_bytes(source))
+        registry.attach(version, Path(folder))
+    return content
+
+
+def champion_report() -> dict[str, Any] | None:
+    """The report of the version that is served; None when there is none."""
+    if registry.champion() is None:
+        return None
+    path = registry.resolve(registry.CHAMPION) / "report.json"
+    return storage.read_json(str(path)) if path.exists() else None
+
+
+def publish(chosen: PublishRecipe) -> int:
+    """Registers, passes through the gate, promotes; returns the version.
+
+    Raises GateError when the gate refuses; the version then stays the candidate.
+    """
+    version = register(chosen)
+    if chosen.evaluation is None:
+        registry.promote(version, "the recipe has no evaluation")
+        return version
+    reasons = "; ".join(refusals(judge(version, chosen.evaluation), chosen.gate, champion_report()))
+    if reasons and chosen.force is None:
+        raise GateError(f"version {version} stays a candidate: {reasons}")
+    registry.promote(
+        version,
+        f"forced: {chosen.force} (refused for: {reasons})" if reasons else "passed the gate",
+    )
+    return version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.publish --recipe demo`."""
     chosen = recipe.parse_arguments(argv, "publish", PublishRecipe, __doc__ or "")
-    version = publish(chosen)
-    print(f"published {registry.NAME} version {version}, alias {chosen.alias}")
+    with connect() if chosen.evaluation else nullcontext():
+        try:
+            version = publish(chosen)
+        except GateError as error:
+            print(f"refused: {error}", file=sys.stderr)
+            sys.exit(1)
+    print(f"published {registry.NAME} version {version}, alias champion")
 
 
 if __name__ == "__main__":

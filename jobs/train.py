@@ -4,29 +4,29 @@ Resumable: a run of the same name goes on from its last checkpoint, with the bat
 seen yet. Metrics, samples and parameters go to MLflow.
 """
 
+import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import dacite
-import numpy as np
 import torch
 
 from valle.jobs import validation
+from valle.jobs.loader import Loader
+from valle.jobs.validation import QuickCheck
 from valle.model import codec as codecs
 from valle.model.config import SIZES, Kind, ModelConfig
-from valle.model.sequence import Batch, collate
-from valle.model.tokens import FRAME_RATE
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
-from valle.platform import checkpoint, recipe, sampler, settings, storage, tracking
+from valle.platform import checkpoint, recipe, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
 from valle.platform.progress import progress
-from valle.platform.sampler import Batching, Prompts
+from valle.platform.sampler import Batching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class TrainRecipe:
     """Steps between training metrics."""
 
     keep_checkpoints: int = 2
-    """Older ones are deleted."""
+    """Older ones are deleted; with a quick check, all but the best and the last."""
 
     samples: int = 2
     """Validation sentences spoken at each checkpoint (codes of the data stand in for the model
@@ -120,6 +120,10 @@ class TrainRecipe:
 
     codec: str = "nano"
     """Decodes the samples; must be the dataset's codec."""
+
+    quick_check: QuickCheck | None = None
+    """A few sentences spoken and read back at some checkpoints; the best by word error rate is
+    kept, and `publish` takes it."""
 
     max_failures: int = 2
     """Worker losses survived before the run gives up."""
@@ -139,52 +143,9 @@ class TrainRecipe:
         for kind in self.models:
             if kind not in ("ar", "nar") or self.steps.get(kind, 0) < 1:
                 raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
+        if self.quick_check and self.quick_check.every % self.checkpoint_every:
+            raise ValueError("quick_check.every: must be a multiple of checkpoint_every")
         self.model.resolve()
-
-
-class Loader:
-    """Turns the plan's utterance numbers into batches with prompts."""
-
-    def __init__(self, dataset: TokenDataset, chosen: TrainRecipe) -> None:
-        self.dataset = dataset
-        self.prompt_frames = int(chosen.prompt_seconds * FRAME_RATE)
-        self.seed = chosen.seed
-        self._prompts = Prompts(dataset.speakers())
-        self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
-        self.training, self.validation = self._split(chosen.validation_utterances)
-
-    def _split(self, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-        """Held out: every n-th utterance, so that each speaker is in both parts."""
-        numbers = np.arange(len(self.dataset))
-        every = max(10, len(numbers) // max(1, wanted))
-        held_out = numbers % every == every - 1
-        return numbers[~held_out], numbers[held_out]
-
-    def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
-        """The batch of some utterances; `key` decides prompts and where they are cut."""
-        generator = np.random.default_rng([self.seed, *key])
-        items = [self.dataset[int(number)] for number in utterances]
-        prompts = []
-        for number in utterances:
-            codes = self.dataset[self._prompts.draw(int(number), generator)].codes
-            start = int(generator.integers(0, max(1, codes.shape[1] - self.prompt_frames + 1)))
-            prompts.append(torch.from_numpy(codes[:, start : start + self.prompt_frames].copy()))
-        return collate(
-            [torch.from_numpy(item.phonemes.copy()) for item in items],
-            prompts,
-            [torch.from_numpy(item.codes.copy()) for item in items],
-        )
-
-    def batches(
-        self, batching: Batching, state: TrainState, rank: int, world_size: int
-    ) -> Iterator[tuple[int, int, Batch]]:
-        """Endless (epoch, batch number, batch) of one rank, from the position in `state` on."""
-        position = sampler.batches(
-            self.lengths[self.training], batching, seed=self.seed, epoch=state.epoch,
-            batch=state.batch, rank=rank, world_size=world_size,
-        )  # fmt: skip
-        for epoch, number, chosen in position:
-            yield epoch, number, self.batch(self.training[chosen], [epoch, number, rank])
 
 
 def build_backend(chosen: TrainRecipe, kind: Kind, device: torch.device) -> Backend:
@@ -209,7 +170,10 @@ def train(values: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(chosen.threads)
-    loader = Loader(TokenDataset(chosen.data, settings.read().cache), chosen)
+    loader = Loader(
+        TokenDataset(chosen.data, settings.read().cache), seed=chosen.seed,
+        prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
+    )  # fmt: skip
     backend = build_backend(chosen, kind, device)
     state = TrainState()
     if found := ray.train.get_checkpoint():
@@ -286,8 +250,10 @@ def _report(
         mine = rank == 0 or backend.writes_on_every_rank
         if mine:
             backend.save(folder)
+        # Ray takes a checkpoint without a number for worse than any with one
+        unmeasured = {checkpoint.WORD_ERROR_RATE: math.nan}
         ray.train.report(
-            {"step": state.step, **metrics},
+            {"step": state.step, **unmeasured, **metrics},
             checkpoint=Checkpoint.from_directory(name) if mine else None,
             checkpoint_dir_name=f"step_{state.step:08d}",
         )
@@ -304,10 +270,13 @@ def _evaluate(
     """Validation and samples of a checkpoint just written, as anyone would load it."""
     model, _ = checkpoint.load(folder, str(device))
     metrics = validation.run(model, loader, chosen.batching, device)
-    run.metrics(metrics, state.step)
+    codec = codecs.load(chosen.codec, device=str(device), cache=settings.read().cache)
     if chosen.samples:
-        codec = codecs.load(chosen.codec, device=str(device), cache=settings.read().cache)
         run.samples(validation.samples(model, loader, codec, chosen.samples, device), state.step)
+    if chosen.quick_check and state.step % chosen.quick_check.every == 0:
+        metrics |= validation.words(model, codec, chosen.quick_check)
+    run.metrics(metrics, state.step)
+    checkpoint.save_metrics(folder, metrics)
     return metrics
 
 
@@ -332,7 +301,13 @@ def fit(chosen: TrainRecipe, kind: Kind) -> str:
             run_config=RunConfig(
                 name=name,
                 storage_path=chosen.storage,
-                checkpoint_config=CheckpointConfig(num_to_keep=chosen.keep_checkpoints),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=chosen.keep_checkpoints,
+                    checkpoint_score_attribute=(
+                        checkpoint.WORD_ERROR_RATE if chosen.quick_check else None
+                    ),
+                    checkpoint_score_order="min",
+                ),
                 failure_config=FailureConfig(max_failures=chosen.max_failures),
             ),
         )

@@ -1,29 +1,55 @@
-"""What a training run checks at each checkpoint: held-out loss, accuracy, and samples to hear."""
+"""What a training run checks at each checkpoint: held-out loss, accuracy, samples, and words."""
 
-from typing import TYPE_CHECKING
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from valle.jobs.evaluation import EvaluationItem, item_seed, load_items
+from valle.jobs.judges import recogniser
+from valle.jobs.loader import Loader
 from valle.model.ar import AR
-from valle.model.codec import Codec
+from valle.model.codec import Codec, Wave
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sequence import Batch
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.training import Loss, Objective
-from valle.platform import sampler
+from valle.model.valle import Synthesis, Voice, fill_in, text_ids
+from valle.platform import audio, checkpoint, sampler, storage
 from valle.platform.sampler import Batching
-
-if TYPE_CHECKING:
-    from valle.jobs.train import Loader
 
 MAX_SAMPLE_FRAMES = 600
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuickCheck:
+    """A small evaluation set that is spoken and read back while training goes on."""
+
+    recordings: str
+    """Folder or URI that the set's recordings lie under."""
+
+    items: str = "quick"
+    """Name of a set in `jobs/evaluation`, or path to JSONL. Every item needs a reference."""
+
+    every: int = 2000
+    """Steps between checks; a multiple of `checkpoint_every`."""
+
+    partner: str | None = None
+    """NAR checkpoint, or run, through which the AR model is heard. The NAR model needs none: it
+    gets the true first codebook."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"quick_check.every: {self.every} is below 1")
+
+
 @torch.inference_mode()
 def run(
-    model: AR | NAR, loader: "Loader", batching: Batching, device: torch.device
+    model: AR | NAR, loader: Loader, batching: Batching, device: torch.device
 ) -> dict[str, float]:
     """Loss and accuracy on the held-out utterances, per codebook, in evaluation mode.
 
@@ -70,7 +96,7 @@ def _swap_texts(batch: Batch) -> Batch:
 
 
 def samples(
-    model: AR | NAR, loader: "Loader", codec: Codec, count: int, device: torch.device
+    model: AR | NAR, loader: Loader, codec: Codec, count: int, device: torch.device
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """Held-out sentences spoken by the model alone, beside their recordings' reconstruction.
 
@@ -97,3 +123,46 @@ def samples(
             heard.append((f"{number}-model", codec.decode([stored])[0]))
         heard.append((f"{number}-recording", codec.decode([loader.dataset[int(number)].codes])[0]))
     return heard
+
+
+def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]:
+    """Word error rate on the quick set, by whisper tiny.en; nothing for an AR model that has no
+    partner to be heard through."""
+    if isinstance(model, AR) and chosen.partner is None:
+        return {}
+    partner = _load_partner(chosen.partner) if isinstance(model, AR) and chosen.partner else None
+    reader = recogniser.Whisper()
+    items = load_items(chosen.items)
+    waves = [_say(model, partner, codec, chosen, item) for item in items]
+    heard = [reader.transcribe(wave) if len(wave) > SAMPLE_RATE // 5 else "" for wave in waves]
+    return {checkpoint.WORD_ERROR_RATE: recogniser.word_error_rate([i.text for i in items], heard)}
+
+
+def _load_partner(uri: str) -> NAR:
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint.fetch(checkpoint.choose(storage.absolute(uri)), Path(name) / "nar")
+        model, _ = checkpoint.load(Path(name) / "nar")
+    if not isinstance(model, NAR):
+        raise ValueError(f"quick_check.partner: {uri} holds no NAR model")
+    return model
+
+
+def _say(
+    model: AR | NAR, partner: NAR | None, codec: Codec, chosen: QuickCheck, item: EvaluationItem
+) -> Wave:
+    """One item: by both models, or by the NAR model on the reference's first codebook."""
+
+    def read(name: str) -> Wave:
+        path = storage.join(chosen.recordings, name)
+        return audio.read(storage.read_bytes(path), max_seconds=60)
+
+    how = replace(Synthesis(), language=item.language, seed=item_seed(item.id, 0))
+    if isinstance(model, AR):
+        assert partner is not None, "words() has loaded it"
+        return Voice(model, partner, codec).speak(item.text, read(item.prompt), how).wave
+    if item.reference is None:
+        raise ValueError(f"quick_check.items: {item.id} has no reference")
+    prompt, truth = codec.encode([read(item.prompt), read(item.reference)])
+    prompt = prompt[:, : int(how.prompt_seconds * FRAME_RATE)]
+    codes = fill_in(model, text_ids(item.text, item.language), prompt, truth[0], how)
+    return codec.decode([codes])[0]

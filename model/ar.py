@@ -81,14 +81,17 @@ class AR(nn.Module):
         sampling: Sampling,
         max_frames: int,
         generator: torch.Generator,
+        prefix: Int[Tensor, " T"] | None = None,
         use_cache: bool = True,
     ) -> Generated:
         """Speaks one text in the voice of the prompt; stops at EOS or after `max_frames`.
 
+        With a `prefix` (the first codes of speech whose words the text begins with) it goes on
+        from there, VALL-E's continuation; the result begins with the prefix.
         `use_cache=False` runs the whole sequence again for every frame: the slow twin.
         """
-        codes = phonemes.new_empty(0)
-        logits, cache = self.prefill(phonemes, prompt, max_frames)
+        codes = phonemes.new_empty(0) if prefix is None else prefix
+        logits, cache = self.prefill(phonemes, prompt, codes, max_frames)
         while len(codes) < max_frames:
             token = sample(logits, sampling, history=codes[None], generator=generator)
             if int(token) == EOS:
@@ -101,11 +104,16 @@ class AR(nn.Module):
         return Generated(codes, hit_limit=True)
 
     def prefill(
-        self, phonemes: Int[Tensor, " L"], prompt: Int[Tensor, "Q P"], max_frames: int
+        self,
+        phonemes: Int[Tensor, " L"],
+        prompt: Int[Tensor, "Q P"],
+        codes: Int[Tensor, " T"],
+        max_frames: int,
     ) -> tuple[Float[Tensor, "1 1025"], KVCache]:
-        """Logits of the first frame, and a cache holding text and prompt."""
-        joined = self._join(_single(phonemes, prompt, phonemes.new_empty(0)))
-        capacity = joined.x.shape[1] + max_frames
+        """Logits of the frame after `codes`, and a cache holding text, prompt and `codes`, with
+        room for `max_frames` in all."""
+        joined = self._join(_single(phonemes, prompt, codes))
+        capacity = joined.x.shape[1] + max_frames - len(codes)
         cache = KVCache.empty(self.config, 1, capacity, like=joined.x)
         level = phonemes.new_zeros(1)
         hidden = self.transformer(joined.x, joined.positions, level, cache=cache)

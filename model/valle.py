@@ -6,7 +6,9 @@ the other seven, codec decoder. One request at a time, nothing shared between ca
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from valle.model import text as phonemes
 from valle.model.ar import AR
@@ -74,23 +76,48 @@ class Voice:
             raise ValueError("prompt: the recording is empty")
         return self.codec.encode([prompt])[0][:, : int(how.prompt_seconds * FRAME_RATE)]
 
-    def speak_codes(self, ids: list[int], prompt: Codes, how: Synthesis) -> Spoken:
-        """The same from phoneme ids and prompt codes `[8, P]`."""
+    def go_on(self, text: str, beginning: Wave, how: Synthesis) -> Spoken:
+        """VALL-E's continuation: `beginning` (24 kHz samples) says the first words of `text`, the
+        answer is the whole sentence, beginning included.
+
+        The beginning is cut to `prompt_seconds`; it serves as prompt as well.
+        """
+        prompt = self.encode_prompt(beginning, how)
+        return self.speak_codes(text_ids(text, how.language), prompt, how, prefix=prompt)
+
+    def speak_codes(
+        self, ids: list[int], prompt: Codes, how: Synthesis, prefix: Codes | None = None
+    ) -> Spoken:
+        """The same from phoneme ids and prompt codes `[8, P]`, after the codes of `prefix`."""
         device = self.codec.device
         generator = torch.Generator(device).manual_seed(how.seed)
         text = torch.tensor(ids, device=device)
         prompt_codes = torch.from_numpy(prompt).long().to(device)
+        said = None if prefix is None else torch.from_numpy(prefix).long().to(device)
         first = self.ar.generate(
             text, prompt_codes, sampling=how.ar, generator=generator,
-            max_frames=int(how.max_seconds * FRAME_RATE),
+            max_frames=int(how.max_seconds * FRAME_RATE), prefix=None if said is None else said[0],
         )  # fmt: skip
         if not len(first.codes):
             return Spoken(_no_wave(), _no_codes(), hit_limit=False)
-        codes = self.nar.generate(
-            text, prompt_codes, first.codes, sampling=how.nar, generator=generator
-        )
-        stored = codes.to("cpu", torch.int16).numpy()
+        stored = fill_in(self.nar, ids, prompt, first.codes.cpu().numpy(), how)
+        if prefix is not None:
+            stored[:, : prefix.shape[1]] = prefix
         return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)
+
+
+def fill_in(
+    nar: NAR, ids: list[int], prompt: Codes, first: NDArray[np.int16], how: Synthesis
+) -> Codes:
+    """All codebooks `[8, T]` of speech whose first codebook is `first` `[T]`."""
+    device = nar.heads.device
+    codes = nar.generate(
+        torch.tensor(ids, device=device),
+        torch.from_numpy(prompt).long().to(device),
+        torch.from_numpy(first).long().to(device),
+        sampling=how.nar, generator=torch.Generator(device).manual_seed(how.seed),
+    )  # fmt: skip
+    return codes.to("cpu", torch.int16).numpy()
 
 
 def text_ids(text: str, language: str) -> list[int]:

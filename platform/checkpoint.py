@@ -2,6 +2,7 @@
 
     model.safetensors   weights of one model
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
+    metrics.json        what validation said of it
     state/              what a resumed run needs besides: counters and optimizer
 
 Weights are safetensors and are never unpickled. The optimizer of the `ddp` backend is safetensors
@@ -26,10 +27,14 @@ from valle.model.config import Kind, ModelConfig
 from valle.model.nar import NAR
 from valle.model.text import INVENTORY
 from valle.model.training import TrainState
+from valle.platform import storage
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+METRICS = "metrics.json"
 STATE = "state"
+WORD_ERROR_RATE = "validation/wer"
+"""Name of the metric that decides which checkpoint of a run is the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,43 @@ def save_state(folder: Path, state: TrainState) -> None:
 def load_state(folder: Path) -> TrainState:
     """The counters of a run."""
     return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
+
+
+def save_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Writes what validation said."""
+    (folder / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n")
+
+
+def choose(uri: str) -> str:
+    """`uri` itself when it is a checkpoint, else the best `step_*` folder of the run it names.
+
+    Best is the lowest word error rate where a quick check measured one, else the newest. Raises
+    FileNotFoundError when there is none.
+    """
+    if storage.exists(storage.join(uri, WEIGHTS)):
+        return uri
+    found = storage.list_files(uri, (WEIGHTS,))
+    steps = sorted(path.split("/")[0] for path in found if path.startswith("step_"))
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {uri}: train first")
+    rates = {step: _word_error_rate(storage.join(uri, step, METRICS)) for step in steps}
+    measured = {step: rate for step, rate in rates.items() if rate is not None}
+    best = min(measured, key=lambda step: measured[step]) if measured else steps[-1]
+    return storage.join(uri, best)
+
+
+def _word_error_rate(path: str) -> float | None:
+    return storage.read_json(path).get(WORD_ERROR_RATE) if storage.exists(path) else None
+
+
+def fetch(uri: str, folder: Path) -> None:
+    """Copies weights and description of a checkpoint from anywhere into a new local folder."""
+    folder.mkdir(parents=True)
+    for name in (WEIGHTS, CONFIG):
+        source = storage.join(uri, name)
+        if not storage.exists(source):
+            raise FileNotFoundError(f"no checkpoint at {uri}: {name} is missing")
+        (folder / name).write_bytes(storage.read_bytes(source))
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -4,6 +4,10 @@
     codec/              the codec's weights, unless it is the official one
     bundle.json         codec identity, where the parts came from
     sample.wav          what it sounds like
+    report.json, .md    its evaluation, once there is one
+
+A new version is the `candidate`; `champion` is what is served. Each version keeps as tags when and
+why it was promoted, and whom it replaced, so that a rollback knows where to go.
 
 Nothing in it is pickled, and nothing is executed on loading.
 """
@@ -11,6 +15,7 @@ Nothing in it is pickled, and nothing is executed on loading.
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dacite
@@ -20,7 +25,7 @@ from valle.model.ar import AR
 from valle.model.codec import CodecIdentity
 from valle.model.nar import NAR
 from valle.model.valle import Voice
-from valle.platform import checkpoint, settings, storage, tracking
+from valle.platform import checkpoint, settings, tracking
 
 NAME = "valle"
 CHAMPION = f"models:/{NAME}@champion"
@@ -41,8 +46,8 @@ class Bundle:
 
 def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     """Gathers two checkpoints and a codec in `folder`; checks that they belong together."""
-    _fetch(ar, folder / "ar")
-    _fetch(nar, folder / "nar")
+    checkpoint.fetch(ar, folder / "ar")
+    checkpoint.fetch(nar, folder / "nar")
     identity = codecs.load(codec, cache=settings.read().cache).identity
     for part, kind in (("ar", "ar"), ("nar", "nar")):
         description = checkpoint.read(folder / part)
@@ -60,18 +65,8 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     return bundle
 
 
-def _fetch(uri: str, folder: Path) -> None:
-    """Weights and description of a checkpoint, from anywhere."""
-    folder.mkdir(parents=True)
-    for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
-        source = storage.join(uri, name)
-        if not storage.exists(source):
-            raise FileNotFoundError(f"no checkpoint at {uri}: {name} is missing")
-        (folder / name).write_bytes(storage.read_bytes(source))
-
-
-def publish(folder: Path, alias: str, tags: dict[str, str]) -> int:
-    """Registers a packed bundle as the next version and points `alias` at it."""
+def publish(folder: Path, tags: dict[str, str]) -> int:
+    """Registers a packed bundle as the next version, alias `candidate`; returns its number."""
     import mlflow
 
     tracking.connect()
@@ -82,10 +77,101 @@ def publish(folder: Path, alias: str, tags: dict[str, str]) -> int:
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
         version = mlflow.register_model(f"models:/{model.model_id}", NAME)
-    client.set_registered_model_alias(NAME, alias, version.version)
-    for key, value in tags.items():
-        client.set_model_version_tag(NAME, version.version, key, value)
+    client.set_registered_model_alias(NAME, "candidate", version.version)
+    _tag(version.version, tags)
     return int(version.version)
+
+
+def attach(version: int, folder: Path) -> None:
+    """Adds the files of a local folder to a version."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    client.log_model_artifacts(client.get_model_version(NAME, str(version)).model_id, str(folder))
+
+
+def champion() -> int | None:
+    """The version that is served, if any."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    tracking.connect()
+    try:
+        return int(mlflow.MlflowClient().get_model_version_by_alias(NAME, "champion").version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def promote(version: int, reason: str) -> None:
+    """Makes a version the champion and records when, why and instead of whom.
+
+    Raises ValueError when there is no such version.
+    """
+    import mlflow
+
+    previous = champion()
+    if version not in (known := [v.number for v in history()]):
+        raise ValueError(f"version: the registry has no {version}, only {known}")
+    record = {"promoted_at": _now(), "promoted_because": reason}
+    if previous not in (None, version):
+        record["replaced"] = str(previous)
+    _tag(version, record)
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", str(version))
+
+
+def roll_back(reason: str) -> int:
+    """Makes the champion's predecessor the champion again; returns its number.
+
+    Raises ValueError when there is no champion or it replaced nothing.
+    """
+    import mlflow
+
+    current = champion()
+    if current is None:
+        raise ValueError("there is no champion to roll back from")
+    client = mlflow.MlflowClient()
+    tags = client.get_model_version(NAME, str(current)).tags
+    if "replaced" not in tags:
+        raise ValueError(f"version {current} replaced no other: there is nothing to go back to")
+    _tag(current, {"rolled_back_at": _now(), "rolled_back_because": reason})
+    client.set_registered_model_alias(NAME, "champion", tags["replaced"])
+    return int(tags["replaced"])
+
+
+@dataclass(frozen=True)
+class Version:
+    """A line of the registry's history."""
+
+    number: int
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+
+
+def history() -> list[Version]:
+    """All versions, newest first."""
+    import mlflow
+
+    tracking.connect()
+    client = mlflow.MlflowClient()
+    found = client.search_model_versions(f"name = '{NAME}'")
+    # a search leaves the aliases out
+    whole = [client.get_model_version(NAME, version.version) for version in found]
+    versions = [Version(int(v.version), tuple(v.aliases), dict(v.tags)) for v in whole]
+    return sorted(versions, key=lambda version: -version.number)
+
+
+def _tag(version: int | str, tags: dict[str, str]) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    for key, value in tags.items():
+        client.set_model_version_tag(NAME, str(version), key, value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def resolve(source: str, tracking_uri: str | None = None) -> Path:
@@ -111,6 +197,12 @@ def resolve(source: str, tracking_uri: str | None = None) -> Path:
         ) from error
 
 
+def describe(folder: Path) -> Bundle:
+    """What `bundle.json` says."""
+    values = json.loads((folder / "bundle.json").read_text())
+    return dacite.from_dict(Bundle, values, dacite.Config(strict=True))
+
+
 def load_ar(folder: Path, device: str = "cpu") -> AR:
     """The AR model of a bundle."""
     model, _ = checkpoint.load(folder / "ar", device)
@@ -127,8 +219,7 @@ def load_nar(folder: Path, device: str = "cpu") -> NAR:
 
 def load_codec(folder: Path, device: str = "cpu") -> codecs.Codec:
     """The codec of a bundle. Raises ValueError when its weights are not those it was made with."""
-    values = json.loads((folder / "bundle.json").read_text())
-    bundle = dacite.from_dict(Bundle, values, dacite.Config(strict=True))
+    bundle = describe(folder)
     source = "encodec-24khz" if bundle.official_codec else str(folder / "codec")
     codec = codecs.load(source, device=device, cache=settings.read().cache)
     codec.identity.check(bundle.codec, "the bundle")

@@ -72,6 +72,22 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
         yield run.info.run_id
 
 
+def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
+    """A finished run of its own for figures and the folder they came with; returns its id.
+
+    A folder that is not local stays where it is: the run then names it in the tag `report`.
+    """
+    import mlflow
+
+    connect()
+    with mlflow.start_run(run_name=name, log_system_metrics=False) as run:
+        mlflow.log_metrics(dict(metrics))
+        mlflow.set_tags({"code_version": code_version(), "report": folder})
+        if "://" not in folder:
+            mlflow.log_artifacts(folder, "report")
+        return str(run.info.run_id)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested settings as `a.b` and value, the form MLflow shows."""
     for key, value in values.items():

@@ -69,7 +69,7 @@ def started(num_cpus: int = 4) -> Iterator[str]:
         )  # fmt: skip
     address = f"http://127.0.0.1:{ports[1]}"
     try:
-        wait_for(lambda: _answers(f"{address}/api/version"), 120, "the job server")
+        wait_for(lambda: answers(f"{address}/api/version"), 120, "the job server")
         yield address
     finally:
         os.killpg(head.pid, signal.SIGTERM)
@@ -77,7 +77,8 @@ def started(num_cpus: int = 4) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server gives 200."""
     try:
         return httpx.get(url, timeout=2).status_code == 200
     except httpx.HTTPError:

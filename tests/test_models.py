@@ -29,7 +29,7 @@ def test_cached_steps_equal_the_full_forward() -> None:
     phonemes, prompt, codes = random_items(30)[0]
     with torch.inference_mode():
         full = model(_single(phonemes, prompt, codes[0]))[0]
-        logits, cache = model.prefill(phonemes, prompt, 30)
+        logits, cache = model.prefill(phonemes, prompt, codes[0, :0], 30)
         steps = [logits[0]]
         for position, token in enumerate(codes[0]):
             steps.append(model.step(token[None], position, cache)[0])
@@ -50,6 +50,22 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling) -> No
     )  # fmt: skip
     assert torch.equal(with_cache.codes, without.codes)
     assert with_cache.hit_limit == without.hit_limit
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(use_cache: bool) -> None:
+    model = tiny_ar()
+    perturb(model)
+    phonemes, prompt, _ = random_items(20)[0]
+    model.head.bias.data[EOS] = -100.0
+    arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}
+    whole = model.generate(phonemes, prompt, **arguments).codes
+    assert len(whole.unique()) > 2
+    for length in (1, 7, 12):
+        continued = model.generate(
+            phonemes, prompt, prefix=whole[:length], use_cache=use_cache, **arguments
+        )
+        assert torch.equal(continued.codes, whole) and continued.hit_limit
 
 
 def test_length_limit_is_reported_and_eos_stops() -> None:

@@ -150,12 +150,12 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    from valle.jobs import codec, corpus, prepare, publish, train
+    from valle.jobs import codec, corpus, evaluate, prepare, publish, train
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
         "codec": codec.CodecRecipe, "train": train.TrainRecipe,
-        "publish": publish.PublishRecipe,
+        "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
     }  # fmt: skip
     import yaml
 
@@ -176,6 +176,23 @@ def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Codec) -> None:
     assert isinstance(loaded, AR) and about == description(tiny_codec)
     batch = random_batch(9, 14)
     assert torch.equal(loaded(batch), model(batch))
+
+
+def test_the_best_checkpoint_of_a_run(tmp_path: Path, tiny_codec: Codec) -> None:
+    with pytest.raises(FileNotFoundError, match="train first"):
+        checkpoint.choose(str(tmp_path))
+    about = checkpoint.describe("ar", TINY, tiny_codec.identity, "test", {})
+    for step, metrics in (
+        (10, {"validation/wer": 0.5}), (20, {"validation/wer": 0.2}), (30, {"validation/loss": 1.0})
+    ):  # fmt: skip
+        folder = tmp_path / f"step_{step:08d}"
+        checkpoint.save(folder, tiny_ar().state_dict(), about)
+        checkpoint.save_metrics(folder, metrics)
+    assert checkpoint.choose(str(tmp_path)).endswith("step_00000020")
+    assert checkpoint.choose(str(tmp_path / "step_00000010")).endswith("step_00000010")
+    for step in (10, 20):
+        checkpoint.save_metrics(tmp_path / f"step_{step:08d}", {"validation/loss": 1.0})
+    assert checkpoint.choose(str(tmp_path)).endswith("step_00000030")
 
 
 def test_optimizer_round_trip_continues_to_the_last_bit(tmp_path: Path, tiny_codec: Codec) -> None:

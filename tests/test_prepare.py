@@ -2,14 +2,21 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import clusters
 import numpy as np
+import psutil
 import pytest
 import soundfile
+import yaml
+from pyarrow import parquet
 
 from valle.jobs import prepare as prepare_module
 from valle.jobs.prepare import PrepareRecipe, group, prepare
@@ -169,6 +176,48 @@ def test_killed_half_way_it_leaves_a_valid_dataset_and_goes_on(
     opened = [TokenDataset(uri, tmp_path / "cache") for uri in (chosen.out, whole["out"])]
     ids = [{o[i].id: o[i].codes.tobytes() for i in range(9)} for o in opened]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.ray
+def test_sigkill_half_way_loses_nothing(
+    corpus: Path, tmp_path: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole job with its embedded Ray, killed after its first shard, then run again."""
+    own = tempfile.TemporaryDirectory(prefix="valle-ray-", ignore_cleanup_errors=True)
+    monkeypatch.setenv("RAY_TMPDIR", own.name)
+    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    for number in range(40):
+        put(corpus / f"speaker{number % 4}" / f"more {number}.wav", sound(0.6, seed=number))
+    (tmp_path / "killed.yaml").write_text(
+        yaml.safe_dump({"prepare": json.loads(json.dumps(asdict(chosen)))})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "valle.jobs.prepare",
+        "--recipe",
+        str(tmp_path / "killed.yaml"),
+    ]
+    with (tmp_path / "killed.log").open("wb") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        shards = tmp_path / "tokens"
+        clusters.wait_for(lambda: any(shards.rglob("*.parquet")), 120, "a shard")
+    finally:
+        children = psutil.Process(job.pid).children(recursive=True)
+        job.kill()
+        for child in children:
+            child.kill()
+    assert job.wait(timeout=30) == -signal.SIGKILL
+    for path in shards.rglob("*.parquet"):
+        parquet.read_table(path)  # whole, or not there
+
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    report = json.loads((shards / "report.json").read_text())
+    assert 0 < report["already_done"] < report["inputs"]
+    assert report["utterances"] == 49
+    assert len(TokenDataset(chosen.out, tmp_path / "cache")) == 49
+    own.cleanup()
 
 
 @pytest.mark.parametrize(

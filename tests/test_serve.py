@@ -1,9 +1,13 @@
 """Publishing, the registry, the command line and the endpoint, on untrained models."""
 
 import base64
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +18,11 @@ import pytest
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.__main__ import main as speak_main
-from valle.jobs.publish import PublishRecipe, last_checkpoint, publish
+from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import Codec
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
-from valle.platform import audio, checkpoint, registry, storage
+from valle.platform import audio, checkpoint, registry, storage, tracking
 
 
 @pytest.fixture
@@ -58,6 +62,66 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
 
 
+@pytest.fixture
+def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real tracking server that keeps artifacts itself, as a team's would."""
+    port = clusters.free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{home}/server.db",
+        "--artifacts-destination", str(home / "server-artifacts"),
+    ]  # fmt: skip
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        clusters.wait_for(lambda: clusters.answers(f"{address}/health"), 120, "MLflow")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def log_as_worker(run_id: str, address: str) -> None:
+    """What the first worker of a training does, in a process of its own."""
+    worker = tracking.worker_run(run_id, address)
+    worker.metrics({"train/loss": 2.5}, step=3)
+    worker.samples([("hello", np.zeros(2_400, np.float32))], step=3)
+    worker.close()
+
+
+@pytest.mark.slow
+def test_runs_and_registry_on_a_real_mlflow_server(
+    published: PublishRecipe, home: Path, mlflow_server: str
+) -> None:
+    import mlflow
+
+    with (
+        tracking.driver_run("served", {"optimization": {"warmup": 5}}) as run_id,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other,
+    ):
+        other.submit(log_as_worker, run_id, mlflow_server).result()
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 2.5)
+    assert run.data.params == {"optimization.warmup": "5"}
+    kept = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
+    assert kept == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
+
+    assert publish(published) == 1
+    folder = registry.resolve(registry.CHAMPION)
+    assert (folder / "codec/model.safetensors").read_bytes() == (
+        Path(published.codec) / "model.safetensors"
+    ).read_bytes()
+    prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=10)
+    spoken = registry.load_voice(folder).speak("hello", prompt, Synthesis(max_seconds=0.2))
+    assert spoken.codes.shape[0] == 8
+    # artifacts went through the server, not into a folder of this process
+    assert any((home / "server-artifacts").rglob("sample.wav"))
+    assert not (home / "mlruns").exists() and not (home / "mlflow.db").exists()
+
+
 def test_parts_that_do_not_belong_together_are_refused(
     published: PublishRecipe, home: Path
 ) -> None:
@@ -66,7 +130,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     with pytest.raises(ValueError, match="codec mismatch: the AR checkpoint"):
         publish(replace(published, codec="nano"))
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*: train first"):
-        last_checkpoint(str(home / "runs/none"))
+        checkpoint.choose(str(home / "runs/none"))
     with pytest.raises(FileNotFoundError, match="train and publish one"):
         registry.resolve("models:/valle@champion")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import write_dataset
 
-from valle.jobs.train import Loader, Size, TrainRecipe, build_backend, fit, prepare_run
+from valle.jobs.loader import Loader
+from valle.jobs.train import Size, TrainRecipe, build_backend, fit, prepare_run
 from valle.model.codec import Codec
 from valle.model.sequence import Batch
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
@@ -60,7 +61,10 @@ def weights(uri: str) -> dict[str, torch.Tensor]:
 
 def plain_loop(chosen: TrainRecipe, kind: str, home: Path) -> list[float]:
     """The slow twin: both workers' batches in one process, gradients averaged by hand."""
-    loader = Loader(TokenDataset(chosen.data, home / "cache"), chosen)
+    loader = Loader(
+        TokenDataset(chosen.data, home / "cache"), seed=chosen.seed,
+        prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
+    )  # fmt: skip
     backend = build_backend(chosen, kind, torch.device("cpu"))
     objective, optimizer = backend._objective, backend._optimizer
     streams = [loader.batches(chosen.batching, TrainState(), rank, 2) for rank in range(2)]
@@ -137,6 +141,30 @@ def test_deepspeed_equals_ddp(ray_cluster: None, chosen: TrainRecipe) -> None:
     parts = weights(fit(replace(first, steps={"nar": 14}), "nar"))
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_zero_stages_equal_ddp(ray_cluster: None, chosen: TrainRecipe, stage: int) -> None:
+    short = replace(chosen, steps={"nar": 6}, checkpoint_every=3, samples=0, models=("nar",))
+    ddp = weights(fit(replace(short, run="ddp"), "nar"))
+    zero = weights(fit(replace(short, run="zero", backend="deepspeed", zero_stage=stage), "nar"))
+    assert ddp.keys() == zero.keys()
+    for name, value in ddp.items():
+        torch.testing.assert_close(zero[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("backend", ["ddp", "deepspeed"])
+def test_bf16_follows_fp32(ray_cluster: None, chosen: TrainRecipe, backend: str) -> None:
+    """Losses agree to bf16's three digits, and the weights that are kept stay float32."""
+    short = replace(chosen, steps={"ar": 8}, checkpoint_every=8, samples=0, models=("ar",))
+    fit(replace(short, run="fp32"), "ar")
+    uri = fit(replace(short, run="bf16", backend=backend, precision="bf16"), "ar")
+    full, half = (list(losses(f"{name}-ar").values()) for name in ("fp32", "bf16"))
+    assert half == pytest.approx(full, rel=1e-2)
+    assert half != full
+    assert {value.dtype for value in weights(uri).values()} == {torch.float32}
 
 
 def _training_workers() -> list[psutil.Process]:

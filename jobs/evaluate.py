@@ -1,0 +1,232 @@
+"""Whether a voice model speaks: words, likeness, quality, faults, beside what is possible.
+
+Each item of an evaluation set is spoken by the model and judged, next to the rows that show which
+part of the chain loses what: the recording itself, its codec reconstruction, and the NAR model on
+the recording's own first codebook. Work is shared out over Ray actors; every item has a seed of
+its own, so the figures do not depend on how many there are. Writes `report.json`, `report.md`,
+`report.html` and the audio.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from valle.jobs import report, scores
+from valle.jobs.evaluation import EvaluationItem, check_unseen, item_seed, load_items
+from valle.jobs.judges import likeness, quality, recogniser
+from valle.model.codec import Codes, Wave
+from valle.model.tokens import SAMPLE_RATE
+from valle.model.valle import Spoken, Synthesis, Voice, fill_in, text_ids
+from valle.platform import audio, recipe, registry, settings, storage, tracking
+from valle.platform.cluster import connect
+from valle.platform.progress import progress
+
+SYSTEMS = ("recording", "codec", "nar", "cross", "continuation")
+"""recording: the reference as it is. codec: through the codec and back. nar: NAR on the true first
+codebook. cross: the model, prompted with another recording of the voice. continuation: the model
+goes on from the reference's first seconds. All but `cross` need a reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRecipe:
+    """What to judge, on what, by whom."""
+
+    items: str
+    """Name of a set in `jobs/evaluation`, or path or URI of a JSONL file."""
+
+    recordings: str
+    """Folder or URI that the items' recordings lie under."""
+
+    out: str
+    """Folder or URI for the report."""
+
+    model: str = registry.CHAMPION
+    """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
+
+    systems: tuple[str, ...] = SYSTEMS
+    """Rows of the report."""
+
+    synthesis: Synthesis = field(default_factory=Synthesis)
+    """Sampling; the seed is mixed with each item's id."""
+
+    recogniser: str = "whisper"
+    """whisper (tiny.en), moonshine, a faster-whisper path or name, or package.module:Class."""
+
+    second_recogniser: str | None = "moonshine"
+    """Another reader, for a second opinion."""
+
+    speaker_encoder: str = "resemblyzer"
+    """resemblyzer, or package.module:Class."""
+
+    training_data: str | None = None
+    """Token dataset the model was trained on: no sentence and no unseen voice may be in it. None
+    leaves that unchecked, and the report says so."""
+
+    limit: int = 0
+    """Only the first so many items; 0 takes all."""
+
+    workers: int = 2
+    """Actors at work at the same time, one core each."""
+
+    champion: str | None = None
+    """An earlier `report.json` to compare with."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.systems) - set(SYSTEMS)):
+            raise ValueError(f"systems: {unknown[0]!r} is none of {SYSTEMS}")
+
+
+class Judge:
+    """A Ray actor: the voice model and every judge, one item at a time."""
+
+    def __init__(self, chosen: EvaluateRecipe, tracking_uri: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        # resolved here: the actor may run on another machine
+        self._voice: Voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
+        self._chosen = chosen
+        self._reader = recogniser.load_recogniser(chosen.recogniser)
+        second = chosen.second_recogniser
+        self._second = recogniser.load_recogniser(second) if second else None
+        self._encoder = likeness.load_encoder(chosen.speaker_encoder)
+        self._mos, self._dnsmos = quality.DistillMos(), quality.Dnsmos()
+        self._speech = quality.SpeechFraction()
+
+    def judge(self, item: EvaluationItem) -> list[dict[str, Any]]:
+        """A record for each row of the report that this item has."""
+        prompt = self._read(item.prompt)
+        truth = self._read(item.reference) if item.reference else None
+        records = []
+        for system in self._chosen.systems:
+            if truth is None and system != "cross":
+                continue
+            started = time.perf_counter()
+            spoken = self._speak(system, item, prompt, truth)
+            taken = time.perf_counter() - started
+            records.append(self._record(system, item, spoken, prompt, taken))
+        return records
+
+    def _read(self, name: str) -> Wave:
+        path = storage.join(self._chosen.recordings, name)
+        return audio.read(storage.read_bytes(path), max_seconds=60)
+
+    def _speak(self, system: str, item: EvaluationItem, prompt: Wave, truth: Wave | None) -> Spoken:
+        how = replace(
+            self._chosen.synthesis, language=item.language,
+            seed=item_seed(item.id, self._chosen.synthesis.seed),
+        )  # fmt: skip
+        if system == "cross":
+            return self._voice.speak(item.text, prompt, how)
+        assert truth is not None, "judge() skips rows that need a reference"
+        codes = self._voice.codec.encode([truth])[0]
+        if system == "recording":
+            return Spoken(truth, codes, hit_limit=False)
+        if system == "codec":
+            return Spoken(self._voice.codec.decode([codes])[0], codes, hit_limit=False)
+        if system == "continuation":
+            # of a short sentence, half: there must be something left to say
+            beginning = min(how.prompt_seconds, len(truth) / SAMPLE_RATE / 2)
+            return self._voice.go_on(item.text, truth, replace(how, prompt_seconds=beginning))
+        return self._fill_in(item, prompt, codes, how)
+
+    def _fill_in(self, item: EvaluationItem, prompt: Wave, codes: Codes, how: Synthesis) -> Spoken:
+        """The NAR model on the true first codebook."""
+        ids = text_ids(item.text, how.language)
+        heard = self._voice.encode_prompt(prompt, how)
+        filled = fill_in(self._voice.nar, ids, heard, codes[0], how)
+        return Spoken(self._voice.codec.decode([filled])[0], filled, hit_limit=False)
+
+    def _record(
+        self, system: str, item: EvaluationItem, spoken: Spoken, prompt: Wave, taken: float
+    ) -> dict[str, Any]:
+        wave = spoken.wave
+        seconds = len(wave) / SAMPLE_RATE
+        record: dict[str, Any] = {
+            "id": item.id, "system": system, "group": item.group, "language": item.language,
+            "speaker": item.speaker, "prompt": item.prompt, "text": item.text,
+            "seconds": round(seconds, 3), "synthesis_seconds": round(taken, 3),
+            **scores.faults(spoken.codes[0] if spoken.codes.size else None, spoken.hit_limit),
+        }  # fmt: skip
+        audible = seconds >= scores.SHORTEST
+        heard = self._reader.transcribe(wave) if audible else ""
+        record |= {"heard": heard, **asdict(recogniser.compare(item.text, heard))}
+        if self._second:
+            heard = self._second.transcribe(wave) if audible else ""
+            errors = recogniser.compare(item.text, heard)
+            record |= {"second_heard": heard, "second_word_errors": errors.word_errors}
+        voice = self._encoder.embed(wave) if audible else None
+        wanted = self._encoder.embed(prompt)
+        record["voice"] = None if voice is None else voice.tolist()
+        record["prompt_voice"] = None if wanted is None else wanted.tolist()
+        if voice is not None and wanted is not None:
+            record["cosine_own"] = float(voice @ wanted)
+        if audible:
+            record["distillmos"] = self._mos.score(wave)
+            record["dnsmos"] = self._dnsmos.score(wave)
+            record["speech_fraction"] = self._speech.score(wave)
+            target = storage.join(self._chosen.out, "audio", system, f"{item.id}.wav")
+            storage.write_bytes(target, audio.wav_bytes(wave))
+        return record
+
+
+def judge_all(chosen: EvaluateRecipe, items: Sequence[EvaluationItem]) -> list[dict[str, Any]]:
+    """Records of all items, in the order of the set."""
+    import ray
+    from ray.util import ActorPool
+
+    actor = ray.remote(num_cpus=0.9)(Judge)
+    workers = min(chosen.workers, len(items))
+    tracking_uri = settings.read().tracking_uri
+    pool = ActorPool([actor.remote(chosen, tracking_uri) for _ in range(workers)])
+    bar = progress(total=len(items), label="evaluate", unit="item")
+    records: list[dict[str, Any]] = []
+    for found in pool.map(lambda judge, item: judge.judge.remote(item), list(items)):
+        records += found
+        bar.update()
+    bar.close()
+    return records
+
+
+def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
+    """Judges every item on the connected cluster; writes and returns the report."""
+    local = "" if chosen.model.startswith("models:/") else storage.absolute(chosen.model)
+    chosen = replace(
+        chosen, model=local or chosen.model, out=storage.absolute(chosen.out),
+        recordings=storage.absolute(chosen.recordings),
+    )  # fmt: skip
+    items = load_items(chosen.items)[: chosen.limit or None]
+    if chosen.training_data:
+        check_unseen(items, storage.absolute(chosen.training_data))
+    bundle = registry.resolve(chosen.model)  # a missing model is better noticed before Ray works
+    records = judge_all(chosen, items)
+    content = {
+        "model": chosen.model,
+        "bundle": asdict(registry.describe(bundle)),
+        "items": chosen.items,
+        "training_data_checked": chosen.training_data is not None,
+        "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
+        "synthesis": asdict(chosen.synthesis),
+        "code_version": tracking.code_version(),
+        "systems": scores.summarise(records),
+        "records": [scores.without_vectors(record) for record in records],
+    }
+    earlier = storage.read_json(chosen.champion) if chosen.champion else None
+    report.write(content, chosen.out, earlier)
+    tracking.log_report(f"evaluate-{Path(chosen.items).stem}", report.metrics(content), chosen.out)
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.evaluate --recipe nano`."""
+    chosen = recipe.parse_arguments(argv, "evaluate", EvaluateRecipe, __doc__ or "")
+    with connect():
+        content = evaluate(chosen)
+    print(report.markdown_table(content))
+    print(f"report: {storage.join(chosen.out, 'report.html')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""How it sounds: predicted opinion scores, and how much of it is speech at all."""
+
+import numpy as np
+
+from valle.jobs.judges import JUDGE_RATE
+from valle.model.codec import ensure_torchaudio
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform import audio
+from valle.platform.audio import Wave
+
+
+class DistillMos:
+    """Mean opinion score (1 to 5) predicted without a reference."""
+
+    def __init__(self) -> None:
+        ensure_torchaudio()
+        from distillmos import ConvTransformerSQAModel
+
+        self._model = ConvTransformerSQAModel().eval()
+
+    def score(self, wave: Wave) -> float:
+        """Score of a 24 kHz recording."""
+        import torch
+
+        with torch.inference_mode():
+            samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
+            return float(self._model(samples[None]).item())
+
+
+class Dnsmos:
+    """DNSMOS P.835, overall (1 to 5): a second opinion, trained on noise suppression."""
+
+    def score(self, wave: Wave) -> float:
+        """Score of a 24 kHz recording; short ones are repeated up to nine seconds."""
+        from speechmos import dnsmos
+
+        samples = audio.resample(wave, SAMPLE_RATE, JUDGE_RATE)
+        return float(dnsmos.run(np.clip(samples, -1, 1), JUDGE_RATE)["ovrl_mos"])
+
+
+class SpeechFraction:
+    """Share of the time that silero's detector takes for speech."""
+
+    def __init__(self) -> None:
+        from silero_vad import load_silero_vad
+
+        self._model = load_silero_vad()
+
+    def score(self, wave: Wave) -> float:
+        """0 to 1 for a 24 kHz recording."""
+        import torch
+        from silero_vad import get_speech_timestamps
+
+        samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
+        spans = get_speech_timestamps(samples, self._model, sampling_rate=JUDGE_RATE)
+        return sum(span["end"] - span["start"] for span in spans) / max(1, len(samples))

@@ -1,0 +1,61 @@
+"""From the plan of an epoch to batches with prompts."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from valle.model.sequence import Batch, collate
+from valle.model.tokens import FRAME_RATE
+from valle.model.training import TrainState
+from valle.platform import sampler
+from valle.platform.dataset import TokenDataset
+from valle.platform.sampler import Batching, Prompts
+
+
+class Loader:
+    """Turns the plan's utterance numbers into batches with prompts."""
+
+    def __init__(
+        self, dataset: TokenDataset, *, prompt_seconds: float, held_out: int, seed: int
+    ) -> None:
+        """`held_out` utterances, about, are kept for validation."""
+        self.dataset = dataset
+        self.prompt_frames = int(prompt_seconds * FRAME_RATE)
+        self.seed = seed
+        self._prompts = Prompts(dataset.speakers())
+        self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
+        self.training, self.validation = self._split(held_out)
+
+    def _split(self, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """Held out: every n-th utterance, so that each speaker is in both parts."""
+        numbers = np.arange(len(self.dataset))
+        every = max(10, len(numbers) // max(1, wanted))
+        held_out = numbers % every == every - 1
+        return numbers[~held_out], numbers[held_out]
+
+    def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
+        """The batch of some utterances; `key` decides prompts and where they are cut."""
+        generator = np.random.default_rng([self.seed, *key])
+        items = [self.dataset[int(number)] for number in utterances]
+        prompts = []
+        for number in utterances:
+            codes = self.dataset[self._prompts.draw(int(number), generator)].codes
+            start = int(generator.integers(0, max(1, codes.shape[1] - self.prompt_frames + 1)))
+            prompts.append(torch.from_numpy(codes[:, start : start + self.prompt_frames].copy()))
+        return collate(
+            [torch.from_numpy(item.phonemes.copy()) for item in items],
+            prompts,
+            [torch.from_numpy(item.codes.copy()) for item in items],
+        )
+
+    def batches(
+        self, batching: Batching, state: TrainState, rank: int, world_size: int
+    ) -> Iterator[tuple[int, int, Batch]]:
+        """Endless (epoch, batch number, batch) of one rank, from the position in `state` on."""
+        position = sampler.batches(
+            self.lengths[self.training], batching, seed=self.seed, epoch=state.epoch,
+            batch=state.batch, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        for epoch, number, chosen in position:
+            yield epoch, number, self.batch(self.training[chosen], [epoch, number, rank])

@@ -1,0 +1,243 @@
+"""Scores, the report, the gate, and a sharded evaluation against a single one."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import numpy as np
+import pytest
+from conftest import write_dataset
+from models import TINY, tiny_ar, tiny_nar
+
+from valle.jobs import champion as champion_job
+from valle.jobs import scores
+from valle.jobs.evaluate import EvaluateRecipe, evaluate
+from valle.jobs.evaluation import (
+    FOLDER,
+    EvaluationItem,
+    check_unseen,
+    item_seed,
+    load_items,
+)
+from valle.jobs.gate import Bound, refusals
+from valle.jobs.judges.likeness import equal_error_rate, load_encoder
+from valle.jobs.judges.recogniser import compare, load_recogniser, word_error_rate
+from valle.jobs.publish import GateError, PublishRecipe, publish
+from valle.jobs.voices import Espeak
+from valle.model.codec import Codec
+from valle.model.tokens import EOS
+from valle.platform import audio, checkpoint, registry, storage
+
+
+def test_error_rates_compare_words_not_spelling() -> None:
+    errors = compare("Dr. Smith's colour is twenty-one.", "doctor smith's color is 21")
+    assert errors.word_errors == 0
+    errors = compare("one two three four", "one too three")
+    assert (errors.words, errors.word_errors) == (4, 2)
+    assert word_error_rate(["yes", "no never"], ["yes", "no"]) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare("...", "hello")
+
+
+def test_repetitions_are_found_whatever_their_period() -> None:
+    generator = np.random.default_rng(0)
+    natural = generator.integers(0, 1024, 300).astype(np.int16)
+    assert scores.longest_repetition(natural) < 5
+    for period in (1, 7, 75):
+        looped = natural.copy()
+        looped[100:250] = np.resize(natural[100 : 100 + period], 150)
+        assert scores.longest_repetition(looped) >= 150 - period
+    assert scores.faults(looped, False)["looped"] is False  # 75 frames of 75 again: not yet
+    looped[100:300] = np.resize(natural[:3], 200)
+    assert scores.faults(looped, True) == {"hit_limit": True, "stopped": False, "looped": True}
+    assert scores.faults(None, False)["stopped"] and scores.faults(natural[:5], False)["stopped"]
+
+
+def record(number: int, errors: int = 0, speaker: str = "a", **more: object) -> scores.Record:
+    axis = [0.0, 0.0, 0.0]
+    axis["abc".index(speaker)] = 1.0
+    return {
+        "id": f"i{number}", "system": "cross", "group": "g", "language": "en-us",
+        "speaker": speaker, "text": "t", "heard": "h", "words": 10, "word_errors": errors,
+        "characters": 50, "character_errors": errors, "seconds": 2.0, "synthesis_seconds": 1.0,
+        "hit_limit": False, "stopped": False, "looped": False, "distillmos": 3.0, "dnsmos": 2.0,
+        "speech_fraction": 0.9, "voice": axis, "prompt_voice": axis, "cosine_own": 1.0, **more,
+    }  # fmt: skip
+
+
+def test_figures_and_their_intervals() -> None:
+    rows = [record(n, errors=n % 3, speaker="abc"[n % 3]) for n in range(60)]
+    found = scores.summarise(rows)["cross"]
+    assert found["wer"]["value"] == pytest.approx(0.1)
+    assert 0.07 < found["wer"]["low"] < 0.1 < found["wer"]["high"] < 0.13
+    assert found["identified"]["value"] == 1.0 and found["equal_error_rate"] == 0.0
+    assert found["cosine_other"]["value"] == 0.0 and found["voices"] == 3
+    assert found["real_time_factor"] == 0.5
+    assert found["by"]["speaker"]["b"]["wer"]["value"] == pytest.approx(0.1)
+    assert [found["by"]["speaker"][s]["items"] for s in "abc"] == [20, 20, 20]
+    # voices that all sound like `a` are identified only where that is right
+    for row in rows:
+        row["voice"] = [1.0, 0.0, 0.0]
+    assert scores.summarise(rows)["cross"]["identified"]["value"] == pytest.approx(1 / 3)
+
+
+def test_equal_error_rate() -> None:
+    assert equal_error_rate(np.array([0.8, 0.9]), np.array([0.1, 0.2])) == 0.0
+    generator = np.random.default_rng(0)
+    same, different = generator.normal(1, 1, 4_000), generator.normal(-1, 1, 4_000)
+    assert equal_error_rate(same, different) == pytest.approx(0.1587, abs=0.015)  # Phi(-1)
+
+
+def content(rows: list[scores.Record]) -> dict:
+    return {"systems": scores.summarise(rows), "records": rows}
+
+
+def test_the_gate_names_the_figure() -> None:
+    good, bad = ([record(n, errors=e) for n in range(40)] for e in (1, 4))
+    bounds = (Bound(figure="cross/wer", at_most=0.3), Bound(figure="cross/distillmos", at_least=2))
+    assert refusals(content(good), bounds, None) == []
+    assert refusals(content(bad), bounds, None) == ["cross/wer is 0.400, at most 0.3 is allowed"]
+    missing = (Bound(figure="codec/wer", above="recording/wer", at_most=0.1),)
+    assert refusals(content(good), missing, None) == ["codec/wer is not in the report"]
+    apart = (Bound(figure="cross/wer", above="cross/cer", at_most=0.05),)
+    assert refusals(content(good), apart, None) == [
+        "cross/wer minus cross/cer is 0.080, at most 0.05 is allowed"
+    ]
+    # the champion: worse beyond noise is refused, within noise is not
+    (reason,) = refusals(content(bad), (), content(good))
+    assert reason.startswith("word_errors loses to the champion by 0.300")
+    assert refusals(content(good), (), content(bad)) == []
+    noisy = [record(n, errors=n % 3) for n in range(40)]
+    assert refusals(content(noisy), (), content(good)) == []
+    duller = [record(n, errors=1, distillmos=2.0) for n in range(40)]
+    (reason,) = refusals(content(duller), (), content(good))
+    assert reason.startswith("distillmos loses to the champion by 1.000")
+    others = [record(n + 100) for n in range(40)]
+    assert "other items" in refusals(content(others), (), content(good))[0]
+    with pytest.raises(ValueError, match="'cross/werr' is no figure"):
+        Bound(figure="cross/werr", at_most=1)
+    with pytest.raises(ValueError, match="needs at_most or at_least"):
+        Bound(figure="cross/wer")
+
+
+def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec: Codec) -> None:
+    good = {"id": "1", "text": "Hello there.", "prompt": "p.wav", "speaker": "x"}
+    path = home / "set.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "id": 2}))
+    with pytest.raises(ValueError, match=r"set.jsonl:2: wrong value type for field \"id\""):
+        load_items(str(path))
+    path.write_text("\n".join([json.dumps(good)] * 2))
+    with pytest.raises(ValueError, match="two items have the same id"):
+        load_items(str(path))
+    with pytest.raises(ValueError, match="give a path to JSONL, or one of: "):
+        load_items("none")
+
+    write_dataset(str(home / "tokens"), tiny_codec)
+    item = EvaluationItem(id="1", text="Hello there.", prompt="p", speaker="s0")
+    check_unseen([item], str(home / "tokens"))
+    with pytest.raises(ValueError, match="its text is in"):
+        check_unseen([replace(item, text="Sentence 7!")], str(home / "tokens"))
+    with pytest.raises(ValueError, match="holds s0"):
+        check_unseen([replace(item, group="unseen voices")], str(home / "tokens"))
+
+
+def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
+    from valle.jobs.corpus import SENTENCES
+    from valle.jobs.judges.recogniser import normalise
+
+    trained = {
+        normalise(line)
+        for path in SENTENCES.glob("*.txt")
+        if path.stem != "held_out"
+        for line in path.read_text().splitlines()
+    }
+    sets = sorted(FOLDER.glob("*.jsonl"))
+    assert sets
+    for path in sets:
+        for item in load_items(str(path)):
+            assert normalise(item.text) not in trained, (path.name, item.id)
+
+
+@pytest.fixture
+def judged(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Iterator[PublishRecipe]:
+    """Untrained models and three items in two espeak voices, on a cluster of their own."""
+    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
+        if kind == "ar":
+            model.head.bias.data[EOS] = 3.5
+        about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
+        checkpoint.save(home / f"runs/{kind}/step_00000001", model.state_dict(), about)
+    engine = Espeak()
+    items = []
+    for number, (voice, text) in enumerate(
+        [("f2", "Good morning to you."), ("m3", "Good evening."), ("m3", "See you tomorrow.")]
+    ):
+        for name, words in (("prompt", "The weather is fine today."), ("reference", text)):
+            wave = engine.speak(words, voice, "en-us")
+            storage.write_bytes(f"speech/{name}{number}.wav", audio.wav_bytes(wave))
+        items.append(
+            {"id": f"i{number}", "text": text, "prompt": f"prompt{number}.wav", "speaker": voice}
+            | ({"reference": f"reference{number}.wav"} if number else {})
+        )
+    (home / "set.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report")
+    with clusters.embedded():
+        yield PublishRecipe(
+            ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
+            sample_prompt="speech/prompt0.wav", evaluation=evaluation,
+        )  # fmt: skip
+
+
+@pytest.mark.ray
+def test_evaluation_gate_and_rollback(
+    judged: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Untrained models through the real judges: sharded = single, then promotion and rollback."""
+    assert publish(judged) == 1
+    assert registry.champion() == 1
+    kept = registry.resolve(registry.CHAMPION)
+    first = storage.read_json(str(kept / "report.json"))
+    rows = {(r["id"], r["system"]) for r in first["records"]}
+    with_reference = {(f"i{n}", s) for n in (1, 2) for s in first["systems"]}
+    assert rows == with_reference | {("i0", "cross")} and len(first["systems"]) == 5
+    assert first["training_data_checked"] is False
+    recordings = first["systems"]["recording"]
+    assert recordings["wer"]["value"] < 1.0 and recordings["identified"]["value"] == 1.0
+    page = (home / "report/version-1/report.html").read_text()
+    assert page.count("<audio") >= 8 and (home / "report/version-1/audio/codec/i1.wav").exists()
+
+    single = evaluate(replace(judged.evaluation, workers=1, out="single"))
+    timing = {"synthesis_seconds"}
+    for ours, theirs in zip(single["records"], first["records"], strict=True):
+        assert {k: v for k, v in ours.items() if k not in timing} == {
+            k: v for k, v in theirs.items() if k not in timing
+        }
+
+    strict = replace(judged, gate=(Bound(figure="cross/wer", at_most=0.01),))
+    with pytest.raises(GateError, match="version 2 stays a candidate: cross/wer is .* at most"):
+        publish(strict)
+    assert registry.champion() == 1
+    assert publish(replace(strict, force="a rehearsal")) == 3
+    assert registry.champion() == 3
+    champion_job.main(["rollback", "--reason", "rehearsed"])
+    assert registry.champion() == 1
+    shown = capsys.readouterr().out
+    assert "forced: a rehearsal (refused for: cross/wer is" in shown
+    assert "rolled back: rehearsed" in shown and "candidate" in shown
+    with pytest.raises(ValueError, match="version 1 replaced no other"):
+        registry.roll_back("again")
+    with pytest.raises(ValueError, match="the registry has no 9"):
+        registry.promote(9, "typo")
+
+
+def test_every_item_has_its_own_seed() -> None:
+    assert item_seed("a", 0) != item_seed("b", 0) != item_seed("b", 1)
+    assert item_seed("a", 0) == item_seed("a", 0) < 2**63
+
+
+def test_unknown_judges_are_named() -> None:
+    with pytest.raises(ValueError, match="nothing.here:Judge: no such class"):
+        load_recogniser("nothing.here:Judge")
+    with pytest.raises(ValueError, match="valle.jobs.gate:Judge: no such class"):
+        load_encoder("valle.jobs.gate:Judge")
