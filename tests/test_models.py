@@ -16,11 +16,11 @@ from valle.model.training import ar_loss, nar_loss
 GREEDY = Sampling(temperature=0.0)
 
 
-def perturb(model: AR | NAR) -> None:
+def perturb(model: AR | NAR, size: float = 0.05) -> None:
     """Fresh models have zero modulation: give every parameter a say."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 def test_cached_steps_equal_the_full_forward() -> None:
@@ -55,7 +55,7 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling) -> No
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(use_cache: bool) -> None:
     model = tiny_ar()
-    perturb(model)
+    perturb(model, 0.5)
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
     arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}

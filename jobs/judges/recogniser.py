@@ -5,6 +5,7 @@ faster-whisper model (`large-v3`), or `package.module:Class` for one's own.
 """
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -101,7 +102,7 @@ def compare(text: str, heard: str) -> Errors:
     import jiwer
 
     said, understood = normalise(text), normalise(heard)
-    if not said:
+    if not re.search(r"\w", said):
         raise ValueError(f"nothing to compare in {text!r}")
     by_word = jiwer.process_words(said, understood)
     by_character = jiwer.process_characters(said, understood)
