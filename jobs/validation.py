@@ -53,21 +53,26 @@ def run(
 ) -> dict[str, float]:
     """Loss and accuracy on the held-out utterances, per codebook, in evaluation mode.
 
-    `validation/loss_wrong_text` is the loss with each text replaced by its neighbour's: the gap
-    between the two says how much the model reads, long before one can hear it.
+    `validation/loss_wrong_text` is the loss with each text replaced by that of the utterance next
+    in length: the gap between the two says how much the model reads, long before one can hear it.
     """
     objective = Objective(model.eval())
     right: list[Loss] = []
     wrong: list[Loss] = []
     plan = sampler.plan(loader.lengths[loader.validation], batching, seed=0, epoch=0)
+    by_length = loader.validation[np.argsort(loader.lengths[loader.validation], kind="stable")]
+    neighbour = dict(zip(by_length.tolist(), np.roll(by_length, 1).tolist(), strict=True))
     rows = 0
     for number, chosen in enumerate(plan):
-        batch = loader.batch(loader.validation[chosen], [0, number]).to(device)
+        utterances = loader.validation[chosen]
+        batch = loader.batch(utterances, [0, number]).to(device)
+        others = np.array([neighbour[u] for u in utterances.tolist()])
+        other = loader.batch(others, [0, number]).to(device)
         # all levels in turn: with few utterances, drawing them would leave some out
         level = (torch.arange(rows, rows + len(batch.frames)) % (model.config.n_codebooks - 1)) + 1
         rows += len(batch.frames)
         right.append(objective(batch, level.to(device)))
-        wrong.append(objective(_swap_texts(batch), level.to(device)))
+        wrong.append(objective(_with_text_of(batch, other), level.to(device)))
     metrics = {
         "validation/loss": _mean(right),
         "validation/loss_wrong_text": _mean(wrong),
@@ -87,12 +92,9 @@ def _mean(losses: list[Loss]) -> float:
     return float(total / torch.stack([x.tokens for x in losses]).sum())
 
 
-def _swap_texts(batch: Batch) -> Batch:
-    """Each row with the next row's text."""
-    return Batch(
-        batch.phonemes.roll(1, 0), batch.phoneme_lengths.roll(1, 0),
-        batch.prompt, batch.prompt_frames, batch.codes, batch.frames,
-    )  # fmt: skip
+def _with_text_of(batch: Batch, other: Batch) -> Batch:
+    """Each row with the text of the same row of `other`."""
+    return replace(batch, phonemes=other.phonemes, phoneme_lengths=other.phoneme_lengths)
 
 
 def samples(

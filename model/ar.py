@@ -40,9 +40,16 @@ class AR(nn.Module):
         self.prompt_embedding = CodeEmbedding(config.n_codebooks, config.width)
         self.code_embedding = CodeEmbedding(1, config.width)
         self.separators = nn.Parameter(torch.zeros(2, config.width))
+        # text, prompt and response overlap in position: what each is has to be said
+        self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, n_levels=1)
         self.head = nn.Linear(config.width, CODEBOOK_SIZE + 1)
-        for parameter in (self.text_embedding.weight, self.separators, self.head.weight):
+        for parameter in (
+            self.text_embedding.weight,
+            self.separators,
+            self.segments,
+            self.head.weight,
+        ):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B T1 1025"]:
@@ -62,13 +69,16 @@ class AR(nn.Module):
         text_end = batch.phoneme_lengths[:, None] * rate
         prompt_positions = frame_positions(batch.prompt_frames, batch.prompt.shape[2], end=True)
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
+        text = self.text_embedding(batch.phonemes) + self.segments[0]
+        prompt = self.prompt_embedding(batch.prompt) + self.segments[1]
+        response = self.code_embedding(batch.codes[:, :1]) + self.segments[2]
         return join(
             [
-                Segment(self.text_embedding(batch.phonemes), text_positions, batch.phoneme_lengths),
+                Segment(text, text_positions, batch.phoneme_lengths),
                 Segment(end, text_end, one),
-                Segment(self.prompt_embedding(batch.prompt), prompt_positions, batch.prompt_frames),
+                Segment(prompt, prompt_positions, batch.prompt_frames),
                 Segment(go, -torch.ones_like(text_end), one),
-                Segment(self.code_embedding(batch.codes[:, :1]), code_positions, batch.frames),
+                Segment(response, code_positions, batch.frames),
             ]
         )
 
@@ -123,7 +133,7 @@ class AR(nn.Module):
         self, token: Int[Tensor, " B"], position: int, cache: KVCache
     ) -> Float[Tensor, "B 1025"]:
         """Logits of the frame after `token`, which is frame number `position` of the response."""
-        x = self.code_embedding(token[:, None, None])
+        x = self.code_embedding(token[:, None, None]) + self.segments[2]
         positions = torch.full((len(token), 1), float(position), device=token.device)
         hidden = self.transformer(x, positions, torch.zeros_like(token), cache=cache)
         return self.head(hidden[:, -1])

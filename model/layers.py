@@ -94,7 +94,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        # with a bias, a head can attend by position alone: how alignment to the text begins
+        self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(

@@ -31,10 +31,12 @@ class NAR(nn.Module):
         self.prompt_embedding = CodeEmbedding(config.n_codebooks, config.width)
         self.code_embedding = CodeEmbedding(self.n_levels, config.width)
         self.separators = nn.Parameter(torch.zeros(2, config.width))
+        # text, prompt and response overlap in position: what each is has to be said
+        self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, self.n_levels)
         # one stacked head: see AdaptiveNorm
         self.heads = nn.Parameter(torch.empty(self.n_levels, CODEBOOK_SIZE, config.width))
-        for parameter in (self.text_embedding.weight, self.separators, self.heads):
+        for parameter in (self.text_embedding.weight, self.separators, self.segments, self.heads):
             nn.init.normal_(parameter, std=0.02)
 
     def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Float[Tensor, "B T 1024"]:
@@ -49,13 +51,16 @@ class NAR(nn.Module):
         prompt_positions = frame_positions(batch.prompt_frames, batch.prompt.shape[2], end=True)
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
         known = self.code_embedding(batch.codes[:, : self.n_levels], below=level)
+        text = self.text_embedding(batch.phonemes) + self.segments[0]
+        prompt = self.prompt_embedding(batch.prompt) + self.segments[1]
+        response = known + self.segments[2]
         joined = join(
             [
-                Segment(self.text_embedding(batch.phonemes), text_positions, batch.phoneme_lengths),
+                Segment(text, text_positions, batch.phoneme_lengths),
                 Segment(end, batch.frames[:, None].float(), one),
-                Segment(self.prompt_embedding(batch.prompt), prompt_positions, batch.prompt_frames),
+                Segment(prompt, prompt_positions, batch.prompt_frames),
                 Segment(go, -torch.ones(rows, 1, device=known.device), one),
-                Segment(known, code_positions, batch.frames),
+                Segment(response, code_positions, batch.frames),
             ]
         )
         hidden = self.transformer(joined.x, joined.positions, level - 1, valid=joined.valid)
