@@ -100,7 +100,8 @@ class Voice:
         )  # fmt: skip
         if not len(first.codes):
             return Spoken(_no_wave(), _no_codes(), hit_limit=False)
-        stored = fill_in(self.nar, ids, prompt, first.codes.cpu().numpy(), how)
+        codes = first.codes.to("cpu", torch.int16).numpy()
+        stored = fill_in(self.nar, ids, prompt, codes, how)
         if prefix is not None:
             stored[:, : prefix.shape[1]] = prefix
         return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)

@@ -249,7 +249,7 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
         process = subprocess.Popen(command, cwd=root, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
-            clusters.wait_for(lambda: clusters._answers(f"{url}/health/live"), 120, "the endpoint")
+            clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 120, "the endpoint")
             body = {"input": "hello", "voice": "ann"}
             assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
         finally:
