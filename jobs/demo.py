@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
     print(f'said: "{TEXT}" in the voice of {VOICE}')
     print("With this little training it mumbles. Whether the text matters yet, in nats per code:")
-    for kind, uri in reached.items():
+    for trained, uri in reached.items():
         found = storage.read_json(storage.join(uri, checkpoint.METRICS))
         print(
-            f"  {kind}: validation loss {found['validation/loss']:.3f} with the right text, "
+            f"  {trained}: validation loss {found['validation/loss']:.3f} with the right text, "
             f"{found['validation/loss_wrong_text']:.3f} with another's"
         )
     print(f"runs and registry: mlflow ui --backend-store-uri {settings.read().tracking_uri}")
