@@ -128,7 +128,8 @@ class DeepSpeed:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
-            return {name: value.clone() for name, value in self.model.state_dict().items()}
+            # a copy, and in float32: with bf16 DeepSpeed keeps the module itself in bf16
+            return {name: value.float().clone() for name, value in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
         """This rank's shards, in DeepSpeed's own format; every rank must call it."""

@@ -87,7 +87,8 @@ def attach(version: int, folder: Path) -> None:
     import mlflow
 
     client = mlflow.MlflowClient()
-    client.log_model_artifacts(client.get_model_version(NAME, str(version)).model_id, str(folder))
+    source: str = client.get_model_version(NAME, str(version)).source  # models:/{its logged model}
+    client.log_model_artifacts(source.removeprefix("models:/"), str(folder))
 
 
 def champion() -> int | None:
