@@ -8,13 +8,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from valle.jobs.voices import ENGINES, LICENCES, asterisk_prompts
+from valle.jobs import texts
+from valle.jobs.voices import ENGINES, LICENCES
+from valle.jobs.voices.asterisk import asterisk_prompts
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, recipe, storage
-from valle.platform.cluster import CODE_ROOT, connect
+from valle.platform.cluster import connect
 from valle.platform.progress import progress
-
-SENTENCES = CODE_ROOT / "jobs" / "sentences"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +22,22 @@ class Source:
     """Some utterances by one engine."""
 
     engine: str
-    """kokoro, joe, asterisk (human recordings, where Debian's packages are) or espeak."""
+    """joe and heart (one voice each, cheap), kokoro (many), asterisk (human recordings, where
+    Debian's packages are) or espeak."""
 
     language: str = "en-us"
     """espeak voice name; for asterisk, which language's prompts to take."""
 
     voices: tuple[str, ...] = ("joe",)
-    """kokoro: `mix-0`, `mix-1` ...; espeak: variants such as `f2`; joe and asterisk: one name."""
+    """kokoro: `af_heart` ..., `blend-0` ..., `mix-0` ...; joe and heart: their name, or `x1.2` for
+    a voice that much higher; espeak: variants such as `f2`; asterisk: one name."""
 
     utterances: int = 0
     """How many each voice says; 0 takes all there are (asterisk)."""
 
     sentences: tuple[str, ...] = ()
-    """Lists in `jobs/sentences` to draw from; none given takes the language's own (en, fr, ...)."""
+    """Lists in `jobs/sentences` to draw from, or `wordnet`; none given takes the language's own
+    (en, fr, ...)."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -84,11 +87,7 @@ def plan(chosen: CorpusRecipe) -> list[Line]:
 def _synthesised(source: Source, seed: int) -> Iterator[Line]:
     sentences: list[str] = []
     for name in source.sentences or (source.language.split("-")[0],):
-        path = SENTENCES / f"{name}.txt"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in SENTENCES.glob("*.txt")))
-            raise recipe.RecipeError(f"sentences: no list {name!r}; known: {known}")
-        sentences += path.read_text().splitlines()
+        sentences += texts.sentences(name)
     for voice in source.voices:
         speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
         order = sentences.copy()

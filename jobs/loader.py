@@ -17,11 +17,19 @@ class Loader:
     """Turns the plan's utterance numbers into batches with prompts."""
 
     def __init__(
-        self, dataset: TokenDataset, *, prompt_seconds: float, held_out: int, seed: int
+        self,
+        dataset: TokenDataset,
+        *,
+        prompt_seconds: float,
+        held_out: int,
+        seed: int,
+        shortest_prompt: float | None = None,
     ) -> None:
-        """`held_out` utterances, about, are kept for validation."""
+        """`held_out` utterances, about, are kept for validation. The longest prompt of a training
+        batch is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies."""
         self.dataset = dataset
         self.prompt_frames = int(prompt_seconds * FRAME_RATE)
+        self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * FRAME_RATE)
         self.seed = seed
         self._prompts = Prompts(dataset.speakers())
         self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
@@ -37,12 +45,15 @@ class Loader:
     def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
         """The batch of some utterances; `key` decides prompts and where they are cut."""
         generator = np.random.default_rng([self.seed, *key])
+        longest = self.prompt_frames
+        if self.shortest_prompt_frames < longest:
+            longest = int(generator.integers(self.shortest_prompt_frames, longest + 1))
         items = [self.dataset[int(number)] for number in utterances]
         prompts = []
         for number in utterances:
             codes = self.dataset[self._prompts.draw(int(number), generator)].codes
-            start = int(generator.integers(0, max(1, codes.shape[1] - self.prompt_frames + 1)))
-            prompts.append(torch.from_numpy(codes[:, start : start + self.prompt_frames].copy()))
+            start = int(generator.integers(0, max(1, codes.shape[1] - longest + 1)))
+            prompts.append(torch.from_numpy(codes[:, start : start + longest].copy()))
         return collate(
             [torch.from_numpy(item.phonemes.copy()) for item in items],
             prompts,

@@ -48,6 +48,9 @@ class Size:
     dropout: float | None = None
     """Instead of the preset's."""
 
+    group: int | None = None
+    """Frames per step of the AR model, instead of 1; the NAR model takes no notice of it."""
+
     def resolve(self) -> ModelConfig:
         """The architecture."""
         if self.size not in SIZES:
@@ -78,6 +81,10 @@ class TrainRecipe:
     steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
     """Optimizer steps of each model."""
 
+    warm_start: dict[str, str] = field(default_factory=dict)
+    """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with. Its
+    optimizer state is not taken over: the schedule warms up again."""
+
     optimization: Optimization = field(default_factory=Optimization)
     """AdamW and its schedule."""
 
@@ -86,6 +93,14 @@ class TrainRecipe:
 
     prompt_seconds: float = 3.0
     """Longest prompt; each utterance gets a random piece of another one by its speaker."""
+
+    shortest_prompt: float | None = None
+    """The length of a batch's prompts is drawn between this and `prompt_seconds`, so that the
+    models know short ones and cost less to train; None: always `prompt_seconds`."""
+
+    level_emphasis: float = 0.0
+    """How much more often the NAR model is asked for low codebooks, which carry the words: level k
+    is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
 
     validation_utterances: int = 64
     """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
@@ -138,6 +153,12 @@ class TrainRecipe:
         ):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is none of {known}")
+        if self.shortest_prompt is not None and not 0 < self.shortest_prompt <= self.prompt_seconds:
+            raise ValueError(
+                f"shortest_prompt: {self.shortest_prompt} is not in (0, {self.prompt_seconds}]"
+            )
+        if self.level_emphasis < 0:
+            raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
         for kind in self.models:
@@ -149,9 +170,11 @@ class TrainRecipe:
 
 
 def build_backend(chosen: TrainRecipe, kind: Kind, device: torch.device) -> Backend:
-    """A fresh model on a worker, the same on every rank."""
+    """A fresh or warm-started model on a worker, the same on every rank."""
     torch.manual_seed(chosen.seed)
     model = checkpoint.create(kind, chosen.model.resolve())
+    if kind in chosen.warm_start:
+        checkpoint.warm_start(model, chosen.warm_start[kind])
     bf16 = chosen.precision == "bf16"
     if chosen.backend == "ddp":
         return DDP(model, chosen.optimization, device, bf16)
@@ -173,6 +196,7 @@ def train(values: dict[str, Any]) -> None:
     loader = Loader(
         TokenDataset(chosen.data, settings.read().cache), seed=chosen.seed,
         prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
+        shortest_prompt=chosen.shortest_prompt,
     )  # fmt: skip
     backend = build_backend(chosen, kind, device)
     state = TrainState()
@@ -192,7 +216,7 @@ def train(values: dict[str, Any]) -> None:
         key = f"{chosen.seed}/{state.step}/{rank}"
         seed_step(key)
         backend.model.train()
-        level = draw_levels(len(batch.frames), n_codebooks, key)
+        level = draw_levels(len(batch.frames), n_codebooks, key, chosen.level_emphasis)
         rate = chosen.optimization.rate(state.step, total)
         loss, norm = backend.step(batch.to(device), level.to(device), rate)
         state = TrainState(step=state.step + 1, epoch=epoch, batch=number + 1)
@@ -322,6 +346,8 @@ def prepare_run(chosen: TrainRecipe) -> TrainRecipe:
         chosen, data=storage.absolute(chosen.data), storage=storage.absolute(chosen.storage)
     )
     manifest = read_manifest(chosen.data)
+    warm = {kind: storage.absolute(uri) for kind, uri in chosen.warm_start.items()}
+    chosen = replace(chosen, warm_start=warm)
     if chosen.samples:
         codec = codecs.load(chosen.codec, cache=settings.read().cache)
         codec.identity.check(manifest.codec, f"the dataset {chosen.data}")

@@ -1,8 +1,6 @@
 """What a training run checks at each checkpoint: held-out loss, accuracy, samples, and words."""
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -141,9 +139,7 @@ def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]
 
 
 def _load_partner(uri: str) -> NAR:
-    with tempfile.TemporaryDirectory() as name:
-        checkpoint.fetch(checkpoint.choose(storage.absolute(uri)), Path(name) / "nar")
-        model, _ = checkpoint.load(Path(name) / "nar")
+    model = checkpoint.load_from(storage.absolute(uri))
     if not isinstance(model, NAR):
         raise ValueError(f"quick_check.partner: {uri} holds no NAR model")
     return model

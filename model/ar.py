@@ -4,7 +4,12 @@ VALL-E (Wang et al. 2023) section 4.2.1. The sequence is
 `phonemes . <text end> . prompt (all codebooks summed) . <go> . response`, causal throughout; the
 position of `<go>` predicts the first frame, the last frame predicts EOS.
 
-Legend: B batch, L phonemes, P prompt frames, T response frames, Q codebooks, D width.
+With `group` G above 1, a position of the response is a group of G frames and predicts the next
+group (the grouped codes of VALL-E 2, Chen et al. 2024). There the frames of a group are drawn
+without knowing of each other; here each is told those before it (`WithinGroup`).
+
+Legend: B batch, L phonemes, P prompt frames, T response frames, G frames of a group, N = T // G + 1
+groups to predict, Q codebooks, D width.
 """
 
 from dataclasses import dataclass
@@ -38,11 +43,12 @@ class AR(nn.Module):
         self.config = config
         self.text_embedding = nn.Embedding(config.n_phonemes, config.width)
         self.prompt_embedding = CodeEmbedding(config.n_codebooks, config.width)
-        self.code_embedding = CodeEmbedding(1, config.width)
+        self.code_embedding = CodeEmbedding(config.group, config.width)
         self.separators = nn.Parameter(torch.zeros(2, config.width))
         # text, prompt and response overlap in position: what each is has to be said
         self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, n_levels=1)
+        self.within = WithinGroup(config) if config.group > 1 else None
         self.head = nn.Linear(config.width, CODEBOOK_SIZE + 1)
         for parameter in (
             self.text_embedding.weight,
@@ -54,33 +60,60 @@ class AR(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B T1 1025"]:
         """Logits of the T response frames and, one further, of EOS (T1 = T + 1)."""
+        frames, group = batch.codes.shape[2], self.config.group
+        hidden = self.hidden(batch)
+        known = _grouped(F.pad(batch.codes[:, 0], (0, hidden.shape[1] * group - frames)), group)
+        logits = [self.logits(hidden, known[:, :said]) for said in range(group)]
+        return torch.stack(logits, dim=2).flatten(1, 2)[:, : frames + 1]
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "B N D"]:
+        """What the transformer knows before each group of the response, one past its end."""
         joined = self._join(batch)
         level = joined.starts[0].new_zeros(len(joined.x))
         hidden = self.transformer(joined.x, joined.positions, level)
-        # `<go>` is one position before the response and predicts its first frame
-        return self.head(take(hidden, joined.starts[4] - 1, batch.codes.shape[2] + 1))
+        # `<go>` is one position before the response and predicts its first group
+        size = batch.codes.shape[2] // self.config.group + 1
+        return take(hidden, joined.starts[4] - 1, size)
+
+    def logits(
+        self, hidden: Float[Tensor, "B N D"], said: Int[Tensor, "B g N"]
+    ) -> Float[Tensor, "B N 1025"]:
+        """Logits of a group's next frame, of which the first g frames are `said`."""
+        if said.shape[1]:
+            assert self.within is not None, "a group of one has no frame before its first"
+            hidden = self.within(hidden, said)
+        return self.head(hidden)
 
     def _join(self, batch: Batch) -> Joined:
         rows = len(batch.phonemes)
         one = batch.frames.new_ones(rows)
         end, go = self.separators[:, None, None].expand(-1, rows, 1, -1)
-        rate = self.config.frames_per_phoneme
+        rate, group = self.config.frames_per_phoneme, self.config.group
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * rate
         text_end = batch.phoneme_lengths[:, None] * rate
-        prompt_positions = frame_positions(batch.prompt_frames, batch.prompt.shape[2], end=True)
-        code_positions = frame_positions(batch.frames, batch.codes.shape[2])
         text = self.text_embedding(batch.phonemes) + self.segments[0]
-        prompt = self.prompt_embedding(batch.prompt) + self.segments[1]
-        response = self.code_embedding(batch.codes[:, :1]) + self.segments[2]
+        prompt = self._prompt_groups(batch.prompt) + self.segments[1]
+        prompt_groups = batch.prompt_frames // group
+        prompt_positions = frame_positions(prompt_groups, prompt.shape[1], group, end=True)
+        response = self.code_embedding(_grouped(batch.codes[:, 0], group)) + self.segments[2]
+        code_groups = batch.frames // group
+        code_positions = frame_positions(code_groups, response.shape[1], group)
         return join(
             [
                 Segment(text, text_positions, batch.phoneme_lengths),
                 Segment(end, text_end, one),
-                Segment(prompt, prompt_positions, batch.prompt_frames),
+                Segment(prompt, prompt_positions, prompt_groups),
                 Segment(go, -torch.ones_like(text_end), one),
-                Segment(response, code_positions, batch.frames),
+                Segment(response, code_positions, code_groups),
             ]
         )
+
+    def _prompt_groups(self, prompt: Int[Tensor, "B Q P"]) -> Float[Tensor, "B groups D"]:
+        """A prompt's frames, averaged over groups; what is left over at its end is not heard."""
+        group = self.config.group
+        groups = prompt.shape[2] // group
+        embedded = self.prompt_embedding(prompt[:, :, : groups * group])
+        return embedded.unflatten(1, (groups, group)).mean(2)
 
     @torch.inference_mode()
     def generate(
@@ -96,22 +129,29 @@ class AR(nn.Module):
     ) -> Generated:
         """Speaks one text in the voice of the prompt; stops at EOS or after `max_frames`.
 
-        With a `prefix` (the first codes of speech whose words the text begins with) it goes on
-        from there, VALL-E's continuation; the result begins with the prefix.
-        `use_cache=False` runs the whole sequence again for every frame: the slow twin.
+        With a `prefix` (the first codes of speech whose words the text begins with, whole groups)
+        it goes on from there, VALL-E's continuation; the result begins with the prefix.
+        `use_cache=False` runs the whole sequence again for every group: the slow twin.
         """
         codes = phonemes.new_empty(0) if prefix is None else prefix
-        logits, cache = self.prefill(phonemes, prompt, codes, max_frames)
-        while len(codes) < max_frames:
-            token = sample(logits, sampling, history=codes[None], generator=generator)
-            if int(token) == EOS:
-                return Generated(codes, hit_limit=False)
-            codes = torch.cat([codes, token])
+        group = self.config.group
+        if len(codes) % group:
+            raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
+        hidden, cache = self.prefill(phonemes, prompt, codes, max_frames)
+        while True:
+            for said in range(group):
+                if len(codes) >= max_frames:
+                    return Generated(codes, hit_limit=True)
+                known = codes[len(codes) - said :]
+                logits = self.logits(hidden[:, None], known[None, :, None])[:, 0]
+                token = sample(logits, sampling, history=codes[None], generator=generator)
+                if int(token) == EOS:
+                    return Generated(codes, hit_limit=False)
+                codes = torch.cat([codes, token])
             if use_cache:
-                logits = self.step(token, len(codes) - 1, cache)
+                hidden = self.step(codes[None, -group:], len(codes) - group, cache)
             else:
-                logits = self(_single(phonemes, prompt, codes))[:, -1]
-        return Generated(codes, hit_limit=True)
+                hidden = self.hidden(_single(phonemes, prompt, codes))[:, -1]
 
     def prefill(
         self,
@@ -119,24 +159,44 @@ class AR(nn.Module):
         prompt: Int[Tensor, "Q P"],
         codes: Int[Tensor, " T"],
         max_frames: int,
-    ) -> tuple[Float[Tensor, "1 1025"], KVCache]:
-        """Logits of the frame after `codes`, and a cache holding text, prompt and `codes`, with
-        room for `max_frames` in all."""
+    ) -> tuple[Float[Tensor, "1 D"], KVCache]:
+        """Hidden state of the group after `codes`, and a cache holding text, prompt and `codes`,
+        with room for `max_frames` in all."""
         joined = self._join(_single(phonemes, prompt, codes))
-        capacity = joined.x.shape[1] + max_frames - len(codes)
+        capacity = joined.x.shape[1] + (max_frames - len(codes)) // self.config.group
         cache = KVCache.empty(self.config, 1, capacity, like=joined.x)
         level = phonemes.new_zeros(1)
         hidden = self.transformer(joined.x, joined.positions, level, cache=cache)
-        return self.head(hidden[:, -1]), cache
+        return hidden[:, -1], cache
 
     def step(
-        self, token: Int[Tensor, " B"], position: int, cache: KVCache
-    ) -> Float[Tensor, "B 1025"]:
-        """Logits of the frame after `token`, which is frame number `position` of the response."""
-        x = self.code_embedding(token[:, None, None]) + self.segments[2]
-        positions = torch.full((len(token), 1), float(position), device=token.device)
-        hidden = self.transformer(x, positions, torch.zeros_like(token), cache=cache)
-        return self.head(hidden[:, -1])
+        self, group: Int[Tensor, "B G"], position: int, cache: KVCache
+    ) -> Float[Tensor, "B D"]:
+        """Hidden state after a group whose first frame is number `position` of the response."""
+        x = self.code_embedding(group[:, :, None]) + self.segments[2]
+        positions = torch.full((len(group), 1), float(position), device=group.device)
+        level = group.new_zeros(len(group))
+        return self.transformer(x, positions, level, cache=cache)[:, -1]
+
+
+class WithinGroup(nn.Module):
+    """Tells a group's later frames which codes come before them in the group."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.codes = CodeEmbedding(config.group - 1, config.width)
+        self.mix = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, 2 * config.width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(2 * config.width, config.width),
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "B N D"], said: Int[Tensor, "B g N"]
+    ) -> Float[Tensor, "B N D"]:
+        """`hidden` of each group, given its first g codes."""
+        return hidden + self.mix(hidden + self.codes(said))
 
 
 class CodeEmbedding(nn.Module):
@@ -159,6 +219,12 @@ class CodeEmbedding(nn.Module):
             known = torch.arange(n_codebooks, device=codes.device) < below[:, None]
             embedded = embedded * known[:, :, None, None]
         return embedded.sum(1)
+
+
+def _grouped(codes: Int[Tensor, "B T"], group: int) -> Int[Tensor, "B G groups"]:
+    """Whole groups of frames; what is left over at the end has no position of its own."""
+    groups = codes.shape[1] // group
+    return codes[:, : groups * group].unflatten(1, (groups, group)).transpose(1, 2)
 
 
 def _single(phonemes: Tensor, prompt: Tensor, codes: Tensor) -> Batch:

@@ -35,7 +35,13 @@ class ModelConfig:
     """Rotary positions of the text advance by this much per phoneme, so that a phoneme and the
     frames that say it lie near each other (75 frames a second, about 18 symbols of IPA)."""
 
+    group: int = 1
+    """G, frames that the AR model reads and predicts per step (VALL-E 2's grouped codes): its
+    sequence is G times shorter. The NAR model takes no notice of it."""
+
     def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ValueError(f"group: {self.group} is below 1")
         if self.width % (2 * self.n_heads):
             raise ValueError(f"width: {self.width} is no even multiple of n_heads {self.n_heads}")
         if not 0 <= self.dropout < 1:

@@ -118,7 +118,10 @@ def mask(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def frame_positions(lengths: Int[Tensor, " B"], size: int, end: bool = False) -> Tensor:
-    """Positions 0, 1, 2 ... of frames; with `end`, they count up to -2 (a separator is at -1)."""
+def frame_positions(
+    lengths: Int[Tensor, " B"], size: int, stride: int = 1, end: bool = False
+) -> Tensor:
+    """Positions 0, 1, 2 ... of frames, or of groups of `stride` frames; with `end`, they count up
+    to the separator's, which is at -1."""
     steps = torch.arange(size, device=lengths.device, dtype=torch.float32).expand(len(lengths), -1)
-    return steps - lengths[:, None] - 1 if end else steps
+    return (steps - lengths[:, None]) * stride - 1 if end else steps * stride

@@ -153,10 +153,13 @@ def _summarise(
     return Loss(loss, tokens, correct, total)
 
 
-def draw_levels(rows: int, n_codebooks: int, key: str) -> Int[Tensor, " B"]:
-    """A codebook 1 .. Q-1 to predict for each row, uniformly (VALL-E section 4.2.2)."""
+def draw_levels(rows: int, n_codebooks: int, key: str, emphasis: float = 0.0) -> Int[Tensor, " B"]:
+    """A codebook k in 1 .. Q-1 to predict for each row, with weight 1 / k ** emphasis: uniform
+    (VALL-E section 4.2.2) unless told otherwise."""
     chosen = random.Random(f"levels/{key}")
-    return torch.tensor([chosen.randint(1, n_codebooks - 1) for _ in range(rows)])
+    levels = range(1, n_codebooks)
+    weights = [level**-emphasis for level in levels]
+    return torch.tensor(chosen.choices(levels, weights, k=rows))
 
 
 def seed_step(key: str) -> None:

@@ -83,6 +83,8 @@ class Voice:
         The beginning is cut to `prompt_seconds`; it serves as prompt as well.
         """
         prompt = self.encode_prompt(beginning, how)
+        group = self.ar.config.group
+        prompt = prompt[:, : prompt.shape[1] // group * group]
         return self.speak_codes(text_ids(text, how.language), prompt, how, prefix=prompt)
 
     def speak_codes(

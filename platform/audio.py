@@ -61,3 +61,13 @@ def wav_bytes(wave: Wave, sample_rate: int = SAMPLE_RATE) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(wave, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def trim(wave: Wave, threshold: float = 0.01, keep_seconds: float = 0.05) -> Wave:
+    """`wave` without the silence at both ends, but for a short rest, and with peaks below one."""
+    loud = np.flatnonzero(np.abs(wave) > threshold)
+    if not len(loud):
+        raise AudioError("nothing but silence")
+    keep = int(keep_seconds * SAMPLE_RATE)
+    wave = wave[max(0, loud[0] - keep) : loud[-1] + keep]
+    return (wave / max(1.0, float(np.abs(wave).max()) / 0.99)).astype(np.float32)

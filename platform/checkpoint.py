@@ -10,6 +10,7 @@ too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same ru
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +100,30 @@ def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     return model.to(device).eval(), description
+
+
+def load_from(uri: str) -> AR | NAR:
+    """The model of a checkpoint, or of a run's best one, at a path or URI."""
+    with tempfile.TemporaryDirectory() as name:
+        fetch(choose(uri), Path(name) / "model")
+        return load(Path(name) / "model")[0]
+
+
+def warm_start(model: AR | NAR, uri: str) -> None:
+    """Gives `model` the weights of another one at a path or URI.
+
+    Raises ValueError when that is not built as `model` is (dropout apart).
+    """
+    other = load_from(uri)
+    if type(other) is not type(model):
+        raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
+    theirs, ours = asdict(other.config), asdict(model.config)
+    for field in theirs:
+        if theirs[field] != ours[field] and field != "dropout":
+            raise ValueError(
+                f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
+            )
+    model.load_state_dict(other.state_dict())
 
 
 def save_state(folder: Path, state: TrainState) -> None:

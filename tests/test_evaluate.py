@@ -144,12 +144,12 @@ def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec:
 
 
 def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
-    from valle.jobs.corpus import SENTENCES
+    from valle.jobs import texts
     from valle.jobs.judges.recogniser import normalise
 
     trained = {
         normalise(line)
-        for path in SENTENCES.glob("*.txt")
+        for path in texts.FOLDER.glob("*.txt")
         if path.stem != "held_out"
         for line in path.read_text().splitlines()
     }

@@ -1,5 +1,7 @@
 """Shapes, cache = full, batched = single, and the family's known defects."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import TINY, random_batch, random_items, tiny_ar, tiny_nar
@@ -23,22 +25,31 @@ def perturb(model: AR | NAR, size: float = 0.05) -> None:
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
-def test_cached_steps_equal_the_full_forward() -> None:
-    model = tiny_ar()
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_cached_steps_equal_the_full_forward(group: int) -> None:
+    model = tiny_ar(config=replace(TINY, group=group))
     perturb(model)
     phonemes, prompt, codes = random_items(30)[0]
+    first = codes[0]
     with torch.inference_mode():
-        full = model(_single(phonemes, prompt, codes[0]))[0]
-        logits, cache = model.prefill(phonemes, prompt, codes[0, :0], 30)
-        steps = [logits[0]]
-        for position, token in enumerate(codes[0]):
-            steps.append(model.step(token[None], position, cache)[0])
+        full = model(_single(phonemes, prompt, first))[0]
+        hidden, cache = model.prefill(phonemes, prompt, first[:0], 30)
+        steps = []
+        for position in range(len(first) + 1):
+            said = position % group
+            if position and not said:
+                hidden = model.step(
+                    first[None, position - group : position], position - group, cache
+                )
+            known = first[None, position - said : position, None]
+            steps.append(model.logits(hidden[:, None], known)[0, 0])
     torch.testing.assert_close(torch.stack(steps), full, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.9, repetition_threshold=0.1)])
-def test_generation_with_and_without_cache_is_the_same(sampling: Sampling) -> None:
-    model = tiny_ar()
+def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group: int) -> None:
+    model = tiny_ar(config=replace(TINY, group=group))
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
     with_cache, without = (
@@ -52,20 +63,39 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling) -> No
     assert with_cache.hit_limit == without.hit_limit
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(use_cache: bool) -> None:
-    model = tiny_ar()
+def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
+    use_cache: bool, group: int
+) -> None:
+    model = tiny_ar(config=replace(TINY, group=group))
     perturb(model, 0.5)
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
     arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}
     whole = model.generate(phonemes, prompt, **arguments).codes
     assert len(whole.unique()) > 2
-    for length in (1, 7, 12):
+    for length in (group, 6, 12):
         continued = model.generate(
             phonemes, prompt, prefix=whole[:length], use_cache=use_cache, **arguments
         )
         assert torch.equal(continued.codes, whole) and continued.hit_limit
+    if group > 1:
+        with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of the group's 3"):
+            model.generate(phonemes, prompt, prefix=whole[:4], **arguments)
+
+
+def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
+    model = tiny_ar(config=replace(TINY, group=3))
+    perturb(model, 0.5)
+    phonemes, prompt, codes = random_items(20)[0]
+    base = model(_single(phonemes, prompt, codes[0]))[0]
+    for frame in (9, 10, 11):  # the fourth group
+        changed = codes[0].clone()
+        changed[frame] = (changed[frame] + 1) % 1024
+        logits = model(_single(phonemes, prompt, changed))[0]
+        assert torch.equal(base[: frame + 1], logits[: frame + 1])
+        assert not torch.allclose(base[frame + 1], logits[frame + 1])
 
 
 def test_length_limit_is_reported_and_eos_stops() -> None:
@@ -79,9 +109,9 @@ def test_length_limit_is_reported_and_eos_stops() -> None:
     assert len(stopped.codes) == 0 and not stopped.hit_limit
 
 
-@pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_a_row_does_not_depend_on_its_neighbours(kind: str) -> None:
-    model = tiny_ar() if kind == "ar" else tiny_nar()
+@pytest.mark.parametrize(("kind", "group"), [("ar", 1), ("ar", 3), ("nar", 1)])
+def test_a_row_does_not_depend_on_its_neighbours(kind: str, group: int) -> None:
+    model = tiny_ar(config=replace(TINY, group=group)) if kind == "ar" else tiny_nar()
     perturb(model)
     items = random_items(40, 12, 27)
     level = torch.tensor([1, 4, 7])

@@ -218,6 +218,27 @@ def test_a_mismatched_codec_is_noticed_before_training(
         prepare_run(replace(chosen, codec="nano"))
 
 
+def test_warm_start_takes_weights_and_nothing_else(chosen: TrainRecipe, home: Path) -> None:
+    device = torch.device("cpu")
+    earlier = build_backend(replace(chosen, seed=5), "ar", device)
+    manifest = TokenDataset(chosen.data, home / "cache").manifest
+    about = checkpoint.describe("ar", chosen.model.resolve(), manifest.codec, "x", {})
+    checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), about)
+
+    warm = prepare_run(replace(chosen, warm_start={"ar": "runs/earlier-ar"}))
+    started = build_backend(warm, "ar", device).weights()
+    for name, value in earlier.weights().items():
+        assert torch.equal(started[name], value), name
+    fresh = build_backend(chosen, "ar", device).weights()
+    assert not torch.equal(fresh["head.weight"], started["head.weight"])
+
+    grouped = replace(warm, model=replace(warm.model, group=2))
+    with pytest.raises(ValueError, match="earlier-ar has group 1, this run has 2"):
+        build_backend(grouped, "ar", device)
+    with pytest.raises(ValueError, match="earlier-ar holds an AR model"):
+        build_backend(replace(warm, warm_start={"nar": warm.warm_start["ar"]}), "nar", device)
+
+
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(ValueError, match="model.size: 'huge' is none of"):
         TrainRecipe(data="x", run="y", model=Size(size="huge"))

@@ -52,6 +52,12 @@ def test_levels_are_uniform_and_repeatable() -> None:
     assert (counts[1:8] > 900).all()
 
 
+def test_low_levels_can_be_asked_for_more_often() -> None:
+    counts = torch.bincount(draw_levels(7_000, 8, "0/5/1", 1.0), minlength=8)[1:]
+    wanted = 7_000 / torch.arange(1, 8) / sum(1 / k for k in range(1, 8))
+    torch.testing.assert_close(counts.float(), wanted, rtol=0.1, atol=0)
+
+
 def test_dropout_is_a_function_of_the_step() -> None:
     config = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.5)
     torch.manual_seed(0)
