@@ -1,6 +1,6 @@
 """The checkpoint format, and the only code that reads or writes it.
 
-    model.safetensors   weights of one model
+    model.safetensors   weights of one model; shipped ones in int8 with scales (quantize.py)
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
     metrics.json        what validation said of it
     state/              what a resumed run needs besides: counters and optimizer
@@ -29,6 +29,7 @@ from valle.model.nar import NAR
 from valle.model.text import INVENTORY
 from valle.model.training import TrainState
 from valle.platform import storage
+from valle.platform.quantize import from_int8
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -95,9 +96,9 @@ def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
     description = read(folder)
     model = create(description.kind, description.model)
     try:
-        weights = load_file(folder / WEIGHTS, device=device)
+        weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     return model.to(device).eval(), description
 
@@ -175,9 +176,9 @@ def fetch(uri: str, folder: Path) -> None:
         (folder / name).write_bytes(storage.read_bytes(source))
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The weights alone."""
-    return load_file(folder / WEIGHTS)
+    return from_int8(load_file(folder / WEIGHTS, device=device))
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:

@@ -26,9 +26,12 @@ from valle.model.codec import CodecIdentity
 from valle.model.nar import NAR
 from valle.model.valle import Voice
 from valle.platform import checkpoint, settings, tracking
+from valle.platform.cluster import CODE_ROOT
 
 NAME = "valle"
 CHAMPION = f"models:/{NAME}@champion"
+SHIPPED = CODE_ROOT / "release" / "nano"
+"""The model that comes with the repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,15 @@ def champion() -> int | None:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
+
+
+def seed() -> int | None:
+    """Publishes the shipped model as champion where there is none; returns its number then."""
+    if champion() is not None or not (SHIPPED / "bundle.json").exists():
+        return None
+    version = publish(SHIPPED, {"source": "shipped with the repository"})
+    promote(version, "shipped with the repository")
+    return version
 
 
 def promote(version: int, reason: str) -> None:

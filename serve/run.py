@@ -6,10 +6,23 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from valle.platform import registry, storage
+from valle.platform import audio, registry, storage
 from valle.platform.cluster import connect
 from valle.serve.app import build_app
 from valle.serve.schema import AppArgs
+
+STARTER_TEXT = "The early train was late again, so we walked along the river and talked."
+
+
+def make_starter_voices(folder: str) -> None:
+    """Recordings to speak like, by voices that installed packages carry, where there are none."""
+    if any(True for _ in storage.list_files(folder, (".wav",))):
+        return
+    from valle.jobs.voices import Heart, Joe
+
+    for name, engine in (("joe", Joe()), ("heart", Heart())):
+        wave = engine.speak(STARTER_TEXT, name, "en-us")
+        storage.write_bytes(storage.join(folder, f"{name}.wav"), audio.wav_bytes(wave))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     arguments = parser.parse_args(argv)
+    if arguments.model == registry.CHAMPION and (version := registry.seed()):
+        logging.warning("the registry was empty: version %d is the model shipped here", version)
+    make_starter_voices(storage.absolute(arguments.voices))
     try:
         registry.resolve(arguments.model)  # a missing model is better noticed before Ray starts
     except FileNotFoundError as error:

@@ -18,11 +18,14 @@ import pytest
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.__main__ import main as speak_main
+from valle.jobs.export import ExportRecipe, export
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import Codec
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry, storage, tracking
+from valle.platform.quantize import to_int8
+from valle.serve.run import make_starter_voices
 
 
 @pytest.fixture
@@ -60,6 +63,56 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     version = client.get_model_version_by_alias("valle", "champion")
     assert int(version.version) == 2
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
+
+
+def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
+    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = replace(published, ar=str(home / published.ar), nar=f"file://{home / published.nar}")
+    publish(absolute)
+    source = registry.resolve(registry.CHAMPION)
+    small = export(ExportRecipe(out="small"))
+    exact = export(ExportRecipe(out="exact", precision="fp32"))
+    sizes = [(f / "ar/model.safetensors").stat().st_size for f in (source, exact, small)]
+    assert sizes[0] == sizes[1] and sizes[2] < sizes[0] / 3
+    for path in small.rglob("*.json"):
+        assert str(home) not in path.read_text()
+    prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=60)
+    how = Synthesis(max_seconds=0.4)
+    said = [registry.load_voice(f).speak("Hello.", prompt, how).codes for f in (source, exact)]
+    np.testing.assert_array_equal(*said)
+    ours, theirs = (checkpoint.load_weights(f / "nar") for f in (small, source))
+    for name, value in theirs.items():
+        bound = value.abs().amax(-1, keepdim=True) / 253
+        assert ((ours[name] - value).abs() <= bound).all(), name
+
+    assert registry.seed() is None  # there is a champion already
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/another.db")
+    monkeypatch.setattr(registry, "SHIPPED", small)
+    assert registry.seed() == 1 and registry.seed() is None
+    assert registry.champion() == 1
+    again = registry.load_ar(registry.resolve(registry.CHAMPION)).head.weight
+    assert again.equal(registry.load_ar(small).head.weight)
+
+
+def test_weights_without_their_scales_are_refused(published: PublishRecipe, home: Path) -> None:
+    folder = home / "runs/test-ar/step_00000020"
+    stored = to_int8(checkpoint.load_weights(folder))
+    del stored["head.weight.scale"]
+    checkpoint.save(folder, stored, checkpoint.read(folder))
+    with pytest.raises(ValueError, match="head.weight is int8 and has no head.weight.scale"):
+        checkpoint.load(folder)
+
+
+def test_starter_voices_are_made_once(home: Path) -> None:
+    folder = str(home / "fresh")
+    make_starter_voices(folder)
+    assert sorted(storage.list_files(folder, (".wav",))) == ["heart.wav", "joe.wav"]
+    wave = audio.read(storage.read_bytes(storage.join(folder, "joe.wav")), max_seconds=60)
+    assert 3 < len(wave) / 24_000 < 8
+    (home / "fresh/joe.wav").unlink()
+    make_starter_voices(folder)
+    assert list(storage.list_files(folder, (".wav",))) == ["heart.wav"]
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from valle.jobs.voices.kokoro import Heart, Kokoro
 from valle.jobs.voices.piper import Joe
 from valle.platform.audio import Wave
 
+__all__ = ["ENGINES", "LICENCES", "Asterisk", "Engine", "Espeak", "Heart", "Joe", "Kokoro"]
+
 LICENCES = {
     "kokoro": "Kokoro-82M by hexgrad, int8 export by thewh1teagle: Apache-2.0 / MIT",
     "heart": "hibari by Maureese Williams, distilled from Kokoro-82M's voice heart: Apache-2.0",

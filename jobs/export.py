@@ -1,0 +1,80 @@
+"""Writes a published model as a folder that can be shipped: weights in int8, no path of a machine.
+
+The folder is a bundle like any other: `python -m valle --model FOLDER` speaks with it, and a
+registry without a champion begins with the one in `release/nano`.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from valle.platform import checkpoint, quantize, recipe, registry, settings, storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecipe:
+    """What to write where."""
+
+    out: str
+    """Folder to write; files of an earlier export in it are replaced, others stay."""
+
+    model: str = registry.CHAMPION
+    """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
+
+    precision: str = "int8"
+    """int8 (a quarter of the size), or fp32."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("int8", "fp32"):
+            raise ValueError(f"precision: {self.precision!r} is none of int8, fp32")
+
+
+def export(chosen: ExportRecipe) -> Path:
+    """Writes the bundle; returns its folder."""
+    source, out = registry.resolve(chosen.model), Path(storage.absolute(chosen.out))
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name) / "bundle"
+        for kind in ("ar", "nar"):
+            weights = checkpoint.load_weights(source / kind)
+            about = checkpoint.read(source / kind)
+            checkpoint.save(
+                made / kind,
+                quantize.to_int8(weights) if chosen.precision == "int8" else weights,
+                replace(about, recipe=without_home(about.recipe)),
+            )
+        bundle = without_home(asdict(registry.describe(source)))
+        (made / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
+        for part in ("codec/model.safetensors", "codec/config.json", "report.json", "report.md"):
+            if (source / part).exists():
+                (made / part).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / part, made / part)
+        registry.load_voice(made)  # as anyone would load it: it fits together
+        shutil.copytree(made, out, dirs_exist_ok=True)
+    return out
+
+
+def without_home(values: Any) -> Any:
+    """Recipe values with paths below `VALLE_HOME` made relative to it again."""
+    if isinstance(values, dict):
+        return {key: without_home(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_home(value) for value in values]
+    if isinstance(values, str):
+        return values.removeprefix("file://").removeprefix(f"{settings.read().home}/")
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.export out=release/nano`."""
+    chosen = recipe.parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
+    out = export(chosen)
+    size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    print(f"{out}: {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()
