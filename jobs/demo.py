@@ -1,7 +1,8 @@
-"""The whole path in one go: corpus, prepare, train, publish, serve, one request.
+"""The whole path in one go: corpus, prepare, train, publish, evaluate, serve, one request.
 
-Runs the jobs' own functions one after the other with the recipe `demo`, and says how long each
-took. Run it again and it goes on with what is there.
+Runs the jobs' own functions one after the other and says how long each took: the recipe `demo`
+fine-tunes the shipped model and shows it before and after, `scratch` trains from nothing. Run it
+again and it goes on with what is there.
 """
 
 import argparse
@@ -10,13 +11,22 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from valle.jobs import corpus, prepare, publish, train
+from valle.jobs import corpus, evaluate, prepare, publish, train
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, checkpoint, recipe, settings, storage, tracking
+from valle.platform import audio, recipe, registry, settings, storage, tracking
 from valle.platform.cluster import connect
 
+Report = dict[str, Any]
+FIGURES = {
+    "wer": "word error rate (whisper tiny.en)",
+    "cosine_own": "likeness to the prompt (cosine)",
+    "identified": "voice identified among all",
+    "distillmos": "DistillMOS",
+}
 TEXT = "The whole path works, from a folder of speech to a spoken sentence."
 VOICE = "joe"
 
@@ -55,8 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_recipe = recipe.load(name, "prepare", prepare.PrepareRecipe)
     train_recipe = recipe.load(name, "train", train.TrainRecipe)
     publish_recipe = recipe.load(name, "publish", publish.PublishRecipe)
+    evaluate_recipe = recipe.load(name, "evaluate", evaluate.EvaluateRecipe)
     times: dict[str, float] = {}
-    reached: dict[str, str] = {}
+    reports: dict[str, Report] = {}
+
+    def judge(name: str, model: str) -> None:
+        with stage(f"evaluate {name}", times):
+            out = storage.join(evaluate_recipe.out, name)
+            reports[name] = evaluate.evaluate(replace(evaluate_recipe, model=model, out=out))
 
     with ExitStack() as stack:
         with stage("Ray", times):
@@ -70,31 +86,41 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{report['utterances']} utterances, {report['hours']} hours, "
                 f"rejected: {report['rejected'] or 'none'}"
             )
+        if train_recipe.warm_start:
+            judge("before", str(registry.SHIPPED))
         train_recipe = train.prepare_run(train_recipe)
         for kind in train_recipe.models:
             with stage(f"train {kind}", times):
-                reached[kind] = train.fit(train_recipe, kind)
-                print(f"checkpoint: {reached[kind]}")
+                print(f"checkpoint: {train.fit(train_recipe, kind)}")
         with stage("publish", times):
             print(f"registry: valle version {publish.publish(publish_recipe)}, alias champion")
+        judge("after", registry.CHAMPION)
         with stage("serve and one request", times):
-            out = settings.read().home / "data" / "demo" / "speech"
+            out = settings.read().home / "data" / name / "speech"
             seconds = serve_and_request(publish_recipe.sample_prompt, arguments.port, out)
 
     print("\nstage                    seconds")
-    for name, taken in {**times, "total": sum(times.values())}.items():
-        print(f"{name:<24} {taken:7.1f}")
+    for step, taken in {**times, "total": sum(times.values())}.items():
+        print(f"{step:<24} {taken:7.1f}")
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
     print(f'said: "{TEXT}" in the voice of {VOICE}')
-    print("With this little training it mumbles. Whether the text matters yet, in nats per code:")
-    for trained, uri in reached.items():
-        found = storage.read_json(storage.join(uri, checkpoint.METRICS))
-        print(
-            f"  {trained}: validation loss {found['validation/loss']:.3f} with the right text, "
-            f"{found['validation/loss_wrong_text']:.3f} with another's"
-        )
+    print(compare(reports))
+    print(f"report with players: {storage.join(evaluate_recipe.out, 'after', 'report.html')}")
     print(f"runs and registry: mlflow ui --backend-store-uri {settings.read().tracking_uri}")
     print("endpoint: make serve")
+
+
+def compare(reports: dict[str, Report]) -> str:
+    """The figures of some evaluations side by side."""
+    items = max(report["systems"]["cross"]["items"] for report in reports.values())
+    lines = [
+        f"\n{items} sentences and voices held out{'':<10}" + "".join(f"{n:>9}" for n in reports)
+    ]
+    for figure, label in FIGURES.items():
+        found = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
+        shown = "".join("        -" if value is None else f"{value:9.3f}" for value in found)
+        lines.append(f"{label:<40}{shown}")
+    return "\n".join(lines)
 
 
 def serve_and_request(prompt: str, port: int, out: Path) -> float:

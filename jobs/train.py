@@ -21,7 +21,7 @@ from valle.jobs.validation import QuickCheck
 from valle.model import codec as codecs
 from valle.model.config import SIZES, Kind, ModelConfig
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
-from valle.platform import checkpoint, recipe, settings, storage, tracking
+from valle.platform import checkpoint, recipe, registry, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
@@ -82,8 +82,8 @@ class TrainRecipe:
     """Optimizer steps of each model."""
 
     warm_start: dict[str, str] = field(default_factory=dict)
-    """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with. Its
-    optimizer state is not taken over: the schedule warms up again."""
+    """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with, or
+    `nano`, the shipped model. Optimizer state is not taken over: the schedule warms up again."""
 
     optimization: Optimization = field(default_factory=Optimization)
     """AdamW and its schedule."""
@@ -346,7 +346,10 @@ def prepare_run(chosen: TrainRecipe) -> TrainRecipe:
         chosen, data=storage.absolute(chosen.data), storage=storage.absolute(chosen.storage)
     )
     manifest = read_manifest(chosen.data)
-    warm = {kind: storage.absolute(uri) for kind, uri in chosen.warm_start.items()}
+    warm = {
+        kind: str(registry.SHIPPED / kind) if uri == "nano" else storage.absolute(uri)
+        for kind, uri in chosen.warm_start.items()
+    }
     chosen = replace(chosen, warm_start=warm)
     if chosen.samples:
         codec = codecs.load(chosen.codec, cache=settings.read().cache)
