@@ -72,6 +72,20 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
         yield run.info.run_id
 
 
+def history(name: str, metric: str) -> list[tuple[float, float]]:
+    """(time in hours, value) of a metric over all runs of a name, oldest first."""
+    import mlflow
+
+    connect()
+    runs = mlflow.search_runs(
+        experiment_names=[EXPERIMENT], filter_string=f"attributes.run_name = '{name}'",
+        output_format="list",
+    )  # fmt: skip
+    client = mlflow.MlflowClient()
+    found = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
+    return sorted((m.timestamp / 3_600_000, m.value) for m in found)
+
+
 def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
     """A finished run of its own for figures and the folder they came with; returns its id.
 
