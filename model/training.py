@@ -64,7 +64,7 @@ def build_optimizer(model: nn.Module, chosen: Optimization) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": chosen.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, chosen.learning_rate, betas=chosen.betas)
+    return torch.optim.AdamW(groups, chosen.learning_rate, betas=chosen.betas, fused=True)
 
 
 @dataclass
@@ -140,8 +140,8 @@ def _summarise(
     n_levels: int,
 ) -> Loss:
     each = F.cross_entropy(
-        logits.float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
-    )
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view_as(targets)
     counted = targets != IGNORE
     loss = each.sum() / counted.sum()
     right = (logits.detach().argmax(-1) == targets) & counted
