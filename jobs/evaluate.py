@@ -16,6 +16,7 @@ from typing import Any
 from valle.jobs import report, scores
 from valle.jobs.evaluation import EvaluationItem, check_unseen, item_seed, load_items
 from valle.jobs.judges import likeness, quality, recogniser
+from valle.jobs.judges.likeness import Embedding
 from valle.model.codec import Codes, Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, fill_in, text_ids
@@ -99,6 +100,7 @@ class Judge:
         """A record for each row of the report that this item has."""
         prompt = self._read(item.prompt)
         truth = self._read(item.reference) if item.reference else None
+        wanted = self._encoder.embed(prompt)
         records = []
         for system in self._chosen.systems:
             if truth is None and system != "cross":
@@ -106,7 +108,7 @@ class Judge:
             started = time.perf_counter()
             spoken = self._speak(system, item, prompt, truth)
             taken = time.perf_counter() - started
-            records.append(self._record(system, item, spoken, prompt, taken))
+            records.append(self._record(system, item, spoken, wanted, taken))
         return records
 
     def _read(self, name: str) -> Wave:
@@ -140,8 +142,14 @@ class Judge:
         return Spoken(self._voice.codec.decode([filled])[0], filled, hit_limit=False)
 
     def _record(
-        self, system: str, item: EvaluationItem, spoken: Spoken, prompt: Wave, taken: float
+        self,
+        system: str,
+        item: EvaluationItem,
+        spoken: Spoken,
+        wanted: Embedding | None,
+        taken: float,
     ) -> dict[str, Any]:
+        """How one row of one item is judged; `wanted` is the prompt's voice."""
         wave = spoken.wave
         seconds = len(wave) / SAMPLE_RATE
         record: dict[str, Any] = {
@@ -158,7 +166,6 @@ class Judge:
             errors = recogniser.compare(item.text, heard)
             record |= {"second_heard": heard, "second_word_errors": errors.word_errors}
         voice = self._encoder.embed(wave) if audible else None
-        wanted = self._encoder.embed(prompt)
         record["voice"] = None if voice is None else voice.tolist()
         record["prompt_voice"] = None if wanted is None else wanted.tolist()
         if voice is not None and wanted is not None:
