@@ -1,13 +1,20 @@
 """From logits to tokens: temperature, top-k, top-p, repetition-aware sampling.
 
-Legend: R rows (streams or frames), V classes, T tokens so far.
+Rows may have settings of their own, and each draws from uniform numbers it is given: a stream says
+the same alone and in a batch.
+
+Legend: R rows (streams or frames), V classes, T tokens so far, W window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+DRAWS = 2
+"""Uniform numbers per token: one for the token, one for drawing it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,29 @@ class Sampling:
             raise ValueError(f"repetition_window: {self.repetition_window} is below 1")
 
 
+@dataclass(frozen=True)
+class RowSettings:
+    """`Sampling` of each row, as tensors."""
+
+    temperature: Float[Tensor, " R"]
+    top_k: Int[Tensor, " R"]
+    top_p: Float[Tensor, " R"]
+    window: Int[Tensor, " R"]
+    threshold: Float[Tensor, " R"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> "RowSettings":
+        """The settings of `rows`, in their order."""
+
+        def column(name: str) -> Tensor:
+            return torch.tensor([getattr(row, name) for row in rows], device=device)
+
+        return cls(
+            column("temperature").float(), column("top_k"), column("top_p").float(),
+            column("repetition_window"), column("repetition_threshold").float(),
+        )  # fmt: skip
+
+
 def sample(
     logits: Float[Tensor, "R V"],
     sampling: Sampling,
@@ -51,33 +81,59 @@ def sample(
     """One token per row. `history` is what repetition-aware sampling looks back on."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    tokens = _draw(nucleus(top_k(logits, sampling.top_k), sampling.top_p), generator)
-    if history is None or sampling.repetition_threshold >= 1 or history.shape[1] == 0:
-        return tokens
-    recent = history[:, -sampling.repetition_window :]
-    share = (recent == tokens[:, None]).sum(1) / sampling.repetition_window
-    return torch.where(share > sampling.repetition_threshold, _draw(logits, generator), tokens)
+    rows = RowSettings.of([sampling] * len(logits), logits.device)
+    recent = None if history is None else history[:, -sampling.repetition_window :]
+    return choose(logits, rows, draw(generator, len(logits)), recent)
 
 
-def top_k(logits: Float[Tensor, "R V"], k: int) -> Float[Tensor, "R V"]:
-    """All but the k largest logits become minus infinity; 0 keeps all."""
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    smallest = logits.topk(k, dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < smallest, -torch.inf)
+def draw(generator: torch.Generator, rows: int) -> Float[Tensor, "2 {rows}"]:
+    """The uniform numbers that one token of each row needs."""
+    return torch.rand(DRAWS, rows, generator=generator, device=generator.device)
 
 
-def nucleus(logits: Float[Tensor, "R V"], p: float) -> Float[Tensor, "R V"]:
-    """Keeps the most likely tokens until their probability reaches p (Holtzman et al. 2020)."""
-    if p >= 1:
-        return logits
-    ordered, index = logits.sort(dim=-1, descending=True)
-    probability = ordered.softmax(-1)
-    # the token that crosses p is kept: compare the sum before it
-    beyond = probability.cumsum(-1) - probability >= p
-    return logits.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf)
+def choose(
+    logits: Float[Tensor, "R V"],
+    rows: RowSettings,
+    uniforms: Float[Tensor, "2 R"],
+    recent: Int[Tensor, "R W"] | None = None,
+) -> Int[Tensor, " R"]:
+    """One token per row by its own settings; the most likely one where the temperature is 0.
+
+    `recent` holds the last tokens of each row, -1 where there are none yet. Repetition-aware
+    sampling (VALL-E 2): a token that fills more than `threshold` of the window is drawn again from
+    the whole distribution.
+    """
+    heat = rows.temperature.clamp_min(1e-6)[:, None]
+    ordered, index = (logits.float() / heat).sort(dim=-1, descending=True)
+    whole = ordered.softmax(-1)
+    chosen = _pick(whole * likely(whole, rows.top_k, rows.top_p), uniforms[0])
+    tokens = index.gather(-1, chosen[:, None])[:, 0]
+    if recent is not None and recent.shape[1]:
+        age = torch.arange(recent.shape[1], 0, -1, device=recent.device)
+        repeats = ((recent == tokens[:, None]) & (age <= rows.window[:, None])).sum(1)
+        again = repeats / rows.window > rows.threshold
+        other = index.gather(-1, _pick(whole, uniforms[1])[:, None])[:, 0]
+        tokens = torch.where(again, other, tokens)
+    return torch.where(rows.temperature > 0, tokens, index[:, 0])
 
 
-def _draw(logits: Float[Tensor, "R V"], generator: torch.Generator) -> Int[Tensor, " R"]:
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def likely(
+    probability: Float[Tensor, "R V"], top_k: Int[Tensor, " R"], top_p: Float[Tensor, " R"]
+) -> Bool[Tensor, "R V"]:
+    """Which of the classes, the likeliest first, sampling may choose from: the k likeliest (0: all)
+    and of those the fewest whose probability reaches p (Holtzman et al. 2020)."""
+    rank = torch.arange(probability.shape[-1], device=probability.device)
+    first = (rank < top_k[:, None]) | (top_k == 0)[:, None]
+    kept = probability * first
+    kept = kept / kept.sum(-1, keepdim=True)
+    # the class that crosses p is kept: compare the sum before it
+    before = kept.cumsum(-1) - kept
+    return first & ((before < top_p[:, None]) | (top_p >= 1)[:, None])
+
+
+def _pick(weights: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """Index of each row's class that its uniform number falls on."""
+    total = weights.cumsum(-1)
+    position = (total <= uniform[:, None] * total[:, -1:]).sum(-1)
+    # rounding must not reach the classes of no weight behind the last one
+    return torch.minimum(position, (weights > 0).sum(-1) - 1)

@@ -1,29 +1,57 @@
 import pytest
 import torch
 
-from valle.model.sampling import Sampling, nucleus, sample, top_k
+from valle.model.sampling import RowSettings, Sampling, choose, draw, likely, sample
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.15, 0.25, 0.5]]))
 
 
-def kept(logits: torch.Tensor) -> list[list[bool]]:
-    return torch.isfinite(logits).tolist()
+def kept(top_k: int = 0, top_p: float = 1.0) -> list[list[bool]]:
+    settings = RowSettings.of([Sampling(top_k=top_k, top_p=top_p)])
+    ordered = LOGITS[:1].exp()
+    return likely(ordered, settings.top_k, settings.top_p).tolist()
 
 
 def test_top_k_keeps_the_k_largest() -> None:
-    assert kept(top_k(LOGITS, 2)) == [[True, True, False, False], [False, False, True, True]]
-    assert torch.equal(top_k(LOGITS, 0), LOGITS)
-    assert torch.equal(top_k(LOGITS, 9), LOGITS)
+    assert kept(top_k=2) == [[True, True, False, False]]
+    assert kept(top_k=0) == kept(top_k=9) == [[True] * 4]
 
 
 @pytest.mark.parametrize(
-    ("p", "first_row"),
+    ("p", "row"),
     [(0.4, [1, 0, 0, 0]), (0.5, [1, 0, 0, 0]), (0.6, [1, 1, 0, 0]), (0.8, [1, 1, 1, 0])],
 )
-def test_nucleus_keeps_the_smallest_set_that_reaches_p(p: float, first_row: list[int]) -> None:
-    rows = kept(nucleus(LOGITS, p))
-    assert rows[0] == [bool(x) for x in first_row]
-    assert rows[1] == rows[0][::-1]
+def test_nucleus_keeps_the_smallest_set_that_reaches_p(p: float, row: list[int]) -> None:
+    assert kept(top_p=p) == [[bool(x) for x in row]]
+    # of the three likeliest, 0.56 and 0.28 of the probability, the first alone reaches a half
+    assert kept(top_k=3, top_p=0.55) == [[True, False, False, False]]
+
+
+def test_rows_with_settings_of_their_own_draw_as_they_would_alone() -> None:
+    settings = [
+        Sampling(), Sampling(temperature=0.0), Sampling(top_k=2), Sampling(temperature=1.5),
+        Sampling(top_p=0.6), Sampling(top_p=0.6, repetition_threshold=0.1),
+        Sampling(top_p=0.6, repetition_threshold=0.4, repetition_window=3),
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(len(settings), 50, generator=generator) * 2
+    for _ in range(20):
+        uniforms = draw(generator, len(settings))
+        recent = logits.topk(3).indices.repeat(1, 4)[:, :10]
+        together = choose(logits, RowSettings.of(settings), uniforms, recent)
+        for row, one in enumerate(settings):
+            part = slice(row, row + 1)
+            alone = choose(
+                logits[part], RowSettings.of([one]), uniforms[:, part],
+                recent[part, -one.repetition_window :],
+            )  # fmt: skip
+            assert alone == together[part]
+
+
+def test_the_last_class_is_reached_and_never_passed() -> None:
+    almost_one = torch.full((2, 1), 1 - 2**-24)
+    chosen = choose(LOGITS[:1], RowSettings.of([Sampling(top_k=3)]), almost_one)
+    assert chosen.tolist() == [2]
 
 
 def test_temperature_zero_is_greedy() -> None:
