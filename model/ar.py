@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
-from valle.model.layers import KVCache, Transformer
+from valle.model.layers import Cache, KVCache, Transformer
 from valle.model.sampling import Sampling, sample
 from valle.model.sequence import Batch, Joined, Segment, frame_positions, join, take
 from valle.model.tokens import CODEBOOK_SIZE, EOS
@@ -137,7 +137,9 @@ class AR(nn.Module):
         group = self.config.group
         if len(codes) % group:
             raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
-        hidden, cache = self.prefill(phonemes, prompt, codes, max_frames)
+        capacity = self.capacity(len(phonemes), prompt.shape[1], max_frames)
+        cache = KVCache.empty(self.config, 1, capacity, like=self.head.weight)
+        hidden = self.prefill(phonemes, prompt, codes, cache)
         while True:
             for said in range(group):
                 if len(codes) >= max_frames:
@@ -149,34 +151,36 @@ class AR(nn.Module):
                     return Generated(codes, hit_limit=False)
                 codes = torch.cat([codes, token])
             if use_cache:
-                hidden = self.step(codes[None, -group:], len(codes) - group, cache)
+                first = torch.tensor([len(codes) - group], device=codes.device)
+                hidden = self.step(codes[None, -group:], first, cache)
             else:
                 hidden = self.hidden(_single(phonemes, prompt, codes))[:, -1]
+
+    def capacity(self, n_phonemes: int, prompt_frames: int, max_frames: int) -> int:
+        """Positions that a cache needs for a text, a prompt and the speech that follows."""
+        group = self.config.group
+        return n_phonemes + prompt_frames // group + max_frames // group + len(self.separators)
 
     def prefill(
         self,
         phonemes: Int[Tensor, " L"],
         prompt: Int[Tensor, "Q P"],
         codes: Int[Tensor, " T"],
-        max_frames: int,
-    ) -> tuple[Float[Tensor, "1 D"], KVCache]:
-        """Hidden state of the group after `codes`, and a cache holding text, prompt and `codes`,
-        with room for `max_frames` in all."""
+        cache: Cache,
+    ) -> Float[Tensor, "1 D"]:
+        """Fills an empty cache with text, prompt and `codes`; returns the hidden state of the
+        group after them."""
         joined = self._join(_single(phonemes, prompt, codes))
-        capacity = joined.x.shape[1] + (max_frames - len(codes)) // self.config.group
-        cache = KVCache.empty(self.config, 1, capacity, like=joined.x)
         level = phonemes.new_zeros(1)
-        hidden = self.transformer(joined.x, joined.positions, level, cache=cache)
-        return hidden[:, -1], cache
+        return self.transformer(joined.x, joined.positions, level, cache=cache)[:, -1]
 
     def step(
-        self, group: Int[Tensor, "B G"], position: int, cache: KVCache
+        self, group: Int[Tensor, "B G"], first: Int[Tensor, " B"], cache: Cache
     ) -> Float[Tensor, "B D"]:
-        """Hidden state after a group whose first frame is number `position` of the response."""
+        """Hidden state after a group whose first frame is number `first` of its row's response."""
         x = self.code_embedding(group[:, :, None]) + self.segments[2]
-        positions = torch.full((len(group), 1), float(position), device=group.device)
         level = group.new_zeros(len(group))
-        return self.transformer(x, positions, level, cache=cache)[:, -1]
+        return self.transformer(x, first[:, None].float(), level, cache=cache)[:, -1]
 
 
 class WithinGroup(nn.Module):

@@ -8,6 +8,7 @@ no table and no longest length; GELU with 4 D hidden units as in the paper's siz
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
+
+
+@runtime_checkable  # shapes and types are checked in tests
+class Cache(Protocol):
+    """What attention needs of a store of keys and values."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether what is appended is a whole prefix, where no position sees a later one."""
+
+    def append(
+        self, layer: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores new positions `[B, H, S, K]`; returns all keys and values to attend to, and which
+        of them each row may see (None: all)."""
+
+    def advance(self, positions: int) -> None:
+        """Counts `positions` more as filled, once all layers have stored theirs."""
 
 
 @dataclass
@@ -33,16 +52,19 @@ class KVCache:
         shape = (config.n_layers, batch, config.n_heads, capacity, head)
         return cls(like.new_empty(shape), like.new_empty(shape))
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them.
+    @property
+    def causal(self) -> bool:
+        """An empty cache is given a whole prefix, a filled one a single position."""
+        return self.length == 0
 
-        `length` is advanced by `advance` once all layers have stored theirs.
-        """
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them."""
+        assert self.causal or key.shape[2] == 1, "a filled cache takes one position at a time"
         end = self.length + key.shape[2]
         assert end <= self.keys.shape[3], "KV cache is full: capacity was computed too small"
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], None
 
     def advance(self, positions: int) -> None:
         """Counts `positions` more as filled."""
@@ -103,7 +125,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B S D"],
         turn: Float[Tensor, "2 B 1 S half"],
         valid: Bool[Tensor, "B S"] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
         """Causal when `valid` is None, else over all valid positions.
@@ -115,14 +137,11 @@ class Attention(nn.Module):
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         query, key = rotate(query, turn), rotate(key, turn)
-        one_more = cache is not None and cache.length > 0
+        causal, mask = valid is None, None if valid is None else valid[:, None, None, :]
         if cache is not None:
-            assert not one_more or x.shape[1] == 1, "a filled cache takes one position at a time"
-            key, value = cache.append(layer, key, value)
-        mask = None if valid is None else valid[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=valid is None and not one_more
-        )
+            causal = cache.causal
+            key, value, mask = cache.append(layer, key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -147,7 +166,7 @@ class Block(nn.Module):
         turn: Float[Tensor, "2 B 1 S half"],
         level: Int[Tensor, " B"],
         valid: Bool[Tensor, "B S"] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
         """One layer."""
@@ -176,7 +195,7 @@ class Transformer(nn.Module):
         positions: Float[Tensor, "B S"],
         level: Int[Tensor, " B"],
         valid: Bool[Tensor, "B S"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "B S D"]:
         """Hidden states. Causal without `valid`; bidirectional over `valid` positions with it."""
         turn = rotation(positions, self.head_width)

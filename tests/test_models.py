@@ -33,14 +33,16 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
     first = codes[0]
     with torch.inference_mode():
         full = model(_single(phonemes, prompt, first))[0]
-        hidden, cache = model.prefill(phonemes, prompt, first[:0], 30)
+        cache = KVCache.empty(
+            TINY, 1, model.capacity(len(phonemes), prompt.shape[1], 30), first.float()
+        )
+        hidden = model.prefill(phonemes, prompt, first[:0], cache)
         steps = []
         for position in range(len(first) + 1):
             said = position % group
             if position and not said:
-                hidden = model.step(
-                    first[None, position - group : position], position - group, cache
-                )
+                start = torch.tensor([position - group])
+                hidden = model.step(first[None, position - group : position], start, cache)
             known = first[None, position - said : position, None]
             steps.append(model.logits(hidden[:, None], known)[0, 0])
     torch.testing.assert_close(torch.stack(steps), full, atol=1e-5, rtol=1e-4)
