@@ -62,13 +62,16 @@ class RowSettings:
     def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> "RowSettings":
         """The settings of `rows`, in their order."""
 
-        def column(name: str) -> Tensor:
-            return torch.tensor([getattr(row, name) for row in rows], device=device)
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([getattr(row, name) for row in rows], dtype=dtype, device=device)
 
         return cls(
-            column("temperature").float(), column("top_k"), column("top_p").float(),
-            column("repetition_window"), column("repetition_threshold").float(),
-        )  # fmt: skip
+            column("temperature", torch.float32),
+            column("top_k", torch.long),
+            column("top_p", torch.float32),
+            column("repetition_window", torch.long),
+            column("repetition_threshold", torch.float32),
+        )
 
 
 def sample(

@@ -1,0 +1,155 @@
+"""The AR model at work on many streams at once: the only part of the engine that touches a device.
+
+A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
+feeds those groups to the model. `prefill` fills a slot; `move` keeps slots dense.
+
+Legend: N layers, B slots in use, H heads, S positions of a slot, K head width, G frames of a group.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from valle.model.ar import AR
+from valle.model.layers import KVCache
+from valle.model.sampling import RowSettings, Sampling, choose, draw
+from valle.serve.cache import Move
+from valle.serve.request import Request
+
+LONGEST_WINDOW = 64
+"""Frames that repetition-aware sampling can look back on."""
+
+
+@dataclass
+class SlotCache:
+    """Keys and values of the first slots, each as long as its own stream: `model.layers.Cache`."""
+
+    keys: Float[Tensor, "N slots H S K"]
+    values: Float[Tensor, "N slots H S K"]
+    lengths: Int[Tensor, " slots"]
+    visible: Bool[Tensor, "B 1 1 _"] | None = None
+    """Which positions each stream may see, this tick's included."""
+
+    causal = False  # one position per stream at a time
+
+    def begin(self, streams: int) -> None:
+        """Prepares a step of the first `streams` slots."""
+        lengths = self.lengths[:streams]
+        steps = torch.arange(int(lengths.max()) + 1, device=lengths.device)
+        self.visible = (steps <= lengths[:, None])[:, None, None]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores one position `[B, H, 1, K]` per stream; returns views that hold them all."""
+        assert self.visible is not None, "begin() comes first"
+        streams, longest = self.visible.shape[0], self.visible.shape[3]
+        rows = torch.arange(streams, device=key.device)
+        self.keys[layer, rows, :, self.lengths[:streams]] = key[:, :, 0]
+        self.values[layer, rows, :, self.lengths[:streams]] = value[:, :, 0]
+        block = (layer, slice(streams), slice(None), slice(longest))
+        return self.keys[block], self.values[block], self.visible
+
+    def advance(self, positions: int) -> None:
+        """Counts the new position of each stream."""
+        assert self.visible is not None, "begin() comes first"
+        self.lengths[: self.visible.shape[0]] += positions
+
+
+class Runner:
+    """Weights, key-value memory, and what is kept on the device for each slot."""
+
+    def __init__(self, model: AR, *, slots: int, positions: int) -> None:
+        """`positions` bounds text, prompt and speech of one stream together."""
+        config, like = model.config, model.head.weight
+        self.model = model
+        self.positions = positions
+        self._device = like.device
+        whole = KVCache.empty(config, slots, positions, like)
+        self._cache = SlotCache(whole.keys, whole.values, self._zeros(slots))
+        self._hidden = like.new_zeros(slots, config.width)
+        self._recent = self._zeros(slots, LONGEST_WINDOW) - 1
+        self._frames = self._zeros(slots)
+        self._generators: list[torch.Generator] = []
+        self._sampling: list[Sampling] = []
+        self._rows = RowSettings.of([], self._device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=self._device)
+
+    @property
+    def streams(self) -> int:
+        """Slots in use."""
+        return len(self._generators)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, naming the field, for a request that no slot can hold."""
+        needed = self.model.capacity(
+            len(request.phonemes), request.prompt.shape[1], request.max_frames
+        )
+        if needed > self.positions:
+            raise ValueError(
+                f"max_frames: text, prompt and {request.max_frames} frames need {needed} "
+                f"positions, a slot holds {self.positions}"
+            )
+        if request.sampling.repetition_window > LONGEST_WINDOW:
+            raise ValueError(f"repetition_window: at most {LONGEST_WINDOW} frames")
+
+    @torch.inference_mode()
+    def prefill(self, request: Request, slot: int) -> None:
+        """Reads a request's text and prompt into the next slot."""
+        assert slot == self.streams, "slots are filled in order"
+        own = slice(slot, slot + 1)
+        cache = KVCache(self._cache.keys[:, own], self._cache.values[:, own])
+        prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(self._device)
+        text = torch.tensor(request.phonemes, device=self._device)
+        self._hidden[own] = self.model.prefill(text, prompt, text.new_empty(0), cache)
+        self._cache.lengths[slot] = cache.length
+        self._recent[slot] = -1
+        self._frames[slot] = 0
+        self._generators.append(torch.Generator(self._device).manual_seed(request.seed))
+        self._sampling.append(request.sampling)
+        self._rows = RowSettings.of(self._sampling, self._device)
+
+    @torch.inference_mode()
+    def sample(self) -> NDArray[np.int64]:
+        """The next group `[B, G]` of every stream; what follows an EOS has no meaning."""
+        streams, group = self.streams, self.model.config.group
+        hidden = self._hidden[:streams, None]
+        recent = self._recent[:streams]
+        for said in range(group):
+            known = recent[:, LONGEST_WINDOW - said :].clamp(0, self._last_code)
+            logits = self.model.logits(hidden, known[:, :, None])[:, 0]
+            uniforms = torch.cat([draw(generator, 1) for generator in self._generators], dim=1)
+            tokens = choose(logits, self._rows, uniforms, recent)
+            recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)
+        self._recent[:streams] = recent
+        return recent[:, LONGEST_WINDOW - group :].cpu().numpy()
+
+    @property
+    def _last_code(self) -> int:
+        return self.model.code_embedding.tables.shape[1] - 1
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Feeds the groups just drawn to the model."""
+        streams, group = self.streams, self.model.config.group
+        self._cache.begin(streams)
+        codes = self._recent[:streams, LONGEST_WINDOW - group :]
+        self._hidden[:streams] = self.model.step(codes, self._frames[:streams], self._cache)
+        self._frames[:streams] += group
+
+    def release(self, slot: int, move: Move | None) -> None:
+        """Forgets the stream of a slot; the last slot's stream takes its place."""
+        generator, sampling = self._generators.pop(), self._sampling.pop()
+        if move is not None:
+            assert move == Move(self.streams, slot), "only the last slot moves"
+            self._generators[slot], self._sampling[slot] = generator, sampling
+            length = int(self._cache.lengths[move.source])
+            for store in (self._cache.keys, self._cache.values):
+                store[:, slot, :, :length] = store[:, move.source, :, :length]
+            for row in (self._cache.lengths, self._hidden, self._recent, self._frames):
+                row[slot] = row[move.source]
+        self._rows = RowSettings.of(self._sampling, self._device)

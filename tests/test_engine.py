@@ -1,0 +1,148 @@
+"""The engine: every stream says what it would say alone, whoever comes and goes beside it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_items, tiny_ar
+from test_models import perturb
+
+from valle.model.ar import AR
+from valle.model.sampling import Sampling
+from valle.model.tokens import EOS
+from valle.serve.cache import Move, Slots
+from valle.serve.engine import Engine
+from valle.serve.request import Event, Finish, Request
+from valle.serve.runner import Runner
+from valle.serve.scheduler import Scheduler
+
+SAMPLINGS = [
+    Sampling(top_p=0.9, repetition_threshold=0.1), Sampling(temperature=0.0),
+    Sampling(temperature=0.7, top_k=20), Sampling(repetition_threshold=0.2, repetition_window=4),
+]  # fmt: skip
+
+
+def lively_ar(group: int) -> AR:
+    """A model of random weights that stops somewhere between a frame and a few dozen."""
+    model = tiny_ar(config=replace(TINY, group=group))
+    perturb(model, 0.5)
+    model.head.bias.data[EOS] += 6.5
+    return model
+
+
+def request(number: int, max_frames: int = 40) -> Request:
+    phonemes, prompt, _ = random_items(12 + 3 * number, seed=number)[0]
+    return Request(
+        id=f"r{number}", phonemes=phonemes.tolist(), prompt=prompt.numpy().astype(np.int16),
+        sampling=SAMPLINGS[number % len(SAMPLINGS)], max_frames=max_frames, seed=number,
+    )  # fmt: skip
+
+
+def build(model: AR, slots: int) -> Engine:
+    return Engine(Runner(model, slots=slots, positions=400), Scheduler(slots))
+
+
+def alone(model: AR, asked: Request) -> tuple[list[int], Finish]:
+    """The slow twin: `generate`, one request at a time."""
+    said = model.generate(
+        torch.tensor(asked.phonemes), torch.from_numpy(asked.prompt.astype(np.int64)),
+        sampling=asked.sampling, max_frames=asked.max_frames,
+        generator=torch.Generator().manual_seed(asked.seed),
+    )  # fmt: skip
+    return said.codes.tolist(), Finish.LENGTH if said.hit_limit else Finish.STOP
+
+
+def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Finish]) -> None:
+    for event in events:
+        assert event.id not in ends, "an event after the last one"
+        codes.setdefault(event.id, []).extend(event.codes)
+        if event.finish is not None:
+            ends[event.id] = event.finish
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_order_of_arrivals_and_aborts_changes_nothing(group: int, seed: int) -> None:
+    model = lively_ar(group)
+    asked = [request(number) for number in range(12)]
+    expected = {one.id: alone(model, one) for one in asked}
+    assert len({len(codes) for codes, _ in expected.values()}) > 3, "a dull test"
+    chance = np.random.default_rng(seed)
+    engine = build(model, slots=4)
+    codes: dict[str, list[int]] = {}
+    ends: dict[str, Finish] = {}
+    late = [asked[i] for i in chance.permutation(len(asked))]
+    aborted = {one.id for one in late[::5]}
+    while late or not engine.idle:
+        for _ in range(int(chance.integers(0, 3))):
+            if late:
+                engine.add(late.pop())
+        collect(engine.step(), codes, ends)
+        engine.check_integrity()
+        for name in sorted(aborted - ends.keys()):
+            if chance.random() < 0.2:
+                engine.abort(name)
+        engine.check_integrity()
+    for one in asked:
+        said, finish = expected[one.id]
+        if one.id in ends:
+            assert (codes[one.id], ends[one.id]) == (said, finish), one.id
+        else:  # aborted: what it had said by then was right
+            assert one.id in aborted
+            begun = codes.get(one.id, [])
+            assert begun == said[: len(begun)]
+
+
+def test_a_request_that_fits_no_slot_is_refused() -> None:
+    engine = Engine(Runner(lively_ar(2), slots=2, positions=60), Scheduler(2))
+    with pytest.raises(ValueError, match="max_frames: text, prompt and 200 frames need"):
+        engine.add(request(0, max_frames=200))
+    window = replace(request(0), sampling=Sampling(repetition_window=65))
+    with pytest.raises(ValueError, match="repetition_window: at most 64"):
+        engine.add(window)
+    engine.add(request(0))
+    with pytest.raises(ValueError, match="id: 'r0' is in use"):
+        engine.add(request(0))
+    with pytest.raises(ValueError, match="phonemes: the text is empty"):
+        replace(request(0), phonemes=[])
+
+
+def test_the_urgent_overtake_and_nobody_starves() -> None:
+    now = 0.0
+    scheduler = Scheduler(1, clock=lambda: now)
+    for arrival, name, urgency in ((0.0, "first", 0), (1.0, "urgent", 5), (7.0, "late", 5)):
+        now = arrival
+        scheduler.add(replace(request(0), id=name, urgency=urgency))
+    order = []
+    while not scheduler.idle:
+        stream = scheduler.admit()
+        assert stream is not None and scheduler.admit() is None  # one slot
+        order.append(stream.request.id)
+        scheduler.remove(stream.request.id)
+    assert order == ["urgent", "first", "late"]  # urgent by 5 s, not more
+
+
+def test_an_aborted_request_leaves_the_queue() -> None:
+    scheduler = Scheduler(1)
+    for name in ("a", "b", "c"):
+        scheduler.add(replace(request(0), id=name))
+    assert scheduler.waiting == 3
+    scheduler.remove("a")
+    scheduler.add(replace(request(0), id="a"))  # again, behind the others now
+    first = scheduler.admit()
+    assert first is not None and first.request.id == "b"
+    scheduler.check_integrity()
+    assert [scheduler.waiting, len(scheduler.running())] == [2, 1]
+
+
+def test_slots_stay_dense() -> None:
+    slots = Slots(3)
+    assert [slots.take(name) for name in "abc"] == [0, 1, 2] and slots.full
+    assert slots.release(0) == Move(source=2, target=0)
+    assert slots.owners == ("c", "b")
+    assert slots.release(1) is None and slots.owners == ("c",)
+    with pytest.raises(AssertionError, match="slot 1 is not in use"):
+        slots.release(1)
+    with pytest.raises(ValueError, match="slots: 0 is below 1"):
+        Slots(0)
