@@ -199,8 +199,9 @@ def spectrogram(wave: Wave, title: str = "") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    padded = np.pad(wave, (0, max(0, 1024 - len(wave))))  # a window is the least there can be
     mel = librosa.feature.melspectrogram(
-        y=wave, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96
+        y=padded, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96
     )
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasAgg(figure)

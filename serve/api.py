@@ -7,6 +7,7 @@ import base64
 import binascii
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis, text_ids
 from valle.platform import audio, storage
+from valle.serve.request import Request as EngineRequest
 from valle.serve.schema import AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
 
 logger = logging.getLogger("ray.serve")
 
 MAX_PROMPT_SECONDS = 30.0
+PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 
 
 class ApiError(Exception):
@@ -99,15 +102,21 @@ async def speak(request: SpeechRequest, args: AppArgs) -> Response:
         ids = await run_in_threadpool(text_ids, request.input, request.language)
     except ValueError as error:
         raise ApiError(400, str(error), "input") from error
+    if len(ids) > args.max_phonemes:
+        message = f"input: {len(ids)} phonemes, limit {args.max_phonemes}; send it in parts"
+        raise ApiError(400, message, "input")
     wave = await run_in_threadpool(_reference, request, args)
     how = Synthesis()
-    prompt = await codec.encode.remote(wave, int(how.prompt_seconds * FRAME_RATE))
+    prompt = await codec.encode.remote(wave, PROMPT_FRAMES)
     sampling = Sampling(
         temperature=request.temperature, top_p=request.top_p,
         repetition_threshold=how.ar.repetition_threshold,
     )  # fmt: skip
-    max_frames = int(args.max_seconds * FRAME_RATE)
-    first, hit_limit = await ar.generate.remote(ids, prompt, sampling, max_frames, request.seed)
+    asked = EngineRequest(
+        id=uuid.uuid4().hex, phonemes=ids, prompt=prompt, sampling=sampling,
+        max_frames=int(args.max_seconds * FRAME_RATE), seed=request.seed,
+    )  # fmt: skip
+    first, hit_limit = await ar.generate.remote(asked)
     if not len(first):
         raise ApiError(500, "the model stopped at once; try another seed", code="empty_speech")
     codes = await nar.generate.remote(ids, prompt, first)

@@ -17,34 +17,40 @@ from ray.serve import Application
 
 from valle.model.codec import Codes
 from valle.model.sampling import Sampling
+from valle.model.tokens import FRAME_RATE
 from valle.platform import registry, settings, storage
-from valle.serve.api import create_api
+from valle.serve.api import PROMPT_FRAMES, create_api
+from valle.serve.engine import Engine
+from valle.serve.request import Finish, Request
+from valle.serve.runner import Runner
+from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
+from valle.serve.worker import EngineWorker
 
 
 class ARDeployment:
-    """Phonemes and prompt to the first codebook, one request at a time per replica."""
+    """Phonemes and prompt to the first codebook, many requests at once (see engine.py)."""
 
-    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
-        self._model = registry.load_ar(registry.resolve(model, tracking_uri), device)
-        self._device = device
+        ar = registry.load_ar(registry.resolve(model, tracking_uri), device)
+        max_frames = int(args.max_seconds * FRAME_RATE)
+        positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
+        runner = Runner(ar, slots=args.slots, positions=positions)
+        self._worker = EngineWorker(Engine(runner, Scheduler(args.slots)))
 
-    async def generate(
-        self, ids: list[int], prompt: Codes, sampling: Sampling, max_frames: int, seed: int
-    ) -> tuple[NDArray[np.int16], bool]:
+    async def generate(self, request: Request) -> tuple[NDArray[np.int16], bool]:
         """First codebook `[T]`, and whether the length limit ended it."""
+        codes: list[int] = []
+        finish = None
+        async for event in self._worker.stream(request):
+            codes += event.codes
+            finish = event.finish
+        return np.array(codes, np.int16), finish is Finish.LENGTH
 
-        def work() -> tuple[NDArray[np.int16], bool]:
-            said = self._model.generate(
-                torch.tensor(ids, device=self._device),
-                torch.from_numpy(prompt.astype(np.int64)).to(self._device),
-                sampling=sampling, max_frames=max_frames,
-                generator=torch.Generator(self._device).manual_seed(seed),
-            )  # fmt: skip
-            return said.codes.cpu().numpy().astype(np.int16), said.hit_limit
-
-        return await asyncio.to_thread(work)
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine has died."""
+        self._worker.check()
 
 
 class NARDeployment:
@@ -100,28 +106,29 @@ def build_app(args: AppArgs) -> Application:
     tracking_uri = args.tracking_uri or settings.read().tracking_uri
     args = args.model_copy(update={"voices": storage.absolute(args.voices)})
     accelerator = "cuda" if args.use_gpu else "cpu"
-    scaling = {
-        "min_replicas": 1, "max_replicas": args.max_replicas, "target_ongoing_requests": 1.5,
-    }  # fmt: skip
 
-    def deploy(target: type, name: str, device: str, max_ongoing: int) -> Application:
+    def deploy(target: type, name: str, device: str, together: int, *more: object) -> Application:
+        """`together`: requests that one replica works on at the same time."""
         options: dict[str, Any] = {
             "name": name,
-            "max_ongoing_requests": max_ongoing,
+            "max_ongoing_requests": together + 4,  # some wait where they will be served
             "max_queued_requests": 64,
-            "autoscaling_config": scaling,
+            "autoscaling_config": {
+                "min_replicas": 1, "max_replicas": args.max_replicas,
+                "target_ongoing_requests": 0.75 * together,
+            },
             "ray_actor_options": {
                 # small shares: on two cores all four deployments must fit beside each other
                 "num_cpus": 0.3,
                 "num_gpus": 1 if device == "cuda" else 0,
             },
-        }
-        return serve.deployment(target, **options).bind(args.model, tracking_uri, device)
+        }  # fmt: skip
+        return serve.deployment(target, **options).bind(args.model, tracking_uri, device, *more)
 
     def build_api() -> FastAPI:  # Serve calls it on each ingress replica; a `partial` it would not
         return create_api(args)
 
-    ar = deploy(ARDeployment, "AR", accelerator, 2)
+    ar = deploy(ARDeployment, "AR", accelerator, args.slots, args)
     nar = deploy(NARDeployment, "NAR", accelerator, 2)
     codec = deploy(CodecDeployment, "Codec", "cpu", 4)
     ingress = serve.deployment(

@@ -68,7 +68,9 @@ class Runner:
         self.positions = positions
         self._device = like.device
         whole = KVCache.empty(config, slots, positions, like)
-        self._cache = SlotCache(whole.keys, whole.values, self._zeros(slots))
+        # what a mask hides is multiplied by zero, which garbage such as NaN would survive
+        keys, values = whole.keys.zero_(), whole.values.zero_()
+        self._cache = SlotCache(keys, values, self._zeros(slots))
         self._hidden = like.new_zeros(slots, config.width)
         self._recent = self._zeros(slots, LONGEST_WINDOW) - 1
         self._frames = self._zeros(slots)

@@ -25,6 +25,12 @@ class AppArgs(BaseModel):
     max_seconds: float = Field(20.0, gt=0, le=60)
     """Length limit of an answer."""
 
+    slots: int = Field(8, ge=1)
+    """Streams that one AR replica speaks at the same time."""
+
+    max_phonemes: int = Field(1000, ge=10)
+    """Longest text of one request, in symbols of IPA (about 18 a second); more is refused."""
+
     max_body_bytes: int = Field(5_000_000, ge=1_000)
     """Larger requests are refused before they are read."""
 

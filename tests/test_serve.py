@@ -1,6 +1,7 @@
 """Publishing, the registry, the command line and the endpoint, on untrained models."""
 
 import base64
+import io
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import clusters
 import httpx
 import numpy as np
 import pytest
+import soundfile
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.__main__ import main as speak_main
@@ -33,7 +35,7 @@ def published(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Publish
     """A recipe over untrained checkpoints that speak noise for at most a second."""
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
-            model.head.bias.data[EOS] = 4.5  # stops after some fifteen frames
+            model.head.bias.data[EOS] = 4.2  # stops after some fifteen frames
         about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
         for step in (5, 20):
             folder = home / f"runs/test-{kind}/step_{step:08d}"
@@ -248,7 +250,10 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         expected = voice.speak_codes(
             text_ids("hello there", "en-us"), voice.encode_prompt(prompt, how), how
         )
-        assert good.content == audio.wav_bytes(expected.wave)
+        heard, _ = soundfile.read(io.BytesIO(good.content), dtype="int16")
+        reference, _ = soundfile.read(io.BytesIO(audio.wav_bytes(expected.wave)), dtype="int16")
+        # a replica has one torch thread, this process more: sums differ in their last bit
+        assert np.abs(heard.astype(int) - reference).max() <= 1 and heard.std() > 10
         assert good.headers["x-hit-limit"] == str(expected.hit_limit).lower()
 
         assert speech(input="hello there", voice="ann", seed=8).content != good.content
