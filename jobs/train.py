@@ -4,7 +4,6 @@ Resumable: a run of the same name goes on from its last checkpoint, with the bat
 seen yet. Metrics, samples and parameters go to MLflow.
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +26,9 @@ from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
 from valle.platform.progress import progress
 from valle.platform.sampler import Batching
+
+UNMEASURED = 1e9
+"""Word error rate of a checkpoint that no quick check has read: worse than any that was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +276,8 @@ def _report(
         mine = rank == 0 or backend.writes_on_every_rank
         if mine:
             backend.save(folder)
-        # Ray takes a checkpoint without a number for worse than any with one
-        unmeasured = {checkpoint.WORD_ERROR_RATE: math.nan}
+        # Ray compares every checkpoint by this number and keeps it as JSON, which has no NaN
+        unmeasured = {checkpoint.WORD_ERROR_RATE: UNMEASURED}
         ray.train.report(
             {"step": state.step, **unmeasured, **metrics},
             checkpoint=Checkpoint.from_directory(name) if mine else None,

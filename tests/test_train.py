@@ -14,6 +14,7 @@ from conftest import write_dataset
 
 from valle.jobs.loader import Loader
 from valle.jobs.train import Size, TrainRecipe, build_backend, fit, prepare_run
+from valle.jobs.validation import QuickCheck
 from valle.model.codec import Codec
 from valle.model.sequence import Batch
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
@@ -165,6 +166,21 @@ def test_bf16_follows_fp32(ray_cluster: None, chosen: TrainRecipe, backend: str)
     assert half == pytest.approx(full, rel=1e-2)
     assert half != full
     assert {value.dtype for value in weights(uri).values()} == {torch.float32}
+
+
+@pytest.mark.ray
+def test_a_resumed_run_ranks_checkpoints_that_no_quick_check_has_read(
+    ray_cluster: None, chosen: TrainRecipe
+) -> None:
+    """Ray keeps the figures of checkpoints as JSON and compares them after a restart."""
+    check = QuickCheck(recordings="nowhere", every=800)  # due long after this run
+    first = replace(
+        chosen, quick_check=check, models=("ar",), steps={"ar": 8}, samples=0, keep_checkpoints=2
+    )
+    fit(first, "ar")
+    uri = fit(replace(first, steps={"ar": 24}), "ar")
+    assert checkpoint.load_state(Path(uri)).step == 24
+    assert len(list(Path(uri).parent.glob("step_*"))) == 2
 
 
 def _training_workers() -> list[psutil.Process]:
