@@ -183,7 +183,8 @@ def _licences(lines: Sequence[Line]) -> str:
     table = "".join(f"| {speaker} | {terms} |\n" for speaker, terms in sorted(rows.items()))
     return (
         "# Provenance and licences\n\nMade by `jobs/corpus.py` from installed packages; the "
-        "sentences are the project's own (Apache-2.0), the transcripts of recordings come with "
+        "sentences are the project's own (Apache-2.0) or, from the list `wordnet`, WordNet's "
+        "((c) Princeton University, WordNet licence); the transcripts of recordings come with "
         f"them.\n\n| speaker | source and terms |\n|---|---|\n{table}"
     )
 

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"registry: valle version {publish.publish(publish_recipe)}, alias champion")
         judge("after", registry.CHAMPION)
         with stage("serve and one request", times):
-            out = settings.read().home / "data" / name / "speech"
+            out = settings.read().home / "data" / Path(name).stem / "speech"
+            out.parent.mkdir(parents=True, exist_ok=True)
             seconds = serve_and_request(publish_recipe.sample_prompt, arguments.port, out)
 
     print("\nstage                    seconds")
@@ -113,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(reports: dict[str, Report]) -> str:
     """The figures of some evaluations side by side."""
     items = max(report["systems"]["cross"]["items"] for report in reports.values())
-    lines = [
-        f"\n{items} sentences and voices held out{'':<10}" + "".join(f"{n:>9}" for n in reports)
-    ]
+    lines = [f"\n{items} sentences held out{'':<21}" + "".join(f"{n:>9}" for n in reports)]
     for figure, label in FIGURES.items():
         found = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
         shown = "".join("        -" if value is None else f"{value:9.3f}" for value in found)

@@ -1,4 +1,5 @@
-"""Writes a published model as a folder that can be shipped: weights in int8, no path of a machine.
+"""Writes a published model as a folder that can be shipped: weights in int8, paths below
+`VALLE_HOME` made relative to it.
 
 The folder is a bundle like any other: `python -m valle --model FOLDER` speaks with it, and a
 registry without a champion begins with the one in `release/nano`.
@@ -48,11 +49,16 @@ def export(chosen: ExportRecipe) -> Path:
             )
         bundle = without_home(asdict(registry.describe(source)))
         (made / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
-        for part in ("codec/model.safetensors", "codec/config.json", "report.json", "report.md"):
+        for part in ("codec/model.safetensors", "codec/config.json", "report.md"):
             if (source / part).exists():
                 (made / part).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / part, made / part)
+        if (source / "report.json").exists():
+            report = without_home(json.loads((source / "report.json").read_text()))
+            (made / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         registry.load_voice(made)  # as anyone would load it: it fits together
+        for part in ("report.json", "report.md"):  # another model's
+            (out / part).unlink(missing_ok=True)
         shutil.copytree(made, out, dirs_exist_ok=True)
     return out
 

@@ -25,8 +25,8 @@ class Loader:
         seed: int,
         shortest_prompt: float | None = None,
     ) -> None:
-        """`held_out` utterances, about, are kept for validation. The longest prompt of a training
-        batch is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies."""
+        """`held_out` utterances, about, are kept for validation. The longest prompt of a batch
+        is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies."""
         self.dataset = dataset
         self.prompt_frames = int(prompt_seconds * FRAME_RATE)
         self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * FRAME_RATE)

@@ -33,7 +33,7 @@ def sentences(name: str) -> list[str]:
 def wordnet(folder: Path) -> list[str]:
     """WordNet's examples as sentences of 4 to 24 words, in an order that is always the same.
 
-    Every third line is two of them, so that longer ones occur.
+    Every second line is two of them, so that longer ones occur.
     """
     files = sorted(folder.glob("data.*"))
     if not files:

@@ -18,6 +18,7 @@ from valle.jobs import validation
 from valle.jobs.loader import Loader
 from valle.jobs.validation import QuickCheck
 from valle.model import codec as codecs
+from valle.model.codec import CodecIdentity
 from valle.model.config import SIZES, Kind, ModelConfig
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
 from valle.platform import checkpoint, recipe, registry, settings, storage, tracking
@@ -163,6 +164,8 @@ class TrainRecipe:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
+        if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):
+            raise ValueError(f"warm_start: {unknown[0]!r} is none of ar, nar")
         for kind in self.models:
             if kind not in ("ar", "nar") or self.steps.get(kind, 0) < 1:
                 raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
@@ -171,16 +174,25 @@ class TrainRecipe:
         self.model.resolve()
 
 
-def build_backend(chosen: TrainRecipe, kind: Kind, device: torch.device) -> Backend:
-    """A fresh or warm-started model on a worker, the same on every rank."""
+def build_backend(
+    chosen: TrainRecipe, kind: Kind, device: torch.device, codec: CodecIdentity | None = None
+) -> Backend:
+    """A fresh model on a worker, the same on every rank; given the data's `codec`, a new run's
+    model takes the weights of the recipe's `warm_start`."""
     torch.manual_seed(chosen.seed)
     model = checkpoint.create(kind, chosen.model.resolve())
-    if kind in chosen.warm_start:
-        checkpoint.warm_start(model, chosen.warm_start[kind])
+    if codec is not None and kind in chosen.warm_start:
+        checkpoint.warm_start(model, warm_source(chosen, kind), codec)
     bf16 = chosen.precision == "bf16"
     if chosen.backend == "ddp":
         return DDP(model, chosen.optimization, device, bf16)
     return DeepSpeed(model, chosen.optimization, device, bf16, chosen.zero_stage)
+
+
+def warm_source(chosen: TrainRecipe, kind: Kind) -> str:
+    """Where the weights come from that a new run begins with; `nano` comes with the code."""
+    source = chosen.warm_start[kind]
+    return str(registry.SHIPPED / kind) if source == "nano" else storage.absolute(source)
 
 
 def train(values: dict[str, Any]) -> None:
@@ -200,16 +212,18 @@ def train(values: dict[str, Any]) -> None:
         prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
         shortest_prompt=chosen.shortest_prompt,
     )  # fmt: skip
-    backend = build_backend(chosen, kind, device)
+    found = ray.train.get_checkpoint()
+    manifest = loader.dataset.manifest
+    backend = build_backend(chosen, kind, device, None if found else manifest.codec)
     state = TrainState()
-    if found := ray.train.get_checkpoint():
+    if found:
         with found.as_directory() as folder:
             backend.load(Path(folder))
             state = checkpoint.load_state(Path(folder))
     total = chosen.steps[kind]
     run = tracking.worker_run(values["run_id"] if rank == 0 else None, values["tracking_uri"])
     bar = progress(total=total, label=kind, unit="step", initial=state.step, shown=rank == 0)
-    n_codebooks = loader.dataset.manifest.codec.n_codebooks
+    n_codebooks = manifest.codec.n_codebooks
 
     for epoch, number, batch in loader.batches(chosen.batching, state, rank, world_size):
         if state.step >= total:
@@ -348,11 +362,14 @@ def prepare_run(chosen: TrainRecipe) -> TrainRecipe:
         chosen, data=storage.absolute(chosen.data), storage=storage.absolute(chosen.storage)
     )
     manifest = read_manifest(chosen.data)
-    warm = {
-        kind: str(registry.SHIPPED / kind) if uri == "nano" else storage.absolute(uri)
+    for kind in chosen.models:
+        if kind in chosen.warm_start:
+            checkpoint.choose(warm_source(chosen, kind))  # a missing source is noticed here
+    absolute = {
+        kind: uri if uri == "nano" else storage.absolute(uri)
         for kind, uri in chosen.warm_start.items()
     }
-    chosen = replace(chosen, warm_start=warm)
+    chosen = replace(chosen, warm_start=absolute)
     if chosen.samples:
         codec = codecs.load(chosen.codec, cache=settings.read().cache)
         codec.identity.check(manifest.codec, f"the dataset {chosen.data}")

@@ -38,7 +38,7 @@ class Sampling:
     distribution. 1 switches it off; VALL-E 2 uses 0.1."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature: {self.temperature} is below 0")
         if self.top_k < 0:
             raise ValueError(f"top_k: {self.top_k} is below 0")
@@ -107,17 +107,19 @@ def choose(
     the whole distribution.
     """
     heat = rows.temperature.clamp_min(1e-6)[:, None]
-    ordered, index = (logits.float() / heat).sort(dim=-1, descending=True)
-    whole = ordered.softmax(-1)
-    chosen = _pick(whole * likely(whole, rows.top_k, rows.top_p), uniforms[0])
-    tokens = index.gather(-1, chosen[:, None])[:, 0]
+    whole = (logits.float() / heat).softmax(-1)
+    ordered, index = whole.sort(dim=-1, descending=True)
+    # draws walk through the classes in their own order: two that are nearly equally likely, and
+    # change places in the sorted one with the last bit of a sum, change nothing
+    kept = likely(ordered, rows.top_k, rows.top_p)
+    kept = torch.zeros_like(kept).scatter(-1, index, kept)
+    tokens = _pick(whole * kept, uniforms[0])
     if recent is not None and recent.shape[1]:
         age = torch.arange(recent.shape[1], 0, -1, device=recent.device)
         repeats = ((recent == tokens[:, None]) & (age <= rows.window[:, None])).sum(1)
         again = repeats / rows.window > rows.threshold
-        other = index.gather(-1, _pick(whole, uniforms[1])[:, None])[:, 0]
-        tokens = torch.where(again, other, tokens)
-    return torch.where(rows.temperature > 0, tokens, index[:, 0])
+        tokens = torch.where(again, _pick(whole, uniforms[1]), tokens)
+    return torch.where(rows.temperature > 0, tokens, logits.argmax(-1))
 
 
 def likely(
@@ -131,7 +133,8 @@ def likely(
     kept = kept / kept.sum(-1, keepdim=True)
     # the class that crosses p is kept: compare the sum before it
     before = kept.cumsum(-1) - kept
-    return first & ((before < top_p[:, None]) | (top_p >= 1)[:, None])
+    # the likeliest is always kept, however small p is
+    return first & ((before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
 
 
 def _pick(weights: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
@@ -139,4 +142,5 @@ def _pick(weights: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Te
     total = weights.cumsum(-1)
     position = (total <= uniform[:, None] * total[:, -1:]).sum(-1)
     # rounding must not reach the classes of no weight behind the last one
-    return torch.minimum(position, (weights > 0).sum(-1) - 1)
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(position, last)

@@ -8,6 +8,7 @@ word boundary, and punctuation. That keeps one inventory for all languages.
 """
 
 import re
+import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -138,6 +139,10 @@ def _backend(language: str) -> "EspeakBackend":
     )
 
 
+_ESPEAK = threading.Lock()
+"""espeak's library keeps its results in static memory: one call at a time in a process."""
+
+
 def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
     """IPA of each text, with stress marks, spaces between words and punctuation kept.
 
@@ -146,7 +151,8 @@ def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
     clean = [normalize(text, language) for text in texts]
     # an empty line would be dropped by phonemizer and shift the rest
     spoken = [text or " " for text in clean]
-    phonemes = _backend(language).phonemize(spoken, strip=True)
+    with _ESPEAK:
+        phonemes = _backend(language).phonemize(spoken, strip=True)
     return [
         re.sub(r"\s+", " ", p).strip() if text else ""
         for p, text in zip(phonemes, clean, strict=True)

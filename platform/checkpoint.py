@@ -103,24 +103,30 @@ def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
     return model.to(device).eval(), description
 
 
-def load_from(uri: str) -> AR | NAR:
-    """The model of a checkpoint, or of a run's best one, at a path or URI."""
+def load_from(uri: str, codec: CodecIdentity) -> AR | NAR:
+    """The model of a checkpoint, or of a run's best one, at a path or URI.
+
+    Raises ValueError when it was trained on the codes of another codec.
+    """
     with tempfile.TemporaryDirectory() as name:
         fetch(choose(uri), Path(name) / "model")
-        return load(Path(name) / "model")[0]
+        model, description = load(Path(name) / "model")
+    codec.check(description.codec, uri)
+    return model
 
 
-def warm_start(model: AR | NAR, uri: str) -> None:
+def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
     """Gives `model` the weights of another one at a path or URI.
 
-    Raises ValueError when that is not built as `model` is (dropout apart).
+    Raises ValueError when that is not built as `model` is (dropout apart), or knows another codec.
     """
-    other = load_from(uri)
+    other = load_from(uri, codec)
     if type(other) is not type(model):
         raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
     theirs, ours = asdict(other.config), asdict(model.config)
+    ignored = ("dropout",) if isinstance(model, AR) else ("dropout", "group")
     for field in theirs:
-        if theirs[field] != ours[field] and field != "dropout":
+        if theirs[field] != ours[field] and field not in ignored:
             raise ValueError(
                 f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
             )
@@ -196,8 +202,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
     for name, parameter in model.named_parameters():
         keys = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {
-            # AdamW keeps its step counter on the CPU
-            key: tensors[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+            # fused AdamW keeps its step counter beside the weights
+            key: tensors[f"{name}/{key}"].to(parameter.device)
             for key in keys
         }
 

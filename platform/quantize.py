@@ -35,7 +35,8 @@ def from_int8(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in stored.items():
         if value.dtype != torch.int8:
-            if not name.endswith(SCALE):
+            matrix = stored.get(name.removesuffix(SCALE))
+            if not (name.endswith(SCALE) and matrix is not None and matrix.dtype == torch.int8):
                 weights[name] = value
             continue
         if name + SCALE not in stored:

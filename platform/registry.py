@@ -109,8 +109,8 @@ def champion() -> int | None:
 
 
 def seed() -> int | None:
-    """Publishes the shipped model as champion where there is none; returns its number then."""
-    if champion() is not None or not (SHIPPED / "bundle.json").exists():
+    """Publishes the shipped model as champion of an empty registry; returns its number then."""
+    if history() or not (SHIPPED / "bundle.json").exists():
         return None
     version = publish(SHIPPED, {"source": "shipped with the repository"})
     promote(version, "shipped with the repository")

@@ -73,6 +73,11 @@ def create_api(args: AppArgs) -> FastAPI:
         detail = ErrorDetail(message="the server is busy", type="rate_limit_error")
         return _error(429, detail, {"Retry-After": "2"})
 
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        detail = ErrorDetail(message="the server failed", type="server_error")
+        return _error(500, detail, {"Retry-After": "2"})
+
     @api.get("/health/live")
     async def live() -> dict[str, str]:
         """The process answers."""

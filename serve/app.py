@@ -111,7 +111,7 @@ def build_app(args: AppArgs) -> Application:
         """`together`: requests that one replica works on at the same time."""
         options: dict[str, Any] = {
             "name": name,
-            "max_ongoing_requests": together + 4,  # some wait where they will be served
+            "max_ongoing_requests": together,
             "max_queued_requests": 64,
             "autoscaling_config": {
                 "min_replicas": 1, "max_replicas": args.max_replicas,

@@ -18,9 +18,14 @@ def make_starter_voices(folder: str) -> None:
     """Recordings to speak like, by voices that installed packages carry, where there are none."""
     if any(True for _ in storage.list_files(folder, (".wav",))):
         return
-    from valle.jobs.voices import Heart, Joe
+    try:
+        from valle.jobs.voices import Heart, Joe
 
-    for name, engine in (("joe", Joe()), ("heart", Heart())):
+        engines = (("joe", Joe()), ("heart", Heart()))
+    except ImportError as error:  # a `valle[serve]` without `valle[train]`
+        logging.warning("no voices in %s and none can be made (%s): put a wav there", folder, error)
+        return
+    for name, engine in engines:
         wave = engine.speak(STARTER_TEXT, name, "en-us")
         storage.write_bytes(storage.join(folder, f"{name}.wav"), audio.wav_bytes(wave))
 
@@ -35,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.model == registry.CHAMPION and (version := registry.seed()):
         logging.warning("the registry was empty: version %d is the model shipped here", version)
-    make_starter_voices(storage.absolute(arguments.voices))
     try:
         registry.resolve(arguments.model)  # a missing model is better noticed before Ray starts
     except FileNotFoundError as error:
         parser.exit(2, f"error: {error}\n")
+    make_starter_voices(storage.absolute(arguments.voices))
     from ray import serve
 
     stop = threading.Event()

@@ -17,6 +17,7 @@ from torch import Tensor
 from valle.model.ar import AR
 from valle.model.layers import KVCache
 from valle.model.sampling import RowSettings, Sampling, choose, draw
+from valle.model.tokens import CODEBOOK_SIZE
 from valle.serve.cache import Move
 from valle.serve.request import Request
 
@@ -96,6 +97,18 @@ class Runner:
                 f"max_frames: text, prompt and {request.max_frames} frames need {needed} "
                 f"positions, a slot holds {self.positions}"
             )
+        config = self.model.config
+        if max(request.phonemes) >= config.n_phonemes or min(request.phonemes) < 0:
+            raise ValueError(
+                f"phonemes: the model knows {config.n_phonemes} symbols, not all these"
+            )
+        if len(request.prompt) != config.n_codebooks:
+            raise ValueError(f"prompt: {len(request.prompt)} codebooks, not {config.n_codebooks}")
+        if (
+            request.prompt.size
+            and not 0 <= request.prompt.min() <= request.prompt.max() < CODEBOOK_SIZE
+        ):
+            raise ValueError(f"prompt: codes outside 0 to {CODEBOOK_SIZE - 1}")
         if request.sampling.repetition_window > LONGEST_WINDOW:
             raise ValueError(f"repetition_window: at most {LONGEST_WINDOW} frames")
 
@@ -122,17 +135,13 @@ class Runner:
         hidden = self._hidden[:streams, None]
         recent = self._recent[:streams]
         for said in range(group):
-            known = recent[:, LONGEST_WINDOW - said :].clamp(0, self._last_code)
+            known = recent[:, LONGEST_WINDOW - said :].clamp(0, CODEBOOK_SIZE - 1)
             logits = self.model.logits(hidden, known[:, :, None])[:, 0]
             uniforms = torch.cat([draw(generator, 1) for generator in self._generators], dim=1)
             tokens = choose(logits, self._rows, uniforms, recent)
             recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)
         self._recent[:streams] = recent
         return recent[:, LONGEST_WINDOW - group :].cpu().numpy()
-
-    @property
-    def _last_code(self) -> int:
-        return self.model.code_embedding.tables.shape[1] - 1
 
     @torch.inference_mode()
     def advance(self) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from valle.serve.engine import Engine
 from valle.serve.request import Event, Request
@@ -38,6 +39,8 @@ class EngineWorker:
 
         Raises ValueError for a request that can never run, EngineError when the engine is dead.
         """
+        if request.id in self._answers:
+            raise ValueError(f"id: {request.id!r} is in use")
         answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._answers[request.id] = (asyncio.get_running_loop(), answers)
         finished = False
@@ -71,11 +74,15 @@ class EngineWorker:
             while self._read_mail():
                 for event in self._engine.step():
                     self._answer(event.id, event)
+            self._stop("the engine is closed")
         except BaseException as error:  # whatever it is, nobody may wait for a dead thread
-            self._error = EngineError(f"the engine has stopped: {type(error).__name__}: {error}")
-            for name in list(self._answers):
-                self._answer(name, self._error)
+            self._stop(f"the engine has stopped: {type(error).__name__}: {error}")
             raise
+
+    def _stop(self, reason: str) -> None:
+        self._error = EngineError(reason)
+        for name in list(self._answers):
+            self._answer(name, self._error)
 
     def _read_mail(self) -> bool:
         """Does what the mailbox says, waiting for mail while the engine is idle; False: stop."""
@@ -96,4 +103,6 @@ class EngineWorker:
         """Hands something to the coroutine that waits for it, in its own thread."""
         if found := self._answers.get(name):  # else it has left
             loop, answers = found
-            loop.call_soon_threadsafe(answers.put_nowait, answer)
+            # a loop that has ended has nobody left to tell
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(answers.put_nowait, answer)

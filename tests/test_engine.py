@@ -98,6 +98,13 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
     engine = Engine(Runner(lively_ar(2), slots=2, positions=60), Scheduler(2))
     with pytest.raises(ValueError, match="max_frames: text, prompt and 200 frames need"):
         engine.add(request(0, max_frames=200))
+    unknown = replace(request(0), phonemes=[5, 10_000])
+    with pytest.raises(ValueError, match="phonemes: the model knows"):
+        engine.add(unknown)
+    with pytest.raises(ValueError, match="prompt: 7 codebooks, not 8"):
+        engine.add(replace(request(0), prompt=request(0).prompt[:7]))
+    with pytest.raises(ValueError, match="prompt: codes outside 0 to 1023"):
+        engine.add(replace(request(0), prompt=request(0).prompt + 1024))
     window = replace(request(0), sampling=Sampling(repetition_window=65))
     with pytest.raises(ValueError, match="repetition_window: at most 64"):
         engine.add(window)

@@ -48,6 +48,11 @@ def test_rows_with_settings_of_their_own_draw_as_they_would_alone() -> None:
             assert alone == together[part]
 
 
+def test_however_small_p_is_the_likeliest_is_kept() -> None:
+    tiny = RowSettings.of([Sampling(top_p=1e-50)] * 2)  # zero in float32
+    assert choose(LOGITS, tiny, torch.rand(2, 2)).tolist() == [0, 3]
+
+
 def test_the_last_class_is_reached_and_never_passed() -> None:
     almost_one = torch.full((2, 1), 1 - 2**-24)
     chosen = choose(LOGITS[:1], RowSettings.of([Sampling(top_k=3)]), almost_one)

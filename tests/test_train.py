@@ -242,7 +242,7 @@ def test_warm_start_takes_weights_and_nothing_else(chosen: TrainRecipe, home: Pa
     checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), about)
 
     warm = prepare_run(replace(chosen, warm_start={"ar": "runs/earlier-ar"}))
-    started = build_backend(warm, "ar", device).weights()
+    started = build_backend(warm, "ar", device, manifest.codec).weights()
     for name, value in earlier.weights().items():
         assert torch.equal(started[name], value), name
     fresh = build_backend(chosen, "ar", device).weights()
@@ -250,9 +250,20 @@ def test_warm_start_takes_weights_and_nothing_else(chosen: TrainRecipe, home: Pa
 
     grouped = replace(warm, model=replace(warm.model, group=2))
     with pytest.raises(ValueError, match="earlier-ar has group 1, this run has 2"):
-        build_backend(grouped, "ar", device)
+        build_backend(grouped, "ar", device, manifest.codec)
     with pytest.raises(ValueError, match="earlier-ar holds an AR model"):
-        build_backend(replace(warm, warm_start={"nar": warm.warm_start["ar"]}), "nar", device)
+        build_backend(
+            replace(warm, warm_start={"nar": warm.warm_start["ar"]}), "nar", device, manifest.codec
+        )
+    other = replace(manifest.codec, sha256="0" * 64)
+    with pytest.raises(ValueError, match="codec mismatch"):
+        build_backend(warm, "ar", device, other)
+    resumed = build_backend(warm, "ar", device).weights()  # of its own checkpoint, later
+    assert torch.equal(resumed["head.weight"], fresh["head.weight"])
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        prepare_run(replace(chosen, warm_start={"ar": "runs/nowhere"}))
+    with pytest.raises(ValueError, match="warm_start: 'arr' is none of ar, nar"):
+        replace(chosen, warm_start={"arr": "nano"})
 
 
 def test_unknown_settings_are_named() -> None:

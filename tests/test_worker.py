@@ -72,6 +72,22 @@ def test_a_request_that_cannot_run_gets_its_error_and_hurts_nobody(model: AR) ->
     assert asyncio.run(run()) == alone(model, request(2))[0]
 
 
+def test_closing_ends_who_listens_and_an_id_is_used_once(model: AR) -> None:
+    async def run() -> None:
+        worker = EngineWorker(build(model, slots=1))
+        talkers = [asyncio.create_task(listen(worker, request(n))) for n in (1, 2, 3)]
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="id: 'r1' is in use"):
+            await listen(worker, request(1))
+        worker.close()
+        ends = await asyncio.wait_for(asyncio.gather(*talkers, return_exceptions=True), 30)
+        assert any(isinstance(end, EngineError) for end in ends)
+        with pytest.raises(EngineError, match="the engine is closed"):
+            worker.check()
+
+    asyncio.run(run())
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_tells_everybody(model: AR, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0

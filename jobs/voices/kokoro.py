@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -124,10 +125,12 @@ def _fetch(package: Path) -> None:
         )
     package.parent.mkdir(parents=True, exist_ok=True)
     name, _, version = STYLES.removesuffix(".tgz").rpartition("-")
-    subprocess.run(
-        [npm, "pack", f"{name}@{version}", "--silent", "--pack-destination", package.parent],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=package.parent) as folder:  # others may fetch it too
+        subprocess.run(
+            [npm, "pack", f"{name}@{version}", "--silent", "--pack-destination", folder],
+            check=True, stdout=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+        (Path(folder) / STYLES).replace(package)
 
 
 class Heart:
