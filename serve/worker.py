@@ -6,6 +6,7 @@ that error and `check` tells the health check: a dead thread never leaves a requ
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator
@@ -13,6 +14,8 @@ from contextlib import suppress
 
 from valle.serve.engine import Engine
 from valle.serve.request import Event, Request
+
+logger = logging.getLogger("ray.serve")
 
 
 class EngineError(RuntimeError):
@@ -76,8 +79,8 @@ class EngineWorker:
                     self._answer(event.id, event)
             self._stop("the engine is closed")
         except BaseException as error:  # whatever it is, nobody may wait for a dead thread
+            logger.exception("the engine has stopped")
             self._stop(f"the engine has stopped: {type(error).__name__}: {error}")
-            raise
 
     def _stop(self, reason: str) -> None:
         self._error = EngineError(reason)

@@ -88,7 +88,6 @@ def test_closing_ends_who_listens_and_an_id_is_used_once(model: AR) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_tells_everybody(model: AR, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
     step = Engine.step
