@@ -308,13 +308,14 @@ def _evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """Validation and samples of a checkpoint just written, as anyone would load it."""
-    model, _ = checkpoint.load(folder, str(device))
+    model, about = checkpoint.load(folder, str(device))
     metrics = validation.run(model, loader, chosen.batching, device)
     codec = codecs.load(chosen.codec, device=str(device), cache=settings.read().cache)
     if chosen.samples:
         run.samples(validation.samples(model, loader, codec, chosen.samples, device), state.step)
-    if chosen.quick_check and state.step % chosen.quick_check.every == 0:
-        metrics |= validation.words(model, codec, chosen.quick_check)
+    check, last = chosen.quick_check, state.step == chosen.steps[about.kind]
+    if check and (last or state.step % check.every == 0):
+        metrics |= validation.words(model, codec, check)
     run.metrics(metrics, state.step)
     checkpoint.save_metrics(folder, metrics)
     return metrics

@@ -34,7 +34,7 @@ class QuickCheck:
     """Name of a set in `jobs/evaluation`, or path to JSONL. Every item needs a reference."""
 
     every: int = 2000
-    """Steps between checks; a multiple of `checkpoint_every`."""
+    """Steps between checks, a multiple of `checkpoint_every`; the last step is checked too."""
 
     partner: str | None = None
     """NAR checkpoint, or run, through which the AR model is heard. The NAR model needs none: it
