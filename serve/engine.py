@@ -27,11 +27,6 @@ class Engine:
         return self._scheduler.idle
 
     @property
-    def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return self._scheduler.waiting
-
-    @property
     def running(self) -> int:
         """Streams that are being spoken."""
         return len(self._scheduler.slots.owners)

@@ -71,7 +71,13 @@ def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
     published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = replace(published, ar=str(home / published.ar), nar=f"file://{home / published.nar}")
-    publish(absolute)
+    version = publish(absolute)
+    judged = home / "judged"
+    judged.mkdir()
+    (judged / "report.json").write_text(f'{{"bundle": {{"ar": "{home}/runs/test-ar"}}}}')
+    registry.attach(version, judged)
+    (home / "small").mkdir()
+    (home / "small/report.md").write_text("of another model")
     source = registry.resolve(registry.CHAMPION)
     small = export(ExportRecipe(out="small"))
     exact = export(ExportRecipe(out="exact", precision="fp32"))
@@ -79,6 +85,8 @@ def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
     assert sizes[0] == sizes[1] and sizes[2] < sizes[0] / 3
     for path in small.rglob("*.json"):
         assert str(home) not in path.read_text()
+    assert '"ar": "runs/test-ar"' in (small / "report.json").read_text()
+    assert not (small / "report.md").exists()
     prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=60)
     how = Synthesis(max_seconds=0.4)
     said = [registry.load_voice(f).speak("Hello.", prompt, how).codes for f in (source, exact)]
