@@ -117,6 +117,10 @@ class TrainRecipe:
     precision: str = "fp32"
     """fp32 or bf16 (autocast with ddp)."""
 
+    compile: bool = False
+    """torch.compile for the transformer: a minute at the start and a C++ compiler, for steps that
+    take a quarter less time on a CPU. Not run on a GPU."""
+
     workers: int = 1
     """Data-parallel workers: one GPU each where there are any."""
 
@@ -183,6 +187,8 @@ def build_backend(
     model = checkpoint.create(kind, chosen.model.resolve())
     if codec is not None and kind in chosen.warm_start:
         checkpoint.warm_start(model, warm_source(chosen, kind), codec)
+    if chosen.compile:
+        model.transformer.compile(dynamic=True)
     bf16 = chosen.precision == "bf16"
     if chosen.backend == "ddp":
         return DDP(model, chosen.optimization, device, bf16)

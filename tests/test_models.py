@@ -229,3 +229,17 @@ def test_config_names_the_wrong_field() -> None:
         ModelConfig(width=30, n_heads=4)
     with pytest.raises(ValueError, match=r"dropout: 1.0 is not in \[0, 1\)"):
         ModelConfig(width=16, n_heads=2, dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_attention_that_learns_equals_the_fused_kernel(kind: str) -> None:
+    """On a CPU a training step attends by plain operations, everything else by the kernel."""
+    model = tiny_ar() if kind == "ar" else tiny_nar()
+    perturb(model)
+    batch = random_batch(30, 17)
+    given = (batch,) if kind == "ar" else (batch, torch.tensor([1, 2]))
+    learning = model(*given)
+    with torch.inference_mode():
+        speaking = model(*given)
+    assert learning.requires_grad
+    torch.testing.assert_close(learning.detach(), speaking, atol=1e-5, rtol=1e-4)
