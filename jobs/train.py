@@ -343,7 +343,9 @@ def fit(chosen: TrainRecipe, kind: Kind) -> str:
                 "tracking_uri": settings.read().tracking_uri,
             },
             scaling_config=ScalingConfig(
-                num_workers=chosen.workers, use_gpu=torch.cuda.is_available()
+                num_workers=chosen.workers,
+                use_gpu=torch.cuda.is_available(),
+                resources_per_worker=None if torch.cuda.is_available() else {"CPU": chosen.threads},
             ),
             run_config=RunConfig(
                 name=name,
