@@ -4,15 +4,18 @@ The plan (who says which sentence) is a pure function of the recipe; a second ru
 files that are missing, so an interrupted one goes on where it stopped.
 """
 
+import itertools
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from valle.jobs import texts
-from valle.jobs.voices import ENGINES, LICENCES
+from valle.jobs.voices import ENGINES, LICENCES, pitch
 from valle.jobs.voices.asterisk import asterisk_prompts
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, recipe, storage
+from valle.platform.audio import Wave
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 
@@ -30,10 +33,15 @@ class Source:
 
     voices: tuple[str, ...] = ("joe",)
     """kokoro: `af_heart` ..., `blend-0` ..., `mix-0` ...; joe and heart: their name, or `x1.2` for
-    a voice that much higher; espeak: variants such as `f2`; asterisk: one name."""
+    a voice that much higher; espeak: variants such as `f2`; asterisk: one name. `mix-1..40` stands
+    for forty."""
 
     utterances: int = 0
     """How many each voice says; 0 takes all there are (asterisk)."""
+
+    also: tuple[str, ...] = ()
+    """Each utterance once more, that much higher (`x1.1`) or lower, as a speaker of its own: for
+    an engine that is not cheap, almost free."""
 
     sentences: tuple[str, ...] = ()
     """Lists in `jobs/sentences` to draw from, or `wordnet`; none given takes the language's own
@@ -44,6 +52,8 @@ class Source:
             raise ValueError(f"engine: {self.engine!r} is none of {sorted(ENGINES)}")
         if self.engine != "asterisk" and self.utterances < 1:
             raise ValueError(f"utterances: {self.engine} needs a number above 0")
+        for by in self.also:
+            pitch.factor(by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +83,12 @@ class Line:
     speaker: str
     id: str
     text: str
+    also: tuple[str, ...] = ()
+
+    def targets(self) -> dict[str, str]:
+        """Path below the corpus, without suffix, by what the voice is raised by ("": not)."""
+        raised = {by: f"{self.speaker}-{by}/{self.id}" for by in self.also}
+        return {"": f"{self.speaker}/{self.id}", **raised}
 
 
 def plan(chosen: CorpusRecipe) -> list[Line]:
@@ -88,7 +104,7 @@ def _synthesised(source: Source, seed: int) -> Iterator[Line]:
     sentences: list[str] = []
     for name in source.sentences or (source.language.split("-")[0],):
         sentences += texts.sentences(name)
-    for voice in source.voices:
+    for voice in itertools.chain.from_iterable(map(_numbered, source.voices)):
         speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
         order = sentences.copy()
         random.Random(f"{seed}/{speaker}").shuffle(order)
@@ -99,8 +115,16 @@ def _synthesised(source: Source, seed: int) -> Iterator[Line]:
             text = " ".join(parts)
             yield Line(
                 engine=source.engine, voice=voice, language=source.language,
-                speaker=speaker, id=f"{number:05d}", text=text,
+                speaker=speaker, id=f"{number:05d}", text=text, also=source.also,
             )  # fmt: skip
+
+
+def _numbered(voice: str) -> list[str]:
+    """`mix-1..3` as `mix-1`, `mix-2`, `mix-3`; any other name as it is."""
+    found = re.fullmatch(r"(.*-)(\d+)\.\.(\d+)", voice)
+    if found is None:
+        return [voice]
+    return [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
 
 
 def _recorded(source: Source, seed: int) -> Iterator[Line]:
@@ -127,17 +151,32 @@ class Speaker:
         self._engines = {}  # type: ignore[var-annotated]
 
     def speak(self, line: Line) -> dict[str, object]:
-        """Makes one utterance; what went wrong comes back as the `reason`."""
+        """Makes one utterance, and its copies; what went wrong comes back as the `reason`."""
+        seconds = 0.0
         try:
-            if line.engine not in self._engines:
-                self._engines[line.engine] = ENGINES[line.engine]()
-            wave = self._engines[line.engine].speak(line.text, line.voice, line.language)
+            wave = self._wave(line)
+            for by, target in line.targets().items():
+                raised = pitch.raise_by(wave, SAMPLE_RATE, pitch.factor(by)) if by else wave
+                self._store(target, line.text, raised)
+                seconds += len(raised) / SAMPLE_RATE
         except Exception as error:  # one bad line must not stop a corpus; it is reported
-            return {**asdict(line), "seconds": 0.0, "reason": f"{type(error).__name__}: {error}"}
-        target = storage.join(self._out, line.speaker, line.id)
-        storage.write_bytes(f"{target}.txt", (line.text + "\n").encode())
-        storage.write_bytes(f"{target}.wav", audio.wav_bytes(wave))  # last: marks the line done
-        return {**asdict(line), "seconds": len(wave) / SAMPLE_RATE, "reason": None}
+            reason = f"{type(error).__name__}: {error}"
+            return {**asdict(line), "seconds": seconds, "reason": reason}
+        return {**asdict(line), "seconds": seconds, "reason": None}
+
+    def _wave(self, line: Line) -> Wave:
+        """The utterance itself; of one whose copies alone are missing, as it was stored."""
+        path = storage.join(self._out, f"{line.targets()['']}.wav")
+        if storage.exists(path):
+            return audio.read(storage.read_bytes(path), max_seconds=600)
+        if line.engine not in self._engines:
+            self._engines[line.engine] = ENGINES[line.engine]()
+        return self._engines[line.engine].speak(line.text, line.voice, line.language)
+
+    def _store(self, target: str, text: str, wave: Wave) -> None:
+        path = storage.join(self._out, target)
+        storage.write_bytes(f"{path}.txt", (text + "\n").encode())
+        storage.write_bytes(f"{path}.wav", audio.wav_bytes(wave))  # last: marks it as done
 
 
 def make(chosen: CorpusRecipe) -> dict[str, object]:
@@ -148,7 +187,11 @@ def make(chosen: CorpusRecipe) -> dict[str, object]:
     out = storage.absolute(chosen.out)
     lines = plan(chosen)
     present = set(storage.list_files(out, (".wav",)))
-    missing = [line for line in lines if f"{line.speaker}/{line.id}.wav" not in present]
+    missing = [
+        line for line in lines if any(f"{t}.wav" not in present for t in line.targets().values())
+    ]
+    # all voices in turn: an interrupted corpus has something of each
+    missing.sort(key=lambda line: line.id)
     seconds, rejects = 0.0, []
     if missing:
         actor = ray.remote(num_cpus=0.9)(Speaker)
@@ -177,8 +220,9 @@ def make(chosen: CorpusRecipe) -> dict[str, object]:
 def _licences(lines: Sequence[Line]) -> str:
     """Where each speaker's audio comes from and under which terms."""
     rows = {
-        line.speaker: LICENCES.get(line.speaker, LICENCES.get(line.engine, "unknown"))
+        target.split("/")[0]: LICENCES.get(line.speaker, LICENCES.get(line.engine, "unknown"))
         for line in lines
+        for target in line.targets().values()
     }
     table = "".join(f"| {speaker} | {terms} |\n" for speaker, terms in sorted(rows.items()))
     return (

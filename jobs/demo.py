@@ -42,7 +42,7 @@ def stage(name: str, times: dict[str, float]) -> Iterator[None]:
 
 def request(port: int, out: Path) -> float:
     """One request to the endpoint, as any client would send it; returns seconds of audio."""
-    body = json.dumps({"input": TEXT, "voice": VOICE}).encode()
+    body = json.dumps({"input": TEXT, "voice": VOICE, "response_format": "wav"}).encode()
     call = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/audio/speech", body, {"Content-Type": "application/json"}
     )

@@ -22,6 +22,7 @@ from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis, text_ids
 from valle.platform import audio, storage
+from valle.serve.audio import MEDIA_TYPES, encode
 from valle.serve.request import Request as EngineRequest
 from valle.serve.schema import AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
 
@@ -92,7 +93,7 @@ def create_api(args: AppArgs) -> FastAPI:
 
     @api.post("/v1/audio/speech", response_class=Response)
     async def speech(request: SpeechRequest) -> Response:
-        """Speaks `input` in the voice of a recording; answers with a wav file."""
+        """Speaks `input` in the voice of a recording; answers with a sound file."""
         return await speak(request, args)
 
     return api
@@ -133,7 +134,9 @@ async def speak(request: SpeechRequest, args: AppArgs) -> Response:
         len(request.input), duration, seconds, seconds / duration, hit_limit,
     )  # fmt: skip
     headers = {"X-Hit-Limit": str(hit_limit).lower(), "X-Seed": str(request.seed)}
-    return Response(audio.wav_bytes(spoken), media_type="audio/wav", headers=headers)
+    body = await run_in_threadpool(encode, spoken, request.response_format, request.speed)
+    media_type = MEDIA_TYPES[request.response_format]
+    return Response(body, media_type=media_type, headers=headers)
 
 
 def _reference(request: SpeechRequest, args: AppArgs) -> audio.Wave:

@@ -1,8 +1,8 @@
 """What clients send and get: pydantic at the HTTP border, and nowhere else."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
+
+from valle.serve.audio import Format
 
 
 class AppArgs(BaseModel):
@@ -55,8 +55,11 @@ class SpeechRequest(BaseModel):
     ref_audio: str | None = Field(None, max_length=4_000_000)
     """Instead of `voice`: a recording, base64 of a sound file."""
 
-    response_format: Literal["wav"] = "wav"
-    """The audio's container."""
+    response_format: Format = "mp3"
+    """The answer's format; pcm is 16-bit little endian, mono, 24 kHz, without a header."""
+
+    speed: float = Field(1.0, ge=0.25, le=4)
+    """How much faster than the model spoke; the pitch stays."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     """Same seed, same speech."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from valle.jobs.corpus import CorpusRecipe, Source, make, plan
+from valle.jobs.corpus import CorpusRecipe, Source, Speaker, make, plan
 from valle.jobs.judges.quality import DistillMos
 from valle.jobs.judges.recogniser import Whisper, word_error_rate
 from valle.jobs.texts import FOLDER, wordnet
@@ -41,11 +41,41 @@ def test_more_utterances_than_sentences_make_longer_lines() -> None:
     assert len(set(texts)) == count + 5
 
 
+def test_a_range_of_voices_is_written_short() -> None:
+    source = Source(engine="kokoro", voices=("af_sky", "mix-9..11"), utterances=1)
+    speakers = [line.speaker for line in plan(CorpusRecipe(out="x", sources=(source,)))]
+    assert speakers == [f"kokoro-{name}" for name in ("af_sky", "mix-9", "mix-10", "mix-11")]
+
+
+def test_copies_are_made_of_what_was_said(tmp_path: Path) -> None:
+    """Of a line that is there already, only the copies that are missing; one speaker each."""
+    plain = Source(engine="espeak", voices=("f2",), utterances=1)
+    more = Source(engine="espeak", voices=("f2",), utterances=1, also=("x0.8", "x1.25"))
+    before, after = (plan(CorpusRecipe(out="x", sources=(s,)))[0] for s in (plain, more))
+    speaker = Speaker(str(tmp_path))
+    assert speaker.speak(before)["reason"] is None
+    first = (tmp_path / "espeak-f2/00000.wav").read_bytes()
+    made = speaker.speak(after)
+    assert made["reason"] is None
+    assert (tmp_path / "espeak-f2/00000.wav").read_bytes() == first
+    lengths = {}
+    for by in ("x0.8", "x1.25"):
+        path = tmp_path / f"espeak-f2-{by}" / "00000.wav"
+        assert path.with_suffix(".txt").read_text().strip() == before.text
+        lengths[by] = soundfile.info(path).frames
+    own = soundfile.info(tmp_path / "espeak-f2/00000.wav").frames
+    assert lengths["x0.8"] == pytest.approx(own / 0.8, abs=2)
+    assert lengths["x1.25"] == pytest.approx(own / 1.25, abs=2)
+    assert made["seconds"] == pytest.approx((own + sum(lengths.values())) / 24_000, abs=0.01)
+
+
 def test_bad_sources_name_the_field() -> None:
     with pytest.raises(ValueError, match="engine: 'siri' is none of"):
         Source(engine="siri")
     with pytest.raises(ValueError, match="utterances: joe needs a number above 0"):
         Source(engine="joe")
+    with pytest.raises(ValueError, match="'1.2' is not x0.6 to x1.6"):
+        Source(engine="joe", utterances=1, also=("1.2",))
     with pytest.raises(recipe.RecipeError, match="sentences: no list 'ja'; known: de, en"):
         plan(CorpusRecipe(out="x", sources=(Source(engine="joe", language="ja", utterances=1),)))
 
@@ -99,7 +129,7 @@ def test_wordnet_examples_become_sentences(tmp_path: Path) -> None:
 def test_voices_made_higher_keep_their_pace() -> None:
     assert pitch.factor("joe", "joe") == 1 and pitch.factor("x1.25", "joe") == 1.25
     for wrong in ("x2", "jo", "1.2", "x"):
-        with pytest.raises(ValueError, match=f"{wrong!r} is neither joe nor x0.6 to x1.6"):
+        with pytest.raises(ValueError, match=f"{wrong!r} is not joe or x0.6 to x1.6"):
             pitch.factor(wrong, "joe")
     tone = np.sin(2 * np.pi * 200 * np.arange(16_000) / 16_000).astype(np.float32)
     higher = pitch.raise_by(tone, 16_000, 1.25)

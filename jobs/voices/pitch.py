@@ -9,16 +9,16 @@ from valle.platform import audio
 from valle.platform.audio import Wave
 
 
-def factor(voice: str, name: str) -> float:
-    """How much higher `voice` is than the engine's own: `name` itself is 1, `x1.2` is 1.2."""
-    if voice == name:
+def factor(voice: str, name: str = "") -> float:
+    """How much higher `voice` is than the engine's own: `x1.2` is 1.2, and `name` itself is 1."""
+    if name and voice == name:
         return 1.0
     try:
         wanted = float(voice.removeprefix("x"))
     except ValueError:
         wanted = 0.0
     if not voice.startswith("x") or not 0.6 <= wanted <= 1.6:
-        raise ValueError(f"voices: {voice!r} is neither {name} nor x0.6 to x1.6")
+        raise ValueError(f"voices: {voice!r} is not {f'{name} or ' if name else ''}x0.6 to x1.6")
     return wanted
 
 

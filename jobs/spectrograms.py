@@ -1,0 +1,40 @@
+"""Draws recordings as log-mel spectrograms, one below the other, as a PNG.
+
+python -m valle.jobs.spectrograms prompt.wav output.wav reference.wav --out picture.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from valle.platform import audio, storage, tracking
+
+LONGEST = 60.0
+"""Seconds of a recording that are drawn at most; a longer one is refused."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: see above."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recordings", nargs="+", help="files or URIs, from top to bottom")
+    parser.add_argument("--titles", nargs="+", help="a title for each; default: its name")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    arguments = parser.parse_args(argv)
+    titles = arguments.titles or arguments.recordings
+    if len(set(titles)) != len(arguments.recordings):
+        parser.error("--titles: one is needed for each recording, and no two alike")
+    try:
+        waves = {
+            title: audio.read(storage.read_bytes(uri), max_seconds=LONGEST)
+            for title, uri in zip(titles, arguments.recordings, strict=True)
+        }
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    arguments.out.write_bytes(tracking.spectrograms(waves))
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
