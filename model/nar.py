@@ -8,6 +8,8 @@ every position sees every other. The prompt is apart from the target, and no los
 Legend: B batch, L phonemes, P prompt frames, T response frames, Q codebooks, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -84,4 +86,29 @@ class NAR(nn.Module):
             batch = collate([phonemes], [prompt], [codes]).to(first.device)
             logits = self(batch, torch.tensor([level], device=first.device))[0]
             codes[level] = sample(logits, sampling, generator=generator)
+        return codes
+
+    @torch.inference_mode()
+    def generate_batch(
+        self,
+        items: Sequence[tuple[Int[Tensor, " _"], Int[Tensor, "_ _"], Int[Tensor, " _"]]],
+        *,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+    ) -> list[Int[Tensor, "_ _"]]:
+        """`generate` for several (phonemes, prompt, first codebook) at once, a generator each.
+
+        Text and prompt go through all layers again at every level: attention looks both ways, so
+        what is known of them changes with the response.
+        """
+        phonemes, prompts, firsts = zip(*items, strict=True)
+        codes = [first.new_zeros(self.config.n_codebooks, len(first)) for first in firsts]
+        for row, first in zip(codes, firsts, strict=True):
+            row[0] = first
+        device = self.heads.device
+        for level in range(1, self.config.n_codebooks):
+            batch = collate(phonemes, prompts, codes).to(device)
+            logits = self(batch, torch.full((len(codes),), level, device=device))
+            for row, scores, generator in zip(codes, logits, generators, strict=True):
+                row[level] = sample(scores[: row.shape[1]], sampling, generator=generator)
         return codes

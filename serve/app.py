@@ -5,7 +5,6 @@
 Codes travel between deployments as small int16 arrays (12 KB for ten seconds), by value.
 """
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,22 @@ from ray.serve import Application
 
 from valle.model.codec import Codes
 from valle.model.sampling import Sampling
-from valle.model.tokens import FRAME_RATE
+from valle.model.tokens import FRAME_RATE, HOP
 from valle.platform import registry, settings, storage
 from valle.serve.api import PROMPT_FRAMES, create_api
+from valle.serve.drain import Drain
 from valle.serve.engine import Engine
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
 from valle.serve.worker import EngineWorker
+
+Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
+"""Phoneme ids, prompt and first codebook: what the NAR model goes by."""
+
+TOGETHER = 32
+"""Requests that a NAR or codec replica may hold; what fits is worked on at the same time."""
 
 
 class ARDeployment:
@@ -54,45 +60,57 @@ class ARDeployment:
 
 
 class NARDeployment:
-    """First codebook to all eight."""
+    """First codebook to all eight, for all that wait and are alike in length."""
 
-    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
         self._model = registry.load_nar(registry.resolve(model, tracking_uri), device)
         self._device = device
+        self._drain = Drain(self._work, _nar_frames, int(args.batch_seconds * FRAME_RATE))
 
     async def generate(self, ids: list[int], prompt: Codes, first: NDArray[np.int16]) -> Codes:
         """Codes `[8, T]`."""
+        return await self._drain.do((ids, prompt, first))
 
-        def work() -> Codes:
-            codes = self._model.generate(
-                torch.tensor(ids, device=self._device),
-                torch.from_numpy(prompt.astype(np.int64)).to(self._device),
-                torch.from_numpy(first.astype(np.int64)).to(self._device),
-                sampling=Sampling(temperature=0.0),
-                generator=torch.Generator(self._device),
-            )
-            return codes.cpu().numpy().astype(np.int16)
-
-        return await asyncio.to_thread(work)
+    def _work(self, items: list[Unfilled]) -> list[Codes]:
+        filled = self._model.generate_batch(
+            [
+                (
+                    torch.tensor(ids, device=self._device),
+                    torch.from_numpy(prompt.astype(np.int64)).to(self._device),
+                    torch.from_numpy(first.astype(np.int64)).to(self._device),
+                )
+                for ids, prompt, first in items
+            ],
+            sampling=Sampling(temperature=0.0),
+            generators=[torch.Generator(self._device) for _ in items],
+        )
+        return [codes.cpu().numpy().astype(np.int16) for codes in filled]
 
 
 class CodecDeployment:
     """Recordings to codes and codes to waveforms."""
 
-    def __init__(self, model: str, tracking_uri: str, device: str) -> None:
+    def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
-        self._codec = registry.load_codec(registry.resolve(model, tracking_uri), device)
+        codec = registry.load_codec(registry.resolve(model, tracking_uri), device)
+        budget = int(args.batch_seconds * FRAME_RATE)
+        self._encoding = Drain(codec.encode, lambda wave: len(wave) // HOP, budget)
+        self._decoding = Drain(codec.decode, lambda codes: int(codes.shape[1]), budget)
 
     async def encode(self, wave: NDArray[np.float32], max_frames: int) -> Codes:
         """Codes `[8, T]` of a recording's start."""
-        codes = await asyncio.to_thread(self._codec.encode, [wave])
-        return codes[0][:, :max_frames]
+        return (await self._encoding.do(wave))[:, :max_frames]
 
     async def decode(self, codes: Codes) -> NDArray[np.float32]:
         """Samples at 24 kHz."""
-        waves = await asyncio.to_thread(self._codec.decode, [codes])
-        return waves[0]
+        return await self._decoding.do(codes)
+
+
+def _nar_frames(item: Unfilled) -> int:
+    """Positions of a row: the prompt counts as much as the response."""
+    ids, prompt, first = item
+    return len(ids) + prompt.shape[1] + len(first)
 
 
 def _one_thread(device: str) -> None:
@@ -129,8 +147,8 @@ def build_app(args: AppArgs) -> Application:
         return create_api(args)
 
     ar = deploy(ARDeployment, "AR", accelerator, args.slots, args)
-    nar = deploy(NARDeployment, "NAR", accelerator, 2)
-    codec = deploy(CodecDeployment, "Codec", "cpu", 4)
+    nar = deploy(NARDeployment, "NAR", accelerator, TOGETHER, args)
+    codec = deploy(CodecDeployment, "Codec", "cpu", TOGETHER, args)
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",

@@ -28,6 +28,9 @@ class AppArgs(BaseModel):
     slots: int = Field(8, ge=1)
     """Streams that one AR replica speaks at the same time."""
 
+    batch_seconds: float = Field(40.0, gt=0)
+    """Padded speech that the NAR model or the codec works on at the same time."""
+
     max_phonemes: int = Field(1000, ge=10)
     """Longest text of one request, in symbols of IPA (about 18 a second); more is refused."""
 
