@@ -20,6 +20,7 @@ import soundfile
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.__main__ import main as speak_main
+from valle.__main__ import read_reference
 from valle.jobs.export import ExportRecipe, export
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import Codec
@@ -214,9 +215,24 @@ def test_command_line_speaks_and_is_repeatable(
     assert speak_main([*arguments, str(home / "three.wav"), "--max-ar-steps", "40", *by_path]) == 0
     assert (home / "three.wav").read_bytes() == (home / "one.wav").read_bytes()
     assert "s of speech" in capsys.readouterr().out
-    for wrong in (["...", arguments[1]], ["hello", str(home / "none.wav")]):
+    several = [arguments[0], f"{arguments[1]};{arguments[1]}", str(home / "four.wav")]
+    assert speak_main([*several, "--max-ar-steps", "40"]) == 0
+    assert (home / "four.wav").read_bytes() != (home / "one.wav").read_bytes()
+    for wrong in (["...", arguments[1]], ["hello", f"{arguments[1]};{home / 'none.wav'}"]):
         assert speak_main([*wrong, str(home / "x.wav")]) == 2
     assert "text: nothing to say in it" in capsys.readouterr().err
+
+
+def test_several_recordings_share_the_prompt(tmp_path: Path) -> None:
+    """A tenth of a second of each tone, where the first alone would have filled it."""
+    for hertz in (200, 400):
+        tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(24_000) / 24_000)
+        (tmp_path / f"{hertz}.wav").write_bytes(audio.wav_bytes(tone.astype(np.float32)))
+    wave = read_reference(f"{tmp_path / '200.wav'};{tmp_path / '400.wav'}", 0.2)
+    assert len(wave) == 4_800
+    for part, hertz in ((wave[:2_400], 200), (wave[2_400:], 400)):
+        assert np.abs(np.fft.rfft(part)).argmax() == hertz // 10
+    assert len(read_reference(str(tmp_path / "200.wav"), 0.2)) == 24_000
 
 
 @pytest.fixture

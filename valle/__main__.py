@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from valle.model.codec import Wave
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import Synthesis, Voice
 from valle.platform import audio, checkpoint, registry
@@ -32,11 +35,23 @@ def load(arguments: argparse.Namespace) -> Voice:
     return Voice(ar, nar, codec)
 
 
+def read_reference(names: str, seconds: float) -> Wave:
+    """The recording at a path, or an equal share of each of several, `a.wav;b.wav`, such that
+    the first `seconds` of the whole have something of all."""
+    waves = [audio.read(Path(name).read_bytes(), max_seconds=60) for name in names.split(";")]
+    if len(waves) == 1:
+        return waves[0]
+    share = int(seconds / len(waves) * SAMPLE_RATE)
+    return np.concatenate([audio.trim(wave)[:share] for wave in waves])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Speaks one text; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m valle", description=__doc__)
     parser.add_argument("text", help="what to say")
-    parser.add_argument("reference", type=Path, help="recording of the voice (wav, flac, mp3)")
+    parser.add_argument(
+        "reference", help="recording of the voice (wav, flac, mp3), or several: 'a.wav;b.wav'"
+    )
     parser.add_argument("out", type=Path, help="wav file to write")
     parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
     parser.add_argument("--ar-ckpt", type=Path, help="AR checkpoint, instead of --model")
@@ -60,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
         )
         voice = load(arguments)
-        prompt = audio.read(arguments.reference.read_bytes(), max_seconds=60)
+        prompt = read_reference(arguments.reference, how.prompt_seconds)
         started = time.perf_counter()
         spoken = voice.speak(arguments.text, prompt, how)
     except (ValueError, OSError) as error:
