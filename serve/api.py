@@ -3,44 +3,18 @@
 Requests are bounded and validated before anything is decoded; every error has OpenAI's shape.
 """
 
-import base64
-import binascii
-import logging
-import time
-import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray import serve
 from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
 
-from valle.model.sampling import Sampling
-from valle.model.tokens import FRAME_RATE
-from valle.model.valle import Synthesis, text_ids
-from valle.platform import audio, storage
-from valle.serve.audio import MEDIA_TYPES, encode
-from valle.serve.request import Request as EngineRequest
-from valle.serve.schema import AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
-
-logger = logging.getLogger("ray.serve")
-
-MAX_PROMPT_SECONDS = 30.0
-PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
-
-
-class ApiError(Exception):
-    """An answer other than 200."""
-
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ):
-        super().__init__(message)
-        self.status = status
-        self.detail = ErrorDetail(message=message, param=param, code=code)
+from valle.platform import storage
+from valle.serve.schema import ApiError, AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
+from valle.serve.speech import speak
 
 
 def create_api(args: AppArgs) -> FastAPI:
@@ -97,68 +71,6 @@ def create_api(args: AppArgs) -> FastAPI:
         return await speak(request, args)
 
     return api
-
-
-async def speak(request: SpeechRequest, args: AppArgs) -> Response:
-    """One request through the deployments: codec, AR, NAR, codec."""
-    started = time.perf_counter()
-    app = serve.get_replica_context().app_name
-    ar, nar, codec = (serve.get_deployment_handle(name, app) for name in ("AR", "NAR", "Codec"))
-    try:
-        ids = await run_in_threadpool(text_ids, request.input, request.language)
-    except ValueError as error:
-        raise ApiError(400, str(error), "input") from error
-    if len(ids) > args.max_phonemes:
-        message = f"input: {len(ids)} phonemes, limit {args.max_phonemes}; send it in parts"
-        raise ApiError(400, message, "input")
-    wave = await run_in_threadpool(_reference, request, args)
-    how = Synthesis()
-    prompt = await codec.encode.remote(wave, PROMPT_FRAMES)
-    sampling = Sampling(
-        temperature=request.temperature, top_p=request.top_p,
-        repetition_threshold=how.ar.repetition_threshold,
-    )  # fmt: skip
-    asked = EngineRequest(
-        id=uuid.uuid4().hex, phonemes=ids, prompt=prompt, sampling=sampling,
-        max_frames=int(args.max_seconds * FRAME_RATE), seed=request.seed,
-    )  # fmt: skip
-    first, hit_limit = await ar.generate.remote(asked)
-    if not len(first):
-        raise ApiError(500, "the model stopped at once; try another seed", code="empty_speech")
-    codes = await nar.generate.remote(ids, prompt, first)
-    spoken = await codec.decode.remote(codes)
-    seconds = time.perf_counter() - started
-    duration = len(first) / FRAME_RATE
-    logger.info(
-        "speech characters=%d audio_s=%.2f wall_s=%.2f real_time_factor=%.2f hit_limit=%s",
-        len(request.input), duration, seconds, seconds / duration, hit_limit,
-    )  # fmt: skip
-    headers = {"X-Hit-Limit": str(hit_limit).lower(), "X-Seed": str(request.seed)}
-    body = await run_in_threadpool(encode, spoken, request.response_format, request.speed)
-    media_type = MEDIA_TYPES[request.response_format]
-    return Response(body, media_type=media_type, headers=headers)
-
-
-def _reference(request: SpeechRequest, args: AppArgs) -> audio.Wave:
-    """The recording whose voice is wanted, decoded under limits."""
-    if request.ref_audio is not None:
-        try:
-            data = base64.b64decode(request.ref_audio, validate=True)
-        except binascii.Error as error:
-            raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
-        param = "ref_audio"
-    elif request.voice:
-        # the schema allows word characters only, so a name cannot leave the folder
-        path = storage.join(args.voices, f"{request.voice}.wav")
-        if not storage.exists(path):
-            raise ApiError(404, f"no voice {request.voice!r}", "voice", "voice_not_found")
-        data, param = storage.read_bytes(path), "voice"
-    else:
-        raise ApiError(400, "give a voice, or a recording as ref_audio", "voice")
-    try:
-        return audio.read(data, max_seconds=MAX_PROMPT_SECONDS)
-    except audio.AudioError as error:
-        raise ApiError(400, f"{param}: {error}", param) from error
 
 
 def _error(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:

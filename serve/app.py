@@ -18,13 +18,14 @@ from valle.model.codec import Codes
 from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE, HOP
 from valle.platform import registry, settings, storage
-from valle.serve.api import PROMPT_FRAMES, create_api
+from valle.serve.api import create_api
 from valle.serve.drain import Drain
 from valle.serve.engine import Engine
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
+from valle.serve.speech import PROMPT_FRAMES
 from valle.serve.worker import EngineWorker
 
 Unfilled = tuple[list[int], Codes, NDArray[np.int16]]

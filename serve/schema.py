@@ -1,5 +1,7 @@
 """What clients send and get: pydantic at the HTTP border, and nowhere else."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from valle.serve.audio import Format
@@ -64,6 +66,9 @@ class SpeechRequest(BaseModel):
     speed: float = Field(1.0, ge=0.25, le=4)
     """How much faster than the model spoke; the pitch stays."""
 
+    stream_format: Literal["audio", "sse"] = "audio"
+    """The file itself, or server-sent events with pieces of it in base64."""
+
     seed: int = Field(0, ge=0, lt=2**63)
     """Same seed, same speech."""
 
@@ -90,3 +95,14 @@ class ErrorResponse(BaseModel):
     """OpenAI's envelope around it."""
 
     error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message=message, param=param, code=code)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import clusters
 import httpx
 import numpy as np
+import openai
 import pytest
 import soundfile
 from models import TINY, tiny_ar, tiny_nar
@@ -30,6 +32,7 @@ from valle.platform import audio, checkpoint, registry, storage, tracking
 from valle.platform.quantize import to_int8
 from valle.serve.audio import encode
 from valle.serve.run import make_starter_voices
+from valle.serve.speech import PAUSE
 
 
 @pytest.fixture
@@ -256,6 +259,44 @@ def endpoint(
             serve.shutdown()
 
 
+def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+    """Two sentences through OpenAI's client: what comes in pieces is what each says alone."""
+    text = "Hello there. Good bye."
+    parts = []
+    for number, sentence in enumerate(("Hello there.", "Good bye.")):
+        how = replace(Synthesis(), seed=7 + number, max_seconds=1.0)
+        parts.append(voice.speak(sentence, prompt, how).wave)
+    expected = np.concatenate([parts[0], PAUSE, parts[1]])
+    expected = np.clip(expected * 32767, -32767, 32767).round().astype(int)
+
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", timeout=60) as client:
+        speech = client.audio.speech
+        asked = {"model": "valle", "voice": "ann", "input": text, "extra_body": {"seed": 7}}
+        with speech.with_streaming_response.create(response_format="pcm", **asked) as answer:
+            data = b"".join(answer.iter_bytes())
+        heard = np.frombuffer(data, "<i2").astype(int)
+        assert len(heard) == len(expected) and np.abs(heard - expected).max() <= 1
+
+        with speech.with_streaming_response.create(
+            response_format="pcm", stream_format="sse", **asked
+        ) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        *deltas, done = events
+        assert {event["type"] for event in deltas} == {"speech.audio.delta"} and len(deltas) >= 2
+        assert b"".join(base64.b64decode(event["audio"]) for event in deltas) == data
+        usage = done["usage"]
+        assert done["type"] == "speech.audio.done"
+        assert usage["output_tokens"] * 320 == len(parts[0]) + len(parts[1])
+        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+        wav = speech.create(response_format="wav", **asked).read()
+        wave, _ = soundfile.read(io.BytesIO(wav), dtype="int16")
+        assert (wave == heard).all()
+        with pytest.raises(openai.NotFoundError, match="no voice 'bob'"):
+            speech.create(model="valle", voice="bob", input=text)
+
+
 @pytest.mark.ray
 def test_endpoint(endpoint: str, home: Path) -> None:
     recording = (home / "voices/ann.wav").read_bytes()
@@ -292,6 +333,8 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
         assert client.get("/v1/audio/voices").json() == {"voices": [{"id": "ann", "name": "ann"}]}
         assert client.get("/health/live").json() == {"status": "ok"}
+
+        check_streams(endpoint, voice, prompt)
 
         refused = {
             (400, "input"): {"input": "", "voice": "ann"},

@@ -1,0 +1,39 @@
+"""Long text becomes pieces that can be said; nothing of it is lost."""
+
+import pytest
+
+from valle.model.sentences import LONGEST, split
+
+
+def test_sentences_end_where_people_end_them() -> None:
+    text = 'Dr. Smith paid $3.50 at 5 p.m. on Monday. Why?  "I do not know," she said.\n\nThe end'
+    assert split(text) == [
+        "Dr. Smith paid $3.50 at 5 p.m. on Monday.",
+        "Why?",
+        '"I do not know," she said.',
+        "The end",
+    ]
+    assert split("Il pleut. Restons ici !", "fr-fr") == ["Il pleut.", "Restons ici !"]
+    assert split(" \n ") == [] and split("One.") == ["One."]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "words " * 200,
+        ", ".join(["a clause of some words"] * 40),
+        "x" * 1000,
+        "short, " + "long " * 100 + ", short; " + "y" * 300,
+    ],
+)
+def test_long_sentences_are_cut_at_breaths_and_between_words(text: str) -> None:
+    pieces = split(text)
+    assert len(pieces) > 1 and all(0 < len(piece) <= LONGEST for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+def test_cuts_prefer_commas() -> None:
+    text = "the first clause is here, and the second one follows it, then a third closes"
+    assert split(text, longest=60) == [
+        "the first clause is here, and the second one follows it,", "then a third closes",
+    ]  # fmt: skip
