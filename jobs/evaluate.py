@@ -23,6 +23,7 @@ from valle.model.valle import Spoken, Synthesis, Voice, fill_in, text_ids
 from valle.platform import audio, recipe, registry, settings, storage, tracking
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
+from valle.platform.speech import SpeechFraction
 
 SYSTEMS = ("recording", "codec", "nar", "cross", "continuation")
 """recording: the reference as it is. codec: through the codec and back. nar: NAR on the true first
@@ -94,7 +95,7 @@ class Judge:
         self._second = recogniser.load_recogniser(second) if second else None
         self._encoder = likeness.load_encoder(chosen.speaker_encoder)
         self._mos, self._dnsmos = quality.DistillMos(), quality.Dnsmos()
-        self._speech = quality.SpeechFraction()
+        self._speech = SpeechFraction()
 
     def judge(self, item: EvaluationItem) -> list[dict[str, Any]]:
         """A record for each row of the report that this item has."""

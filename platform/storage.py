@@ -8,6 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from pyarrow import fs
@@ -66,6 +67,13 @@ def write_bytes(uri: str, data: bytes) -> None:
     with open(part, "wb") as file:
         file.write(data)
     os.replace(part, path)
+
+
+def delete(uri: str) -> None:
+    """Removes a file; one that is not there is as good as removed."""
+    filesys, path = filesystem(uri)
+    with suppress(FileNotFoundError):
+        filesys.delete_file(path)
 
 
 def read_json(uri: str) -> Any:

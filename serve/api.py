@@ -3,22 +3,27 @@
 Requests are bounded and validated before anything is decoded; every error has OpenAI's shape.
 """
 
+import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from typing import Annotated
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
 
-from valle.platform import storage
+from valle.platform.audio import AudioError
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
 from valle.serve.speech import speak
+from valle.serve.voices import VoiceError, VoiceStore
+
+logger = logging.getLogger("ray.serve")
 
 
 def create_api(args: AppArgs) -> FastAPI:
     """The application of one ingress replica."""
+    store = VoiceStore(args.voices)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
     @api.middleware("http")
@@ -61,9 +66,38 @@ def create_api(args: AppArgs) -> FastAPI:
     @api.get("/v1/audio/voices")
     async def voices() -> dict[str, list[dict[str, str]]]:
         """The reference recordings, in the shape that clients of OpenAI-like servers read."""
-        names = await run_in_threadpool(lambda: list(storage.list_files(args.voices, (".wav",))))
-        stems = [Path(name).stem for name in names]
-        return {"voices": [{"id": stem, "name": stem} for stem in stems]}
+        names = await run_in_threadpool(store.ids)
+        return {"voices": [{"id": name, "name": name} for name in names]}
+
+    @api.post("/v1/audio/voices")
+    async def add_voice(
+        name: Annotated[str, Form(max_length=100)],
+        audio_sample: UploadFile,
+        consent: Annotated[str, Form(min_length=3, max_length=1000)],
+        text: Annotated[str | None, Form(max_length=4096)] = None,
+    ) -> dict[str, object]:
+        """Keeps a recording of 2 to 30 s as a voice. `consent`: who agreed to that."""
+        data = await audio_sample.read()
+        try:
+            about = await run_in_threadpool(store.add, name, data, consent, text)
+        except AudioError as error:
+            message = f"audio_sample: {error}"
+            raise ApiError(400, message, "audio_sample", "unusable_recording") from error
+        except VoiceError as error:
+            status = 409 if error.code == "voice_exists" else 400
+            raise ApiError(status, str(error), "name", error.code) from error
+        logger.info("voice added id=%s seconds=%.1f", name, about.seconds)
+        return {"id": name, "name": name, "seconds": about.seconds, "created_at": about.created}
+
+    @api.delete("/v1/audio/voices/{name}")
+    async def delete_voice(name: str) -> dict[str, object]:
+        """Removes a recording and all that is known of it."""
+        try:
+            await run_in_threadpool(store.delete, name)
+        except VoiceError as error:
+            raise ApiError(404, str(error), "name", error.code) from error
+        logger.info("voice deleted id=%s", name)
+        return {"id": name, "deleted": True}
 
     @api.post("/v1/audio/speech", response_class=Response)
     async def speech(request: SpeechRequest) -> Response:

@@ -36,7 +36,7 @@ class AppArgs(BaseModel):
     max_phonemes: int = Field(1000, ge=10)
     """Longest text of one request, in symbols of IPA (about 18 a second); more is refused."""
 
-    max_body_bytes: int = Field(5_000_000, ge=1_000)
+    max_body_bytes: int = Field(10_000_000, ge=1_000)
     """Larger requests are refused before they are read."""
 
     use_gpu: bool = False

@@ -26,14 +26,14 @@ from valle.model.sampling import Sampling
 from valle.model.sentences import split
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import Synthesis, text_ids
-from valle.platform import audio, storage
+from valle.platform import audio
 from valle.serve.audio import MEDIA_TYPES, Encoder, encode
 from valle.serve.request import Request as EngineRequest
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest
+from valle.serve.voices import LONGEST, VoiceError, VoiceStore
 
 logger = logging.getLogger("ray.serve")
 
-MAX_PROMPT_SECONDS = 30.0
 PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 """Between two sentences, beside what the model itself leaves."""
@@ -199,14 +199,13 @@ def _reference(request: SpeechRequest, args: AppArgs) -> audio.Wave:
             raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
         param = "ref_audio"
     elif request.voice:
-        # the schema allows word characters only, so a name cannot leave the folder
-        path = storage.join(args.voices, f"{request.voice}.wav")
-        if not storage.exists(path):
-            raise ApiError(404, f"no voice {request.voice!r}", "voice", "voice_not_found")
-        data, param = storage.read_bytes(path), "voice"
+        try:
+            data, param = VoiceStore(args.voices).read(request.voice), "voice"
+        except VoiceError as error:
+            raise ApiError(404, str(error), "voice", error.code) from error
     else:
         raise ApiError(400, "give a voice, or a recording as ref_audio", "voice")
     try:
-        return audio.read(data, max_seconds=MAX_PROMPT_SECONDS)
+        return audio.read(data, max_seconds=LONGEST)
     except audio.AudioError as error:
         raise ApiError(400, f"{param}: {error}", param) from error

@@ -1,4 +1,4 @@
-"""How it sounds: predicted opinion scores, and how much of it is speech at all."""
+"""How it sounds: predicted opinion scores."""
 
 import numpy as np
 
@@ -36,21 +36,3 @@ class Dnsmos:
 
         samples = audio.resample(wave, SAMPLE_RATE, JUDGE_RATE)
         return float(dnsmos.run(np.clip(samples, -1, 1), JUDGE_RATE)["ovrl_mos"])
-
-
-class SpeechFraction:
-    """Share of the time that silero's detector takes for speech."""
-
-    def __init__(self) -> None:
-        from silero_vad import load_silero_vad
-
-        self._model = load_silero_vad()
-
-    def score(self, wave: Wave) -> float:
-        """0 to 1 for a 24 kHz recording."""
-        import torch
-        from silero_vad import get_speech_timestamps
-
-        samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
-        spans = get_speech_timestamps(samples, self._model, sampling_rate=JUDGE_RATE)
-        return sum(span["end"] - span["start"] for span in spans) / max(1, len(samples))

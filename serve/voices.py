@@ -1,0 +1,114 @@
+"""The voices a server knows: recordings in a folder or on S3, shared by all replicas.
+
+`{id}.wav` is the recording, `{id}.json` what was said about it. A recording without a `.json` was
+put there by hand and is a voice too. Nothing else is kept: with its two files a voice is gone.
+"""
+
+import re
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform import audio, storage
+from valle.platform.speech import SpeechFraction
+
+SHORTEST, LONGEST = 2.0, 30.0
+"""Seconds of an uploaded recording."""
+QUIETEST = -45.0
+"""dB of full scale, below which a recording is more room than voice."""
+LEAST_SPEECH = 0.4
+"""Share of a recording that has to be speech."""
+
+ID = re.compile(r"[\w-]{1,100}")
+
+
+class VoiceError(ValueError):
+    """A voice that cannot be had, and why; `code` is for programs."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is kept with an uploaded recording."""
+
+    seconds: float
+    """Of sound, silence at both ends cut away."""
+
+    consent: str
+    """Who agreed that this voice may be used, in the words of whoever uploaded it."""
+
+    created: int
+    """Seconds since 1970."""
+
+    text: str | None = None
+    """What is said in it."""
+
+
+class VoiceStore:
+    """Reads, adds and deletes voices."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._detector: SpeechFraction | None = None
+        self._lock = threading.Lock()  # the detector keeps state while it listens
+
+    def ids(self) -> list[str]:
+        """Names of all voices, sorted."""
+        found = (PurePosixPath(name) for name in storage.list_files(self._root, (".wav",)))
+        return sorted(path.stem for path in found if len(path.parts) == 1)
+
+    def read(self, name: str) -> bytes:
+        """A voice's recording. Raises VoiceError where there is none."""
+        path = self._path(name, "wav")
+        try:
+            return storage.read_bytes(path)
+        except FileNotFoundError as error:
+            raise VoiceError(f"no voice {name!r}", "voice_not_found") from error
+
+    def add(self, name: str, data: bytes, consent: str, text: str | None = None) -> About:
+        """Checks a sound file, trims it and keeps it under `name`.
+
+        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
+        """
+        if storage.exists(self._path(name, "wav")):
+            raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
+        wave = audio.trim(audio.read(data, max_seconds=LONGEST))
+        seconds = len(wave) / SAMPLE_RATE
+        if seconds < SHORTEST:
+            raise audio.AudioError(f"too short: {seconds:.1f} s of sound, at least {SHORTEST:g} s")
+        if (level := audio.loudness(wave)) < QUIETEST:
+            raise audio.AudioError(f"too quiet: {level:.0f} dB, at least {QUIETEST:.0f} dB")
+        if (share := self._speech(wave)) < LEAST_SPEECH:
+            raise audio.AudioError(
+                f"{share:.0%} of it is speech, at least {LEAST_SPEECH:.0%} has to be"
+            )
+        about = About(
+            seconds=round(seconds, 2), consent=consent, created=int(time.time()), text=text
+        )
+        storage.write_json(self._path(name, "json"), asdict(about))
+        storage.write_bytes(self._path(name, "wav"), audio.wav_bytes(wave))  # last: now it is there
+        return about
+
+    def delete(self, name: str) -> None:
+        """Removes a voice with all that is known of it. Raises VoiceError where there is none."""
+        if not storage.exists(self._path(name, "wav")):
+            raise VoiceError(f"no voice {name!r}", "voice_not_found")
+        for suffix in ("wav", "json"):
+            storage.delete(self._path(name, suffix))
+
+    def _path(self, name: str, suffix: str) -> str:
+        """Raises VoiceError for a name that could leave the folder."""
+        if not ID.fullmatch(name):
+            message = f"{name[:100]!r} is no name: letters, digits, _ and -, 100 at most"
+            raise VoiceError(message, "invalid_name")
+        return storage.join(self._root, f"{name}.{suffix}")
+
+    def _speech(self, wave: audio.Wave) -> float:
+        with self._lock:
+            self._detector = self._detector or SpeechFraction()
+            return self._detector.score(wave)

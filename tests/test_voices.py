@@ -1,0 +1,94 @@
+"""The voice store: what is kept, what is refused, and that deleted means gone."""
+
+import json
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from valle.jobs.voices import Joe
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform.audio import AudioError, Wave, wav_bytes
+from valle.serve.api import create_api
+from valle.serve.schema import AppArgs
+from valle.serve.voices import VoiceError, VoiceStore
+
+TEXT = "The early train was late again, so we walked along the river and talked."
+
+
+@pytest.fixture(scope="module")
+def joe() -> Wave:
+    return Joe().speak(TEXT, "joe", "en-us")
+
+
+def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> None:
+    store = VoiceStore(str(tmp_path))
+    silence = np.zeros(SAMPLE_RATE, np.float32)
+    about = store.add("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])), "Ann", TEXT)
+    assert about.seconds == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
+    assert store.ids() == ["Ann-1"]
+    assert store.read("Ann-1")[:4] == b"RIFF"
+    kept = json.loads((tmp_path / "Ann-1.json").read_text())
+    assert kept["consent"] == "Ann" and kept["text"] == TEXT
+    with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
+        store.add("Ann-1", wav_bytes(joe), "Ann")
+    store.delete("Ann-1")
+    assert not list(tmp_path.iterdir()) and store.ids() == []
+    for gone in (store.read, store.delete):
+        with pytest.raises(VoiceError, match="no voice 'Ann-1'"):
+            gone("Ann-1")
+
+
+def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) -> None:
+    store = VoiceStore(str(tmp_path))
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * SAMPLE_RATE).astype(np.float32)
+    for wave, reason in (
+        (joe[:SAMPLE_RATE], "too short: .* s of sound, at least 2 s"),
+        (np.tile(joe, 10), "too long: .* s, limit 30 s"),
+        (joe * 0.02 / np.abs(joe).max(), "too quiet: -.* dB, at least -45 dB"),
+        (np.zeros_like(joe), "nothing but silence"),
+        (noise, ".*% of it is speech, at least 40%"),
+    ):
+        with pytest.raises(AudioError, match=reason):
+            store.add("x", wav_bytes(wave), "me")
+    with pytest.raises(AudioError, match="unreadable audio"):
+        store.add("x", b"PK not a sound", "me")
+    for name in ("../x", "a/b", "", "x" * 101, "a.b"):
+        with pytest.raises(VoiceError, match="is no name"):
+            store.add(name, wav_bytes(joe), "me")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.anyio
+async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
+    api = create_api(AppArgs(voices=str(tmp_path), max_body_bytes=500_000))
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+        async def add(sound: bytes, **data: str) -> httpx.Response:
+            files = {"audio_sample": ("sound.wav", sound)}
+            return await http.post("/v1/audio/voices", data=data, files=files)
+
+        good = wav_bytes(joe)
+        added = await add(good, name="ann", consent="Ann agreed")
+        assert added.status_code == 200, added.text
+        assert added.json()["id"] == "ann" and added.json()["seconds"] > 2
+        listed = await http.get("/v1/audio/voices")
+        assert listed.json() == {"voices": [{"id": "ann", "name": "ann"}]}
+        for data, status, param in (
+            ({"name": "ann", "consent": "Ann agreed"}, 409, "name"),
+            ({"name": "bob"}, 400, "consent"),
+            ({"name": "bob", "consent": ""}, 400, "consent"),
+            ({"name": "../bob", "consent": "Bob"}, 400, "name"),
+        ):
+            answer = await add(good, **data)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+        answer = await add(b"RIFF nothing", name="bob", consent="Bob")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "unusable_recording"
+        assert (await add(b"x" * 600_000, name="bob", consent="Bob")).status_code == 413
+        gone = await http.delete("/v1/audio/voices/ann")
+        assert gone.json() == {"id": "ann", "deleted": True}
+        assert (await http.delete("/v1/audio/voices/ann")).status_code == 404
+        assert (await http.get("/v1/audio/voices")).json() == {"voices": []}
