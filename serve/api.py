@@ -9,12 +9,12 @@ from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
 
 from valle.platform.audio import AudioError
-from valle.serve.schema import ApiError, AppArgs, ErrorDetail, ErrorResponse, SpeechRequest
+from valle.serve.keys import Guard, read_keys
+from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
 from valle.serve.speech import speak
 from valle.serve.voices import VoiceError, VoiceStore
 
@@ -32,31 +32,34 @@ def create_api(args: AppArgs) -> FastAPI:
     ) -> Response:
         length = request.headers.get("content-length", "")
         if request.method == "POST" and not length.isdigit():
-            return _error(411, ErrorDetail(message="Content-Length is required"))
+            return error_response(411, ErrorDetail(message="Content-Length is required"))
         if length and int(length) > args.max_body_bytes:
             message = f"request of {length} bytes, limit {args.max_body_bytes}"
-            return _error(413, ErrorDetail(message=message, code="request_too_large"))
+            return error_response(413, ErrorDetail(message=message, code="request_too_large"))
         return await proceed(request)
+
+    if args.api_keys:
+        api.add_middleware(Guard, keys=read_keys(args.api_keys))
 
     @api.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return _error(error.status, error.detail)
+        return error_response(error.status, error.detail)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return _error(400, ErrorDetail(message=f"{param}: {first['msg']}", param=param))
+        return error_response(400, ErrorDetail(message=f"{param}: {first['msg']}", param=param))
 
     @api.exception_handler(BackPressureError)
     async def busy(request: Request, error: BackPressureError) -> Response:
         detail = ErrorDetail(message="the server is busy", type="rate_limit_error")
-        return _error(429, detail, {"Retry-After": "2"})
+        return error_response(429, detail, {"Retry-After": "2"})
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         detail = ErrorDetail(message="the server failed", type="server_error")
-        return _error(500, detail, {"Retry-After": "2"})
+        return error_response(500, detail, {"Retry-After": "2"})
 
     @api.get("/health/live")
     async def live() -> dict[str, str]:
@@ -105,8 +108,3 @@ def create_api(args: AppArgs) -> FastAPI:
         return await speak(request, args)
 
     return api
-
-
-def _error(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
-    body = ErrorResponse(error=detail).model_dump()
-    return JSONResponse(body, status_code=status, headers=headers)

@@ -21,6 +21,7 @@ from valle.platform import registry, settings, storage
 from valle.serve.api import create_api
 from valle.serve.drain import Drain
 from valle.serve.engine import Engine
+from valle.serve.keys import read_keys
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
@@ -123,7 +124,11 @@ def build_app(args: AppArgs) -> Application:
     """The application; Serve validates `args` before anything starts."""
     # replicas run in folders of their own: what is relative or local is fixed here
     tracking_uri = args.tracking_uri or settings.read().tracking_uri
-    args = args.model_copy(update={"voices": storage.absolute(args.voices)})
+    places = {"voices": storage.absolute(args.voices)}
+    if args.api_keys:
+        read_keys(args.api_keys)  # what is wrong with it is noticed here
+        places["api_keys"] = storage.absolute(args.api_keys)
+    args = args.model_copy(update=places)
     accelerator = "cuda" if args.use_gpu else "cpu"
 
     def deploy(target: type, name: str, device: str, together: int, *more: object) -> Application:

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from valle.serve.audio import Format
@@ -20,6 +21,9 @@ class AppArgs(BaseModel):
 
     voices: str = "data/voices"
     """Folder of reference recordings; `voice` in a request names one without `.wav`."""
+
+    api_keys: str | None = None
+    """File of keys (see `serve/keys.py`); None: everybody may ask."""
 
     max_replicas: int = Field(4, ge=1)
     """Upper bound of each deployment's autoscaling."""
@@ -106,3 +110,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(message=message, param=param, code=code)
+
+
+def error_response(
+    status: int, detail: ErrorDetail, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    body = ErrorResponse(error=detail).model_dump()
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -1,0 +1,94 @@
+"""API keys: none, wrong, too often, too many at a time; and what is open to all."""
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from starlette.types import Receive, Scope, Send
+
+from valle.serve import keys
+from valle.serve.api import create_api
+from valle.serve.keys import Guard, Key, read_keys
+from valle.serve.schema import AppArgs
+
+
+def key(name: str, secret: str, **limits: int) -> Key:
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    return Key(name=name, sha256=digest, **limits)
+
+
+def client(guard: object) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(guard)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+@pytest.mark.anyio
+async def test_keys_made_by_the_command_open_the_api(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys.main(["web"])
+    first, _, *rest = capsys.readouterr().out.splitlines()
+    secret = first.rpartition(" ")[2]
+    file = tmp_path / "keys.yaml"
+    file.write_text("\n".join(rest))
+    assert secret not in file.read_text()
+    api = create_api(AppArgs(voices=str(tmp_path), api_keys=str(file)))
+    async with client(api) as http:
+        for given in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Basic {secret}"}):
+            answer = await http.get("/v1/audio/voices", headers=given)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        answer = await http.get("/v1/audio/voices", headers={"Authorization": f"Bearer {secret}"})
+        assert answer.status_code == 200
+        assert (await http.get("/health/live")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_each_key_has_its_own_limits() -> None:
+    gate, entered = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        entered.set()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await gate.wait()  # the head is sent, the body is not: it still runs
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    guard = Guard(slow, [key("a", "A", requests_per_minute=3, concurrent=1), key("b", "B")])
+    async with client(guard) as http:
+
+        def ask(secret: str) -> "asyncio.Task[httpx.Response]":
+            headers = {"Authorization": f"Bearer {secret}"}
+            return asyncio.create_task(http.get("/v1/x", headers=headers))
+
+        running = ask("A")
+        await entered.wait()
+        second = await ask("A")
+        assert second.status_code == 429 and second.headers["retry-after"] == "1"
+        assert second.json()["error"]["type"] == "rate_limit_error"
+        other = ask("B")
+        gate.set()
+        assert (await running).status_code == (await other).status_code == 200
+        assert [(await ask("A")).status_code for _ in range(3)] == [200, 200, 429]
+        late = await ask("A")
+        assert 1 <= int(late.headers["retry-after"]) <= 61
+        assert (await ask("B")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([], "must be a list of keys"),
+        ([{"name": "a", "sha256": "x"}], "a: sha256 must be 64 digits"),
+        ([{"name": "a", "sha256": "0" * 64, "speed": 1}], "speed"),
+        ([{"name": "a", "sha256": "0" * 64, "concurrent": 0}], "a: limits must be above 0"),
+        ([{"name": "a", "sha256": d * 64} for d in "01"], "two keys have the same name"),
+    ],
+)
+def test_a_bad_file_of_keys_is_refused(tmp_path: Path, content: object, reason: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=reason):
+        read_keys(str(file))
