@@ -4,13 +4,14 @@ Requests are bounded and validated before anything is decoded; every error has O
 """
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from valle.platform.audio import AudioError
 from valle.serve.keys import Guard, read_keys
@@ -21,23 +22,39 @@ from valle.serve.voices import VoiceError, VoiceStore
 logger = logging.getLogger("ray.serve")
 
 
+class BodyLimit:
+    """ASGI middleware: refuses large bodies by their declared length, before they are read.
+
+    Not one of Starlette's function middlewares: they end a stream that has failed as if it were
+    whole.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on what is small enough."""
+        if scope["type"] == "http" and (refusal := self._refusal(scope)):
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        length = Headers(scope=scope).get("content-length", "")
+        if scope["method"] == "POST" and not length.isdigit():
+            return error_response(411, ErrorDetail(message="Content-Length is required"))
+        if length and int(length) > self._limit:
+            message = f"request of {length} bytes, limit {self._limit}"
+            return error_response(413, ErrorDetail(message=message, code="request_too_large"))
+        return None
+
+
 def create_api(args: AppArgs) -> FastAPI:
     """The application of one ingress replica."""
     store = VoiceStore(args.voices)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
-    @api.middleware("http")
-    async def refuse_large_bodies(
-        request: Request, proceed: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not length.isdigit():
-            return error_response(411, ErrorDetail(message="Content-Length is required"))
-        if length and int(length) > args.max_body_bytes:
-            message = f"request of {length} bytes, limit {args.max_body_bytes}"
-            return error_response(413, ErrorDetail(message=message, code="request_too_large"))
-        return await proceed(request)
-
+    api.add_middleware(BodyLimit, limit=args.max_body_bytes)
     if args.api_keys:
         api.add_middleware(Guard, keys=read_keys(args.api_keys))
 

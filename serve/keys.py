@@ -23,6 +23,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from valle.platform import storage
 from valle.serve.schema import ErrorDetail, error_response
 
+OPEN = ("/health/live",)
+"""Paths that need no key."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
@@ -73,7 +76,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Counts a request as running until its last byte is sent, or its client has gone."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        # whatever is not known to be open is closed; under a route prefix the path still holds it
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or path in OPEN:
             await self._app(scope, receive, send)
             return
         key = self._key(Headers(scope=scope).get("authorization", ""))

@@ -1,8 +1,8 @@
 """One request through the deployments: codec, AR, NAR, codec, sentence by sentence.
 
-While a sentence is on its way to the client, the next is being made, and no more than that: a
-slow reader holds two sentences of memory, however long the text. The answer to one sentence is a
-whole file, with its length; more are sent as they come.
+While a sentence is handed to Serve, the next is being made. Serve takes what it is given, so a
+slow reader does not slow the making. The answer to one sentence is a whole file, with its length;
+more are sent as they come.
 """
 
 import asyncio

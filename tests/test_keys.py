@@ -44,6 +44,12 @@ async def test_keys_made_by_the_command_open_the_api(
         answer = await http.get("/v1/audio/voices", headers={"Authorization": f"Bearer {secret}"})
         assert answer.status_code == 200
         assert (await http.get("/health/live")).status_code == 200
+        assert (await http.get("/docs")).status_code == 401
+    # Serve leaves a route prefix in the path, beside `root_path`
+    transport = httpx.ASGITransport(api, root_path="/tts")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        assert (await http.get("/tts/v1/audio/voices")).status_code == 401
+        assert (await http.get("/tts/health/live")).status_code == 200
 
 
 @pytest.mark.anyio
