@@ -4,7 +4,6 @@ The plan (who says which sentence) is a pure function of the recipe; a second ru
 files that are missing, so an interrupted one goes on where it stopped.
 """
 
-import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -104,7 +103,7 @@ def _synthesised(source: Source, seed: int) -> Iterator[Line]:
     sentences: list[str] = []
     for name in source.sentences or (source.language.split("-")[0],):
         sentences += texts.sentences(name)
-    for voice in itertools.chain.from_iterable(map(_numbered, source.voices)):
+    for voice in (voice for name in source.voices for voice in _numbered(name)):
         speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
         order = sentences.copy()
         random.Random(f"{seed}/{speaker}").shuffle(order)
@@ -165,10 +164,15 @@ class Speaker:
         return {**asdict(line), "seconds": seconds, "reason": None}
 
     def _wave(self, line: Line) -> Wave:
-        """The utterance itself; of one whose copies alone are missing, as it was stored."""
-        path = storage.join(self._out, f"{line.targets()['']}.wav")
-        if storage.exists(path):
-            return audio.read(storage.read_bytes(path), max_seconds=600)
+        """The utterance itself; of one whose copies alone are missing, as it was stored, unless
+        an older plan had another text for it."""
+        path = storage.join(self._out, line.targets()[""])
+        if (
+            storage.exists(f"{path}.wav")
+            and storage.exists(f"{path}.txt")
+            and storage.read_bytes(f"{path}.txt").decode().strip() == line.text
+        ):
+            return audio.read(storage.read_bytes(f"{path}.wav"), max_seconds=600)
         if line.engine not in self._engines:
             self._engines[line.engine] = ENGINES[line.engine]()
         return self._engines[line.engine].speak(line.text, line.voice, line.language)

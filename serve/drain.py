@@ -47,11 +47,11 @@ class Drain(Generic[Item, Result]):
         try:
             results = await asyncio.to_thread(self._work, [item for item, _ in batch])
         except Exception as error:  # told to the one it belongs to
-            if len(batch) == 1:
-                _set(batch[0][1], error)
-                return
-            for one in batch:  # one bad item must not fail its neighbours
-                await self._answer([one])
+            if len(batch) > 1:  # one bad item must not fail its neighbours
+                for one in batch:
+                    await self._answer([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
             return
         for (_, future), result in zip(batch, results, strict=True):
             if not future.done():
@@ -75,8 +75,3 @@ class Drain(Generic[Item, Result]):
             low, high = shortest, longest
         self._waiting = left
         return taken
-
-
-def _set(future: "asyncio.Future[Result]", error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -29,16 +29,17 @@ class AppArgs(BaseModel):
     """Upper bound of each deployment's autoscaling."""
 
     max_seconds: float = Field(20.0, gt=0, le=60)
-    """Length limit of an answer."""
+    """Length limit of a sentence's answer."""
 
     slots: int = Field(8, ge=1)
     """Streams that one AR replica speaks at the same time."""
 
     batch_seconds: float = Field(40.0, gt=0)
-    """Padded speech that the NAR model or the codec works on at the same time."""
+    """Padded speech in a batch of the NAR model, or of the codec, which works it off in parts of
+    ten seconds."""
 
     max_phonemes: int = Field(1000, ge=10)
-    """Longest text of one request, in symbols of IPA (about 18 a second); more is refused."""
+    """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
 
     max_body_bytes: int = Field(10_000_000, ge=1_000)
     """Larger requests are refused before they are read."""

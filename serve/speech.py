@@ -12,7 +12,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,7 @@ async def speak(request: SpeechRequest, args: AppArgs) -> Response:
 
 async def _say(
     sentences: list[list[int]], prompt: Codes, request: SpeechRequest, args: AppArgs
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece]:
     """The sentences in turn, each begun while the one before it is being sent."""
     ahead = asyncio.create_task(_one(sentences[0], prompt, request, args, request.seed))
     try:
@@ -113,45 +114,39 @@ async def _one(
 
 
 async def _encoded(
-    first: Piece, pieces: AsyncIterator[Piece], request: SpeechRequest
-) -> AsyncIterator[bytes]:
-    """The file's bytes as sentences come; closing this closes `pieces`."""
+    first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest
+) -> AsyncIterator[tuple[bytes, int]]:
+    """The file's bytes, and how many frames each part adds, as sentences come."""
     encoder = Encoder(request.response_format, request.speed)
-    yield await run_in_threadpool(encoder.add, first.wave)
+    yield await run_in_threadpool(encoder.add, first.wave), first.frames
     async for piece in pieces:
-        yield await run_in_threadpool(encoder.add, np.concatenate([PAUSE, piece.wave]))
-    yield await run_in_threadpool(encoder.finish)
+        wave = np.concatenate([PAUSE, piece.wave])
+        yield await run_in_threadpool(encoder.add, wave), piece.frames
+    yield await run_in_threadpool(encoder.finish), 0
 
 
 async def _body(
-    first: Piece, pieces: AsyncIterator[Piece], request: SpeechRequest
+    first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest
 ) -> AsyncIterator[bytes]:
     """A failure past the first sentence breaks the connection: no client takes half for whole."""
-    try:
-        async for data in _encoded(first, pieces, request):
+    async with aclosing(pieces):
+        async for data, _ in _encoded(first, pieces, request):
             if data:
                 yield data
-    finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
 
 
 async def _events(
-    first: Piece, pieces: AsyncIterator[Piece], request: SpeechRequest, phonemes: int
+    first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest, phonemes: int
 ) -> AsyncIterator[str]:
     """OpenAI's server-sent events. A failure past the first sentence is an `error` event."""
-    frames, counted = first.frames, []
-
-    async def count() -> AsyncIterator[Piece]:
-        async for piece in pieces:
-            counted.append(piece.frames)
-            yield piece
-
+    frames = 0
     try:
-        async for data in _encoded(first, count(), request):
-            if data:
-                delta = base64.b64encode(data).decode()
-                yield _event({"type": "speech.audio.delta", "audio": delta})
-        frames += sum(counted)
+        async with aclosing(pieces):
+            async for data, more in _encoded(first, pieces, request):
+                frames += more
+                if data:
+                    delta = base64.b64encode(data).decode()
+                    yield _event({"type": "speech.audio.delta", "audio": delta})
         usage = {
             "input_tokens": phonemes, "output_tokens": frames, "total_tokens": phonemes + frames,
         }  # fmt: skip
@@ -164,8 +159,6 @@ async def _events(
             else ErrorDetail(message="the server failed", type="server_error")
         )
         yield _event({"type": "error", "error": detail.model_dump()})
-    finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
 
 
 def _event(content: dict[str, object]) -> str:

@@ -69,6 +69,24 @@ def test_copies_are_made_of_what_was_said(tmp_path: Path) -> None:
     assert made["seconds"] == pytest.approx((own + sum(lengths.values())) / 24_000, abs=0.01)
 
 
+def test_a_recording_of_another_text_is_made_anew(tmp_path: Path) -> None:
+    """A changed plan must not put its text beside an old recording."""
+    old, new = (
+        plan(CorpusRecipe(out="x", sources=(source,), seed=seed))[0]
+        for seed, source in (
+            (0, Source(engine="espeak", voices=("f2",), utterances=1)),
+            (1, Source(engine="espeak", voices=("f2",), utterances=1, also=("x0.8",))),
+        )
+    )
+    assert old.text != new.text
+    speaker = Speaker(str(tmp_path))
+    speaker.speak(old)
+    before = (tmp_path / "espeak-f2/00000.wav").read_bytes()
+    speaker.speak(new)
+    assert (tmp_path / "espeak-f2/00000.wav").read_bytes() != before
+    assert (tmp_path / "espeak-f2/00000.txt").read_text().strip() == new.text
+
+
 def test_bad_sources_name_the_field() -> None:
     with pytest.raises(ValueError, match="engine: 'siri' is none of"):
         Source(engine="siri")

@@ -1,11 +1,14 @@
-"""Curves of training runs: read from MLflow, pauses cut out, drawn."""
+"""Pictures: curves of training runs, read from MLflow, pauses cut out; spectrograms."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import image
 
-from valle.jobs import curves
+from valle.jobs import curves, spectrograms
 from valle.platform import tracking
+from valle.platform.audio import wav_bytes
 
 
 def test_pauses_between_sittings_do_not_count() -> None:
@@ -31,3 +34,24 @@ def test_curves_are_drawn_from_mlflow(home: Path, capsys: pytest.CaptureFixture[
         curves.main(["nobody", "--out", str(out)])
     assert stopped.value.code == 2
     assert "no run 'nobody' with metrics" in capsys.readouterr().err
+
+
+def test_recordings_are_drawn_one_below_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heights = []
+    for count in (1, 3):
+        paths = [str(tmp_path / f"{number}.wav") for number in range(count)]
+        for number, path in enumerate(paths):
+            tone = 0.3 * np.sin(0.1 * (number + 1) * np.arange(9_000))
+            Path(path).write_bytes(wav_bytes(tone.astype(np.float32)))
+        out = tmp_path / f"{count}.png"
+        spectrograms.main([*paths, "--out", str(out)])
+        heights.append(image.imread(out).shape[0])
+    assert heights[1] == 3 * heights[0]
+    with pytest.raises(SystemExit):
+        spectrograms.main([paths[0], paths[0], "--out", str(out)])
+    assert "no two alike" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        spectrograms.main([str(tmp_path / "none.wav"), "--out", str(out)])
+    assert "none.wav" in capsys.readouterr().err

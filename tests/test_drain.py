@@ -38,8 +38,8 @@ def test_what_waits_goes_together_like_with_like() -> None:
         return await asyncio.gather(*asked)
 
     assert asyncio.run(go()) == [20, 200, 22, 18, 24, 180, 28, 1000]
-    # the first goes alone or with all that asked before the loop ran; a batch is padded to its
-    # longest and stays in the budget, what is too large for it goes alone, the oldest goes first
+    # the oldest goes first, with what is like it; a batch is padded to its longest and stays in the
+    # budget; what is too large for that goes alone
     assert work.batches == [[10, 11, 9], [100], [12, 14], [90], [500]]
 
 

@@ -243,3 +243,28 @@ def test_attention_that_learns_equals_the_fused_kernel(kind: str) -> None:
         speaking = model(*given)
     assert learning.requires_grad
     torch.testing.assert_close(learning.detach(), speaking, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.ray  # not of Ray, but it takes as long: a minute of C++ compiler
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_compiled_training_equals_plain(kind: str) -> None:
+    model = tiny_ar() if kind == "ar" else tiny_nar()
+    perturb(model)
+    level = torch.tensor([1, 2])
+    found: list[list[torch.Tensor]] = []
+    for compiled in (False, True):
+        if compiled:
+            model.transformer.compile(dynamic=True)
+        for frames in ((30, 17), (12, 40)):  # shapes change from batch to batch
+            batch = random_batch(*frames)
+            model.zero_grad()
+            if isinstance(model, AR):
+                loss = ar_loss(model(batch), batch)
+            else:
+                loss = nar_loss(model(batch, level), batch, level)
+            loss.loss.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            found.append([loss.loss.detach(), *gradients])
+    plain, fast = found[:2], found[2:]
+    for one, other in zip(plain, fast, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)

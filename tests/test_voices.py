@@ -1,17 +1,23 @@
 """The voice store: what is kept, what is refused, and that deleted means gone."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Message
 
 from valle.jobs.voices import Joe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform.audio import AudioError, Wave, wav_bytes
+from valle.serve import api
 from valle.serve.api import create_api
-from valle.serve.schema import AppArgs
+from valle.serve.schema import AppArgs, SpeechRequest
 from valle.serve.voices import VoiceError, VoiceStore
 
 TEXT = "The early train was late again, so we walked along the river and talked."
@@ -62,8 +68,8 @@ def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) 
 
 @pytest.mark.anyio
 async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
-    api = create_api(AppArgs(voices=str(tmp_path), max_body_bytes=500_000))
-    transport = httpx.ASGITransport(api)
+    app = create_api(AppArgs(voices=str(tmp_path), max_body_bytes=500_000))
+    transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
 
         async def add(sound: bytes, **data: str) -> httpx.Response:
@@ -92,3 +98,41 @@ async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
         assert gone.json() == {"id": "ann", "deleted": True}
         assert (await http.delete("/v1/audio/voices/ann")).status_code == 404
         assert (await http.get("/v1/audio/voices")).json() == {"voices": []}
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_fails_does_not_end_as_if_it_were_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an answer without its last chunk: the server then breaks the connection."""
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise RuntimeError("the second sentence failed")
+
+    async def speak(request: SpeechRequest, args: AppArgs) -> Response:
+        return StreamingResponse(half())
+
+    monkeypatch.setattr(api, "speak", speak)
+    body = b'{"input": "One. Two."}'
+    sent: list[Message] = []
+    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if given:
+            return given.pop()
+        await asyncio.sleep(60)  # a client that stays
+        raise AssertionError("the stream never ended")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/audio/speech", "root_path": "",
+        "query_string": b"", "headers": headers, "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    with pytest.raises((RuntimeError, ExceptionGroup), match=r"failed|unhandled errors"):
+        await create_api(AppArgs(voices=str(tmp_path)))(scope, receive, send)
+    parts = [message for message in sent if message["type"] == "http.response.body"]
+    assert [part["body"] for part in parts] == [b"half"] and parts[0]["more_body"]
