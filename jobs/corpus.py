@@ -6,6 +6,7 @@ files that are missing, so an interrupted one goes on where it stopped.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -91,11 +92,20 @@ class Line:
 
 
 def plan(chosen: CorpusRecipe) -> list[Line]:
-    """Every utterance of the corpus, in the order of the recipe."""
+    """Every utterance of the corpus, in the order of the recipe.
+
+    Raises ValueError when two of them would be the same file.
+    """
     lines: list[Line] = []
     for source in chosen.sources:
         maker = _recorded if source.engine == "asterisk" else _synthesised
         lines += maker(source, chosen.seed)
+    files = Counter(target for line in lines for target in line.targets().values())
+    if twice := [target for target, count in files.items() if count > 1]:
+        raise ValueError(
+            f"sources: {twice[0]} is made twice; a speaker needs a source, a voice and a copy "
+            "(also) of its own"
+        )
     return lines
 
 
