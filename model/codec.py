@@ -127,8 +127,9 @@ class Codec:
         self.identity = identity
         self.device = torch.device(device)
         model.set_target_bandwidth(N_CODEBOOKS * 0.75)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        _fold_weight_norm(self._model)
+        self.network = model.eval().requires_grad_(False).to(self.device)
+        """The package's model, without weight normalisation."""
+        _fold_weight_norm(self.network)
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[Wave], batch_seconds: float = 10.0) -> list[Codes]:
@@ -142,7 +143,7 @@ class Codec:
             batch = torch.zeros(len(group), 1, _padded(frames, group) * HOP)
             for row, index in enumerate(group):
                 batch[row, 0, : len(waves[index])] = torch.tensor(waves[index])
-            codes, _ = self._model.encode(batch.to(self.device))[0]
+            codes, _ = self.network.encode(batch.to(self.device))[0]
             stored = codes.to("cpu", torch.int16).numpy()
             for row, index in enumerate(group):
                 result[index] = stored[row, :, : frames[index]].copy()
@@ -155,10 +156,7 @@ class Codec:
         Raises ValueError for codes outside 0 .. 1023 or of a wrong shape.
         """
         for number, item in enumerate(codes):
-            if item.ndim != 2 or not 1 <= item.shape[0] <= N_CODEBOOKS:
-                raise ValueError(f"codes[{number}]: expected [1..8, T], got {item.shape}")
-            if item.size and not (item.min() >= 0 and item.max() < CODEBOOK_SIZE):
-                raise ValueError(f"codes[{number}]: values must lie in 0 .. {CODEBOOK_SIZE - 1}")
+            self.check(item, f"codes[{number}]")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
         for group in _groups(frames, int(batch_seconds * FRAME_RATE)):
@@ -166,10 +164,17 @@ class Codec:
             batch = torch.zeros(len(group), n_codebooks, _padded(frames, group)).long()
             for row, index in enumerate(group):
                 batch[row, :, : frames[index]] = torch.from_numpy(codes[index].astype(np.int64))
-            waves = self._model.decode([(batch.to(self.device), None)])[:, 0].cpu().numpy()
+            waves = self.network.decode([(batch.to(self.device), None)])[:, 0].cpu().numpy()
             for row, index in enumerate(group):
                 result[index] = waves[row, : frames[index] * HOP].copy()
         return result
+
+    def check(self, codes: Codes, name: str = "codes") -> None:
+        """Raises ValueError for codes outside 0 .. 1023 or of a wrong shape."""
+        if codes.ndim != 2 or not 1 <= codes.shape[0] <= N_CODEBOOKS:
+            raise ValueError(f"{name}: expected [1..8, T], got {codes.shape}")
+        if codes.size and not (codes.min() >= 0 and codes.max() < CODEBOOK_SIZE):
+            raise ValueError(f"{name}: values must lie in 0 .. {CODEBOOK_SIZE - 1}")
 
 
 def _groups(frames: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -108,6 +108,8 @@ def _speak_numbers(text: str, base: str) -> str:
     thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
     text = re.sub(rf"(?<=\d){thousands}(?=\d\d\d\b)", "", text)
     text = re.sub(rf"(?<=\d){decimal}(?=\d)", ".", text)
+    # beyond 15 digits it is an identifier: digit by digit
+    text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
     number = r"\d+(?:\.\d+)?"
     for sign, code in _CURRENCIES.items():
         amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
@@ -118,22 +120,28 @@ def _speak_numbers(text: str, base: str) -> str:
         text = re.sub(amount, money, text)
     if base in _ORDINAL:
         text = re.sub(_ORDINAL[base], lambda m: say(m[1], "ordinal"), text)
-    # beyond 15 digits it is an identifier: digit by digit
-    text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
     return re.sub(number, lambda m: say(m[0]), text)
 
 
-@lru_cache(maxsize=16)
-def _backend(language: str) -> "EspeakBackend":
-    """One espeak backend per language and process: each copies the shared library."""
+@lru_cache(maxsize=1)
+def languages() -> frozenset[str]:
+    """Names of espeak's voices. Asked once: each asking copies the shared library."""
     import espeakng_loader
     from phonemizer.backend import EspeakBackend
     from phonemizer.backend.espeak.wrapper import EspeakWrapper
 
     EspeakWrapper.set_library(espeakng_loader.get_library_path())
     EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
-    if not EspeakBackend.is_supported_language(language):
+    return frozenset(EspeakBackend.supported_languages())
+
+
+@lru_cache(maxsize=16)
+def _backend(language: str) -> "EspeakBackend":
+    """One espeak backend per language and process: each copies the shared library."""
+    if language not in languages():
         raise ValueError(f"language: espeak has no voice named {language!r} (try en-us, fr-fr, es)")
+    from phonemizer.backend import EspeakBackend
+
     return EspeakBackend(
         language, preserve_punctuation=True, with_stress=True, language_switch="remove-flags"
     )

@@ -15,7 +15,7 @@ from valle.model.ar import AR
 from valle.model.codec import Codec, Codes, Wave
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
-from valle.model.tokens import FRAME_RATE, N_CODEBOOKS
+from valle.model.tokens import FRAME_RATE, HOP, N_CODEBOOKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ class Voice:
         """Codes of the recording's first seconds."""
         if not len(prompt):
             raise ValueError("prompt: the recording is empty")
-        return self.codec.encode([prompt])[0][:, : int(how.prompt_seconds * FRAME_RATE)]
+        start = prompt[: int(how.prompt_seconds * FRAME_RATE) * HOP]
+        return self.codec.encode([start])[0]
 
     def go_on(self, text: str, beginning: Wave, how: Synthesis) -> Spoken:
         """VALL-E's continuation: `beginning` (24 kHz samples) says the first words of `text`, the

@@ -16,6 +16,13 @@ Wave = NDArray[np.float32]
 """Mono samples in [-1, 1], shape [samples]."""
 
 
+LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
+"""Samples a second of a file."""
+MOST_CHANNELS = 16
+BLOCK = 65_536
+"""Samples of each channel that are decoded at a time."""
+
+
 class AudioError(ValueError):
     """A recording that cannot be used, and why."""
 
@@ -23,22 +30,27 @@ class AudioError(ValueError):
 def read(data: bytes, *, max_seconds: float, sample_rate: int = SAMPLE_RATE) -> Wave:
     """Decodes wav, flac, ogg or mp3 bytes, mixes down to mono and resamples.
 
-    The header's length is checked against `max_seconds` before any sample is decoded, and no
-    more than that is ever read, so a crafted file cannot exhaust memory. Raises AudioError.
+    The header's length, rate and channels are checked before any sample is decoded, no more than
+    `max_seconds` is ever read, and channels are mixed down block by block, so that a crafted file
+    cannot exhaust memory. Raises AudioError.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            limit = int(max_seconds * file.samplerate)
-            if file.frames > limit:
-                seconds = file.frames / file.samplerate
-                raise AudioError(f"too long: {seconds:.1f} s, limit {max_seconds:g} s")
-            samples = file.read(limit, dtype="float32", always_2d=True)
             rate = file.samplerate
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+                raise AudioError(f"{rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} can be read")
+            if file.channels > MOST_CHANNELS:
+                raise AudioError(f"{file.channels} channels, limit {MOST_CHANNELS}")
+            limit = int(max_seconds * rate)
+            if file.frames > limit:
+                raise AudioError(f"too long: {file.frames / rate:.1f} s, limit {max_seconds:g} s")
+            blocks = file.blocks(BLOCK, frames=limit, dtype="float32", always_2d=True)
+            parts = [block.mean(axis=1) for block in blocks]
     except (soundfile.LibsndfileError, TypeError) as error:
         raise AudioError(f"unreadable audio: {error}") from error
-    if not len(samples):
+    mono = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    if not len(mono):
         raise AudioError("empty audio: 0 samples")
-    mono = samples.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError("audio holds NaN or infinite samples")
     return resample(mono, rate, sample_rate)
@@ -61,6 +73,21 @@ def wav_bytes(wave: Wave, sample_rate: int = SAMPLE_RATE) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(wave, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def flac_bytes(wave: Wave, comment: str) -> bytes:
+    """A 16-bit flac file at 24 kHz, with a comment of any length in its header."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
+        file.comment = comment  # before the samples: a header does not grow afterwards
+        file.write(np.clip(wave, -1, 1))
+    return buffer.getvalue()
+
+
+def comment(data: bytes) -> str:
+    """The comment in a sound file's header, empty where there is none."""
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        return str(file.comment)
 
 
 def trim(wave: Wave, threshold: float = 0.01, keep_seconds: float = 0.05) -> Wave:

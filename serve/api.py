@@ -4,19 +4,26 @@ Requests are bounded and validated before anything is decoded; every error has O
 """
 
 import logging
+import time
 from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray import serve
 from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from valle.platform.audio import AudioError
 from valle.serve.keys import Guard, read_keys
+from valle.serve.metrics import Meter, Metrics
+from valle.serve.prompts import Prompts
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
-from valle.serve.speech import speak
+from valle.serve.speech import Speaker
 from valle.serve.voices import VoiceError, VoiceStore
 
 logger = logging.getLogger("ray.serve")
@@ -52,11 +59,15 @@ class BodyLimit:
 def create_api(args: AppArgs) -> FastAPI:
     """The application of one ingress replica."""
     store = VoiceStore(args.voices)
+    started = int(time.time())
+    metrics = Metrics()
+    speaker = Speaker(args, Prompts(store), metrics)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
     api.add_middleware(BodyLimit, limit=args.max_body_bytes)
     if args.api_keys:
         api.add_middleware(Guard, keys=read_keys(args.api_keys))
+    api.add_middleware(Meter, metrics=metrics)  # added last: outermost, it counts refusals too
 
     @api.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
@@ -67,6 +78,12 @@ def create_api(args: AppArgs) -> FastAPI:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         return error_response(400, ErrorDetail(message=f"{param}: {first['msg']}", param=param))
+
+    @api.exception_handler(HTTPException)
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        headers = dict(error.headers or {})
+        return error_response(error.status_code, ErrorDetail(message=message), headers)
 
     @api.exception_handler(BackPressureError)
     async def busy(request: Request, error: BackPressureError) -> Response:
@@ -82,6 +99,24 @@ def create_api(args: AppArgs) -> FastAPI:
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
+
+    @api.get("/health/ready")
+    async def ready() -> Response:
+        """Every deployment has a replica that runs, so that a request would be answered."""
+        missing = await run_in_threadpool(_not_running)
+        content = {"status": "waiting" if missing else "ready", "waiting_for": missing}
+        return JSONResponse(content, 503 if missing else 200)
+
+    @api.get("/metrics")
+    async def figures() -> Response:
+        """For Prometheus."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, object]:
+        """The one model, in the shape of OpenAI's list."""
+        model = {"id": "valle", "object": "model", "created": started, "owned_by": args.model}
+        return {"object": "list", "data": [model]}
 
     @api.get("/v1/audio/voices")
     async def voices() -> dict[str, list[dict[str, str]]]:
@@ -122,6 +157,16 @@ def create_api(args: AppArgs) -> FastAPI:
     @api.post("/v1/audio/speech", response_class=Response)
     async def speech(request: SpeechRequest) -> Response:
         """Speaks `input` in the voice of a recording; answers with a sound file."""
-        return await speak(request, args)
+        return await speaker.speak(request)
 
     return api
+
+
+def _not_running() -> list[str]:
+    """Deployments of this application without a replica that runs."""
+    app = serve.status().applications[serve.get_replica_context().app_name]
+    return [
+        name
+        for name, deployment in app.deployments.items()
+        if not deployment.replica_states.get("RUNNING")
+    ]

@@ -5,6 +5,8 @@
 Codes travel between deployments as small int16 arrays (12 KB for ten seconds), by value.
 """
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from ray import serve
 from ray.serve import Application
 
 from valle.model.codec import Codes
+from valle.model.codec_stream import DecoderState, decode_next
 from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE, HOP
 from valle.platform import registry, settings, storage
@@ -22,12 +25,16 @@ from valle.serve.api import create_api
 from valle.serve.drain import Drain
 from valle.serve.engine import Engine
 from valle.serve.keys import read_keys
+from valle.serve.prompts import PROMPT_FRAMES
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
-from valle.serve.speech import PROMPT_FRAMES
+from valle.serve.stream import GROWTH, LONGEST_CHUNK
 from valle.serve.worker import EngineWorker
+
+Chunk = tuple[NDArray[np.int16], bool, bool]
+"""New frames of the first codebook, whether they are the last, and if so because of the limit."""
 
 Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
 """Phoneme ids, prompt and first codebook: what the NAR model goes by."""
@@ -42,10 +49,22 @@ class ARDeployment:
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
         ar = registry.load_ar(registry.resolve(model, tracking_uri), device)
-        max_frames = int(args.max_seconds * FRAME_RATE)
+        max_frames = int(args.sentence_seconds * FRAME_RATE)
         positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
         runner = Runner(ar, slots=args.slots, positions=positions)
         self._worker = EngineWorker(Engine(runner, Scheduler(args.slots)))
+
+    async def stream(self, request: Request, first_frames: int) -> AsyncGenerator[Chunk]:
+        """The first codebook as it comes, in chunks that begin with `first_frames` and grow."""
+        codes: list[int] = []
+        size = first_frames
+        async for event in self._worker.stream(request):
+            codes += event.codes
+            if event.finish is not None:
+                yield np.array(codes, np.int16), True, event.finish is Finish.LENGTH
+            elif len(codes) >= size:
+                yield np.array(codes, np.int16), False, False
+                codes, size = [], min(int(size * GROWTH), LONGEST_CHUNK)
 
     async def generate(self, request: Request) -> tuple[NDArray[np.int16], bool]:
         """First codebook `[T]`, and whether the length limit ended it."""
@@ -95,18 +114,24 @@ class CodecDeployment:
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
-        codec = registry.load_codec(registry.resolve(model, tracking_uri), device)
+        codec = self._codec = registry.load_codec(registry.resolve(model, tracking_uri), device)
         budget = int(args.batch_seconds * FRAME_RATE)
         self._encoding = Drain(codec.encode, lambda wave: len(wave) // HOP, budget)
         self._decoding = Drain(codec.decode, lambda codes: int(codes.shape[1]), budget)
 
-    async def encode(self, wave: NDArray[np.float32], max_frames: int) -> Codes:
-        """Codes `[8, T]` of a recording's start."""
-        return (await self._encoding.do(wave))[:, :max_frames]
+    async def encode(self, wave: NDArray[np.float32]) -> Codes:
+        """Codes `[8, T]` of a recording."""
+        return await self._encoding.do(wave)
 
     async def decode(self, codes: Codes) -> NDArray[np.float32]:
         """Samples at 24 kHz."""
         return await self._decoding.do(codes)
+
+    async def decode_next(
+        self, codes: Codes, state: DecoderState | None
+    ) -> tuple[NDArray[np.float32], DecoderState]:
+        """Samples of a stream's next codes, and what the replica that decodes more has to know."""
+        return await asyncio.to_thread(decode_next, self._codec, codes, state)
 
 
 def _nar_frames(item: Unfilled) -> int:

@@ -24,14 +24,14 @@ class Drain(Generic[Item, Result]):
         """`size` of an item in frames; a batch's padded sizes add up to `budget` at most, but a
         larger item still gets a batch of its own."""
         self._work, self._size, self._budget = work, size, budget
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._waiting: list[tuple[Item, int, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def do(self, item: Item) -> Result:
-        """The result for one item. Raises what `work` raises for it; cancelled before its turn
-        comes, it is left out."""
+        """The result for one item. Raises what `size` or `work` raises for it; cancelled before
+        its turn comes, it is left out."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self._waiting.append((item, self._size(item), future))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         return await future
@@ -46,6 +46,8 @@ class Drain(Generic[Item, Result]):
     async def _answer(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             results = await asyncio.to_thread(self._work, [item for item, _ in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} items")
         except Exception as error:  # told to the one it belongs to
             if len(batch) > 1:  # one bad item must not fail its neighbours
                 for one in batch:
@@ -60,16 +62,15 @@ class Drain(Generic[Item, Result]):
     def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         """The oldest that still waits, and what fits beside it, in the order they came."""
         taken: list[tuple[Item, asyncio.Future[Result]]] = []
-        left: list[tuple[Item, asyncio.Future[Result]]] = []
+        left: list[tuple[Item, int, asyncio.Future[Result]]] = []
         low = high = 0
-        for item, future in self._waiting:
+        for item, size, future in self._waiting:
             if future.done():  # cancelled: nobody waits for it any more
                 continue
-            size = self._size(item)
             shortest, longest = min(low or size, size), max(high, size)
             fits = longest <= LIKE * shortest and longest * (len(taken) + 1) <= self._budget
             if taken and not fits:
-                left.append((item, future))
+                left.append((item, size, future))
                 continue
             taken.append((item, future))
             low, high = shortest, longest

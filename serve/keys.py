@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from valle.platform import storage
 from valle.serve.schema import ErrorDetail, error_response
 
-OPEN = ("/health/live",)
+OPEN = ("/health/live", "/health/ready")
 """Paths that need no key."""
 
 

@@ -28,8 +28,11 @@ class AppArgs(BaseModel):
     max_replicas: int = Field(4, ge=1)
     """Upper bound of each deployment's autoscaling."""
 
-    max_seconds: float = Field(20.0, gt=0, le=60)
-    """Length limit of a sentence's answer."""
+    sentence_seconds: float = Field(20.0, gt=0, le=60)
+    """Length limit of one sentence's speech."""
+
+    max_seconds: float = Field(600.0, gt=0)
+    """Length limit of an answer; a request may ask for less."""
 
     slots: int = Field(8, ge=1)
     """Streams that one AR replica speaks at the same time."""
@@ -37,6 +40,9 @@ class AppArgs(BaseModel):
     batch_seconds: float = Field(40.0, gt=0)
     """Padded speech in a batch of the NAR model, or of the codec, which works it off in parts of
     ten seconds."""
+
+    chunked: bool = False
+    """Sound before a sentence is done, where a request does not say; see `serve/stream.py`."""
 
     max_phonemes: int = Field(1000, ge=10)
     """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
@@ -59,11 +65,14 @@ class SpeechRequest(BaseModel):
     input: str = Field(min_length=1, max_length=4096)
     """What to say."""
 
-    voice: str = Field("", max_length=100, pattern=r"^[\w-]*$")
+    voice: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9_-]*$")
     """Name of a reference recording of the server."""
 
     ref_audio: str | None = Field(None, max_length=4_000_000)
-    """Instead of `voice`: a recording, base64 of a sound file."""
+    """Instead of `voice`: a recording of 1 to 30 s, base64 of a sound file."""
+
+    ref_text: str | None = Field(None, max_length=4096)
+    """What is said in `ref_audio`. Other servers need it; these models have no use for it."""
 
     response_format: Format = "mp3"
     """The answer's format; pcm is 16-bit little endian, mono, 24 kHz, without a header."""
@@ -77,11 +86,17 @@ class SpeechRequest(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     """Same seed, same speech."""
 
+    max_seconds: float | None = Field(None, gt=0)
+    """Where to stop, in seconds before `speed`; None: at the server's limit."""
+
     temperature: float = Field(1.0, ge=0, le=2)
     """Of the AR model; 0 is greedy."""
 
     top_p: float = Field(0.9, gt=0, le=1)
     """Of the AR model."""
+
+    chunked: bool | None = None
+    """Sound before a sentence is done, at some cost in quality; None: as the server is set."""
 
     language: str = Field("en-us", max_length=20, pattern=r"^[a-zA-Z-]+$")
     """espeak voice name of the text."""
@@ -110,7 +125,8 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.detail = ErrorDetail(message=message, param=param, code=code)
+        type = "server_error" if status >= 500 else "invalid_request_error"
+        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
 
 def error_response(

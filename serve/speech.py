@@ -1,116 +1,138 @@
-"""One request through the deployments: codec, AR, NAR, codec, sentence by sentence.
+"""One request: its text sentence by sentence, spoken while the next is being made.
 
-While a sentence is handed to Serve, the next is being made. Serve takes what it is given, so a
-slow reader does not slow the making. The answer to one sentence is a whole file, with its length;
-more are sent as they come.
+Serve takes what it is given, so a slow reader does not slow the making. The answer to one sentence
+is a whole file, with its length; everything else is sent as it comes.
 """
 
-import asyncio
 import base64
-import binascii
 import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from ray import serve
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec import Codes
-from valle.model.sampling import Sampling
 from valle.model.sentences import split
+from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
-from valle.model.valle import Synthesis, text_ids
-from valle.platform import audio
+from valle.model.valle import text_ids
 from valle.serve.audio import MEDIA_TYPES, Encoder, encode
-from valle.serve.request import Request as EngineRequest
+from valle.serve.calls import ahead
+from valle.serve.metrics import Metrics
+from valle.serve.prompts import Prompts
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest
-from valle.serve.voices import LONGEST, VoiceError, VoiceStore
+from valle.serve.stream import Piece, ask, say_in_chunks, say_whole
 
 logger = logging.getLogger("ray.serve")
 
-PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 """Between two sentences, beside what the model itself leaves."""
 
-
-@dataclass(frozen=True)
-class Piece:
-    """One sentence, said."""
-
-    wave: audio.Wave
-    frames: int
-    hit_limit: bool
+AHEAD = 2
+"""Pieces that may wait for whoever reads them."""
 
 
-async def speak(request: SpeechRequest, args: AppArgs) -> Response:
-    """Answers a request. What is wrong with it, or with its first sentence, is an ApiError."""
-    started = time.perf_counter()
-    sentences = await run_in_threadpool(_sentences, request, args)
-    wave = await run_in_threadpool(_reference, request, args)
-    app = serve.get_replica_context().app_name
-    prompt = await serve.get_deployment_handle("Codec", app).encode.remote(wave, PROMPT_FRAMES)
-    pieces = _say(sentences, prompt, request, args)
-    first = await anext(pieces)
-    headers = {"X-Seed": str(request.seed)}
-    if request.stream_format == "sse":
-        events = _events(first, pieces, request, sum(map(len, sentences)))
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    media_type = MEDIA_TYPES[request.response_format]
-    if len(sentences) > 1:
-        body = _body(first, pieces, request)
-        return StreamingResponse(body, media_type=media_type, headers=headers)
-    whole = await run_in_threadpool(encode, first.wave, request.response_format, request.speed)
-    seconds, duration = time.perf_counter() - started, first.frames / FRAME_RATE
-    logger.info(
-        "speech characters=%d audio_s=%.2f wall_s=%.2f real_time_factor=%.2f hit_limit=%s",
-        len(request.input), duration, seconds, seconds / duration, first.hit_limit,
-    )  # fmt: skip
-    headers["X-Hit-Limit"] = str(first.hit_limit).lower()
-    return Response(whole, media_type=media_type, headers=headers)
+@dataclass
+class Speech:
+    """What an answer has come to; logged when it ends."""
+
+    characters: int
+    started: float
+    """By the performance counter."""
+    frames: int = 0
+    hit_limit: bool = False
+    time_to_first_audio: float = 0.0
+    """Seconds until the first piece was made."""
+    seconds: float = 0.0
+    """Until the last piece was made, or the client had gone."""
+
+    def add(self, piece: Piece) -> None:
+        """Counts a piece that has just been made."""
+        self.seconds = time.perf_counter() - self.started
+        self.time_to_first_audio = self.time_to_first_audio or self.seconds
+        self.frames += piece.frames
+        self.hit_limit |= piece.hit_limit
+
+    def __str__(self) -> str:
+        duration = self.frames / FRAME_RATE
+        return (
+            f"characters={self.characters} audio_s={duration:.2f} wall_s={self.seconds:.2f} "
+            f"first_audio_s={self.time_to_first_audio:.2f} "
+            f"real_time_factor={self.seconds / duration:.2f} hit_limit={self.hit_limit}"
+        )
 
 
-async def _say(
-    sentences: list[list[int]], prompt: Codes, request: SpeechRequest, args: AppArgs
-) -> AsyncGenerator[Piece]:
-    """The sentences in turn, each begun while the one before it is being sent."""
-    ahead = asyncio.create_task(_one(sentences[0], prompt, request, args, request.seed))
-    try:
-        for number in range(1, len(sentences) + 1):
-            piece = await ahead
-            if number < len(sentences):
-                # a seed of its own: two equal sentences need not sound the same
-                seed = (request.seed + number) % 2**63
-                ahead = asyncio.create_task(_one(sentences[number], prompt, request, args, seed))
-            yield piece
-    finally:
-        ahead.cancel()  # the client has gone: its slot is somebody else's
+class Speaker:
+    """Answers speech requests."""
 
+    def __init__(self, args: AppArgs, prompts: Prompts, metrics: Metrics) -> None:
+        self._args, self._prompts, self._metrics = args, prompts, metrics
 
-async def _one(
-    ids: list[int], prompt: Codes, request: SpeechRequest, args: AppArgs, seed: int
-) -> Piece:
-    app = serve.get_replica_context().app_name
-    ar, nar, codec = (serve.get_deployment_handle(name, app) for name in ("AR", "NAR", "Codec"))
-    sampling = Sampling(
-        temperature=request.temperature, top_p=request.top_p,
-        repetition_threshold=Synthesis().ar.repetition_threshold,
-    )  # fmt: skip
-    asked = EngineRequest(
-        id=uuid.uuid4().hex, phonemes=ids, prompt=prompt, sampling=sampling,
-        max_frames=int(args.max_seconds * FRAME_RATE), seed=seed,
-    )  # fmt: skip
-    first, hit_limit = await ar.generate.remote(asked)
-    if not len(first):
-        raise ApiError(500, "the model stopped at once; try another seed", code="empty_speech")
-    codes = await nar.generate.remote(ids, prompt, first)
-    return Piece(await codec.decode.remote(codes), len(first), hit_limit)
+    async def speak(self, request: SpeechRequest) -> Response:
+        """The answer. What is wrong with the request, or its first sentence, is an ApiError."""
+        speech = Speech(len(request.input), time.perf_counter())
+        sentences = await run_in_threadpool(_sentences, request, self._args)
+        prompt = await self._prompts.of(request)
+        pieces = self._counted(ahead(self._say(sentences, prompt, request), AHEAD), speech)
+        first = await anext(pieces)
+        headers = {"X-Seed": str(request.seed)}
+        if request.stream_format == "sse":
+            events = _events(first, pieces, request, sum(map(len, sentences)))
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        media_type = MEDIA_TYPES[request.response_format]
+        if len(sentences) > 1 or not first.ends:
+            body = _body(first, pieces, request)
+            return StreamingResponse(body, media_type=media_type, headers=headers)
+        await pieces.aclose()
+        data = await run_in_threadpool(encode, first.wave, request.response_format, request.speed)
+        headers["X-Hit-Limit"] = str(first.hit_limit).lower()
+        return Response(data, media_type=media_type, headers=headers)
+
+    async def _say(
+        self, sentences: list[list[int]], prompt: Codes, request: SpeechRequest
+    ) -> AsyncGenerator[Piece]:
+        """The pieces of all sentences, up to the length limit."""
+        asked_for = request.max_seconds or self._args.max_seconds
+        left = int(min(asked_for, self._args.max_seconds) * FRAME_RATE)
+        longest = int(self._args.sentence_seconds * FRAME_RATE)
+        for number, ids in enumerate(sentences):
+            # a seed for each: two equal sentences need not sound the same
+            seed = (request.seed + number) % 2**63
+            asked = ask(ids, prompt, request, max(1, min(left, longest)), seed)
+            if not (request.chunked if request.chunked is not None else self._args.chunked):
+                piece = await say_whole(asked)
+                left -= piece.frames
+                yield replace(piece, hit_limit=piece.hit_limit or left < 1)
+            else:
+                async with aclosing(say_in_chunks(asked)) as chunks:
+                    async for piece in chunks:
+                        left -= piece.frames
+                        yield piece
+            if left < 1:
+                return
+
+    async def _counted(
+        self, pieces: AsyncGenerator[Piece], speech: Speech
+    ) -> AsyncGenerator[Piece]:
+        """The same pieces, with pauses between sentences; what they add up to is logged."""
+        begins = False  # the first sentence has nothing to pause after
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    speech.add(piece)
+                    wave = np.concatenate([PAUSE, piece.wave]) if begins else piece.wave
+                    yield replace(piece, wave=wave)
+                    begins = piece.ends
+        finally:
+            if speech.frames:  # else it was refused
+                self._metrics.spoken(speech)
+                logger.info("speech %s", speech)
 
 
 async def _encoded(
@@ -120,8 +142,7 @@ async def _encoded(
     encoder = Encoder(request.response_format, request.speed)
     yield await run_in_threadpool(encoder.add, first.wave), first.frames
     async for piece in pieces:
-        wave = np.concatenate([PAUSE, piece.wave])
-        yield await run_in_threadpool(encoder.add, wave), piece.frames
+        yield await run_in_threadpool(encoder.add, piece.wave), piece.frames
     yield await run_in_threadpool(encoder.finish), 0
 
 
@@ -167,6 +188,9 @@ def _event(content: dict[str, object]) -> str:
 
 def _sentences(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     """Phoneme ids of each sentence that has something to say."""
+    if request.language not in languages():
+        message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
+        raise ApiError(400, message, "language")
     found, silent = [], None
     for sentence in split(request.input, request.language):
         try:
@@ -181,24 +205,3 @@ def _sentences(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     if not found:
         raise ApiError(400, str(silent or "text: nothing to say in it"), "input") from silent
     return found
-
-
-def _reference(request: SpeechRequest, args: AppArgs) -> audio.Wave:
-    """The recording whose voice is wanted, decoded under limits."""
-    if request.ref_audio is not None:
-        try:
-            data = base64.b64decode(request.ref_audio, validate=True)
-        except binascii.Error as error:
-            raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
-        param = "ref_audio"
-    elif request.voice:
-        try:
-            data, param = VoiceStore(args.voices).read(request.voice), "voice"
-        except VoiceError as error:
-            raise ApiError(404, str(error), "voice", error.code) from error
-    else:
-        raise ApiError(400, "give a voice, or a recording as ref_audio", "voice")
-    try:
-        return audio.read(data, max_seconds=LONGEST)
-    except audio.AudioError as error:
-        raise ApiError(400, f"{param}: {error}", param) from error

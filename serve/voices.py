@@ -1,14 +1,19 @@
 """The voices a server knows: recordings in a folder or on S3, shared by all replicas.
 
-`{id}.wav` is the recording, `{id}.json` what was said about it. A recording without a `.json` was
-put there by hand and is a voice too. Nothing else is kept: with its two files a voice is gone.
+An uploaded voice is one file, `{id}.flac`: what was said about it is in the header, so that two
+uploads of a name cannot mix one's consent with the other's recording, and nothing is left when the
+file is gone. A `{id}.wav` put there by hand is a voice too.
 """
 
+import json
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
+
+from dacite import from_dict
 
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, storage
@@ -21,7 +26,8 @@ QUIETEST = -45.0
 LEAST_SPEECH = 0.4
 """Share of a recording that has to be speech."""
 
-ID = re.compile(r"[\w-]{1,100}")
+ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+SUFFIXES = (".flac", ".wav")
 
 
 class VoiceError(ValueError):
@@ -59,23 +65,29 @@ class VoiceStore:
 
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
-        found = (PurePosixPath(name) for name in storage.list_files(self._root, (".wav",)))
-        return sorted(path.stem for path in found if len(path.parts) == 1)
+        found = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
+        here = {path.stem for path in found if len(path.parts) == 1 and path.suffix in SUFFIXES}
+        return sorted(name for name in here if ID.fullmatch(name))
 
     def read(self, name: str) -> bytes:
         """A voice's recording. Raises VoiceError where there is none."""
-        path = self._path(name, "wav")
-        try:
-            return storage.read_bytes(path)
-        except FileNotFoundError as error:
-            raise VoiceError(f"no voice {name!r}", "voice_not_found") from error
+        for path in self._paths(name):
+            with suppress(FileNotFoundError):
+                return storage.read_bytes(path)
+        raise VoiceError(f"no voice {name!r}", "voice_not_found")
+
+    def about(self, name: str) -> About | None:
+        """What was said about an uploaded voice; None for one that was put there by hand."""
+        said = audio.comment(self.read(name))
+        return from_dict(About, json.loads(said)) if said.startswith("{") else None
 
     def add(self, name: str, data: bytes, consent: str, text: str | None = None) -> About:
         """Checks a sound file, trims it and keeps it under `name`.
 
         Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
         """
-        if storage.exists(self._path(name, "wav")):
+        paths = self._paths(name)
+        if any(map(storage.exists, paths)):
             raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
         wave = audio.trim(audio.read(data, max_seconds=LONGEST))
         seconds = len(wave) / SAMPLE_RATE
@@ -90,23 +102,24 @@ class VoiceStore:
         about = About(
             seconds=round(seconds, 2), consent=consent, created=int(time.time()), text=text
         )
-        storage.write_json(self._path(name, "json"), asdict(about))
-        storage.write_bytes(self._path(name, "wav"), audio.wav_bytes(wave))  # last: now it is there
+        comment = json.dumps(asdict(about), ensure_ascii=False)
+        storage.write_bytes(paths[0], audio.flac_bytes(wave, comment))
         return about
 
     def delete(self, name: str) -> None:
         """Removes a voice with all that is known of it. Raises VoiceError where there is none."""
-        if not storage.exists(self._path(name, "wav")):
+        there = [path for path in self._paths(name) if storage.exists(path)]
+        if not there:
             raise VoiceError(f"no voice {name!r}", "voice_not_found")
-        for suffix in ("wav", "json"):
-            storage.delete(self._path(name, suffix))
+        for path in there:
+            storage.delete(path)
 
-    def _path(self, name: str, suffix: str) -> str:
-        """Raises VoiceError for a name that could leave the folder."""
+    def _paths(self, name: str) -> list[str]:
+        """Where a recording may be. Raises VoiceError for a name that could leave the folder."""
         if not ID.fullmatch(name):
-            message = f"{name[:100]!r} is no name: letters, digits, _ and -, 100 at most"
+            message = f"{name[:100]!r} is no name: a-z, A-Z, 0-9, _ and -, 100 at most"
             raise VoiceError(message, "invalid_name")
-        return storage.join(self._root, f"{name}.{suffix}")
+        return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]
 
     def _speech(self, wave: audio.Wave) -> float:
         with self._lock:

@@ -19,6 +19,7 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import torch
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.__main__ import main as speak_main
@@ -26,6 +27,7 @@ from valle.__main__ import read_reference
 from valle.jobs.export import ExportRecipe, export
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import Codec
+from valle.model.sampling import Sampling
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry, storage, tracking
@@ -33,6 +35,7 @@ from valle.platform.quantize import to_int8
 from valle.serve.audio import encode
 from valle.serve.run import make_starter_voices
 from valle.serve.speech import PAUSE
+from valle.serve.stream import FIRST_CHUNK, GROWTH, LONGEST_CHUNK, LOOK_AHEAD
 
 
 @pytest.fixture
@@ -251,7 +254,9 @@ def endpoint(
     port = clusters.free_port()
     with clusters.embedded():
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        args = AppArgs(voices="voices", max_replicas=1, max_seconds=1.0, max_body_bytes=1_000_000)
+        args = AppArgs(
+            voices="voices", max_replicas=1, sentence_seconds=1.0, max_body_bytes=1_000_000
+        )
         serve.run(build_app(args), name="valle")
         try:
             yield f"http://127.0.0.1:{port}"
@@ -286,6 +291,11 @@ def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
         assert {event["type"] for event in deltas} == {"speech.audio.delta"} and len(deltas) >= 2
         assert b"".join(base64.b64decode(event["audio"]) for event in deltas) == data
         usage = done["usage"]
+        with speech.with_streaming_response.create(
+            response_format="pcm", **{**asked, "extra_body": {"seed": 7, "max_seconds": 0.1}}
+        ) as answer:
+            short = b"".join(answer.iter_bytes())
+        assert len(short) == 2 * 320 * 7  # so many frames fit, and no second sentence
         assert done["type"] == "speech.audio.done"
         assert usage["output_tokens"] * 320 == len(parts[0]) + len(parts[1])
         assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
@@ -295,6 +305,39 @@ def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
         assert (wave == heard).all()
         with pytest.raises(openai.NotFoundError, match="no voice 'bob'"):
             speech.create(model="valle", voice="bob", input=text)
+
+
+def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+    """A sentence in chunks: the NAR model's codes so far, each frame's when it was ready, decoded
+    as one."""
+    text = "A sentence that is said before it is done, which takes a while."
+    how = replace(Synthesis(), seed=3, max_seconds=1.0)
+    codes = voice.encode_prompt(prompt, how)
+    ids = text_ids(text, "en-us")
+    whole = voice.speak_codes(ids, codes, how).codes
+    body = {"input": text, "voice": "ann", "seed": 3, "response_format": "pcm", "chunked": True}
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
+        assert answer.status_code == 200 and "x-hit-limit" not in answer.headers
+        data = b"".join(answer.iter_bytes())
+    heard = np.frombuffer(data, "<i2").astype(int)
+    assert len(heard) == whole.shape[1] * 320 > FIRST_CHUNK * 320
+
+    parts, said, size = [], 0, FIRST_CHUNK + LOOK_AHEAD
+    end = 0
+    while said < whole.shape[1]:
+        step = size + size % voice.ar.config.group
+        end, size = min(end + step, whole.shape[1]), min(int(size * GROWTH), LONGEST_CHUNK)
+        ready = end if end == whole.shape[1] else end - LOOK_AHEAD
+        first = torch.from_numpy(whole[0, :end].astype(np.int64))
+        filled = voice.nar.generate_batch(
+            [(torch.tensor(ids), torch.from_numpy(codes.astype(np.int64)), first)],
+            sampling=Sampling(temperature=0.0), generators=[torch.Generator()],
+        )  # fmt: skip
+        parts.append(filled[0][:, said:ready].numpy().astype(np.int16))
+        said = ready
+    wave = voice.codec.decode([np.concatenate(parts, axis=1)])[0]
+    expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
+    assert np.abs(heard - expected).max() <= 2
 
 
 @pytest.mark.ray
@@ -333,8 +376,10 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
         assert client.get("/v1/audio/voices").json() == {"voices": [{"id": "ann", "name": "ann"}]}
         assert client.get("/health/live").json() == {"status": "ok"}
+        assert client.get("/health/ready").json() == {"status": "ready", "waiting_for": []}
 
         check_streams(endpoint, voice, prompt)
+        check_chunks(endpoint, voice, prompt)
 
         refused = {
             (400, "input"): {"input": "", "voice": "ann"},
@@ -343,6 +388,8 @@ def test_endpoint(endpoint: str, home: Path) -> None:
             (400, "response_format"): {"input": "x", "voice": "ann", "response_format": "midi"},
             (400, "speed"): {"input": "x", "voice": "ann", "speed": 5},
             (400, "ref_audio"): {"input": "hello", "ref_audio": "bm90IGF1ZGlv"},
+            (400, "language"): {"input": "One. Two.", "voice": "ann", "language": "xx"},
+            (400, "max_seconds"): {"input": "hello", "voice": "ann", "max_seconds": 0},
             (404, "voice"): {"input": "hello", "voice": "bob"},
         }
         for (status, param), body in refused.items():
@@ -351,6 +398,8 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert speech(input="...", voice="ann").json()["error"]["message"].startswith("text:")
         outside = speech(input="hello", voice="../voices/ann")
         assert outside.status_code == 400
+        snippet = base64.b64encode(audio.wav_bytes(np.full(9, 0.1, np.float32))).decode()
+        assert "0.00 s, at least 1 s" in speech(input="hello", ref_audio=snippet).text
         large = client.post("/v1/audio/speech", content=b"x" * 2_000_000)
         assert large.status_code == 413
         assert large.json()["error"]["code"] == "request_too_large"
@@ -373,7 +422,7 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
             "applications:\n"
             "- name: valle\n"
             "  import_path: valle.serve.app:build_app\n"
-            f"  args: {{voices: {home}/voices, max_replicas: 1, max_seconds: 1.0}}\n"
+            f"  args: {{voices: {home}/voices, max_replicas: 1, sentence_seconds: 1.0}}\n"
         )
         serve = Path(sys.executable).parent / "serve"
         address = ray.get_runtime_context().gcs_address

@@ -1,7 +1,6 @@
 """The voice store: what is kept, what is refused, and that deleted means gone."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from starlette.types import Message
 
 from valle.jobs.voices import Joe
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform.audio import AudioError, Wave, wav_bytes
-from valle.serve import api
+from valle.platform.audio import AudioError, Wave, read, wav_bytes
 from valle.serve.api import create_api
 from valle.serve.schema import AppArgs, SpeechRequest
+from valle.serve.speech import Speaker
 from valle.serve.voices import VoiceError, VoiceStore
 
 TEXT = "The early train was late again, so we walked along the river and talked."
@@ -34,9 +33,10 @@ def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> N
     about = store.add("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])), "Ann", TEXT)
     assert about.seconds == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
     assert store.ids() == ["Ann-1"]
-    assert store.read("Ann-1")[:4] == b"RIFF"
-    kept = json.loads((tmp_path / "Ann-1.json").read_text())
-    assert kept["consent"] == "Ann" and kept["text"] == TEXT
+    assert [path.name for path in tmp_path.iterdir()] == ["Ann-1.flac"]
+    assert store.about("Ann-1") == about and about.consent == "Ann" and about.text == TEXT
+    seconds = len(read(store.read("Ann-1"), max_seconds=30)) / SAMPLE_RATE
+    assert seconds == pytest.approx(about.seconds, abs=0.01)
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
         store.add("Ann-1", wav_bytes(joe), "Ann")
     store.delete("Ann-1")
@@ -44,6 +44,18 @@ def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> N
     for gone in (store.read, store.delete):
         with pytest.raises(VoiceError, match="no voice 'Ann-1'"):
             gone("Ann-1")
+
+
+def test_a_recording_put_there_by_hand_is_a_voice(tmp_path: Path, joe: Wave) -> None:
+    store = VoiceStore(str(tmp_path))
+    for name in ("bob.wav", "no name.wav", "notes.txt", "BOB.WAV"):
+        (tmp_path / name).write_bytes(wav_bytes(joe))
+    assert store.ids() == ["bob"] and store.about("bob") is None
+    assert store.read("bob")[:4] == b"RIFF"
+    with pytest.raises(VoiceError, match="there is a voice 'bob'"):
+        store.add("bob", wav_bytes(joe), "Bob")
+    store.delete("bob")
+    assert store.ids() == []
 
 
 def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) -> None:
@@ -60,7 +72,7 @@ def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) 
             store.add("x", wav_bytes(wave), "me")
     with pytest.raises(AudioError, match="unreadable audio"):
         store.add("x", b"PK not a sound", "me")
-    for name in ("../x", "a/b", "", "x" * 101, "a.b"):
+    for name in ("../x", "a/b", "", "x" * 101, "a.b", "声" * 9):
         with pytest.raises(VoiceError, match="is no name"):
             store.add(name, wav_bytes(joe), "me")
     assert not list(tmp_path.iterdir())
@@ -99,6 +111,18 @@ async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
         assert (await http.delete("/v1/audio/voices/ann")).status_code == 404
         assert (await http.get("/v1/audio/voices")).json() == {"voices": []}
 
+        for name in ("nothing", "audio/speech"):
+            answer = await http.get(f"/v1/{name}")
+            assert answer.status_code in (404, 405)
+            assert f"GET /v1/{name}: " in answer.json()["error"]["message"]
+        seen = (await http.get("/metrics")).text
+        assert 'valle_requests_total{route="/v1/audio/voices",status="409"} 1.0' in seen
+        assert 'valle_requests_total{route="/v1/audio/voices/{name}",status="404"} 1.0' in seen
+        assert 'valle_requests_total{route="none",status="404"} 1.0' in seen
+        assert "valle_requests_running 1.0" in seen  # this one
+        [model] = (await http.get("/v1/models")).json()["data"]
+        assert model["id"] == "valle" and model["object"] == "model"
+
 
 @pytest.mark.anyio
 async def test_a_stream_that_fails_does_not_end_as_if_it_were_whole(
@@ -110,10 +134,10 @@ async def test_a_stream_that_fails_does_not_end_as_if_it_were_whole(
         yield b"half"
         raise RuntimeError("the second sentence failed")
 
-    async def speak(request: SpeechRequest, args: AppArgs) -> Response:
+    async def speak(speaker: Speaker, request: SpeechRequest) -> Response:
         return StreamingResponse(half())
 
-    monkeypatch.setattr(api, "speak", speak)
+    monkeypatch.setattr(Speaker, "speak", speak)
     body = b'{"input": "One. Two."}'
     sent: list[Message] = []
     given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]

@@ -1,0 +1,65 @@
+"""Recordings to prompts: bytes of a sound file to codes, under limits, each encoded once."""
+
+import base64
+import binascii
+import hashlib
+
+from cachetools import TTLCache
+from ray import serve
+from starlette.concurrency import run_in_threadpool
+
+from valle.model.codec import Codes
+from valle.model.tokens import FRAME_RATE, HOP, SAMPLE_RATE
+from valle.model.valle import Synthesis
+from valle.platform import audio
+from valle.serve.calls import result
+from valle.serve.schema import ApiError, SpeechRequest
+from valle.serve.voices import LONGEST, VoiceError, VoiceStore
+
+PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
+SHORTEST = 1.0
+"""Seconds of a recording that a voice can be told from."""
+KEPT, KEPT_SECONDS = 256, 600
+"""Prompts in memory, and how long: a deleted voice is not remembered for ever."""
+
+
+class Prompts:
+    """Codes of the recordings that requests name or bring."""
+
+    def __init__(self, store: VoiceStore) -> None:
+        self._store = store
+        self._kept: TTLCache[bytes, Codes] = TTLCache(KEPT, KEPT_SECONDS)
+
+    async def of(self, request: SpeechRequest) -> Codes:
+        """`[8, P]` of the recording's first seconds. Raises ApiError for what is no voice."""
+        data, param = await run_in_threadpool(self._recording, request)
+        name = hashlib.sha256(data).digest()  # by content: a voice that was replaced is another
+        if name not in self._kept:
+            wave = await run_in_threadpool(_decoded, data, param)
+            codec = serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
+            self._kept[name] = await result(codec.encode.remote(wave[: PROMPT_FRAMES * HOP]))
+        return self._kept[name]
+
+    def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:
+        """A sound file, and the field that it is from."""
+        if request.ref_audio is not None:
+            try:
+                return base64.b64decode(request.ref_audio, validate=True), "ref_audio"
+            except binascii.Error as error:
+                raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
+        if not request.voice:
+            raise ApiError(400, "give a voice, or a recording as ref_audio", "voice")
+        try:
+            return self._store.read(request.voice), "voice"
+        except VoiceError as error:
+            raise ApiError(404, str(error), "voice", error.code) from error
+
+
+def _decoded(data: bytes, param: str) -> audio.Wave:
+    try:
+        wave = audio.read(data, max_seconds=LONGEST)
+        if len(wave) < SHORTEST * SAMPLE_RATE:
+            raise audio.AudioError(f"{len(wave) / SAMPLE_RATE:.2f} s, at least {SHORTEST:g} s")
+    except audio.AudioError as error:
+        raise ApiError(400, f"{param}: {error}", param) from error
+    return wave

@@ -1,0 +1,105 @@
+"""One sentence through AR, NAR and codec: whole, or in chunks as the AR model goes on.
+
+Whole is what `model.valle.Voice.speak` does. In chunks, the NAR model fills in what the AR model
+has said so far, and all but the last `LOOK_AHEAD` frames of it are spoken: the NAR model was
+trained to see both sides of a frame, so those last ones wait until more is known. Frames that were
+spoken are filled in again with the next chunk (their codes are what the new ones follow) but not
+spoken again.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import numpy as np
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from valle.model.codec import Codes
+from valle.model.codec_stream import FIRST, DecoderState
+from valle.model.sampling import Sampling
+from valle.model.tokens import FRAME_RATE
+from valle.model.valle import Synthesis
+from valle.platform import audio
+from valle.serve.calls import result, results
+from valle.serve.request import Request
+from valle.serve.schema import ApiError, SpeechRequest
+
+FIRST_CHUNK = 15
+"""Frames (0.2 s) of the first chunk; each further one is `GROWTH` times as long, since there is
+more and more sound that still plays meanwhile."""
+GROWTH = 1.6
+LONGEST_CHUNK = 2 * FRAME_RATE
+LOOK_AHEAD = 12
+"""Frames that the NAR model sees beyond those that are spoken."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a sentence, said."""
+
+    wave: audio.Wave
+    frames: int
+    hit_limit: bool = False
+    """The sentence ended here because of its length limit."""
+    ends: bool = True
+    """This is the sentence's last piece."""
+
+
+def deployments() -> tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]:
+    """AR, NAR and codec of the application that this runs in."""
+    app = serve.get_replica_context().app_name
+    ar, nar, codec = (serve.get_deployment_handle(name, app) for name in ("AR", "NAR", "Codec"))
+    return ar, nar, codec
+
+
+def ask(
+    ids: list[int], prompt: Codes, request: SpeechRequest, max_frames: int, seed: int
+) -> Request:
+    """What the AR engine is asked for a sentence."""
+    sampling = Sampling(
+        temperature=request.temperature, top_p=request.top_p,
+        repetition_threshold=Synthesis().ar.repetition_threshold,
+    )  # fmt: skip
+    return Request(
+        id=uuid.uuid4().hex, phonemes=ids, prompt=prompt, sampling=sampling,
+        max_frames=max_frames, seed=seed,
+    )  # fmt: skip
+
+
+async def say_whole(asked: Request) -> Piece:
+    """The sentence, when all of it is made. Raises ApiError where the model says nothing."""
+    ar, nar, codec = deployments()
+    first, hit_limit = await result(ar.generate.remote(asked))
+    if not len(first):
+        raise _silent()
+    codes = await result(nar.generate.remote(asked.phonemes, asked.prompt, first))
+    return Piece(await result(codec.decode.remote(codes)), len(first), hit_limit)
+
+
+async def say_in_chunks(asked: Request) -> AsyncGenerator[Piece]:
+    """The sentence while it is being made. Raises ApiError where the model says nothing."""
+    ar, nar, codec = deployments()
+    first = np.zeros(0, np.int16)
+    said = 0
+    state: DecoderState | None = None
+    chunks = results(ar.options(stream=True).stream.remote(asked, FIRST_CHUNK + LOOK_AHEAD))
+    async with aclosing(chunks):
+        async for new, ended, hit_limit in chunks:
+            first = np.concatenate([first, new])
+            if not len(first):
+                raise _silent()
+            ready = len(first) if ended else len(first) - LOOK_AHEAD
+            codes = await result(nar.generate.remote(asked.phonemes, asked.prompt, first))
+            chunk = codes[:, said:ready]
+            if ended and state is None and ready < FIRST:  # too short for a stream
+                wave = await result(codec.decode.remote(chunk))
+            else:
+                wave, state = await result(codec.decode_next.remote(chunk, state))
+            yield Piece(wave, ready - said, hit_limit, ended)
+            said = ready
+
+
+def _silent() -> ApiError:
+    return ApiError(500, "the model stopped at once; try another seed", code="empty_speech")
