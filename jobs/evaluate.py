@@ -17,6 +17,7 @@ from valle.jobs import report, scores
 from valle.jobs.evaluation import EvaluationItem, check_unseen, item_seed, load_items
 from valle.jobs.judges import likeness, quality, recogniser
 from valle.jobs.judges.likeness import Embedding
+from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.codec import Codes, Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, fill_in, text_ids
@@ -26,9 +27,11 @@ from valle.platform.progress import progress
 from valle.platform.speech import SpeechFraction
 
 SYSTEMS = ("recording", "codec", "nar", "cross", "continuation")
+CHUNKED = "chunked"
 """recording: the reference as it is. codec: through the codec and back. nar: NAR on the true first
 codebook. cross: the model, prompted with another recording of the voice. continuation: the model
-goes on from the reference's first seconds. All but `cross` need a reference."""
+goes on from the reference's first seconds. All but `cross` need a reference. On demand only,
+chunked: as `cross`, filled in chunk by chunk as the endpoint does that speaks before it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,8 @@ class EvaluateRecipe:
     """An earlier `report.json` to compare with."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.systems) - set(SYSTEMS)):
-            raise ValueError(f"systems: {unknown[0]!r} is none of {SYSTEMS}")
+        if unknown := sorted(set(self.systems) - {*SYSTEMS, CHUNKED}):
+            raise ValueError(f"systems: {unknown[0]!r} is none of {(*SYSTEMS, CHUNKED)}")
 
 
 class Judge:
@@ -104,7 +107,7 @@ class Judge:
         wanted = self._encoder.embed(prompt)
         records = []
         for system in self._chosen.systems:
-            if truth is None and system != "cross":
+            if truth is None and system not in ("cross", CHUNKED):
                 continue
             started = time.perf_counter()
             spoken = self._speak(system, item, prompt, truth)
@@ -123,6 +126,8 @@ class Judge:
         )  # fmt: skip
         if system == "cross":
             return self._voice.speak(item.text, prompt, how)
+        if system == CHUNKED:
+            return self._in_chunks(item, prompt, how)
         assert truth is not None, "judge() skips rows that need a reference"
         codes = self._voice.codec.encode([truth])[0]
         if system == "recording":
@@ -141,6 +146,24 @@ class Judge:
         heard = self._voice.encode_prompt(prompt, how)
         filled = fill_in(self._voice.nar, ids, heard, codes[0], how)
         return Spoken(self._voice.codec.decode([filled])[0], filled, hit_limit=False)
+
+    def _in_chunks(self, item: EvaluationItem, prompt: Wave, how: Synthesis) -> Spoken:
+        """`cross` with the NAR model's codes as they are when each chunk is due."""
+        whole = self._voice.speak(item.text, prompt, how)
+        if not whole.codes.size:
+            return whole
+        ids = text_ids(item.text, how.language)
+        heard = self._voice.encode_prompt(prompt, how)
+        codes = fill_in_chunks(
+            self._voice.nar,
+            ids,
+            heard,
+            whole.codes[0],
+            how,
+            Chunking(),
+            self._voice.ar.config.group,
+        )
+        return replace(whole, wave=self._voice.codec.decode([codes])[0], codes=codes)
 
     def _record(
         self,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application
 
+from valle.model.chunks import Chunking
 from valle.model.codec import Codes
 from valle.model.codec_stream import DecoderState, decode_next
 from valle.model.sampling import Sampling
@@ -30,7 +31,6 @@ from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
-from valle.serve.stream import GROWTH, LONGEST_CHUNK
 from valle.serve.worker import EngineWorker
 
 Chunk = tuple[NDArray[np.int16], bool, bool]
@@ -54,17 +54,18 @@ class ARDeployment:
         runner = Runner(ar, slots=args.slots, positions=positions)
         self._worker = EngineWorker(Engine(runner, Scheduler(args.slots)))
 
-    async def stream(self, request: Request, first_frames: int) -> AsyncGenerator[Chunk]:
-        """The first codebook as it comes, in chunks that begin with `first_frames` and grow."""
+    async def stream(self, request: Request, chunking: Chunking) -> AsyncGenerator[Chunk]:
+        """The first codebook as it comes, in chunks."""
         codes: list[int] = []
-        size = first_frames
+        sizes = chunking.sizes()
+        size = next(sizes)
         async for event in self._worker.stream(request):
             codes += event.codes
             if event.finish is not None:
                 yield np.array(codes, np.int16), True, event.finish is Finish.LENGTH
             elif len(codes) >= size:
                 yield np.array(codes, np.int16), False, False
-                codes, size = [], min(int(size * GROWTH), LONGEST_CHUNK)
+                codes, size = [], next(sizes)
 
     async def generate(self, request: Request) -> tuple[NDArray[np.int16], bool]:
         """First codebook `[T]`, and whether the length limit ended it."""

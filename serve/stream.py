@@ -1,10 +1,6 @@
 """One sentence through AR, NAR and codec: whole, or in chunks as the AR model goes on.
 
-Whole is what `model.valle.Voice.speak` does. In chunks, the NAR model fills in what the AR model
-has said so far, and all but the last `LOOK_AHEAD` frames of it are spoken: the NAR model was
-trained to see both sides of a frame, so those last ones wait until more is known. Frames that were
-spoken are filled in again with the next chunk (their codes are what the new ones follow) but not
-spoken again.
+Whole is what `model.valle.Voice.speak` says, in chunks what `model.chunks` describes.
 """
 
 import uuid
@@ -16,23 +12,17 @@ import numpy as np
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from valle.model.chunks import Chunking
 from valle.model.codec import Codes
 from valle.model.codec_stream import FIRST, DecoderState
 from valle.model.sampling import Sampling
-from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
 from valle.platform import audio
 from valle.serve.calls import result, results
 from valle.serve.request import Request
 from valle.serve.schema import ApiError, SpeechRequest
 
-FIRST_CHUNK = 15
-"""Frames (0.2 s) of the first chunk; each further one is `GROWTH` times as long, since there is
-more and more sound that still plays meanwhile."""
-GROWTH = 1.6
-LONGEST_CHUNK = 2 * FRAME_RATE
-LOOK_AHEAD = 12
-"""Frames that the NAR model sees beyond those that are spoken."""
+CHUNKING = Chunking()
 
 
 @dataclass(frozen=True)
@@ -84,13 +74,13 @@ async def say_in_chunks(asked: Request) -> AsyncGenerator[Piece]:
     first = np.zeros(0, np.int16)
     said = 0
     state: DecoderState | None = None
-    chunks = results(ar.options(stream=True).stream.remote(asked, FIRST_CHUNK + LOOK_AHEAD))
+    chunks = results(ar.options(stream=True).stream.remote(asked, CHUNKING))
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
             if not len(first):
                 raise _silent()
-            ready = len(first) if ended else len(first) - LOOK_AHEAD
+            ready = len(first) if ended else len(first) - CHUNKING.look_ahead
             codes = await result(nar.generate.remote(asked.phonemes, asked.prompt, first))
             chunk = codes[:, said:ready]
             if ended and state is None and ready < FIRST:  # too short for a stream

@@ -1,0 +1,67 @@
+"""Speech in chunks: how much of a sentence is filled in and spoken while the rest is not yet said.
+
+The NAR model was trained to see both sides of a frame. So it fills in all that the AR model has
+said so far, and the last `look_ahead` frames of that wait for the next chunk. Frames that were
+spoken are filled in again (their codes are what the new ones follow) but not spoken again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from valle.model.codec import Codes
+from valle.model.nar import NAR
+from valle.model.tokens import FRAME_RATE
+from valle.model.valle import Synthesis, fill_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunking:
+    """Sizes of the chunks."""
+
+    first: int = 15
+    """Frames that are spoken at first, 0.2 s."""
+
+    growth: float = 1.6
+    """Each chunk over the one before it: there is more and more sound that still plays."""
+
+    longest: int = 2 * FRAME_RATE
+    """Frames of a chunk, at most."""
+
+    look_ahead: int = 12
+    """Frames that the NAR model sees beyond those that are spoken."""
+
+    def sizes(self) -> Iterator[int]:
+        """New frames of the first codebook that each chunk waits for."""
+        size = self.first
+        yield min(size, self.longest) + self.look_ahead
+        while True:
+            size = min(int(size * self.growth), self.longest)
+            yield size
+
+
+def fill_in_chunks(
+    nar: NAR,
+    ids: list[int],
+    prompt: Codes,
+    first: NDArray[np.int16],
+    how: Synthesis,
+    chunking: Chunking,
+    group: int,
+) -> Codes:
+    """All codebooks `[8, T]`, each chunk as it is known when it is due.
+
+    `group` is what the AR model says at a time: a chunk ends where a group does.
+    """
+    parts: list[Codes] = []
+    said = heard = 0
+    for size in chunking.sizes():
+        heard = min(heard + -(-size // group) * group, len(first))
+        ready = heard if heard == len(first) else heard - chunking.look_ahead
+        parts.append(fill_in(nar, ids, prompt, first[:heard], how)[:, said:ready])
+        said = ready
+        if said == len(first):
+            break
+    return np.concatenate(parts, axis=1)
