@@ -4,11 +4,13 @@ VALL-E section 4: phonemes of the text, codes of the prompt, AR for the first co
 the other seven, codec decoder. One request at a time, nothing shared between calls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from valle.model import text as phonemes
 from valle.model.ar import AR
@@ -16,6 +18,9 @@ from valle.model.codec import Codec, Codes, Wave
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE, HOP, N_CODEBOOKS
+
+Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
+"""Phoneme ids, prompt `[8, P]` and first codebook `[T]`: what the NAR model goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +119,31 @@ def fill_in(
     nar: NAR, ids: list[int], prompt: Codes, first: NDArray[np.int16], how: Synthesis
 ) -> Codes:
     """All codebooks `[8, T]` of speech whose first codebook is `first` `[T]`."""
-    device = nar.heads.device
+    generator = torch.Generator(nar.heads.device).manual_seed(how.seed)
     codes = nar.generate(
+        *_tensors(nar, (ids, prompt, first)), sampling=how.nar, generator=generator
+    )
+    return codes.to("cpu", torch.int16).numpy()
+
+
+def fill_in_batch(nar: NAR, items: Sequence[Unfilled], how: Synthesis) -> list[Codes]:
+    """`fill_in` of each item, all at the same time."""
+    device = nar.heads.device
+    generators = [torch.Generator(device).manual_seed(how.seed) for _ in items]
+    filled = nar.generate_batch(
+        [_tensors(nar, item) for item in items], sampling=how.nar, generators=generators
+    )
+    return [codes.to("cpu", torch.int16).numpy() for codes in filled]
+
+
+def _tensors(nar: NAR, item: Unfilled) -> tuple[Tensor, Tensor, Tensor]:
+    ids, prompt, first = item
+    device = nar.heads.device
+    return (
         torch.tensor(ids, device=device),
         torch.from_numpy(prompt).long().to(device),
         torch.from_numpy(first).long().to(device),
-        sampling=how.nar, generator=torch.Generator(device).manual_seed(how.seed),
-    )  # fmt: skip
-    return codes.to("cpu", torch.int16).numpy()
+    )
 
 
 def text_ids(text: str, language: str) -> list[int]:

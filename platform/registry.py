@@ -187,6 +187,25 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def pin(source: str, tracking_uri: str | None = None) -> str:
+    """The version that an alias stands for now, as a URI; a path, or a version, is as it is.
+
+    Raises FileNotFoundError when there is no such model.
+    """
+    if not source.startswith("models:/") or "@" not in source:
+        return source
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    tracking.connect(tracking_uri)
+    name, alias = source.removeprefix("models:/").split("@", 1)
+    try:
+        version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
+    except MlflowException as error:
+        raise FileNotFoundError(f"the registry has no {source} ({error.message})") from error
+    return f"models:/{name}/{version}"
+
+
 def resolve(source: str, tracking_uri: str | None = None) -> Path:
     """The local folder of a bundle: a path as it is, `models:/...` through the registry.
 

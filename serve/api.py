@@ -24,6 +24,7 @@ from valle.serve.metrics import Meter, Metrics
 from valle.serve.prompts import Prompts
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
 from valle.serve.speech import Speaker
+from valle.serve.versions import Followed
 from valle.serve.voices import VoiceError, VoiceStore
 
 logger = logging.getLogger("ray.serve")
@@ -61,7 +62,8 @@ def create_api(args: AppArgs) -> FastAPI:
     store = VoiceStore(args.voices)
     started = int(time.time())
     metrics = Metrics()
-    speaker = Speaker(args, Prompts(store), metrics)
+    model = Followed(args.model, args.tracking_uri or "", args.reload_seconds)
+    speaker = Speaker(args, Prompts(store), model, metrics)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
     api.add_middleware(BodyLimit, limit=args.max_body_bytes)
@@ -115,8 +117,8 @@ def create_api(args: AppArgs) -> FastAPI:
     @api.get("/v1/models")
     async def models() -> dict[str, object]:
         """The one model, in the shape of OpenAI's list."""
-        model = {"id": "valle", "object": "model", "created": started, "owned_by": args.model}
-        return {"object": "list", "data": [model]}
+        known = {"id": "valle", "object": "model", "created": started, "owned_by": args.model}
+        return {"object": "list", "data": [known]}
 
     @api.get("/v1/audio/voices")
     async def voices() -> dict[str, list[dict[str, str]]]:

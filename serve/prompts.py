@@ -28,16 +28,22 @@ class Prompts:
 
     def __init__(self, store: VoiceStore) -> None:
         self._store = store
-        self._kept: TTLCache[bytes, Codes] = TTLCache(KEPT, KEPT_SECONDS)
+        self._kept: TTLCache[tuple[str, bytes], Codes] = TTLCache(KEPT, KEPT_SECONDS)
 
-    async def of(self, request: SpeechRequest) -> Codes:
-        """`[8, P]` of the recording's first seconds. Raises ApiError for what is no voice."""
+    async def of(self, request: SpeechRequest, version: str) -> Codes:
+        """`[8, P]` of the recording's first seconds, by that version's codec.
+
+        Raises ApiError for what is no voice.
+        """
         data, param = await run_in_threadpool(self._recording, request)
-        name = hashlib.sha256(data).digest()  # by content: a voice that was replaced is another
+        # by content, since a voice may be replaced, and by version, since its codec may be another
+        name = (version, hashlib.sha256(data).digest())
         if name not in self._kept:
             wave = await run_in_threadpool(_decoded, data, param)
             codec = serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
-            self._kept[name] = await result(codec.encode.remote(wave[: PROMPT_FRAMES * HOP]))
+            self._kept[name] = await result(
+                codec.encode.remote(version, wave[: PROMPT_FRAMES * HOP])
+            )
         return self._kept[name]
 
     def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:

@@ -25,8 +25,18 @@ class AppArgs(BaseModel):
     api_keys: str | None = None
     """File of keys (see `serve/keys.py`); None: everybody may ask."""
 
+    reload_seconds: float = Field(10.0, gt=0)
+    """How often to look whether the registry's alias has moved; then new requests get that
+    version, and those that run are finished by the old one."""
+
     max_replicas: int = Field(4, ge=1)
     """Upper bound of each deployment's autoscaling."""
+
+    upscale_delay_s: float = Field(5.0, ge=0)
+    """How long more replicas must have been wanted before they are started."""
+
+    downscale_delay_s: float = Field(120.0, ge=0)
+    """How long fewer must have been wanted before some are stopped."""
 
     sentence_seconds: float = Field(20.0, gt=0, le=60)
     """Length limit of one sentence's speech."""

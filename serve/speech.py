@@ -28,6 +28,7 @@ from valle.serve.metrics import Metrics
 from valle.serve.prompts import Prompts
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest
 from valle.serve.stream import Piece, ask, say_in_chunks, say_whole
+from valle.serve.versions import Followed
 
 logger = logging.getLogger("ray.serve")
 
@@ -71,17 +72,19 @@ class Speech:
 class Speaker:
     """Answers speech requests."""
 
-    def __init__(self, args: AppArgs, prompts: Prompts, metrics: Metrics) -> None:
-        self._args, self._prompts, self._metrics = args, prompts, metrics
+    def __init__(self, args: AppArgs, prompts: Prompts, model: Followed, metrics: Metrics) -> None:
+        self._args, self._prompts, self._model, self._metrics = args, prompts, model, metrics
 
     async def speak(self, request: SpeechRequest) -> Response:
         """The answer. What is wrong with the request, or its first sentence, is an ApiError."""
         speech = Speech(len(request.input), time.perf_counter())
         sentences = await run_in_threadpool(_sentences, request, self._args)
-        prompt = await self._prompts.of(request)
-        pieces = self._counted(ahead(self._say(sentences, prompt, request), AHEAD), speech)
+        version = await self._model.version()
+        prompt = await self._prompts.of(request, version)
+        said = self._say(version, sentences, prompt, request)
+        pieces = self._counted(ahead(said, AHEAD), speech)
         first = await anext(pieces)
-        headers = {"X-Seed": str(request.seed)}
+        headers = {"X-Seed": str(request.seed), "X-Model": version}
         if request.stream_format == "sse":
             events = _events(first, pieces, request, sum(map(len, sentences)))
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -95,7 +98,7 @@ class Speaker:
         return Response(data, media_type=media_type, headers=headers)
 
     async def _say(
-        self, sentences: list[list[int]], prompt: Codes, request: SpeechRequest
+        self, version: str, sentences: list[list[int]], prompt: Codes, request: SpeechRequest
     ) -> AsyncGenerator[Piece]:
         """The pieces of all sentences, up to the length limit."""
         asked_for = request.max_seconds or self._args.max_seconds
@@ -106,11 +109,11 @@ class Speaker:
             seed = (request.seed + number) % 2**63
             asked = ask(ids, prompt, request, max(1, min(left, longest)), seed)
             if not (request.chunked if request.chunked is not None else self._args.chunked):
-                piece = await say_whole(asked)
+                piece = await say_whole(version, asked)
                 left -= piece.frames
                 yield replace(piece, hit_limit=piece.hit_limit or left < 1)
             else:
-                async with aclosing(say_in_chunks(asked)) as chunks:
+                async with aclosing(say_in_chunks(version, asked)) as chunks:
                     async for piece in chunks:
                         left -= piece.frames
                         yield piece

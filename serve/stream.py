@@ -58,35 +58,35 @@ def ask(
     )  # fmt: skip
 
 
-async def say_whole(asked: Request) -> Piece:
+async def say_whole(version: str, asked: Request) -> Piece:
     """The sentence, when all of it is made. Raises ApiError where the model says nothing."""
     ar, nar, codec = deployments()
-    first, hit_limit = await result(ar.generate.remote(asked))
+    first, hit_limit = await result(ar.generate.remote(version, asked))
     if not len(first):
         raise _silent()
-    codes = await result(nar.generate.remote(asked.phonemes, asked.prompt, first))
-    return Piece(await result(codec.decode.remote(codes)), len(first), hit_limit)
+    codes = await result(nar.generate.remote(version, asked.phonemes, asked.prompt, first))
+    return Piece(await result(codec.decode.remote(version, codes)), len(first), hit_limit)
 
 
-async def say_in_chunks(asked: Request) -> AsyncGenerator[Piece]:
+async def say_in_chunks(version: str, asked: Request) -> AsyncGenerator[Piece]:
     """The sentence while it is being made. Raises ApiError where the model says nothing."""
     ar, nar, codec = deployments()
     first = np.zeros(0, np.int16)
     said = 0
     state: DecoderState | None = None
-    chunks = results(ar.options(stream=True).stream.remote(asked, CHUNKING))
+    chunks = results(ar.options(stream=True).stream.remote(version, asked, CHUNKING))
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
             if not len(first):
                 raise _silent()
             ready = len(first) if ended else len(first) - CHUNKING.look_ahead
-            codes = await result(nar.generate.remote(asked.phonemes, asked.prompt, first))
+            codes = await result(nar.generate.remote(version, asked.phonemes, asked.prompt, first))
             chunk = codes[:, said:ready]
             if ended and state is None and ready < FIRST:  # too short for a stream
-                wave = await result(codec.decode.remote(chunk))
+                wave = await result(codec.decode.remote(version, chunk))
             else:
-                wave, state = await result(codec.decode_next.remote(chunk, state))
+                wave, state = await result(codec.decode_next.remote(version, chunk, state))
             yield Piece(wave, ready - said, hit_limit, ended)
             said = ready
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from valle.serve.engine import Engine
@@ -37,7 +37,7 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def stream(self, request: Request) -> AsyncGenerator[Event]:
         """Events of one request as they come. Leaving early, or being cancelled, frees its slot.
 
         Raises ValueError for a request that can never run, EngineError when the engine is dead.
@@ -61,6 +61,11 @@ class EngineWorker:
             self._answers.pop(request.id, None)
             if not finished:
                 self._mailbox.put(request.id)
+
+    @property
+    def streams(self) -> int:
+        """Streams that wait or are spoken."""
+        return len(self._answers)
 
     def check(self) -> None:
         """Raises EngineError when the thread no longer works."""

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import TINY, tiny_ar, tiny_nar
 
+from valle.jobs.publish import PublishRecipe
 from valle.model import codec as codecs
 from valle.model.codec import Codec, CodecConfig
-from valle.platform import dataset
+from valle.model.tokens import EOS
+from valle.platform import audio, checkpoint, dataset, storage
 from valle.platform.dataset import Statistics
 
 TINY_CODEC = CodecConfig(name="tiny", n_filters=2, dimension=8, lstm=0, n_codebooks=8)
@@ -73,3 +76,21 @@ def write_dataset(uri: str, codec: Codec, count: int = 60, per_shard: int = 25) 
         shards.append(dataset.write_shard(uri, f"part{start:04d}", table))
     dataset.write_manifest(uri, codec.identity, shards, statistics)
     return rows
+
+
+@pytest.fixture
+def published(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> PublishRecipe:
+    """A recipe over untrained checkpoints that speak noise for at most a second."""
+    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
+        if kind == "ar":
+            model.head.bias.data[EOS] = 4.2  # stops after some fifteen frames
+        about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
+        for step in (5, 20):
+            folder = home / f"runs/test-{kind}/step_{step:08d}"
+            checkpoint.save(folder, model.state_dict(), about)
+    noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
+    storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
+    return PublishRecipe(
+        ar="runs/test-ar", nar="runs/test-nar", codec=str(tiny_codec_folder),
+        sample_prompt="voices/ann.wav", sample_seconds=1.0,
+    )  # fmt: skip

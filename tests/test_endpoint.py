@@ -1,0 +1,275 @@
+"""The endpoint on a cluster, with untrained models: every path through real Serve."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+from models import TINY, tiny_ar, tiny_nar
+
+from valle.jobs.publish import PublishRecipe, publish
+from valle.model.chunks import fill_in_chunks
+from valle.model.tokens import EOS
+from valle.model.valle import Synthesis, Voice, text_ids
+from valle.platform import audio, checkpoint, registry
+from valle.serve.audio import encode
+from valle.serve.speech import PAUSE
+from valle.serve.stream import CHUNKING
+
+
+@pytest.fixture
+def endpoint(
+    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    from ray import serve
+
+    from valle.serve.app import build_app
+    from valle.serve.schema import AppArgs
+
+    publish(published)
+    port = clusters.free_port()
+    with clusters.embedded():
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        args = AppArgs(
+            voices="voices",
+            max_replicas=1,
+            sentence_seconds=1.0,
+            max_body_bytes=1_000_000,
+            reload_seconds=0.5,
+        )
+        serve.run(build_app(args), name="valle")
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+
+
+def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+    """Two sentences through OpenAI's client: what comes in pieces is what each says alone."""
+    text = "Hello there. Good bye."
+    parts = []
+    for number, sentence in enumerate(("Hello there.", "Good bye.")):
+        how = replace(Synthesis(), seed=7 + number, max_seconds=1.0)
+        parts.append(voice.speak(sentence, prompt, how).wave)
+    expected = np.concatenate([parts[0], PAUSE, parts[1]])
+    expected = np.clip(expected * 32767, -32767, 32767).round().astype(int)
+
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", timeout=60) as client:
+        speech = client.audio.speech
+        asked = {"model": "valle", "voice": "ann", "input": text, "extra_body": {"seed": 7}}
+        with speech.with_streaming_response.create(response_format="pcm", **asked) as answer:
+            data = b"".join(answer.iter_bytes())
+        heard = np.frombuffer(data, "<i2").astype(int)
+        assert len(heard) == len(expected) and np.abs(heard - expected).max() <= 1
+
+        with speech.with_streaming_response.create(
+            response_format="pcm", stream_format="sse", **asked
+        ) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        *deltas, done = events
+        assert {event["type"] for event in deltas} == {"speech.audio.delta"} and len(deltas) >= 2
+        assert b"".join(base64.b64decode(event["audio"]) for event in deltas) == data
+        usage = done["usage"]
+        with speech.with_streaming_response.create(
+            response_format="pcm", **{**asked, "extra_body": {"seed": 7, "max_seconds": 0.1}}
+        ) as answer:
+            short = b"".join(answer.iter_bytes())
+        assert len(short) == 2 * 320 * 7  # so many frames fit, and no second sentence
+        assert done["type"] == "speech.audio.done"
+        assert usage["output_tokens"] * 320 == len(parts[0]) + len(parts[1])
+        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+        wav = speech.create(response_format="wav", **asked).read()
+        wave, _ = soundfile.read(io.BytesIO(wav), dtype="int16")
+        assert (wave == heard).all()
+        with pytest.raises(openai.NotFoundError, match="no voice 'bob'"):
+            speech.create(model="valle", voice="bob", input=text)
+
+
+def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+    """A sentence in chunks: the NAR model's codes so far, each frame's when it was ready, decoded
+    as one."""
+    text = "A sentence that is said before it is done, which takes a while."
+    codes = voice.encode_prompt(prompt, Synthesis())
+    ids = text_ids(text, "en-us")
+    for seed in range(50):  # the model stops by chance: take one that goes on for three chunks
+        how = replace(Synthesis(), seed=seed, max_seconds=1.0)
+        whole = voice.speak_codes(ids, codes, how).codes
+        if whole.shape[1] > 55:
+            break
+    body = {"input": text, "voice": "ann", "seed": seed, "response_format": "pcm", "chunked": True}
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
+        assert answer.status_code == 200 and "x-hit-limit" not in answer.headers
+        data = b"".join(answer.iter_bytes())
+    heard = np.frombuffer(data, "<i2").astype(int)
+    assert len(heard) == whole.shape[1] * 320 > 55 * 320
+
+    filled = fill_in_chunks(voice.nar, ids, codes, whole[0], how, CHUNKING, voice.ar.config.group)
+    wave = voice.codec.decode([filled])[0]
+    expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
+    assert np.abs(heard - expected).max() <= 2
+
+
+@pytest.mark.ray
+def test_endpoint(endpoint: str, home: Path) -> None:
+    recording = (home / "voices/ann.wav").read_bytes()
+    with httpx.Client(base_url=endpoint, timeout=60) as client:
+
+        def speech(**body: object) -> httpx.Response:
+            return client.post("/v1/audio/speech", json={"response_format": "wav", **body})
+
+        good = speech(input="hello there", voice="ann", seed=7)
+        assert good.status_code == 200, good.text
+        assert good.headers["content-type"] == "audio/wav"
+
+        # through four deployments = the reference path, sample for sample
+        voice: Voice = registry.load_voice(registry.resolve(registry.CHAMPION))
+        how = replace(Synthesis(), seed=7, max_seconds=1.0)
+        prompt = audio.read(recording, max_seconds=30)
+        expected = voice.speak_codes(
+            text_ids("hello there", "en-us"), voice.encode_prompt(prompt, how), how
+        )
+        heard, _ = soundfile.read(io.BytesIO(good.content), dtype="int16")
+        reference, _ = soundfile.read(io.BytesIO(encode(expected.wave, "wav")), dtype="int16")
+        # a replica has one torch thread, this process more: sums differ in their last bit
+        assert np.abs(heard.astype(int) - reference).max() <= 1 and heard.std() > 10
+        assert good.headers["x-hit-limit"] == str(expected.hit_limit).lower()
+
+        assert speech(input="hello there", voice="ann", seed=8).content != good.content
+        usual = client.post("/v1/audio/speech", json={"input": "hello there", "voice": "ann"})
+        assert usual.headers["content-type"] == "audio/mpeg"  # as OpenAI's answers
+        assert soundfile.info(io.BytesIO(usual.content)).format == "MP3"
+        faster = speech(input="hello there", voice="ann", seed=7, speed=2.0)
+        ratio = soundfile.info(io.BytesIO(faster.content)).frames / len(heard)
+        assert ratio == pytest.approx(0.5, abs=0.1)
+        inline = base64.b64encode(recording).decode()
+        assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
+        assert client.get("/v1/audio/voices").json() == {"voices": [{"id": "ann", "name": "ann"}]}
+        assert client.get("/health/live").json() == {"status": "ok"}
+        assert client.get("/health/ready").json() == {"status": "ready", "waiting_for": []}
+
+        check_streams(endpoint, voice, prompt)
+        check_chunks(endpoint, voice, prompt)
+
+        refused = {
+            (400, "input"): {"input": "", "voice": "ann"},
+            (400, "voice"): {"input": "hello"},
+            (400, "volume"): {"input": "hello", "voice": "ann", "volume": 3},
+            (400, "response_format"): {"input": "x", "voice": "ann", "response_format": "midi"},
+            (400, "speed"): {"input": "x", "voice": "ann", "speed": 5},
+            (400, "ref_audio"): {"input": "hello", "ref_audio": "bm90IGF1ZGlv"},
+            (400, "language"): {"input": "One. Two.", "voice": "ann", "language": "xx"},
+            (400, "max_seconds"): {"input": "hello", "voice": "ann", "max_seconds": 0},
+            (404, "voice"): {"input": "hello", "voice": "bob"},
+        }
+        for (status, param), body in refused.items():
+            answer = speech(**body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+        assert speech(input="...", voice="ann").json()["error"]["message"].startswith("text:")
+        outside = speech(input="hello", voice="../voices/ann")
+        assert outside.status_code == 400
+        snippet = base64.b64encode(audio.wav_bytes(np.full(9, 0.1, np.float32))).decode()
+        assert "0.00 s, at least 1 s" in speech(input="hello", ref_audio=snippet).text
+        large = client.post("/v1/audio/speech", content=b"x" * 2_000_000)
+        assert large.status_code == 413
+        assert large.json()["error"]["code"] == "request_too_large"
+        endless = client.post("/v1/audio/speech", content=iter([b"{}"]))
+        assert endless.status_code == 411
+        assert client.post("/v1/audio/speech", content=b"{").status_code == 400
+
+
+@pytest.mark.ray
+def test_the_champion_changes_while_people_ask(
+    endpoint: str, published: PublishRecipe, home: Path
+) -> None:
+    """No request fails, and each answer is one version's, whole."""
+    prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
+
+    def expected(version: str) -> np.ndarray:
+        voice = registry.load_voice(registry.resolve(version))
+        how = replace(Synthesis(), seed=1, max_seconds=1.0)
+        wave, _ = soundfile.read(
+            io.BytesIO(encode(voice.speak("hello there", prompt, how).wave, "wav")), dtype="int16"
+        )
+        return wave.astype(int)
+
+    ask = {"input": "hello there", "voice": "ann", "seed": 1, "response_format": "wav"}
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+
+    def go_on() -> None:
+        with httpx.Client(base_url=endpoint, timeout=60) as client:
+            while not stop.is_set():
+                answers.append(client.post("/v1/audio/speech", json=ask))
+
+    with ThreadPoolExecutor(4) as clients:
+        running = [clients.submit(go_on) for _ in range(4)]
+        try:
+            clusters.wait_for(lambda: len(answers) > 4, 60, "answers of version 1")
+            codec = registry.load_voice(registry.resolve(registry.CHAMPION)).codec.identity
+            for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
+                if kind == "ar":
+                    model.head.bias.data[EOS] = 4.2
+                about = checkpoint.describe(kind, TINY, codec, "test", {})
+                folder = home / f"runs/test-{kind}/step_{30:08d}"
+                checkpoint.save(folder, model.state_dict(), about)
+            assert publish(published) == 2
+            clusters.wait_for(
+                lambda: answers[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
+            )
+        finally:
+            stop.set()
+        for one in running:
+            one.result()
+
+    assert {answer.status_code for answer in answers} == {200}
+    seen = {version: expected(version) for version in ("models:/valle/1", "models:/valle/2")}
+    assert {answer.headers["x-model"] for answer in answers} == set(seen)
+    for answer in answers:
+        heard, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
+        reference = seen[answer.headers["x-model"]]
+        assert len(heard) == len(reference) and np.abs(heard - reference).max() <= 1
+
+
+@pytest.mark.ray
+def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) -> None:
+    """`serve run valle.serve.app:build_app`, as the README says it, on a cluster of its own."""
+    publish(published)
+    port = clusters.free_port()
+    with clusters.embedded():
+        import ray
+
+        config = home / "serve.yaml"
+        config.write_text(
+            f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
+            "applications:\n"
+            "- name: valle\n"
+            "  import_path: valle.serve.app:build_app\n"
+            f"  args: {{voices: {home}/voices, max_replicas: 1, sentence_seconds: 1.0}}\n"
+        )
+        serve = Path(sys.executable).parent / "serve"
+        address = ray.get_runtime_context().gcs_address
+        command = [str(serve), "run", f"--address={address}", str(config)]
+        root = Path(__file__).resolve().parent.parent
+        process = subprocess.Popen(command, cwd=root, start_new_session=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 120, "the endpoint")
+            body = {"input": "hello", "voice": "ann"}
+            assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
