@@ -5,11 +5,13 @@ Requests are bounded and validated before anything is decoded; every error has O
 
 import logging
 import time
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.exceptions import BackPressureError
@@ -26,6 +28,8 @@ from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, er
 from valle.serve.speech import Speaker
 from valle.serve.versions import Followed
 from valle.serve.voices import VoiceError, VoiceStore
+
+UI = Path(__file__).resolve().parent / "ui"
 
 logger = logging.getLogger("ray.serve")
 
@@ -161,6 +165,13 @@ def create_api(args: AppArgs) -> FastAPI:
         """Speaks `input` in the voice of a recording; answers with a sound file."""
         return await speaker.speak(request)
 
+    @api.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """The page; it needs nothing from elsewhere, and may load nothing from there."""
+        policy = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'"
+        return FileResponse(UI / "index.html", headers={"Content-Security-Policy": policy})
+
+    api.mount("/ui", StaticFiles(directory=UI))
     return api
 
 

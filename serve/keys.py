@@ -8,6 +8,7 @@ it gives nobody a key. Limits are counted by each ingress replica. Without a fil
 
 import argparse
 import hashlib
+import re
 import secrets
 import time
 from collections import Counter
@@ -23,8 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from valle.platform import storage
 from valle.serve.schema import ErrorDetail, error_response
 
-OPEN = ("/health/live", "/health/ready")
-"""Paths that need no key."""
+OPEN = re.compile(r"/|/health/(live|ready)|/ui/[a-z]+\.(css|js|svg)")
+"""Paths that need no key: probes and the page, which asks its user for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Guard:
         """Counts a request as running until its last byte is sent, or its client has gone."""
         # whatever is not known to be open is closed; under a route prefix the path still holds it
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or path in OPEN:
+        if scope["type"] != "http" or OPEN.fullmatch(path):
             await self._app(scope, receive, send)
             return
         key = self._key(Headers(scope=scope).get("authorization", ""))

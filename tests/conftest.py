@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import clusters
 import numpy as np
 import pytest
 import torch
 from models import TINY, tiny_ar, tiny_nar
 
-from valle.jobs.publish import PublishRecipe
+from valle.jobs.publish import PublishRecipe, publish
 from valle.model import codec as codecs
 from valle.model.codec import Codec, CodecConfig
 from valle.model.tokens import EOS
@@ -94,3 +95,30 @@ def published(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Publish
         ar="runs/test-ar", nar="runs/test-nar", codec=str(tiny_codec_folder),
         sample_prompt="voices/ann.wav", sample_seconds=1.0,
     )  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(
+    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    from ray import serve
+
+    from valle.serve.app import build_app
+    from valle.serve.schema import AppArgs
+
+    publish(published)
+    port = clusters.free_port()
+    with clusters.embedded():
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        args = AppArgs(
+            voices="voices",
+            max_replicas=1,
+            sentence_seconds=1.0,
+            max_body_bytes=1_000_000,
+            reload_seconds=0.5,
+        )
+        serve.run(build_app(args), name="valle")
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()

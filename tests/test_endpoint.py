@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,33 +26,6 @@ from valle.platform import audio, checkpoint, registry
 from valle.serve.audio import encode
 from valle.serve.speech import PAUSE
 from valle.serve.stream import CHUNKING
-
-
-@pytest.fixture
-def endpoint(
-    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    from ray import serve
-
-    from valle.serve.app import build_app
-    from valle.serve.schema import AppArgs
-
-    publish(published)
-    port = clusters.free_port()
-    with clusters.embedded():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        args = AppArgs(
-            voices="voices",
-            max_replicas=1,
-            sentence_seconds=1.0,
-            max_body_bytes=1_000_000,
-            reload_seconds=0.5,
-        )
-        serve.run(build_app(args), name="valle")
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
 
 
 def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:

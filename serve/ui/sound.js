@@ -1,0 +1,100 @@
+// Sound in and out: playing what streams in, recording, and wav files.
+
+import { RATE } from "./api.js";
+
+// Plays pieces one after the other, without a gap as long as they come in time.
+export class Player {
+  constructor(onQuiet) {
+    this.onQuiet = onQuiet; // called whenever nothing more is there to play
+    this.context = new AudioContext({ sampleRate: RATE });
+    this.next = 0;
+    this.sources = new Set();
+  }
+
+  add(samples) {
+    const buffer = this.context.createBuffer(1, samples.length, RATE);
+    buffer.copyToChannel(samples, 0);
+    const source = this.context.createBufferSource();
+    source.buffer = buffer;
+    source.connect(this.context.destination);
+    source.onended = () => {
+      this.sources.delete(source);
+      if (!this.sources.size) this.onQuiet();
+    };
+    this.sources.add(source);
+    // a little later than now at first: scheduling itself takes time
+    this.next = Math.max(this.next, this.context.currentTime + 0.03);
+    source.start(this.next);
+    this.next += buffer.duration;
+  }
+
+  close() {
+    for (const source of this.sources) source.stop();
+    if (this.context.state !== "closed") this.context.close();
+  }
+}
+
+export function join(pieces) {
+  const whole = new Float32Array(pieces.reduce((sum, piece) => sum + piece.length, 0));
+  let at = 0;
+  for (const piece of pieces) {
+    whole.set(piece, at);
+    at += piece.length;
+  }
+  return whole;
+}
+
+// 16-bit mono wav.
+export function toWav(samples) {
+  const view = new DataView(new ArrayBuffer(44 + samples.length * 2));
+  const write = (at, text) => [...text].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
+  write(0, "RIFF");
+  view.setUint32(4, 36 + samples.length * 2, true);
+  write(8, "WAVEfmt ");
+  view.setUint32(16, 16, true);
+  view.setUint16(20, 1, true); // PCM
+  view.setUint16(22, 1, true); // mono
+  view.setUint32(24, RATE, true);
+  view.setUint32(28, RATE * 2, true);
+  view.setUint16(32, 2, true);
+  view.setUint16(34, 16, true);
+  write(36, "data");
+  view.setUint32(40, samples.length * 2, true);
+  samples.forEach((s, i) => view.setInt16(44 + i * 2, Math.max(-1, Math.min(1, s)) * 32767, true));
+  return new Blob([view], { type: "audio/wav" });
+}
+
+// Any file this browser can play, as mono samples at 24 kHz.
+export async function decode(file) {
+  const context = new OfflineAudioContext(1, 1, RATE);
+  let sound;
+  try {
+    sound = await context.decodeAudioData(await file.arrayBuffer());
+  } catch {
+    throw new Error("this file is no sound that the browser can read");
+  }
+  const mono = new Float32Array(sound.length);
+  for (let channel = 0; channel < sound.numberOfChannels; channel++) {
+    sound.getChannelData(channel).forEach((s, i) => (mono[i] += s / sound.numberOfChannels));
+  }
+  return mono;
+}
+
+// Records until `stop()` of what it gives is called, which resolves to a file.
+export async function record() {
+  if (!navigator.mediaDevices) throw new Error("recording needs https, or this machine's own address");
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+  const recorder = new MediaRecorder(stream);
+  const parts = [];
+  recorder.ondataavailable = (event) => parts.push(event.data);
+  const ended = new Promise((resolve) => (recorder.onstop = resolve));
+  recorder.start();
+  return {
+    async stop() {
+      recorder.stop();
+      await ended;
+      stream.getTracks().forEach((track) => track.stop());
+      return new Blob(parts, { type: recorder.mimeType });
+    },
+  };
+}

@@ -1,0 +1,94 @@
+"""The page in a real Chromium, against a real endpoint: speak, stop, voices, errors."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import clusters
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from playwright.sync_api import Page, expect, sync_playwright
+
+from valle.jobs.voices import Joe
+from valle.platform.audio import wav_bytes
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)"),
+]
+
+
+@pytest.fixture
+def page(endpoint: str) -> Iterator[Page]:
+    """The page, ready; whatever it says on the console as an error fails the test."""
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page()
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(f"{request.url} failed"))
+        page.goto(endpoint)
+        page.wait_for_selector("body[data-ready]")
+        yield page
+        browser.close()
+        assert [line for line in wrong if "v1/audio/speech" not in line] == []
+
+
+def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path) -> None:
+    expect(page.get_by_label("Voice", exact=True)).to_have_value("ann")
+    page.get_by_label("Text").fill("Hello there. Good bye.")
+    page.get_by_role("button", name="Speak").click()
+    link = page.get_by_role("link", name="Download wav")
+    link.wait_for()
+    with page.expect_download() as loaded:
+        link.click()
+    heard, rate = soundfile.read(loaded.value.path(), dtype="int16")
+    asked = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "wav"}
+    same = httpx.post(f"{endpoint}/v1/audio/speech", json=asked, timeout=60)
+    wave, _ = soundfile.read(io.BytesIO(same.content), dtype="int16")
+    assert rate == 24_000 and np.abs(heard.astype(int) - wave).max() <= 1
+    expect(page.locator("#duration")).to_have_text(f"{len(wave) / 24_000:.2f} s")
+    expect(page.locator("#model")).to_have_text("valle/1")
+    painted = page.evaluate(
+        "() => new Set(document.querySelector('canvas').getContext('2d')"
+        ".getImageData(0, 0, 1200, 320).data).size"
+    )
+    assert painted > 20  # not one colour
+
+    page.get_by_label("Text").fill("And on and on it goes. " * 150)
+    page.get_by_role("button", name="Speak").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.get_by_role("button", name="Speak")).to_be_visible()
+    clusters.wait_for(
+        lambda: "valle_requests_running 1.0" in httpx.get(f"{endpoint}/metrics").text,  # its own
+        20, "the endpoint to notice that nobody listens",
+    )  # fmt: skip
+
+    page.get_by_label("Text").fill("...")
+    page.get_by_role("button", name="Speak").click()
+    expect(page.get_by_role("alert")).to_contain_text("text: nothing to say in it")
+
+    form = page.get_by_role("form", name="Add a voice")
+    noise = np.random.default_rng(0).normal(0, 0.1, 72_000).astype(np.float32)
+    joe = Joe().speak("The early train was late again, so we walked along.", "joe", "en-us")
+    for name, wave in (("noise", noise), ("joe", joe)):
+        (tmp_path / f"{name}.wav").write_bytes(wav_bytes(wave))
+        form.get_by_label("Name").fill(name)
+        form.get_by_label("Recording, 2 to 30").set_input_files(tmp_path / f"{name}.wav")
+        form.get_by_label("Who agreed").fill("The one who speaks")
+        form.get_by_role("button", name="Add voice").click()
+        if name == "noise":
+            expect(page.get_by_role("alert")).to_contain_text("of it is speech")
+    expect(page.get_by_label("Voice", exact=True)).to_have_value("joe")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete voice joe").click()
+    expect(page.get_by_role("button", name="Delete voice joe")).to_have_count(0)
+    voices = httpx.get(f"{endpoint}/v1/audio/voices").json()["voices"]
+    assert [voice["id"] for voice in voices] == ["ann"]
