@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import valle
+from valle.model.batches import by_length
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, HOP, N_CODEBOOKS, SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Codec:
         """
         frames = [-(-len(wave) // HOP) for wave in waves]
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
-        for group in _groups(frames, int(batch_seconds * FRAME_RATE)):
+        for group in by_length(frames, int(batch_seconds * FRAME_RATE)):
             batch = torch.zeros(len(group), 1, _padded(frames, group) * HOP)
             for row, index in enumerate(group):
                 batch[row, 0, : len(waves[index])] = torch.tensor(waves[index])
@@ -159,7 +160,7 @@ class Codec:
             self.check(item, f"codes[{number}]")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
-        for group in _groups(frames, int(batch_seconds * FRAME_RATE)):
+        for group in by_length(frames, int(batch_seconds * FRAME_RATE)):
             n_codebooks = codes[group[0]].shape[0]
             batch = torch.zeros(len(group), n_codebooks, _padded(frames, group)).long()
             for row, index in enumerate(group):
@@ -175,18 +176,6 @@ class Codec:
             raise ValueError(f"{name}: expected [1..8, T], got {codes.shape}")
         if codes.size and not (codes.min() >= 0 and codes.max() < CODEBOOK_SIZE):
             raise ValueError(f"{name}: values must lie in 0 .. {CODEBOOK_SIZE - 1}")
-
-
-def _groups(frames: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices of non-empty items, sorted by length, cut where padded frames exceed `limit`."""
-    group: list[int] = []
-    for index in sorted((i for i, n in enumerate(frames) if n), key=lambda i: frames[i]):
-        if group and frames[index] * (len(group) + 1) > limit:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
 
 
 def _padded(frames: Sequence[int], group: Sequence[int]) -> int:

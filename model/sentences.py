@@ -1,11 +1,19 @@
 """Long text in pieces that the models can say in one breath."""
 
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import sentencex
+from numpy.typing import NDArray
+
+from valle.model.tokens import SAMPLE_RATE
 
 LONGEST = 240
 """Characters of a piece: about 15 s, as long as the utterances models are trained on."""
+
+PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
+"""Between two sentences, beside what the model itself leaves."""
 
 _BREATHS = re.compile(r"(?<=[,;:–—])\s+")
 
@@ -44,3 +52,9 @@ def _words(clause: str, longest: int) -> list[str]:
         else:
             pieces.append(word)
     return pieces
+
+
+def join(waves: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Sentences in turn, with pauses between them."""
+    parts = [part for wave in waves for part in (PAUSE, wave)]
+    return np.concatenate(parts[1:])

@@ -20,7 +20,7 @@ import yaml
 from valle.platform.cluster import CODE_ROOT
 
 RECIPES = CODE_ROOT / "jobs" / "recipes"
-SECTIONS = ("corpus", "prepare", "codec", "train", "evaluate", "publish", "export", "serve")
+SECTIONS = ("corpus", "prepare", "codec", "train", "evaluate", "publish", "export", "synthesize")
 
 Section = TypeVar("Section")
 

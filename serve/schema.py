@@ -5,6 +5,7 @@ from typing import Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from valle.model.chunks import Chunking
 from valle.serve.audio import Format
 
 
@@ -54,6 +55,12 @@ class AppArgs(BaseModel):
     chunked: bool = False
     """Sound before a sentence is done, where a request does not say; see `serve/stream.py`."""
 
+    first_chunk: int = Field(15, ge=8)
+    """Frames of 1/75 s that are spoken first, in chunks."""
+
+    look_ahead: int = Field(12, ge=0)
+    """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
+
     max_phonemes: int = Field(1000, ge=10)
     """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
 
@@ -62,6 +69,10 @@ class AppArgs(BaseModel):
 
     use_gpu: bool = False
     """One GPU per AR and NAR replica (written to the documentation, not run on a GPU yet)."""
+
+    def chunking(self) -> Chunking:
+        """Sizes of chunks."""
+        return Chunking(first=self.first_chunk, look_ahead=self.look_ahead)
 
 
 class SpeechRequest(BaseModel):

@@ -18,9 +18,9 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec import Codes
-from valle.model.sentences import split
+from valle.model.sentences import PAUSE, split
 from valle.model.text import languages
-from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
+from valle.model.tokens import FRAME_RATE
 from valle.model.valle import text_ids
 from valle.serve.audio import MEDIA_TYPES, Encoder, encode
 from valle.serve.calls import ahead
@@ -31,9 +31,6 @@ from valle.serve.stream import Piece, ask, say_in_chunks, say_whole
 from valle.serve.versions import Followed
 
 logger = logging.getLogger("ray.serve")
-
-PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
-"""Between two sentences, beside what the model itself leaves."""
 
 AHEAD = 2
 """Pieces that may wait for whoever reads them."""
@@ -113,7 +110,8 @@ class Speaker:
                 left -= piece.frames
                 yield replace(piece, hit_limit=piece.hit_limit or left < 1)
             else:
-                async with aclosing(say_in_chunks(version, asked)) as chunks:
+                chunks = say_in_chunks(version, asked, self._args.chunking())
+                async with aclosing(chunks):
                     async for piece in chunks:
                         left -= piece.frames
                         yield piece

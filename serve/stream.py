@@ -22,8 +22,6 @@ from valle.serve.calls import result, results
 from valle.serve.request import Request
 from valle.serve.schema import ApiError, SpeechRequest
 
-CHUNKING = Chunking()
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -68,19 +66,19 @@ async def say_whole(version: str, asked: Request) -> Piece:
     return Piece(await result(codec.decode.remote(version, codes)), len(first), hit_limit)
 
 
-async def say_in_chunks(version: str, asked: Request) -> AsyncGenerator[Piece]:
+async def say_in_chunks(version: str, asked: Request, chunking: Chunking) -> AsyncGenerator[Piece]:
     """The sentence while it is being made. Raises ApiError where the model says nothing."""
     ar, nar, codec = deployments()
     first = np.zeros(0, np.int16)
     said = 0
     state: DecoderState | None = None
-    chunks = results(ar.options(stream=True).stream.remote(version, asked, CHUNKING))
+    chunks = results(ar.options(stream=True).stream.remote(version, asked, chunking))
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
             if not len(first):
                 raise _silent()
-            ready = len(first) if ended else len(first) - CHUNKING.look_ahead
+            ready = len(first) if ended else len(first) - chunking.look_ahead
             codes = await result(nar.generate.remote(version, asked.phonemes, asked.prompt, first))
             chunk = codes[:, said:ready]
             if ended and state is None and ready < FIRST:  # too short for a stream

@@ -19,13 +19,12 @@ import soundfile
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.model.chunks import fill_in_chunks
+from valle.model.chunks import Chunking, fill_in_chunks
+from valle.model.sentences import PAUSE
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry
 from valle.serve.audio import encode
-from valle.serve.speech import PAUSE
-from valle.serve.stream import CHUNKING
 
 
 def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
@@ -89,7 +88,7 @@ def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
     heard = np.frombuffer(data, "<i2").astype(int)
     assert len(heard) == whole.shape[1] * 320 > 55 * 320
 
-    filled = fill_in_chunks(voice.nar, ids, codes, whole[0], how, CHUNKING, voice.ar.config.group)
+    filled = fill_in_chunks(voice.nar, ids, codes, whole[0], how, Chunking(), voice.ar.config.group)
     wave = voice.codec.decode([filled])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
     assert np.abs(heard - expected).max() <= 2

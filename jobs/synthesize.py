@@ -1,0 +1,288 @@
+"""Many texts to speech: a manifest in, sound files and a manifest out, on Ray Data.
+
+    python -m valle.jobs.synthesize manifest=lines.jsonl recordings=voices out=spoken
+
+A line (JSONL, or a row of Parquet) has `text` and `prompt` (a recording, relative to `recordings`)
+and, where they differ, `id`, `language`, `seed`. Texts are split into sentences as the endpoint
+does; equal seeds give equal speech. Sound lies under `audio/`, one row a line under `manifest/`.
+A line that cannot be spoken gets a row with its `error`. A second run does what is missing.
+"""
+
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from valle.model.codec import Codes
+from valle.model.sentences import join, split
+from valle.model.tokens import SAMPLE_RATE
+from valle.model.valle import Spoken, Synthesis, text_ids
+from valle.platform import audio, recipe, registry, settings, storage
+from valle.platform.cluster import connect
+from valle.platform.progress import progress
+from valle.serve.audio import Format, encode
+from valle.serve.offline import Offline
+from valle.serve.request import Request
+
+ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeRecipe:
+    """What to say, in whose voices, and where it goes."""
+
+    manifest: str
+    """`.jsonl` or `.parquet` file or URI."""
+
+    recordings: str = "."
+    """Folder or URI that the prompts lie under."""
+
+    out: str
+    """Folder or URI for the speech."""
+
+    model: str = registry.CHAMPION
+    """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
+
+    language: str = "en-us"
+    """espeak voice name, for lines that do not name their own."""
+
+    format: str = "flac"
+    """mp3, opus, aac, flac, wav or pcm."""
+
+    synthesis: Synthesis = field(default_factory=Synthesis)
+    """Sampling and limits; a line's own seed and language go before these."""
+
+    workers: int | None = None
+    """Actors with a model each; default: one per GPU, or per CPU where there is none."""
+
+    slots: int = 16
+    """Sentences that one actor speaks at the same time."""
+
+    max_phonemes: int = 1000
+    """Longer sentences are errors."""
+
+    lines_per_part: int = 64
+    """Lines that are done, and recorded, together."""
+
+    retry: bool = False
+    """Does lines again that ended in an error."""
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            raise ValueError(f"format: {self.format!r} is none of {get_args(Format)}")
+
+
+Line = dict[str, Any]
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()), ("text", pa.string()), ("prompt", pa.string()),
+        ("language", pa.string()), ("seed", pa.int64()), ("audio", pa.string()),
+        ("seconds", pa.float64()), ("hit_limit", pa.bool_()), ("error", pa.string()),
+    ]
+)  # fmt: skip
+
+
+def read_lines(chosen: SynthesizeRecipe) -> list[Line]:
+    """The manifest's lines with all fields. Raises ValueError for a line without a place to put
+    its result: no text or prompt, an unusable or repeated id."""
+    data = storage.read_bytes(chosen.manifest)
+    if chosen.manifest.endswith(".parquet"):
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    else:
+        rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    lines: dict[str, Line] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"manifest: line {number}"
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(field), str) for field in ("text", "prompt")
+        ):
+            raise ValueError(f"{where}: needs text and prompt, both strings")
+        line = {
+            "text": row["text"], "prompt": row["prompt"],
+            "language": row.get("language") or chosen.language,
+            "seed": chosen.synthesis.seed if row.get("seed") is None else int(row["seed"]),
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:20]
+        name = str(row.get("id") or digest)
+        if not ID.fullmatch(name):
+            raise ValueError(f"{where}: id {name!r}: letters, digits, _ . and - only")
+        if name in lines:
+            raise ValueError(f"{where}: id {name!r} is there twice, or the same line is")
+        lines[name] = {"id": name, **line}
+    return list(lines.values())
+
+
+class Speak:
+    """A Ray Data actor: a model that speaks all lines of a part at the same time."""
+
+    def __init__(self, chosen: SynthesizeRecipe, tracking_uri: str, device: str) -> None:
+        import torch
+
+        if device == "cpu":
+            torch.set_num_threads(1)  # one actor per core
+        voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri), device)
+        self._chosen = chosen
+        self._offline = Offline(
+            voice, slots=chosen.slots, max_phonemes=chosen.max_phonemes,
+            max_seconds=chosen.synthesis.max_seconds,
+        )  # fmt: skip
+        self._prompts: dict[str, Codes] = {}
+
+    def __call__(self, part: pa.Table) -> pa.Table:
+        """Writes the speech, then the rows: a part that is recorded is whole."""
+        started = time.perf_counter()
+        lines = part.to_pylist()
+        asked: dict[str, list[Request]] = {}
+        for line in lines:
+            try:
+                asked[line["id"]] = self._requests(line)
+            except (ValueError, OSError) as error:  # AudioError among them
+                line["error"] = str(error)
+        flat = [request for requests in asked.values() for request in requests]
+        said = dict(zip([r.id for r in flat], self._offline.speak(flat), strict=True))
+        for line in lines:
+            if line["error"] is None:
+                line |= self._write(line["id"], [said[r.id] for r in asked[line["id"]]])
+        name = hashlib.sha256("\n".join(line["id"] for line in lines).encode()).hexdigest()[:20]
+        rows = [{field: line[field] for field in _SCHEMA.names} for line in lines]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), buffer)
+        target = storage.join(self._chosen.out, "manifest", f"{name}.parquet")
+        storage.write_bytes(target, buffer.getvalue())
+        result = {
+            "lines": len(lines),
+            "errors": sum(line["error"] is not None for line in lines),
+            "seconds": sum(line["seconds"] or 0.0 for line in lines),
+            "work_seconds": time.perf_counter() - started,
+        }
+        return pa.table({"result": [json.dumps(result)]})
+
+    def _requests(self, line: Line) -> list[Request]:
+        prompt = self._prompt(line["prompt"])
+        sentences = split(line["text"], line["language"])
+        if not sentences:
+            raise ValueError("text: nothing to say in it")
+        return [
+            Request(
+                id=f"{line['id']}/{number}", phonemes=text_ids(sentence, line["language"]),
+                prompt=prompt, sampling=self._chosen.synthesis.ar,
+                max_frames=self._offline.max_frames, seed=(line["seed"] + number) % 2**63,
+            )
+            for number, sentence in enumerate(sentences)
+        ]  # fmt: skip
+
+    def _prompt(self, name: str) -> Codes:
+        """Codes of a recording, which is encoded once."""
+        if name not in self._prompts:
+            if len(self._prompts) > 1000:
+                self._prompts.clear()
+            data = storage.read_bytes(storage.join(self._chosen.recordings, name))
+            wave = audio.read(data, max_seconds=60)
+            codes = self._offline.voice.encode_prompt(wave, self._chosen.synthesis)
+            self._prompts[name] = codes
+        return self._prompts[name]
+
+    def _write(self, name: str, said: Sequence[Spoken | ValueError]) -> Line:
+        """A line's sentences as one file, and what its row says of it."""
+        for sentence in said:
+            if isinstance(sentence, ValueError):
+                return {"error": str(sentence)}
+        spoken = [sentence for sentence in said if isinstance(sentence, Spoken)]
+        wave = join([sentence.wave for sentence in spoken])
+        path = f"audio/{name}.{self._chosen.format}"
+        data = encode(wave, self._chosen.format)  # type: ignore[arg-type]  # checked by the recipe
+        storage.write_bytes(storage.join(self._chosen.out, path), data)
+        return {
+            "audio": path,
+            "seconds": round(len(wave) / SAMPLE_RATE, 3),
+            "hit_limit": any(sentence.hit_limit for sentence in spoken),
+        }
+
+
+def _parts(lines: Sequence[Line], size: int) -> Iterator[pa.Table]:
+    """Lines of like length together: whoever is short need not wait for whoever is long."""
+    ordered = sorted(lines, key=lambda line: len(line["text"]))
+    for start in range(0, len(ordered), size):
+        rows = [
+            {"audio": None, "seconds": None, "hit_limit": None, "error": None, **line}
+            for line in ordered[start : start + size]
+        ]
+        yield pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _done(chosen: SynthesizeRecipe) -> set[str]:
+    """Ids that earlier runs have recorded."""
+    folder = storage.join(chosen.out, "manifest")
+    done: set[str] = set()
+    for path in storage.list_files(folder, (".parquet",)):
+        data = storage.read_bytes(storage.join(folder, path))
+        for row in pq.read_table(io.BytesIO(data), columns=["id", "error"]).to_pylist():
+            if row["error"] is None or not chosen.retry:
+                done.add(row["id"])
+    return done
+
+
+def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
+    """Says what is missing on the connected cluster; returns the report (`report.json`)."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    started = time.perf_counter()
+    local = "" if chosen.model.startswith("models:/") else storage.absolute(chosen.model)
+    chosen = replace(
+        chosen, out=storage.absolute(chosen.out), recordings=storage.absolute(chosen.recordings),
+        model=local or registry.pin(chosen.model),
+    )  # fmt: skip
+    lines = read_lines(chosen)
+    done = _done(chosen)
+    missing = [line for line in lines if line["id"] not in done]
+    parts = list(_parts(missing, chosen.lines_per_part))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts lines
+    context.target_max_block_size = None  # a part travels as one block
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    tracking_uri = settings.read().tracking_uri
+    workers = min(chosen.workers or gpus or cpus, max(1, len(parts)))
+    totals = {"lines": 0, "errors": 0, "seconds": 0.0, "work_seconds": 0.0}
+    with progress(total=len(missing), label="synthesize", unit="line") as bar:
+        if parts:
+            results = ray.data.from_arrow(parts).map_batches(
+                Speak, batch_size=None, batch_format="pyarrow",
+                fn_constructor_args=(chosen, tracking_uri, "cuda" if gpus else "cpu"),
+                num_cpus=0.5, num_gpus=1 if gpus else 0, compute=ActorPoolStrategy(size=workers),
+            )  # fmt: skip
+            for row in results.iter_rows():
+                result = json.loads(row["result"])
+                totals = {key: totals[key] + result[key] for key in totals}
+                bar.update(result["lines"])
+    wall = time.perf_counter() - started
+    report = {
+        "out": chosen.out, "model": chosen.model, "lines": len(lines),
+        "already_done": len(lines) - len(missing), "errors": totals["errors"],
+        "speech_seconds": round(totals["seconds"], 1),
+        "wall_seconds": round(wall, 1),
+        "speech_seconds_per_second": round(totals["seconds"] / wall, 2),
+    }  # fmt: skip
+    storage.write_json(storage.join(chosen.out, "report.json"), report)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: see above."""
+    chosen = recipe.parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
+    with connect():
+        report = synthesize(chosen)
+    print(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The engine without Serve: many sentences in one process, as fast as they go together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from valle.model.batches import by_length
+from valle.model.codec import Codes
+from valle.model.tokens import FRAME_RATE
+from valle.model.valle import Spoken, Synthesis, Unfilled, Voice, fill_in_batch
+from valle.serve.engine import Engine
+from valle.serve.prompts import PROMPT_FRAMES
+from valle.serve.request import Finish, Request
+from valle.serve.runner import Runner
+from valle.serve.scheduler import Scheduler
+
+
+class Offline:
+    """A voice model with an engine of its own."""
+
+    def __init__(
+        self, voice: Voice, *, slots: int, max_phonemes: int, max_seconds: float,
+        batch_seconds: float = 40.0,
+    ) -> None:  # fmt: skip
+        """`max_phonemes` and `max_seconds` bound a sentence; `batch_seconds` the padded speech
+        that the NAR model fills in at a time."""
+        self.voice = voice
+        self.max_frames = int(max_seconds * FRAME_RATE)
+        self._batch_frames = int(batch_seconds * FRAME_RATE)
+        positions = voice.ar.capacity(max_phonemes, PROMPT_FRAMES, self.max_frames)
+        self._runner = Runner(voice.ar, slots=slots, positions=positions)
+        self._engine = Engine(self._runner, Scheduler(slots))
+        self._limited: set[str] = set()  # ids that ended at their length limit, the last time
+
+    def speak(self, requests: Sequence[Request]) -> list[Spoken | ValueError]:
+        """Each request said, or what is wrong with it, in the order given."""
+        wrong: dict[str, ValueError] = {}
+        possible = []
+        for request in requests:
+            try:
+                self._runner.check(request)
+                possible.append(request)
+            except ValueError as error:
+                wrong[request.id] = error
+        first = self.first_codebooks(possible)
+        silent = ValueError("the model stopped at once; try another seed")
+        wrong |= {name: silent for name, codes in first.items() if not len(codes)}
+        good = [request for request in possible if request.id not in wrong]
+        codes = self._fill_in([(r.phonemes, r.prompt, first[r.id]) for r in good])
+        waves = self.voice.codec.decode(codes)
+        said = {
+            request.id: Spoken(wave, code, request.id in self._limited)
+            for request, wave, code in zip(good, waves, codes, strict=True)
+        }
+        return [wrong.get(request.id) or said[request.id] for request in requests]
+
+    def first_codebooks(self, requests: Sequence[Request]) -> dict[str, NDArray[np.int16]]:
+        """The engine's part of it: frames of the first codebook of each."""
+        codes: dict[str, list[int]] = {}
+        self._limited = set()
+        for request in requests:
+            self._engine.add(request)
+            codes[request.id] = []
+        while not self._engine.idle:
+            for event in self._engine.step():
+                codes[event.id] += event.codes
+                if event.finish is Finish.LENGTH:
+                    self._limited.add(event.id)
+        return {name: np.array(found, np.int16) for name, found in codes.items()}
+
+    def _fill_in(self, items: Sequence[Unfilled]) -> list[Codes]:
+        sizes = [len(ids) + prompt.shape[1] + len(first) for ids, prompt, first in items]
+        filled: dict[int, Codes] = {}
+        for group in by_length(sizes, self._batch_frames):
+            batch = fill_in_batch(self.voice.nar, [items[i] for i in group], Synthesis())
+            filled |= dict(zip(group, batch, strict=True))
+        return [filled[i] for i in range(len(items))]

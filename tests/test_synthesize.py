@@ -1,0 +1,113 @@
+"""Many texts at once: what each alone would say, errors in their rows, nothing twice."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
+from valle.model.sentences import join
+from valle.model.valle import Spoken, Synthesis, Voice, text_ids
+from valle.platform import audio, registry, storage
+from valle.serve.audio import encode
+from valle.serve.offline import Offline
+from valle.serve.request import Request
+
+
+@pytest.fixture
+def voice(published: PublishRecipe) -> Voice:
+    publish(published)
+    return registry.load_voice(registry.resolve(registry.CHAMPION))
+
+
+def test_together_is_what_each_says_alone(voice: Voice) -> None:
+    prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=30)
+    how = Synthesis(max_seconds=1.0)
+    codes = voice.encode_prompt(prompt, how)
+    texts = ["One.", "Two and three, and a few more words.", "Four.", "Five six seven."]
+
+    def ask(number: int, ids: list[int]) -> Request:
+        return Request(
+            id=str(number), phonemes=ids, prompt=codes, sampling=how.ar, max_frames=75, seed=number
+        )
+
+    requests = [ask(n, text_ids(text, "en-us")) for n, text in enumerate(texts)]
+    offline = Offline(voice, slots=2, max_phonemes=100, max_seconds=1.0)
+    requests.insert(2, ask(99, [5] * 500))
+    for _ in range(2):  # an engine that has worked is as good as a new one
+        said = offline.speak(requests)
+        assert isinstance(said[2], ValueError) and "a slot holds" in str(said[2])
+        for number, (text, one) in enumerate(zip(texts, said[:2] + said[3:], strict=True)):
+            alone = voice.speak(text, prompt, replace(how, seed=number))
+            assert isinstance(one, Spoken)
+            np.testing.assert_array_equal(one.codes, alone.codes)
+            np.testing.assert_allclose(one.wave, alone.wave, atol=1e-5)
+            assert one.hit_limit == alone.hit_limit
+
+
+@pytest.mark.ray
+def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(voice: Voice, home: Path) -> None:
+    lines = [
+        {"id": "a", "text": "Hello there. Good bye.", "prompt": "ann.wav", "seed": 7},
+        {"id": "b", "text": "Hello there.", "prompt": "bob.wav"},
+        {"id": "c", "text": "...", "prompt": "ann.wav"},
+        {"text": "No name.", "prompt": "ann.wav"},
+        {"id": "e", "text": "Bonjour.", "prompt": "ann.wav", "language": "xx"},
+    ]
+    (home / "lines.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
+    chosen = SynthesizeRecipe(
+        manifest=str(home / "lines.jsonl"), recordings="voices", out=str(home / "spoken"),
+        synthesis=Synthesis(max_seconds=1.0), lines_per_part=2, format="wav",
+    )  # fmt: skip
+    with clusters.embedded():
+        report = synthesize(chosen)
+        assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
+        (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
+        blank = {"id": None, "language": None, "seed": None}
+        table = pa.Table.from_pylist([{**blank, **line} for line in lines])
+        pq.write_table(table, home / "lines.parquet")
+        again = replace(chosen, manifest=str(home / "lines.parquet"))
+        report = synthesize(again)
+        assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
+        report = synthesize(replace(again, retry=True))
+        assert (report["already_done"], report["errors"]) == (2, 2)
+
+    parts = sorted((home / "spoken/manifest").iterdir(), key=lambda path: path.stat().st_mtime)
+    rows = {row["id"]: row for part in parts for row in pq.read_table(part).to_pylist()}
+    assert len(rows) == 5
+    assert rows["b"]["error"] is None and "nothing to say" in rows["c"]["error"]
+    assert "espeak has no voice named 'xx'" in rows["e"]["error"]
+    prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
+    waves = []
+    for number, sentence in enumerate(("Hello there.", "Good bye.")):
+        how = Synthesis(max_seconds=1.0, seed=7 + number)
+        waves.append(voice.speak(sentence, prompt, how).wave)
+    heard, _ = soundfile.read(home / "spoken" / rows["a"]["audio"], dtype="int16")
+    expected, _ = soundfile.read(io.BytesIO(encode(join(waves), "wav")), dtype="int16")
+    assert np.abs(heard.astype(int) - expected).max() <= 1
+    assert rows["a"]["seconds"] == pytest.approx(len(heard) / 24_000, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"text": "x"}, "line 2: needs text and prompt"),
+        ({"text": "x", "prompt": 3}, "line 2: needs text and prompt"),
+        ({"text": "x", "prompt": "p", "id": "../x"}, "line 2: id '../x': letters, digits"),
+        ({"text": "a", "prompt": "p"}, "is there twice"),
+        ([1], "line 2: needs text and prompt"),
+    ],
+)
+def test_lines_without_a_place_are_refused(home: Path, line: object, reason: str) -> None:
+    path = home / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"text": "a", "prompt": "p"}, line])))
+    with pytest.raises(ValueError, match=reason):
+        read_lines(SynthesizeRecipe(manifest=str(path), out="out"))
