@@ -39,8 +39,8 @@ class AppArgs(BaseModel):
     downscale_delay_s: float = Field(120.0, ge=0)
     """How long fewer must have been wanted before some are stopped."""
 
-    sentence_seconds: float = Field(20.0, gt=0, le=60)
-    """Length limit of one sentence's speech."""
+    sentence_seconds: float = Field(20.0, gt=0, le=40)
+    """Length limit of one sentence's speech; what deployments hand each other ends at 4 MiB."""
 
     max_seconds: float = Field(600.0, gt=0)
     """Length limit of an answer; a request may ask for less."""

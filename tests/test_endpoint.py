@@ -3,8 +3,12 @@
 import base64
 import io
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +20,7 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+import yaml
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
@@ -25,6 +30,8 @@ from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry
 from valle.serve.audio import encode
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
@@ -217,25 +224,21 @@ def test_the_champion_changes_while_people_ask(
 
 @pytest.mark.ray
 def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) -> None:
-    """`serve run valle.serve.app:build_app`, as the README says it, on a cluster of its own."""
+    """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
     publish(published)
     port = clusters.free_port()
     with clusters.embedded():
         import ray
 
+        content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+        content["http_options"] |= {"host": "127.0.0.1", "port": port}
+        content["applications"][0]["args"] |= {"voices": str(home / "voices"), "max_replicas": 1}
         config = home / "serve.yaml"
-        config.write_text(
-            f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
-            "applications:\n"
-            "- name: valle\n"
-            "  import_path: valle.serve.app:build_app\n"
-            f"  args: {{voices: {home}/voices, max_replicas: 1, sentence_seconds: 1.0}}\n"
-        )
+        config.write_text(yaml.safe_dump(content))
         serve = Path(sys.executable).parent / "serve"
         address = ray.get_runtime_context().gcs_address
         command = [str(serve), "run", f"--address={address}", str(config)]
-        root = Path(__file__).resolve().parent.parent
-        process = subprocess.Popen(command, cwd=root, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
             clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 120, "the endpoint")
@@ -244,3 +247,41 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@pytest.mark.ray
+def test_the_command_serves_behind_haproxy(published: PublishRecipe, home: Path) -> None:
+    """`make serve` with the flags for many clients: same answers, refusals and streams."""
+    publish(published)
+    port = clusters.free_port()
+    folder = tempfile.mkdtemp(prefix="valle-haproxy-")
+    flags = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(clusters.free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(clusters.free_port()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_TMPDIR": folder, "VALLE_HOME": str(home),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "valle.serve.run", "--port", str(port), "--voices", "voices"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | flags, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 180, "the endpoint")
+        with httpx.Client(base_url=url, timeout=60) as client:
+            body = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
+            whole = client.post("/v1/audio/speech", json=body)
+            assert whole.status_code == 200
+            assert f":{port}" in (Path(folder) / "haproxy.cfg").read_text()  # it is in between
+            with client.stream("POST", "/v1/audio/speech", json=body) as answer:
+                assert b"".join(answer.iter_bytes()) == whole.content
+            refused = client.post("/v1/audio/speech", json={**body, "voice": "bob"})
+            assert refused.status_code == 404
+            assert refused.json()["error"]["code"] == "voice_not_found"
+            assert client.get("/health/ready").json()["status"] == "ready"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
