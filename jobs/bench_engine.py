@@ -25,6 +25,7 @@ from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
 from valle.platform import registry
 from valle.platform.progress import progress
+from valle.serve.deployments import PRECISIONS
 from valle.serve.engine import Engine
 from valle.serve.request import Request
 from valle.serve.runner import Runner
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=300, help="length of the speech")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -165,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ar = AR(SIZES[arguments.size]).eval()
     else:
         ar = registry.load_ar(registry.resolve(arguments.model))
+    ar = ar.to(PRECISIONS[arguments.precision])
     with torch.no_grad():
         ar.head.bias[EOS] = -1e9
     random = np.random.default_rng(0)
@@ -174,12 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.frames,
     )
     # a step looks up single rows of the embeddings, and reads everything else whole
-    read = sum(p.numel() for n, p in ar.named_parameters() if "embedding" not in n) * 4
+    read = sum(p.numel() for n, p in ar.named_parameters() if "embedding" not in n)
+    read *= ar.head.weight.element_size()
     speeds = measure(ar, task, arguments.streams, arguments.rounds)
     limit = read_bandwidth(read) / read * ar.config.group
     figures = summarise(speeds, limit)
     report = {
-        "frames": arguments.frames, "weights_read_megabytes": round(read / 1e6, 1),
+        "frames": arguments.frames, "precision": arguments.precision, "weights_read_megabytes": round(read / 1e6, 1),
         "limit_frames_per_second": round(limit, 1), "ways": figures,
     }  # fmt: skip
     print(json.dumps(report, indent=2))

@@ -30,6 +30,8 @@ from valle.serve.worker import EngineWorker
 Chunk = tuple[NDArray[np.int16], bool, bool]
 """New frames of the first codebook, whether they are the last, and if so because of the limit."""
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 TOGETHER = 32
 """Requests that a NAR or codec replica may hold; what fits is worked on at the same time."""
 
@@ -43,6 +45,7 @@ class ARDeployment(Versioned[EngineWorker]):
 
         def load(version: str) -> EngineWorker:
             ar = registry.load_ar(registry.resolve(version, tracking_uri), device)
+            ar = ar.to(PRECISIONS[args.precision])
             positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
             runner = Runner(ar, slots=args.slots, positions=positions)
             return EngineWorker(Engine(runner, Scheduler(args.slots)))
@@ -98,6 +101,7 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
 
         def load(version: str) -> Drain[Unfilled, Codes]:
             nar = registry.load_nar(registry.resolve(version, tracking_uri), device)
+            nar = nar.to(PRECISIONS[args.precision])
             return Drain(partial(fill_in_batch, nar, how=Synthesis()), _nar_frames, budget)
 
         super().__init__(load, _forget, registry.pin(model, tracking_uri))

@@ -61,6 +61,10 @@ class AppArgs(BaseModel):
     look_ahead: int = Field(12, ge=0)
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
 
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does
+    not for one (jobs/bench_engine.py)."""
+
     max_phonemes: int = Field(1000, ge=10)
     """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
 
