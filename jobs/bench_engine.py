@@ -177,13 +177,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.frames,
     )
     # a step looks up single rows of the embeddings, and reads everything else whole
-    read = sum(p.numel() for n, p in ar.named_parameters() if "embedding" not in n)
+    read = sum(
+        p.numel()
+        for n, p in ar.named_parameters()
+        if not n.endswith(("embedding.weight", "tables"))
+    )
     read *= ar.head.weight.element_size()
     speeds = measure(ar, task, arguments.streams, arguments.rounds)
     limit = read_bandwidth(read) / read * ar.config.group
     figures = summarise(speeds, limit)
     report = {
-        "frames": arguments.frames, "precision": arguments.precision, "weights_read_megabytes": round(read / 1e6, 1),
+        "frames": arguments.frames, "precision": arguments.precision,
+        "weights_read_megabytes": round(read / 1e6, 1),
         "limit_frames_per_second": round(limit, 1), "ways": figures,
     }  # fmt: skip
     print(json.dumps(report, indent=2))
