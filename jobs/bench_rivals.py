@@ -17,6 +17,8 @@ from valle.serve.offline import Offline
 from valle.serve.request import Request
 
 TOGETHER = 16
+REPLICAS = 3
+"""As many processes with a model as ours has: AR, NAR and codec."""
 
 
 class Ask(BaseModel):
@@ -37,7 +39,7 @@ class _Speaker:
         self.voice: Voice = registry.load_voice(registry.resolve(model, tracking_uri))
         prompt = audio.read(recording, max_seconds=30)
         self.prompt = self.voice.encode_prompt(prompt, Synthesis())
-        self.offline = Offline(self.voice, slots=TOGETHER, max_phonemes=1000, max_seconds=20)
+        self.offline = Offline(self.voice, Synthesis(), slots=TOGETHER, max_phonemes=1000)
         self._number = 0
 
     def speak(self, asks: Sequence[Ask]) -> list[bytes]:
@@ -97,6 +99,7 @@ def applications(model: str, tracking_uri: str, recording: bytes) -> dict[str, A
     ):  # fmt: skip
         options: dict[str, Any] = {
             "max_ongoing_requests": together, "ray_actor_options": {"num_cpus": 0.3},
+            "num_replicas": REPLICAS,
         }  # fmt: skip
         deployment = serve.deployment(target, **options)
         found[name] = deployment.bind(model, tracking_uri, recording)

@@ -2,11 +2,12 @@
 
     python -m valle.jobs.bench_serve --clients 1 4 16 --plot docs/bench-serve.png
 
-The opponents are what one writes first: a replica that speaks one request at a time, and a replica
-whose `@serve.batch` speaks what has come in together. They run the same weights with the same
-engine code, each on one torch thread. Clients ask for sentences one after the other, read 16-bit
-samples as they come and note when: first audio, real-time factor, and the share of chunks that
-were there before playback needed them. Ways take turns; each round is a ratio of its own.
+The opponents are what one writes first: replicas that speak one request at a time, and replicas
+whose `@serve.batch` speaks what has come in together; three of each, as ours is three processes.
+They run the same weights with the same engine code, each on one torch thread. Clients ask for
+sentences one after the other, read 16-bit samples as they come and note when: first audio,
+real-time factor, and the share of chunks that were there before playback needed them. Ways take
+turns; each round is a ratio of its own. (Sizes of first chunks are tried once each.)
 """
 
 import argparse
@@ -112,8 +113,8 @@ def against_engine(
     torch.set_num_threads(1)
     version = registry.pin(model)
     bare = Offline(
-        registry.load_voice(registry.resolve(version)), slots=TOGETHER, max_phonemes=1000,
-        max_seconds=20,
+        registry.load_voice(registry.resolve(version)), Synthesis(), slots=TOGETHER,
+        max_phonemes=1000,
     )  # fmt: skip
     ratios = []
     for number in range(rounds):

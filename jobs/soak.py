@@ -68,7 +68,7 @@ def expected(
 ) -> dict[tuple[str, str, int], np.ndarray]:
     """Samples for every text, voice and seed, by the engine without Serve."""
     voice = registry.load_voice(registry.resolve(model))
-    offline = Offline(voice, slots=8, max_phonemes=1000, max_seconds=AppArgs().sentence_seconds)
+    offline = Offline(voice, Synthesis(), slots=8, max_phonemes=1000)
     keys, requests = [], []
     for name in VOICES:
         recording = storage.read_bytes(storage.join(voices, f"{name}.wav"))

@@ -5,7 +5,8 @@
 A line (JSONL, or a row of Parquet) has `text` and `prompt` (a recording, relative to `recordings`)
 and, where they differ, `id`, `language`, `seed`. Texts are split into sentences as the endpoint
 does; equal seeds give equal speech. Sound lies under `audio/`, one row a line under `manifest/`.
-A line that cannot be spoken gets a row with its `error`. A second run does what is missing.
+A line that cannot be spoken gets a row with its `error`. A second run does what is missing, and
+what has changed.
 """
 
 import hashlib
@@ -84,7 +85,8 @@ Line = dict[str, Any]
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()), ("text", pa.string()), ("prompt", pa.string()),
-        ("language", pa.string()), ("seed", pa.int64()), ("audio", pa.string()),
+        ("language", pa.string()), ("seed", pa.int64()), ("model", pa.string()),
+        ("audio", pa.string()),
         ("seconds", pa.float64()), ("hit_limit", pa.bool_()), ("error", pa.string()),
     ]
 )  # fmt: skip
@@ -131,8 +133,7 @@ class Speak:
         voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri), device)
         self._chosen = chosen
         self._offline = Offline(
-            voice, slots=chosen.slots, max_phonemes=chosen.max_phonemes,
-            max_seconds=chosen.synthesis.max_seconds,
+            voice, chosen.synthesis, slots=chosen.slots, max_phonemes=chosen.max_phonemes,
         )  # fmt: skip
         self._prompts: dict[str, Codes] = {}
 
@@ -153,10 +154,7 @@ class Speak:
                 line |= self._write(line["id"], [said[r.id] for r in asked[line["id"]]])
         name = hashlib.sha256("\n".join(line["id"] for line in lines).encode()).hexdigest()[:20]
         rows = [{field: line[field] for field in _SCHEMA.names} for line in lines]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), buffer)
-        target = storage.join(self._chosen.out, "manifest", f"{name}.parquet")
-        storage.write_bytes(target, buffer.getvalue())
+        _write_part(self._chosen.out, f"{name}.parquet", rows)
         result = {
             "lines": len(lines),
             "errors": sum(line["error"] is not None for line in lines),
@@ -207,27 +205,58 @@ class Speak:
         }
 
 
-def _parts(lines: Sequence[Line], size: int) -> Iterator[pa.Table]:
+def _parts(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
     """Lines of like length together: whoever is short need not wait for whoever is long."""
     ordered = sorted(lines, key=lambda line: len(line["text"]))
     for start in range(0, len(ordered), size):
         rows = [
-            {"audio": None, "seconds": None, "hit_limit": None, "error": None, **line}
+            {
+                "model": model,
+                "audio": None,
+                "seconds": None,
+                "hit_limit": None,
+                "error": None,
+                **line,
+            }
             for line in ordered[start : start + size]
         ]
         yield pa.Table.from_pylist(rows, _SCHEMA)
 
 
-def _done(chosen: SynthesizeRecipe) -> set[str]:
-    """Ids that earlier runs have recorded."""
+def _write_part(out: str, name: str, rows: Sequence[Line]) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), _SCHEMA), buffer)
+    storage.write_bytes(storage.join(out, "manifest", name), buffer.getvalue())
+
+
+def _done(chosen: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
+    """Ids that earlier runs have recorded as they are asked for now.
+
+    Rows of lines that have changed, or are to be tried again, are taken out of the manifest, so
+    that it never has two of one id. Raises ValueError where `out` has another model's speech.
+    """
     folder = storage.join(chosen.out, "manifest")
+    asked = {line["id"]: line for line in lines}
     done: set[str] = set()
-    for path in storage.list_files(folder, (".parquet",)):
-        data = storage.read_bytes(storage.join(folder, path))
-        for row in pq.read_table(io.BytesIO(data), columns=["id", "error"]).to_pylist():
-            if row["error"] is None or not chosen.retry:
-                done.add(row["id"])
+    for name in list(storage.list_files(folder, (".parquet",))):
+        rows = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name)))).to_pylist()
+        kept = [row for row in rows if not _again(row, asked.get(row["id"]), chosen.retry)]
+        if others := {row["model"] for row in kept} - {chosen.model}:
+            raise ValueError(
+                f"out: {chosen.out} has speech of {others.pop()}, not of {chosen.model}: "
+                "name another folder, or that model"
+            )
+        done |= {row["id"] for row in kept}
+        if len(kept) < len(rows):
+            _write_part(chosen.out, name, kept)
     return done
+
+
+def _again(row: Line, line: Line | None, retry: bool) -> bool:
+    """Whether a recorded line has to be said anew."""
+    if line is None:  # no longer in the manifest: what was said stays
+        return False
+    return (retry and row["error"] is not None) or any(row[key] != line[key] for key in line)
 
 
 def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
@@ -242,9 +271,9 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
         model=local or registry.pin(chosen.model),
     )  # fmt: skip
     lines = read_lines(chosen)
-    done = _done(chosen)
+    done = _done(chosen, lines)
     missing = [line for line in lines if line["id"] not in done]
-    parts = list(_parts(missing, chosen.lines_per_part))
+    parts = list(_parts(missing, chosen.model, chosen.lines_per_part))
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts lines
     context.target_max_block_size = None  # a part travels as one block

@@ -13,6 +13,7 @@ Nothing in it is pickled, and nothing is executed on loading.
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -188,22 +189,36 @@ def _now() -> str:
 
 
 def pin(source: str, tracking_uri: str | None = None) -> str:
-    """The version that an alias stands for now, as a URI; a path, or a version, is as it is.
+    """The version that a registry URI stands for now (`@alias`, `/latest` or a number), as a URI
+    that will not move; a path is as it is.
 
-    Raises FileNotFoundError when there is no such model.
+    Raises FileNotFoundError when there is no such model, ValueError for another kind of URI.
     """
-    if not source.startswith("models:/") or "@" not in source:
+    if not source.startswith("models:/"):
         return source
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    name, alias, version = _parse(source)
     tracking.connect(tracking_uri)
-    name, alias = source.removeprefix("models:/").split("@", 1)
+    client = mlflow.MlflowClient()
     try:
-        version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
+        if alias:
+            version = client.get_model_version_by_alias(name, alias).version
+        elif version == "latest":
+            numbers = [int(v.version) for v in client.search_model_versions(f"name = '{name}'")]
+            version = str(max(numbers, default=0))
     except MlflowException as error:
         raise FileNotFoundError(f"the registry has no {source} ({error.message})") from error
     return f"models:/{name}/{version}"
+
+
+def _parse(source: str) -> tuple[str, str, str]:
+    """Name, alias and version of `models:/name@alias` or `models:/name/version`."""
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))", source)
+    if found is None:
+        raise ValueError(f"model: {source!r} is not models:/name@alias or models:/name/version")
+    return found[1], found[2] or "", found[3] or ""
 
 
 def resolve(source: str, tracking_uri: str | None = None) -> Path:

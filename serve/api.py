@@ -4,10 +4,12 @@ Requests are bounded and validated before anything is decoded; every error has O
 """
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
 
+from cachetools import TTLCache, cached
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -175,8 +177,9 @@ def create_api(args: AppArgs) -> FastAPI:
     return api
 
 
+@cached(TTLCache(1, 1.0), lock=threading.Lock())  # anybody may ask, and the controller answers
 def _not_running() -> list[str]:
-    """Deployments of this application without a replica that runs."""
+    """Deployments of this application without a replica that runs, a second ago at most."""
     app = serve.status().applications[serve.get_replica_context().app_name]
     return [
         name

@@ -27,8 +27,13 @@ def build_app(args: AppArgs) -> Application:
     if args.api_keys:
         read_keys(args.api_keys)  # what is wrong with it is noticed here
         places["api_keys"] = storage.absolute(args.api_keys)
+    if not args.model.startswith("models:/"):
+        places["model"] = storage.absolute(args.model)
     args = args.model_copy(update={**places, "tracking_uri": tracking_uri})
     accelerator = "cuda" if args.use_gpu else "cpu"
+    # a new deployment's replicas answer before the old ones go; with GPUs there is rarely one left
+    # for that, and they would wait for it for ever
+    surge = 0 if args.use_gpu else 100
 
     def deploy(target: type, name: str, device: str, together: int, *more: object) -> Application:
         """`together`: requests that one replica works on at the same time."""
@@ -44,10 +49,10 @@ def build_app(args: AppArgs) -> Application:
                 "upscale_delay_s": args.upscale_delay_s,
                 "downscale_delay_s": args.downscale_delay_s, "policy": policy,
             },
-            # new replicas answer before old ones go, and old ones finish what they have begun
-            "max_surge_percent": 100,
+            # old ones finish what they have begun
             "graceful_shutdown_timeout_s": 2 * args.sentence_seconds,
             "health_check_period_s": 2,
+            "max_surge_percent": surge,
             "ray_actor_options": {
                 # small shares: on two cores all four deployments must fit beside each other
                 "num_cpus": 0.3,
@@ -66,8 +71,8 @@ def build_app(args: AppArgs) -> Application:
         serve.ingress(build_api)(),
         name="Ingress",
         max_ongoing_requests=100,
-        max_surge_percent=100,
-        graceful_shutdown_timeout_s=2 * args.sentence_seconds,
+        max_surge_percent=surge,
+        graceful_shutdown_timeout_s=args.max_seconds,  # of a whole answer
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(ar, nar, codec)

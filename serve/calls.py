@@ -1,54 +1,76 @@
 """Waiting for other deployments, and working ahead of whoever is slower."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 Item = TypeVar("Item")
 
-
-async def result(response: DeploymentResponse[Any]) -> Any:
-    """What a deployment answers; who stops waiting for it stops its work too."""
-    try:
-        return await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
+PATIENCE = 0.25
+"""Seconds until a full queue is tried again."""
 
 
-async def results(response: DeploymentResponseGenerator[Any]) -> AsyncGenerator[Any]:
-    """What a deployment yields; who stops reading stops its work too."""
-    try:
-        async for item in response:
-            yield item
-    except (asyncio.CancelledError, GeneratorExit):
-        response.cancel()
-        raise
+async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = False) -> Any:
+    """What a deployment answers; who stops waiting for it stops its work too.
+
+    A full queue raises BackPressureError; with `insist` it is waited for. A request that has begun
+    to answer insists, or those who come anew would break off those who are being served.
+    """
+    while True:
+        response = call()
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            if not insist:
+                raise
+        await asyncio.sleep(PATIENCE)
+
+
+async def results(
+    call: Callable[[], DeploymentResponseGenerator[Any]], *, insist: bool = False
+) -> AsyncGenerator[Any]:
+    """What a deployment yields; who stops reading stops its work too. `insist` as above."""
+    while True:
+        response = call()
+        try:
+            async for item in response:
+                yield item
+            return
+        except (asyncio.CancelledError, GeneratorExit):
+            response.cancel()
+            raise
+        except BackPressureError:  # comes before anything else
+            if not insist:
+                raise
+        await asyncio.sleep(PATIENCE)
 
 
 async def ahead(items: AsyncGenerator[Item], most: int) -> AsyncGenerator[Item]:
     """The same items, made while those before them are still being used; `most` may wait."""
-    queue: asyncio.Queue[Item | Exception | None] = asyncio.Queue(most)
+    queue: asyncio.Queue[Item] = asyncio.Queue(most)
 
     async def produce() -> None:
-        try:
-            async with aclosing(items):
-                async for item in items:
-                    await queue.put(item)
-        except Exception as error:  # raised below, where the items are read
-            await queue.put(error)
-        else:
-            await queue.put(None)
+        async with aclosing(items):
+            async for item in items:
+                await queue.put(item)
 
     producer = asyncio.create_task(produce())
     try:
-        while (item := await queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        while not (producer.done() and queue.empty()):
+            getter = asyncio.create_task(queue.get())
+            await asyncio.wait([getter, producer], return_when=asyncio.FIRST_COMPLETED)
+            if getter.done():
+                yield getter.result()
+            else:  # the producer has ended meanwhile, and may have left items
+                getter.cancel()
+        await producer  # raises what it has ended with
     finally:
         producer.cancel()  # whoever read has gone: what is being made is for nobody
         await asyncio.wait([producer])

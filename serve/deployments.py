@@ -21,7 +21,6 @@ from valle.serve.engine import Engine
 from valle.serve.prompts import PROMPT_FRAMES
 from valle.serve.request import Event, Finish, Request
 from valle.serve.runner import Runner
-from valle.serve.scaling import WANTED
 from valle.serve.scheduler import Scheduler
 from valle.serve.schema import AppArgs
 from valle.serve.versions import Versioned
@@ -82,11 +81,7 @@ class ARDeployment(Versioned[EngineWorker]):
             async for event in events:
                 yield event
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `scaling.BySlots`."""
-        return {WANTED: sum(worker.streams for worker in self.loaded)}
-
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces a replica whose engine has died."""
         for worker in self.loaded:
             worker.check()
@@ -112,10 +107,6 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
         """Codes `[8, T]`."""
         async with self.use(version) as drain:
             return await drain.do((ids, prompt, first))
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `scaling.BySlots`."""
-        return {WANTED: sum(drain.pending for drain in self.loaded)}
 
 
 @dataclass(frozen=True)
@@ -157,11 +148,6 @@ class CodecDeployment(Versioned[_Coder]):
         """Samples of a stream's next codes, and what the replica that decodes more has to know."""
         async with self.use(version) as coder:
             return await asyncio.to_thread(decode_next, coder.codec, codes, state)
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `scaling.BySlots`."""
-        coders = self.loaded
-        return {WANTED: sum(coder.encoding.pending + coder.decoding.pending for coder in coders)}
 
 
 def _nar_frames(item: Unfilled) -> int:

@@ -26,12 +26,6 @@ class Drain(Generic[Item, Result]):
         self._work, self._size, self._budget = work, size, budget
         self._waiting: list[tuple[Item, int, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
-        self._working = 0
-
-    @property
-    def pending(self) -> int:
-        """Items that wait or are being worked on."""
-        return len(self._waiting) + self._working
 
     async def do(self, item: Item) -> Result:
         """The result for one item. Raises what `size` or `work` raises for it; cancelled before
@@ -45,10 +39,9 @@ class Drain(Generic[Item, Result]):
     async def _run(self) -> None:
         try:
             while batch := self._take():
-                self._working = len(batch)
                 await self._answer(batch)
         finally:
-            self._running, self._working = None, 0
+            self._running = None
 
     async def _answer(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:

@@ -76,6 +76,9 @@ class Meter:
         try:
             with self._metrics.running.track_inprogress():
                 await self._app(scope, receive, counted)
+        except Exception:  # whoever answers for it is further out
+            status = "500" if status == "none" else "broken"
+            raise
         finally:
             # the route's pattern, not the path: names of voices would be a series each
             route = getattr(scope.get("route"), "path", "none")

@@ -10,7 +10,6 @@ from valle.model.codec import Codes
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Spoken, Synthesis, Unfilled, Voice, fill_in_batch
 from valle.serve.engine import Engine
-from valle.serve.prompts import PROMPT_FRAMES
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
@@ -20,15 +19,18 @@ class Offline:
     """A voice model with an engine of its own."""
 
     def __init__(
-        self, voice: Voice, *, slots: int, max_phonemes: int, max_seconds: float,
+        self, voice: Voice, how: Synthesis, *, slots: int, max_phonemes: int,
         batch_seconds: float = 40.0,
     ) -> None:  # fmt: skip
-        """`max_phonemes` and `max_seconds` bound a sentence; `batch_seconds` the padded speech
-        that the NAR model fills in at a time."""
+        """`max_phonemes` and the length limit of `how` bound a sentence; `batch_seconds` the padded
+        speech that the NAR model fills in at a time."""
         self.voice = voice
-        self.max_frames = int(max_seconds * FRAME_RATE)
+        self.max_frames = int(how.max_seconds * FRAME_RATE)
+        self._how = how
         self._batch_frames = int(batch_seconds * FRAME_RATE)
-        positions = voice.ar.capacity(max_phonemes, PROMPT_FRAMES, self.max_frames)
+        positions = voice.ar.capacity(
+            max_phonemes, int(how.prompt_seconds * FRAME_RATE), self.max_frames
+        )
         self._runner = Runner(voice.ar, slots=slots, positions=positions)
         self._engine = Engine(self._runner, Scheduler(slots))
         self._limited: set[str] = set()  # ids that ended at their length limit, the last time
@@ -73,6 +75,6 @@ class Offline:
         sizes = [len(ids) + prompt.shape[1] + len(first) for ids, prompt, first in items]
         filled: dict[int, Codes] = {}
         for group in by_length(sizes, self._batch_frames):
-            batch = fill_in_batch(self.voice.nar, [items[i] for i in group], Synthesis())
+            batch = fill_in_batch(self.voice.nar, [items[i] for i in group], self._how)
             filled |= dict(zip(group, batch, strict=True))
         return [filled[i] for i in range(len(items))]

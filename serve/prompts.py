@@ -38,13 +38,14 @@ class Prompts:
         data, param = await run_in_threadpool(self._recording, request)
         # by content, since a voice may be replaced, and by version, since its codec may be another
         name = (version, hashlib.sha256(data).digest())
-        if name not in self._kept:
+        codes = self._kept.get(name)
+        if codes is None:
             wave = await run_in_threadpool(_decoded, data, param)
+            start = wave[: PROMPT_FRAMES * HOP]
             codec = serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
-            self._kept[name] = await result(
-                codec.encode.remote(version, wave[: PROMPT_FRAMES * HOP])
-            )
-        return self._kept[name]
+            codes = await result(lambda: codec.encode.remote(version, start))
+            self._kept[name] = codes
+        return codes
 
     def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:
         """A sound file, and the field that it is from."""

@@ -58,7 +58,7 @@ class AppArgs(BaseModel):
     first_chunk: int = Field(15, ge=8)
     """Frames of 1/75 s that are spoken first, in chunks."""
 
-    look_ahead: int = Field(12, ge=0)
+    look_ahead: int = Field(12, ge=1)
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
 
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -101,20 +101,22 @@ class Speaker:
         asked_for = request.max_seconds or self._args.max_seconds
         left = int(min(asked_for, self._args.max_seconds) * FRAME_RATE)
         longest = int(self._args.sentence_seconds * FRAME_RATE)
+        chunked = self._args.chunked if request.chunked is None else request.chunked
         for number, ids in enumerate(sentences):
             # a seed for each: two equal sentences need not sound the same
             seed = (request.seed + number) % 2**63
             asked = ask(ids, prompt, request, max(1, min(left, longest)), seed)
-            if not (request.chunked if request.chunked is not None else self._args.chunked):
-                piece = await say_whole(version, asked)
-                left -= piece.frames
-                yield replace(piece, hit_limit=piece.hit_limit or left < 1)
-            else:
-                chunks = say_in_chunks(version, asked, self._args.chunking())
-                async with aclosing(chunks):
-                    async for piece in chunks:
+            insist = number > 0
+            if chunked:
+                said = say_in_chunks(version, asked, insist, self._args.chunking())
+                async with aclosing(said):
+                    async for piece in said:
                         left -= piece.frames
                         yield piece
+            else:
+                piece = await say_whole(version, asked, insist)
+                left -= piece.frames
+                yield piece
             if left < 1:
                 return
 

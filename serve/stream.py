@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from ray import serve
@@ -56,35 +57,45 @@ def ask(
     )  # fmt: skip
 
 
-async def say_whole(version: str, asked: Request) -> Piece:
-    """The sentence, when all of it is made. Raises ApiError where the model says nothing."""
+async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
+    """The sentence, when all of it is made. Raises ApiError where the model says nothing, and
+    BackPressureError where too many wait, unless this one must insist."""
     ar, nar, codec = deployments()
-    first, hit_limit = await result(ar.generate.remote(version, asked))
+    first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
     if not len(first):
         raise _silent()
-    codes = await result(nar.generate.remote(version, asked.phonemes, asked.prompt, first))
-    return Piece(await result(codec.decode.remote(version, codes)), len(first), hit_limit)
+    # from here on work has been spent on it
+    codes = await result(
+        lambda: nar.generate.remote(version, asked.phonemes, asked.prompt, first), insist=True
+    )
+    wave = await result(lambda: codec.decode.remote(version, codes), insist=True)
+    return Piece(wave, len(first), hit_limit)
 
 
-async def say_in_chunks(version: str, asked: Request, chunking: Chunking) -> AsyncGenerator[Piece]:
-    """The sentence while it is being made. Raises ApiError where the model says nothing."""
+async def say_in_chunks(
+    version: str, asked: Request, insist: bool, chunking: Chunking
+) -> AsyncGenerator[Piece]:
+    """The sentence while it is being made. Raises as `say_whole` does."""
     ar, nar, codec = deployments()
     first = np.zeros(0, np.int16)
     said = 0
     state: DecoderState | None = None
-    chunks = results(ar.options(stream=True).stream.remote(version, asked, chunking))
+    talk = ar.options(stream=True).stream
+    chunks = results(lambda: talk.remote(version, asked, chunking), insist=insist)
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
             if not len(first):
                 raise _silent()
             ready = len(first) if ended else len(first) - chunking.look_ahead
-            codes = await result(nar.generate.remote(version, asked.phonemes, asked.prompt, first))
+            unfilled = (asked.phonemes, asked.prompt, first)
+            codes = await result(partial(nar.generate.remote, version, *unfilled), insist=True)
             chunk = codes[:, said:ready]
             if ended and state is None and ready < FIRST:  # too short for a stream
-                wave = await result(codec.decode.remote(version, chunk))
+                wave = await result(partial(codec.decode.remote, version, chunk), insist=True)
             else:
-                wave, state = await result(codec.decode_next.remote(version, chunk, state))
+                decode = partial(codec.decode_next.remote, version, chunk, state)
+                wave, state = await result(decode, insist=True)
             yield Piece(wave, ready - said, hit_limit, ended)
             said = ready
 

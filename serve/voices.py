@@ -84,7 +84,8 @@ class VoiceStore:
     def add(self, name: str, data: bytes, consent: str, text: str | None = None) -> About:
         """Checks a sound file, trims it and keeps it under `name`.
 
-        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
+        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use. Of two
+        that come with one name at the same time, the later one is kept.
         """
         paths = self._paths(name)
         if any(map(storage.exists, paths)):

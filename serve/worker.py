@@ -62,11 +62,6 @@ class EngineWorker:
             if not finished:
                 self._mailbox.put(request.id)
 
-    @property
-    def streams(self) -> int:
-        """Streams that wait or are spoken."""
-        return len(self._answers)
-
     def check(self) -> None:
         """Raises EngineError when the thread no longer works."""
         if self._error is not None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         endless = client.post("/v1/audio/speech", content=iter([b"{}"]))
         assert endless.status_code == 411
         assert client.post("/v1/audio/speech", content=b"{").status_code == 400
+
+
+@pytest.mark.ray
+def test_who_leaves_frees_the_slot(endpoint: str) -> None:
+    """A client that goes away in the middle of an answer, and one that never hears of it."""
+    from ray import serve
+
+    ar = serve.get_deployment_handle("AR", "valle")
+
+    def busy() -> bool:
+        stats = ar.record_autoscaling_stats.remote().result(timeout_s=10)
+        return bool(stats["slots_wanted"])
+
+    # hundreds of sentences of a quarter of a second: left alone, this takes half a minute
+    ask = {"input": "And on it goes. " * 250, "voice": "ann", "response_format": "pcm"}
+    started = time.monotonic()
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=ask, timeout=60) as answer:
+        chunks = answer.iter_raw()
+        assert next(chunks) and busy()
+    clusters.wait_for(lambda: not busy(), 5, "the slot")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{endpoint}/v1/audio/speech", json={**ask, "stream_format": "sse"}, timeout=0.3)
+    clusters.wait_for(lambda: not busy(), 5, "the slot of the second")
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.ray

@@ -40,7 +40,7 @@ def test_together_is_what_each_says_alone(voice: Voice) -> None:
         )
 
     requests = [ask(n, text_ids(text, "en-us")) for n, text in enumerate(texts)]
-    offline = Offline(voice, slots=2, max_phonemes=100, max_seconds=1.0)
+    offline = Offline(voice, how, slots=2, max_phonemes=100)
     requests.insert(2, ask(99, [5] * 500))
     for _ in range(2):  # an engine that has worked is as good as a new one
         said = offline.speak(requests)
@@ -54,7 +54,9 @@ def test_together_is_what_each_says_alone(voice: Voice) -> None:
 
 
 @pytest.mark.ray
-def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(voice: Voice, home: Path) -> None:
+def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
+    voice: Voice, published: PublishRecipe, home: Path
+) -> None:
     lines = [
         {"id": "a", "text": "Hello there. Good bye.", "prompt": "ann.wav", "seed": 7},
         {"id": "b", "text": "Hello there.", "prompt": "bob.wav"},
@@ -79,16 +81,22 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(voice: Voice, 
         assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
         report = synthesize(replace(again, retry=True))
         assert (report["already_done"], report["errors"]) == (2, 2)
+        lines[0]["seed"] = 8
+        pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), again.manifest)
+        assert synthesize(again)["already_done"] == 4
+        assert publish(published) == 2
+        with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
+            synthesize(again)
 
-    parts = sorted((home / "spoken/manifest").iterdir(), key=lambda path: path.stat().st_mtime)
-    rows = {row["id"]: row for part in parts for row in pq.read_table(part).to_pylist()}
-    assert len(rows) == 5
+    said = pq.read_table(home / "spoken/manifest").to_pylist()
+    rows = {row["id"]: row for row in said}
+    assert len(said) == len(rows) == 5
     assert rows["b"]["error"] is None and "nothing to say" in rows["c"]["error"]
     assert "espeak has no voice named 'xx'" in rows["e"]["error"]
     prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
     waves = []
     for number, sentence in enumerate(("Hello there.", "Good bye.")):
-        how = Synthesis(max_seconds=1.0, seed=7 + number)
+        how = Synthesis(max_seconds=1.0, seed=8 + number)
         waves.append(voice.speak(sentence, prompt, how).wave)
     heard, _ = soundfile.read(home / "spoken" / rows["a"]["audio"], dtype="int16")
     expected, _ = soundfile.read(io.BytesIO(encode(join(waves), "wav")), dtype="int16")

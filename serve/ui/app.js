@@ -1,7 +1,7 @@
 // The page: one form that speaks, one list of voices.
 
-import { addVoice, deleteVoice, listVoices, speak } from "./api.js";
-import { draw, seconds } from "./picture.js";
+import { addVoice, deleteVoice, listVoices, RATE, speak } from "./api.js";
+import { draw } from "./picture.js";
 import { decode, join, Player, record, toWav } from "./sound.js";
 
 const $ = (id) => document.getElementById(id);
@@ -9,8 +9,9 @@ const key = () => $("key").value.trim();
 
 let player = null;
 let running = null; // the AbortController of the request that is being answered
+let pieces = []; // what has been heard so far
+let heard = 0; // samples in it
 let painted = 0; // samples in the picture
-let spoken = new Float32Array(0);
 
 function show(error) {
   $("error").hidden = !error;
@@ -66,16 +67,14 @@ async function say() {
   stop();
   const mine = (running = new AbortController());
   player = new Player(quiet);
-  const pieces = [];
   const started = performance.now();
   const since = () => (performance.now() - started) / 1000;
   begin();
   try {
     const headers = await speak(request(), key(), mine.signal, (samples) => {
       if (!pieces.length) $("first").textContent = `${since().toFixed(2)} s`;
-      pieces.push(samples);
       player.add(samples);
-      picture(join(pieces), since());
+      hear(samples, since());
     });
     $("model").textContent = headers.get("x-model")?.replace("models:/", "") ?? "–";
   } finally {
@@ -84,7 +83,8 @@ async function say() {
 }
 
 function begin() {
-  spoken = new Float32Array(0);
+  pieces = [];
+  heard = painted = 0;
   for (const id of ["first", "duration", "factor", "model"]) $(id).textContent = "…";
   if ($("download").href) URL.revokeObjectURL($("download").href);
   $("download").hidden = $("again").disabled = true;
@@ -97,12 +97,12 @@ function end() {
   running = null;
   $("speak").textContent = "Speak";
   $("result").setAttribute("aria-busy", "false");
-  $("result").hidden = !spoken.length;
+  $("result").hidden = !heard;
   if (!player.sources.size) quiet();
-  if (!spoken.length) return;
+  if (!heard) return;
   paint();
   $("again").disabled = false;
-  $("download").href = URL.createObjectURL(toWav(spoken));
+  $("download").href = URL.createObjectURL(toWav(join(pieces)));
   $("download").hidden = false;
 }
 
@@ -115,25 +115,26 @@ function stop() {
   player?.close();
 }
 
-function picture(samples, taken) {
-  if (!spoken.length) requestAnimationFrame(paint);
-  spoken = samples;
-  const length = seconds(samples);
+function hear(samples, taken) {
+  if (!pieces.length) requestAnimationFrame(paint);
+  pieces.push(samples);
+  heard += samples.length;
+  const length = heard / RATE;
   $("duration").textContent = `${length.toFixed(2)} s`;
   $("factor").textContent = (taken / (length * Number($("speed").value))).toFixed(2);
 }
 
 // At most once for each frame of the screen, however fast sound comes.
 function paint() {
-  if (painted !== spoken.length) draw($("picture"), spoken);
-  painted = spoken.length;
+  if (painted !== heard) draw($("picture"), join(pieces));
+  painted = heard;
   if (running) requestAnimationFrame(paint);
 }
 
 function again() {
   player?.close();
   player = new Player(quiet);
-  player.add(spoken);
+  player.add(join(pieces));
   $("stop").hidden = false;
 }
 
@@ -145,7 +146,7 @@ async function toggleRecording() {
     recorded = await recorder.stop();
     recorder = null;
     $("recording").value = "";
-    $("heard").textContent = `Recorded ${seconds(await decode(recorded)).toFixed(1)} s.`;
+    $("heard").textContent = `Recorded ${((await decode(recorded)).length / RATE).toFixed(1)} s.`;
   } else {
     recorder = await record();
     $("heard").textContent = "Recording: say a few sentences, then press again.";

@@ -1,8 +1,6 @@
 // Waveform above, spectrogram below, on one canvas.
 
-import { RATE } from "./api.js";
-
-const SIZE = 512; // samples of a window
+const SIZE = 512; // samples of a window, at 24 kHz
 const BINS = 170; // up to 8 kHz: there is little speech above
 const WAVE = 0.35; // share of the height
 
@@ -70,5 +68,3 @@ function spectrum(real) {
   }
   return real.map((re, i) => re * re + imaginary[i] * imaginary[i]);
 }
-
-export const seconds = (samples) => samples.length / RATE;
