@@ -12,14 +12,17 @@ why it was promoted, and whom it replaced, so that a rollback knows where to go.
 Nothing in it is pickled, and nothing is executed on loading.
 """
 
+import hashlib
 import json
 import re
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import dacite
+from filelock import FileLock
 
 from valle.model import codec as codecs
 from valle.model.ar import AR
@@ -234,14 +237,31 @@ def resolve(source: str, tracking_uri: str | None = None) -> Path:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    tracking.connect(tracking_uri)
     try:
-        return Path(mlflow.artifacts.download_artifacts(source))
-    except MlflowException as error:
+        version = pin(source, tracking_uri)
+        address = mlflow.get_tracking_uri()
+        if not address.startswith("http"):
+            return Path(mlflow.artifacts.download_artifacts(version))
+        return _fetched(version, address)
+    except (MlflowException, FileNotFoundError) as error:
         raise FileNotFoundError(
-            f"the registry at {mlflow.get_tracking_uri()} has no {source} ({error.message}); "
+            f"the registry at {mlflow.get_tracking_uri()} has no {source} ({error}); "
             "train and publish one (make demo), or name a folder with --model"
         ) from error
+
+
+def _fetched(version: str, address: str) -> Path:
+    """A version's folder in the node's cache: whoever asks first fetches it, once."""
+    import mlflow
+
+    digest = hashlib.sha256(f"{address} {version}".encode()).hexdigest()[:20]
+    place = settings.read().cache / "models" / digest
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=place.parent) as part:
+                Path(mlflow.artifacts.download_artifacts(version, dst_path=part)).rename(place)
+    return place
 
 
 def describe(folder: Path) -> Bundle:
