@@ -98,7 +98,7 @@ def applications(model: str, tracking_uri: str, recording: bytes) -> dict[str, A
         ("one", OneAtATime, 1), ("batch", Batches, 4 * TOGETHER),
     ):  # fmt: skip
         options: dict[str, Any] = {
-            "max_ongoing_requests": together, "ray_actor_options": {"num_cpus": 0.3},
+            "max_ongoing_requests": together, "ray_actor_options": {"num_cpus": 0.1},
             "num_replicas": REPLICAS,
         }  # fmt: skip
         deployment = serve.deployment(target, **options)
