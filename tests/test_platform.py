@@ -150,13 +150,13 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    from valle.jobs import codec, corpus, evaluate, export, prepare, publish, train
+    from valle.jobs import codec, corpus, evaluate, export, prepare, publish, synthesize, train
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
         "codec": codec.CodecRecipe, "train": train.TrainRecipe,
         "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
-        "export": export.ExportRecipe,
+        "export": export.ExportRecipe, "synthesize": synthesize.SynthesizeRecipe,
     }  # fmt: skip
     import yaml
 
