@@ -223,9 +223,8 @@ def judge_all(chosen: EvaluateRecipe, items: Sequence[EvaluationItem]) -> list[d
 
 def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
     """Judges every item on the connected cluster; writes and returns the report."""
-    local = "" if chosen.model.startswith("models:/") else storage.absolute(chosen.model)
     chosen = replace(
-        chosen, model=local or chosen.model, out=storage.absolute(chosen.out),
+        chosen, model=registry.absolute(chosen.model), out=storage.absolute(chosen.out),
         recordings=storage.absolute(chosen.recordings),
     )  # fmt: skip
     items = load_items(chosen.items)[: chosen.limit or None]

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valle.model.codec import Codes
-from valle.model.sentences import join, split
+from valle.model.sentences import join
 from valle.model.tokens import SAMPLE_RATE
-from valle.model.valle import Spoken, Synthesis, text_ids
+from valle.model.valle import Spoken, Synthesis, sentence_ids
 from valle.platform import audio, recipe, registry, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
@@ -165,16 +165,13 @@ class Speak:
 
     def _requests(self, line: Line) -> list[Request]:
         prompt = self._prompt(line["prompt"])
-        sentences = split(line["text"], line["language"])
-        if not sentences:
-            raise ValueError("text: nothing to say in it")
         return [
             Request(
-                id=f"{line['id']}/{number}", phonemes=text_ids(sentence, line["language"]),
+                id=f"{line['id']}/{number}", phonemes=ids,
                 prompt=prompt, sampling=self._chosen.synthesis.ar,
                 max_frames=self._offline.max_frames, seed=(line["seed"] + number) % 2**63,
             )
-            for number, sentence in enumerate(sentences)
+            for number, ids in enumerate(sentence_ids(line["text"], line["language"]))
         ]  # fmt: skip
 
     def _prompt(self, name: str) -> Codes:
@@ -208,18 +205,9 @@ class Speak:
 def _parts(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
     """Lines of like length together: whoever is short need not wait for whoever is long."""
     ordered = sorted(lines, key=lambda line: len(line["text"]))
+    blank = {"model": model, "audio": None, "seconds": None, "hit_limit": None, "error": None}
     for start in range(0, len(ordered), size):
-        rows = [
-            {
-                "model": model,
-                "audio": None,
-                "seconds": None,
-                "hit_limit": None,
-                "error": None,
-                **line,
-            }
-            for line in ordered[start : start + size]
-        ]
+        rows = [{**blank, **line} for line in ordered[start : start + size]]
         yield pa.Table.from_pylist(rows, _SCHEMA)
 
 
@@ -265,10 +253,9 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     from ray.data import ActorPoolStrategy, DataContext
 
     started = time.perf_counter()
-    local = "" if chosen.model.startswith("models:/") else storage.absolute(chosen.model)
     chosen = replace(
         chosen, out=storage.absolute(chosen.out), recordings=storage.absolute(chosen.recordings),
-        model=local or registry.pin(chosen.model),
+        model=registry.pin(registry.absolute(chosen.model)),
     )  # fmt: skip
     lines = read_lines(chosen)
     done = _done(chosen, lines)

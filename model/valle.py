@@ -17,6 +17,7 @@ from valle.model.ar import AR
 from valle.model.codec import Codec, Codes, Wave
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
+from valle.model.sentences import split
 from valle.model.tokens import FRAME_RATE, HOP, N_CODEBOOKS
 
 Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
@@ -152,6 +153,20 @@ def text_ids(text: str, language: str) -> list[int]:
     if not any(symbol.isalpha() for symbol in spoken):
         raise ValueError("text: nothing to say in it")
     return phonemes.encode(spoken)
+
+
+def sentence_ids(text: str, language: str) -> list[list[int]]:
+    """Phoneme ids of each sentence of a long text that has something to say. Raises ValueError when
+    none has."""
+    found, silent = [], None
+    for sentence in split(text, language):
+        try:
+            found.append(text_ids(sentence, language))
+        except ValueError as error:
+            silent = error
+    if not found:
+        raise silent or ValueError("text: nothing to say in it")
+    return found
 
 
 def _no_wave() -> Wave:

@@ -29,11 +29,12 @@ from valle.model.ar import AR
 from valle.model.codec import CodecIdentity
 from valle.model.nar import NAR
 from valle.model.valle import Voice
-from valle.platform import checkpoint, settings, tracking
+from valle.platform import checkpoint, settings, storage, tracking
 from valle.platform.cluster import CODE_ROOT
 
 NAME = "valle"
-CHAMPION = f"models:/{NAME}@champion"
+REGISTERED = "models:/"
+CHAMPION = f"{REGISTERED}{NAME}@champion"
 SHIPPED = CODE_ROOT / "release" / "nano"
 """The model that comes with the repository."""
 
@@ -191,13 +192,19 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def absolute(source: str) -> str:
+    """A bundle's folder by its absolute path, for whoever works elsewhere; a registry URI as it
+    is."""
+    return source if source.startswith(REGISTERED) else storage.absolute(source)
+
+
 def pin(source: str, tracking_uri: str | None = None) -> str:
     """The version that a registry URI stands for now (`@alias`, `/latest` or a number), as a URI
     that will not move; a path is as it is.
 
     Raises FileNotFoundError when there is no such model, ValueError for another kind of URI.
     """
-    if not source.startswith("models:/"):
+    if not source.startswith(REGISTERED):
         return source
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -229,7 +236,7 @@ def resolve(source: str, tracking_uri: str | None = None) -> Path:
 
     Raises FileNotFoundError when there is no such model, with what to do.
     """
-    if not source.startswith("models:/"):
+    if not source.startswith(REGISTERED):
         path = Path(source)
         if not (path / "bundle.json").is_file():
             raise FileNotFoundError(f"no model bundle at {source}: bundle.json is missing")

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
-from valle.platform import settings, storage
+from valle.platform import registry, settings, storage
 from valle.serve.api import create_api
 from valle.serve.deployments import TOGETHER, ARDeployment, CodecDeployment, NARDeployment
 from valle.serve.keys import read_keys
@@ -23,12 +23,12 @@ def build_app(args: AppArgs) -> Application:
     """The application; Serve validates `args` before anything starts."""
     # replicas run in folders of their own: what is relative or local is fixed here
     tracking_uri = args.tracking_uri or settings.read().tracking_uri
-    places = {"voices": storage.absolute(args.voices)}
+    places = {
+        "voices": storage.absolute(args.voices), "model": registry.absolute(args.model),
+    }  # fmt: skip
     if args.api_keys:
         read_keys(args.api_keys)  # what is wrong with it is noticed here
         places["api_keys"] = storage.absolute(args.api_keys)
-    if not args.model.startswith("models:/"):
-        places["model"] = storage.absolute(args.model)
     args = args.model_copy(update={**places, "tracking_uri": tracking_uri})
     accelerator = "cuda" if args.use_gpu else "cpu"
     # a new deployment's replicas answer before the old ones go; with GPUs there is rarely one left

@@ -65,11 +65,13 @@ async def ahead(items: AsyncGenerator[Item], most: int) -> AsyncGenerator[Item]:
     try:
         while not (producer.done() and queue.empty()):
             getter = asyncio.create_task(queue.get())
-            await asyncio.wait([getter, producer], return_when=asyncio.FIRST_COMPLETED)
-            if getter.done():
-                yield getter.result()
-            else:  # the producer has ended meanwhile, and may have left items
+            try:
+                await asyncio.wait([getter, producer], return_when=asyncio.FIRST_COMPLETED)
+            finally:  # the producer has ended without another item, or nobody waits any more
+                came = getter.done()
                 getter.cancel()
+            if came:
+                yield getter.result()
         await producer  # raises what it has ended with
     finally:
         producer.cancel()  # whoever read has gone: what is being made is for nobody

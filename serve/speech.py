@@ -18,10 +18,10 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec import Codes
-from valle.model.sentences import PAUSE, split
+from valle.model.sentences import PAUSE
 from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE
-from valle.model.valle import text_ids
+from valle.model.valle import sentence_ids
 from valle.serve.audio import MEDIA_TYPES, Encoder, encode
 from valle.serve.calls import ahead
 from valle.serve.metrics import Metrics
@@ -194,17 +194,12 @@ def _sentences(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     if request.language not in languages():
         message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
         raise ApiError(400, message, "language")
-    found, silent = [], None
-    for sentence in split(request.input, request.language):
-        try:
-            ids = text_ids(sentence, request.language)
-        except ValueError as error:
-            silent = error
-            continue
-        if len(ids) > args.max_phonemes:
-            message = f"input: {len(ids)} phonemes in one sentence, limit {args.max_phonemes}"
-            raise ApiError(400, message, "input")
-        found.append(ids)
-    if not found:
-        raise ApiError(400, str(silent or "text: nothing to say in it"), "input") from silent
-    return found
+    try:
+        sentences = sentence_ids(request.input, request.language)
+    except ValueError as error:
+        raise ApiError(400, str(error), "input") from error
+    longest = max(map(len, sentences))
+    if longest > args.max_phonemes:
+        message = f"input: {longest} phonemes in one sentence, limit {args.max_phonemes}"
+        raise ApiError(400, message, "input")
+    return sentences

@@ -80,11 +80,19 @@ def write_dataset(uri: str, codec: Codec, count: int = 60, per_shard: int = 25) 
 
 
 @pytest.fixture
-def published(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> PublishRecipe:
+def eos_bias() -> float:
+    """How much the untrained AR model wants to stop; a test may set another."""
+    return 4.2  # after some fifteen frames, and one time in sixteen before the first
+
+
+@pytest.fixture
+def published(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, eos_bias: float
+) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
-            model.head.bias.data[EOS] = 4.2  # stops after some fifteen frames
+            model.head.bias.data[EOS] = eos_bias
         about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
         for step in (5, 20):
             folder = home / f"runs/test-{kind}/step_{step:08d}"

@@ -3,6 +3,7 @@
 import pytest
 
 from valle.model.sentences import LONGEST, split
+from valle.model.valle import sentence_ids, text_ids
 
 
 def test_sentences_end_where_people_end_them() -> None:
@@ -37,3 +38,11 @@ def test_cuts_prefer_commas() -> None:
     assert split(text, longest=60) == [
         "the first clause is here, and the second one follows it,", "then a third closes",
     ]  # fmt: skip
+
+
+def test_sentences_with_nothing_to_say_are_left_out() -> None:
+    said = sentence_ids("Hello there.\n\n...\n\nGood bye.", "en-us")
+    assert said == [text_ids("Hello there.", "en-us"), text_ids("Good bye.", "en-us")]
+    for silent in ("...", "  "):
+        with pytest.raises(ValueError, match="nothing to say in it"):
+            sentence_ids(silent, "en-us")
