@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import time
 from collections import Counter
@@ -92,10 +91,12 @@ class Client:
     """Asks for things, and checks what comes."""
 
     def __init__(
-        self, url: str, truth: dict[tuple[str, str, int], np.ndarray], outcome: Outcome
+        self,
+        http: httpx.AsyncClient,
+        truth: dict[tuple[str, str, int], np.ndarray],
+        outcome: Outcome,
     ) -> None:
-        self._http = httpx.AsyncClient(base_url=url, timeout=300)
-        self._truth, self._outcome = truth, outcome
+        self._http, self._truth, self._outcome = http, truth, outcome
 
     async def one(self, number: int) -> None:
         """A request of a kind that its number decides."""
@@ -147,10 +148,11 @@ async def fire(
     with progress(total=count, label="soak", unit="request") as bar:
 
         async def work() -> None:
-            client = Client(url, truth, outcome)
-            for number in numbers:
-                await client.one(number)
-                bar.update()
+            async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+                client = Client(http, truth, outcome)
+                for number in numbers:
+                    await client.one(number)
+                    bar.update()
 
         await asyncio.gather(*(work() for _ in range(clients)))
     return outcome
@@ -181,7 +183,7 @@ async def kill_one(
     running = [asyncio.create_task(work(number)) for number in range(clients)]
     await asyncio.sleep(8)
     killed = time.perf_counter()
-    [process] = [p for p in _replicas() if re.search(r":AR\b", _name(p))]
+    [process] = replicas("AR")
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.gather(*running)
     after = [moment for moment, good in outcomes if good and moment > killed + 0.5]
@@ -193,8 +195,10 @@ async def kill_one(
     }
 
 
-def _replicas() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if _name(p).startswith("ray::ServeReplica")]
+def replicas(deployment: str = "") -> list[psutil.Process]:
+    """Processes of this machine's replicas, or of those of one deployment."""
+    start = "ray::ServeReplica:valle:" + deployment
+    return [p for p in psutil.process_iter() if _name(p).startswith(start)]
 
 
 def _name(process: psutil.Process) -> str:
@@ -207,7 +211,7 @@ def _name(process: psutil.Process) -> str:
 def memory() -> dict[str, float]:
     """MB of each replica."""
     return {
-        f"{_name(p).split()[0]} {p.pid}": round(p.memory_info().rss / 1e6, 1) for p in _replicas()
+        f"{_name(p).split()[0]} {p.pid}": round(p.memory_info().rss / 1e6, 1) for p in replicas()
     }
 
 

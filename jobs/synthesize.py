@@ -97,11 +97,12 @@ def read_lines(chosen: SynthesizeRecipe) -> list[Line]:
     its result: no text or prompt, an unusable or repeated id."""
     data = storage.read_bytes(chosen.manifest)
     if chosen.manifest.endswith(".parquet"):
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        rows = list(enumerate(pq.read_table(io.BytesIO(data)).to_pylist(), 1))
     else:
-        rows = [json.loads(line) for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        written = enumerate(data.decode("utf-8-sig").split("\n"), 1)
+        rows = [(number, _parsed(number, line)) for number, line in written if line.strip()]
     lines: dict[str, Line] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         where = f"manifest: line {number}"
         if not isinstance(row, dict) or not all(
             isinstance(row.get(field), str) for field in ("text", "prompt")
@@ -110,8 +111,10 @@ def read_lines(chosen: SynthesizeRecipe) -> list[Line]:
         line = {
             "text": row["text"], "prompt": row["prompt"],
             "language": row.get("language") or chosen.language,
-            "seed": chosen.synthesis.seed if row.get("seed") is None else int(row["seed"]),
+            "seed": chosen.synthesis.seed if row.get("seed") is None else row["seed"],
         }  # fmt: skip
+        if not isinstance(line["seed"], int) or not 0 <= line["seed"] < 2**63:
+            raise ValueError(f"{where}: seed {line['seed']!r} is no whole number from 0 to 2**63")
         digest = hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:20]
         name = str(row.get("id") or digest)
         if not ID.fullmatch(name):
@@ -120,6 +123,13 @@ def read_lines(chosen: SynthesizeRecipe) -> list[Line]:
             raise ValueError(f"{where}: id {name!r} is there twice, or the same line is")
         lines[name] = {"id": name, **line}
     return list(lines.values())
+
+
+def _parsed(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"manifest: line {number}: not JSON ({error})") from error
 
 
 class Speak:

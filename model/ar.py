@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
@@ -127,7 +127,8 @@ class AR(nn.Module):
         prefix: Int[Tensor, " T"] | None = None,
         use_cache: bool = True,
     ) -> Generated:
-        """Speaks one text in the voice of the prompt; stops at EOS or after `max_frames`.
+        """Speaks one text in the voice of the prompt, a frame at least; stops at EOS or after
+        `max_frames`.
 
         With a `prefix` (the first codes of speech whose words the text begins with, whole groups)
         it goes on from there, VALL-E's continuation; the result begins with the prefix.
@@ -146,6 +147,7 @@ class AR(nn.Module):
                     return Generated(codes, hit_limit=True)
                 known = codes[len(codes) - said :]
                 logits = self.logits(hidden[:, None], known[None, :, None])[:, 0]
+                logits = unable_to_end(logits, logits.new_full((1,), not len(codes)).bool())
                 token = sample(logits, sampling, history=codes[None], generator=generator)
                 if int(token) == EOS:
                     return Generated(codes, hit_limit=False)
@@ -181,6 +183,14 @@ class AR(nn.Module):
         x = self.code_embedding(group[:, :, None]) + self.segments[2]
         level = group.new_zeros(len(group))
         return self.transformer(x, first[:, None].float(), level, cache=cache)[:, -1]
+
+
+def unable_to_end(
+    logits: Float[Tensor, "R 1025"], silent: Bool[Tensor, " R"]
+) -> Float[Tensor, "R 1025"]:
+    """The logits, without EOS in rows that are still `silent`: no text is answered by nothing."""
+    at_end = torch.arange(logits.shape[-1], device=logits.device) == EOS
+    return logits.masked_fill(silent[:, None] & at_end, -torch.inf)
 
 
 class WithinGroup(nn.Module):

@@ -18,7 +18,7 @@ from valle.model.codec import Codec, Codes, Wave
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sentences import split
-from valle.model.tokens import FRAME_RATE, HOP, N_CODEBOOKS
+from valle.model.tokens import FRAME_RATE, HOP
 
 Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
 """Phoneme ids, prompt `[8, P]` and first codebook `[T]`: what the NAR model goes by."""
@@ -107,8 +107,6 @@ class Voice:
             text, prompt_codes, sampling=how.ar, generator=generator,
             max_frames=int(how.max_seconds * FRAME_RATE), prefix=None if said is None else said[0],
         )  # fmt: skip
-        if not len(first.codes):
-            return Spoken(_no_wave(), _no_codes(), hit_limit=False)
         codes = first.codes.to("cpu", torch.int16).numpy()
         stored = fill_in(self.nar, ids, prompt, codes, how)
         if prefix is not None:
@@ -167,11 +165,3 @@ def sentence_ids(text: str, language: str) -> list[list[int]]:
     if not found:
         raise silent or ValueError("text: nothing to say in it")
     return found
-
-
-def _no_wave() -> Wave:
-    return torch.empty(0).numpy()
-
-
-def _no_codes() -> Codes:
-    return torch.empty(N_CODEBOOKS, 0, dtype=torch.int16).numpy()

@@ -22,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from valle.model.tokens import SAMPLE_RATE
 from valle.platform.audio import AudioError
 from valle.serve.keys import Guard, read_keys
 from valle.serve.metrics import Meter, Metrics
@@ -29,7 +30,7 @@ from valle.serve.prompts import Prompts
 from valle.serve.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
 from valle.serve.speech import Speaker
 from valle.serve.versions import Followed
-from valle.serve.voices import VoiceError, VoiceStore
+from valle.serve.voices import About, VoiceError, VoiceStore, pack
 
 UI = Path(__file__).resolve().parent / "ui"
 
@@ -69,7 +70,8 @@ def create_api(args: AppArgs) -> FastAPI:
     started = int(time.time())
     metrics = Metrics()
     model = Followed(args.model, args.tracking_uri or "", args.reload_seconds)
-    speaker = Speaker(args, Prompts(store), model, metrics)
+    prompts = Prompts(store)
+    speaker = Speaker(args, prompts, model, metrics)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
     api.add_middleware(BodyLimit, limit=args.max_body_bytes)
@@ -142,13 +144,20 @@ def create_api(args: AppArgs) -> FastAPI:
         """Keeps a recording of 2 to 30 s as a voice. `consent`: who agreed to that."""
         data = await audio_sample.read()
         try:
-            about = await run_in_threadpool(store.add, name, data, consent, text)
+            wave = await run_in_threadpool(store.check, name, data)
         except AudioError as error:
             message = f"audio_sample: {error}"
             raise ApiError(400, message, "audio_sample", "unusable_recording") from error
         except VoiceError as error:
             status = 409 if error.code == "voice_exists" else 400
             raise ApiError(status, str(error), "name", error.code) from error
+        version = await model.version()
+        about = About(
+            seconds=round(len(wave) / SAMPLE_RATE, 2), consent=consent, created=int(time.time()),
+            text=text, prompt=pack(await prompts.encode(wave, version)),
+            codec=await prompts.codec(version),
+        )  # fmt: skip
+        await run_in_threadpool(store.add, name, wave, about)
         logger.info("voice added id=%s seconds=%.1f", name, about.seconds)
         return {"id": name, "name": name, "seconds": about.seconds, "created_at": about.created}
 

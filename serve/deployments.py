@@ -137,6 +137,11 @@ class CodecDeployment(Versioned[_Coder]):
         async with self.use(version) as coder:
             return await coder.encoding.do(wave)
 
+    async def identity(self, version: str) -> str:
+        """Hash of the codec's weights."""
+        async with self.use(version) as coder:
+            return coder.codec.identity.sha256
+
     async def decode(self, version: str, codes: Codes) -> NDArray[np.float32]:
         """Samples at 24 kHz."""
         async with self.use(version) as coder:

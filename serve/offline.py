@@ -46,14 +46,11 @@ class Offline:
             except ValueError as error:
                 wrong[request.id] = error
         first = self.first_codebooks(possible)
-        silent = ValueError("the model stopped at once; try another seed")
-        wrong |= {name: silent for name, codes in first.items() if not len(codes)}
-        good = [request for request in possible if request.id not in wrong]
-        codes = self._fill_in([(r.phonemes, r.prompt, first[r.id]) for r in good])
+        codes = self._fill_in([(r.phonemes, r.prompt, first[r.id]) for r in possible])
         waves = self.voice.codec.decode(codes)
         said = {
             request.id: Spoken(wave, code, request.id in self._limited)
-            for request, wave, code in zip(good, waves, codes, strict=True)
+            for request, wave, code in zip(possible, waves, codes, strict=True)
         }
         return [wrong.get(request.id) or said[request.id] for request in requests]
 

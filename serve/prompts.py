@@ -1,4 +1,7 @@
-"""Recordings to prompts: bytes of a sound file to codes, under limits, each encoded once."""
+"""Recordings to prompts: bytes of a sound file to codes, under limits.
+
+An uploaded voice brings its codes along; others are encoded once by each replica that is asked.
+"""
 
 import base64
 import binascii
@@ -6,6 +9,7 @@ import hashlib
 
 from cachetools import TTLCache
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec import Codes
@@ -14,7 +18,7 @@ from valle.model.valle import Synthesis
 from valle.platform import audio
 from valle.serve.calls import result
 from valle.serve.schema import ApiError, SpeechRequest
-from valle.serve.voices import LONGEST, VoiceError, VoiceStore
+from valle.serve.voices import LONGEST, VoiceError, VoiceStore, about
 
 PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 SHORTEST = 1.0
@@ -29,6 +33,7 @@ class Prompts:
     def __init__(self, store: VoiceStore) -> None:
         self._store = store
         self._kept: TTLCache[tuple[str, bytes], Codes] = TTLCache(KEPT, KEPT_SECONDS)
+        self._codecs: dict[str, str] = {}  # hash of each version's codec
 
     async def of(self, request: SpeechRequest, version: str) -> Codes:
         """`[8, P]` of the recording's first seconds, by that version's codec.
@@ -40,12 +45,24 @@ class Prompts:
         name = (version, hashlib.sha256(data).digest())
         codes = self._kept.get(name)
         if codes is None:
-            wave = await run_in_threadpool(_decoded, data, param)
-            start = wave[: PROMPT_FRAMES * HOP]
-            codec = serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
-            codes = await result(lambda: codec.encode.remote(version, start))
+            known = about(data) if param == "voice" else None
+            if known and known.codec == await self.codec(version):
+                codes = known.prompt_codes()
+            else:
+                codes = await self.encode(await run_in_threadpool(_decoded, data, param), version)
             self._kept[name] = codes
         return codes
+
+    async def encode(self, wave: audio.Wave, version: str) -> Codes:
+        """`[8, P]` of a recording's first seconds."""
+        start = wave[: PROMPT_FRAMES * HOP]
+        return await result(lambda: _deployment().encode.remote(version, start))
+
+    async def codec(self, version: str) -> str:
+        """Hash of the weights of that version's codec."""
+        if version not in self._codecs:
+            self._codecs[version] = await result(lambda: _deployment().identity.remote(version))
+        return self._codecs[version]
 
     def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:
         """A sound file, and the field that it is from."""
@@ -60,6 +77,10 @@ class Prompts:
             return self._store.read(request.voice), "voice"
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
+
+
+def _deployment() -> DeploymentHandle:
+    return serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
 
 
 def _decoded(data: bytes, param: str) -> audio.Wave:

@@ -67,6 +67,6 @@ class Event:
 
     id: str
     codes: list[int]
-    """New frames of the first codebook; empty when it stopped at once."""
+    """New frames of the first codebook; empty where all that came was its end."""
     finish: Finish | None
     """Set in the last event of a stream."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from valle.model.ar import AR
+from valle.model.ar import AR, unable_to_end
 from valle.model.layers import KVCache
 from valle.model.sampling import RowSettings, Sampling, choose, draw
 from valle.model.tokens import CODEBOOK_SIZE
@@ -137,6 +137,7 @@ class Runner:
         for said in range(group):
             known = recent[:, LONGEST_WINDOW - said :].clamp(0, CODEBOOK_SIZE - 1)
             logits = self.model.logits(hidden, known[:, :, None])[:, 0]
+            logits = unable_to_end(logits, recent[:, -1] < 0)
             uniforms = torch.cat([draw(generator, 1) for generator in self._generators], dim=1)
             tokens = choose(logits, self._rows, uniforms, recent)
             recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)

@@ -153,10 +153,14 @@ async def _body(
     first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest
 ) -> AsyncIterator[bytes]:
     """A failure past the first sentence breaks the connection: no client takes half for whole."""
-    async with aclosing(pieces):
-        async for data, _ in _encoded(first, pieces, request):
-            if data:
-                yield data
+    try:
+        async with aclosing(pieces):
+            async for data, _ in _encoded(first, pieces, request):
+                if data:
+                    yield data
+    except Exception:
+        logger.exception("an answer broke off after it had begun")
+        raise
 
 
 async def _events(

@@ -21,7 +21,7 @@ from valle.model.valle import Synthesis
 from valle.platform import audio
 from valle.serve.calls import result, results
 from valle.serve.request import Request
-from valle.serve.schema import ApiError, SpeechRequest
+from valle.serve.schema import SpeechRequest
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,10 @@ def ask(
 
 
 async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
-    """The sentence, when all of it is made. Raises ApiError where the model says nothing, and
-    BackPressureError where too many wait, unless this one must insist."""
+    """The sentence, when all of it is made. Raises BackPressureError where too many wait, unless
+    this one must insist."""
     ar, nar, codec = deployments()
     first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
-    if not len(first):
-        raise _silent()
     # from here on work has been spent on it
     codes = await result(
         lambda: nar.generate.remote(version, asked.phonemes, asked.prompt, first), insist=True
@@ -85,8 +83,6 @@ async def say_in_chunks(
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
-            if not len(first):
-                raise _silent()
             ready = len(first) if ended else len(first) - chunking.look_ahead
             unfilled = (asked.phonemes, asked.prompt, first)
             codes = await result(partial(nar.generate.remote, version, *unfilled), insist=True)
@@ -98,7 +94,3 @@ async def say_in_chunks(
                 wave, state = await result(decode, insist=True)
             yield Piece(wave, ready - said, hit_limit, ended)
             said = ready
-
-
-def _silent() -> ApiError:
-    return ApiError(500, "the model stopped at once; try another seed", code="empty_speech")

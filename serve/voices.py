@@ -1,21 +1,24 @@
 """The voices a server knows: recordings in a folder or on S3, shared by all replicas.
 
-An uploaded voice is one file, `{id}.flac`: what was said about it is in the header, so that two
-uploads of a name cannot mix one's consent with the other's recording, and nothing is left when the
-file is gone. A `{id}.wav` put there by hand is a voice too.
+An uploaded voice is one file, `{id}.flac`: what was said about it, and the prompt that the codec
+made of it, are in the header, so that two uploads of a name cannot mix one's consent with the
+other's recording, and nothing is left when the file is gone. A `{id}.wav` put there by hand is a
+voice too.
 """
 
+import base64
 import json
 import re
 import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
+import numpy as np
 from dacite import from_dict
 
-from valle.model.tokens import SAMPLE_RATE
+from valle.model.codec import Codes
+from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.speech import SpeechFraction
 
@@ -54,6 +57,28 @@ class About:
     text: str | None = None
     """What is said in it."""
 
+    prompt: str
+    """Codes `[8, P]` of its first seconds: 16-bit little endian, in base64."""
+
+    codec: str
+    """Hash of the weights that made them; others' would be of no use to another codec."""
+
+    def prompt_codes(self) -> Codes:
+        """`prompt`, unpacked."""
+        stored = np.frombuffer(base64.b64decode(self.prompt), "<i2")
+        return stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
+
+
+def pack(prompt: Codes) -> str:
+    """Codes for `About.prompt`."""
+    return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
+
+
+def about(data: bytes) -> About | None:
+    """What was said about an uploaded voice, from its file; None for one put there by hand."""
+    said = audio.comment(data)
+    return from_dict(About, json.loads(said)) if said.startswith("{") else None
+
 
 class VoiceStore:
     """Reads, adds and deletes voices."""
@@ -76,19 +101,12 @@ class VoiceStore:
                 return storage.read_bytes(path)
         raise VoiceError(f"no voice {name!r}", "voice_not_found")
 
-    def about(self, name: str) -> About | None:
-        """What was said about an uploaded voice; None for one that was put there by hand."""
-        said = audio.comment(self.read(name))
-        return from_dict(About, json.loads(said)) if said.startswith("{") else None
+    def check(self, name: str, data: bytes) -> audio.Wave:
+        """A sound file as it would be kept: trimmed, and rounded as in its file.
 
-    def add(self, name: str, data: bytes, consent: str, text: str | None = None) -> About:
-        """Checks a sound file, trims it and keeps it under `name`.
-
-        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use. Of two
-        that come with one name at the same time, the later one is kept.
+        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
         """
-        paths = self._paths(name)
-        if any(map(storage.exists, paths)):
+        if any(map(storage.exists, self._paths(name))):
             raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
         wave = audio.trim(audio.read(data, max_seconds=LONGEST))
         seconds = len(wave) / SAMPLE_RATE
@@ -100,12 +118,13 @@ class VoiceStore:
             raise audio.AudioError(
                 f"{share:.0%} of it is speech, at least {LEAST_SPEECH:.0%} has to be"
             )
-        about = About(
-            seconds=round(seconds, 2), consent=consent, created=int(time.time()), text=text
-        )
+        return audio.read(audio.wav_bytes(wave), max_seconds=LONGEST)
+
+    def add(self, name: str, wave: audio.Wave, about: About) -> None:
+        """Keeps a recording that `check` has returned. Of two that come with one name at the same
+        time, the later one is kept."""
         comment = json.dumps(asdict(about), ensure_ascii=False)
-        storage.write_bytes(paths[0], audio.flac_bytes(wave, comment))
-        return about
+        storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
     def delete(self, name: str) -> None:
         """Removes a voice with all that is known of it. Raises VoiceError where there is none."""

@@ -82,7 +82,7 @@ def write_dataset(uri: str, codec: Codec, count: int = 60, per_shard: int = 25) 
 @pytest.fixture
 def eos_bias() -> float:
     """How much the untrained AR model wants to stop; a test may set another."""
-    return 4.2  # after some fifteen frames, and one time in sixteen before the first
+    return 4.2  # after some fifteen frames
 
 
 @pytest.fixture

@@ -25,12 +25,14 @@ import yaml
 from models import TINY, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.voices import Joe
 from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.sentences import PAUSE
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry
 from valle.serve.audio import encode
+from valle.serve.voices import about
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,6 +104,26 @@ def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
     assert np.abs(heard - expected).max() <= 2
 
 
+def check_an_upload_brings_its_prompt(endpoint: str, voice: Voice, home: Path) -> None:
+    """The codes that are kept with a voice are those that its recording gives."""
+    joe = Joe().speak("We walked along the river and talked until it was dark.", "joe", "en-us")
+    files = {"audio_sample": ("joe.wav", audio.wav_bytes(joe))}
+    asked = {"name": "joe", "consent": "CC0"}
+    added = httpx.post(f"{endpoint}/v1/audio/voices", data=asked, files=files, timeout=60)
+    assert added.status_code == 200, added.text
+    stored = (home / "voices/joe.flac").read_bytes()
+    kept = about(stored)
+    expected = voice.encode_prompt(audio.read(stored, max_seconds=30), Synthesis())
+    assert kept is not None and kept.codec == voice.codec.identity.sha256
+    assert (kept.prompt_codes() == expected).all()
+    body = {"input": "hello", "voice": "joe", "response_format": "pcm"}
+    named = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
+    inline = body | {"voice": "", "ref_audio": base64.b64encode(stored).decode()}
+    brought = httpx.post(f"{endpoint}/v1/audio/speech", json=inline, timeout=60)
+    assert named.status_code == 200 and named.content == brought.content
+    assert httpx.delete(f"{endpoint}/v1/audio/voices/joe").status_code == 200
+
+
 @pytest.mark.ray
 def test_endpoint(endpoint: str, home: Path) -> None:
     recording = (home / "voices/ann.wav").read_bytes()
@@ -142,6 +164,7 @@ def test_endpoint(endpoint: str, home: Path) -> None:
 
         check_streams(endpoint, voice, prompt)
         check_chunks(endpoint, voice, prompt)
+        check_an_upload_brings_its_prompt(endpoint, voice, home)
 
         refused = {
             (400, "input"): {"input": "", "voice": "ann"},

@@ -94,6 +94,22 @@ def test_any_order_of_arrivals_and_aborts_changes_nothing(group: int, seed: int)
             assert begun == said[: len(begun)]
 
 
+def test_no_text_is_answered_by_nothing() -> None:
+    """A model that would stop at once, alone and beside others."""
+    model = lively_ar(2)
+    model.head.bias.data[EOS] += 100
+    engine = build(model, 3)
+    codes: dict[str, list[int]] = {}
+    ends: dict[str, Finish] = {}
+    for number in range(5):
+        engine.add(request(number))
+    while not engine.idle:
+        collect(engine.step(), codes, ends)
+    for number in range(5):
+        assert (codes[f"r{number}"], ends[f"r{number}"]) == alone(model, request(number))
+        assert len(codes[f"r{number}"]) == 1
+
+
 def test_a_request_that_fits_no_slot_is_refused() -> None:
     engine = Engine(Runner(lively_ar(2), slots=2, positions=60), Scheduler(2))
     with pytest.raises(ValueError, match="max_frames: text, prompt and 200 frames need"):

@@ -112,10 +112,20 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
         ({"text": "x", "prompt": "p", "id": "../x"}, "line 2: id '../x': letters, digits"),
         ({"text": "a", "prompt": "p"}, "is there twice"),
         ([1], "line 2: needs text and prompt"),
+        ({"text": "x", "prompt": "p", "seed": "one"}, "line 2: seed 'one' is no whole number"),
+        ({"text": "x", "prompt": "p", "seed": -1}, "line 2: seed -1 is no whole number"),
     ],
 )
 def test_lines_without_a_place_are_refused(home: Path, line: object, reason: str) -> None:
     path = home / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"text": "a", "prompt": "p"}, line])))
+    with pytest.raises(ValueError, match=reason):
+        read_lines(SynthesizeRecipe(manifest=str(path), out="out"))
+
+
+def test_a_line_that_is_no_json_is_named(home: Path) -> None:
+    path = home / "lines.jsonl"
+    path.write_text('{"text": "a", "prompt": "p"}\n\n{"text": "b"\n')
+    reason = "manifest: line 3: not JSON"
     with pytest.raises(ValueError, match=reason):
         read_lines(SynthesizeRecipe(manifest=str(path), out="out"))

@@ -12,12 +12,15 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message
 
 from valle.jobs.voices import Joe
-from valle.model.tokens import SAMPLE_RATE
+from valle.model.codec import Codec, Codes
+from valle.model.tokens import HOP, SAMPLE_RATE
 from valle.platform.audio import AudioError, Wave, read, wav_bytes
 from valle.serve.api import create_api
+from valle.serve.prompts import PROMPT_FRAMES, Prompts
 from valle.serve.schema import AppArgs, SpeechRequest
 from valle.serve.speech import Speaker
-from valle.serve.voices import VoiceError, VoiceStore
+from valle.serve.versions import Followed
+from valle.serve.voices import About, VoiceError, VoiceStore, about, pack
 
 TEXT = "The early train was late again, so we walked along the river and talked."
 
@@ -27,18 +30,26 @@ def joe() -> Wave:
     return Joe().speak(TEXT, "joe", "en-us")
 
 
+def ann(prompt: Codes) -> About:
+    return About(
+        seconds=4.5, consent="Ann", created=1, text=TEXT, prompt=pack(prompt), codec="0123abcd"
+    )
+
+
 def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> None:
     store = VoiceStore(str(tmp_path))
     silence = np.zeros(SAMPLE_RATE, np.float32)
-    about = store.add("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])), "Ann", TEXT)
-    assert about.seconds == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
+    wave = store.check("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])))
+    assert len(wave) / SAMPLE_RATE == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
+    prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
+    store.add("Ann-1", wave, ann(prompt))
     assert store.ids() == ["Ann-1"]
     assert [path.name for path in tmp_path.iterdir()] == ["Ann-1.flac"]
-    assert store.about("Ann-1") == about and about.consent == "Ann" and about.text == TEXT
-    seconds = len(read(store.read("Ann-1"), max_seconds=30)) / SAMPLE_RATE
-    assert seconds == pytest.approx(about.seconds, abs=0.01)
+    kept = about(store.read("Ann-1"))
+    assert kept == ann(prompt) and (kept.prompt_codes() == prompt).all()
+    assert (read(store.read("Ann-1"), max_seconds=30) == wave).all()
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
-        store.add("Ann-1", wav_bytes(joe), "Ann")
+        store.check("Ann-1", wav_bytes(joe))
     store.delete("Ann-1")
     assert not list(tmp_path.iterdir()) and store.ids() == []
     for gone in (store.read, store.delete):
@@ -50,10 +61,10 @@ def test_a_recording_put_there_by_hand_is_a_voice(tmp_path: Path, joe: Wave) -> 
     store = VoiceStore(str(tmp_path))
     for name in ("bob.wav", "no name.wav", "notes.txt", "BOB.WAV"):
         (tmp_path / name).write_bytes(wav_bytes(joe))
-    assert store.ids() == ["bob"] and store.about("bob") is None
+    assert store.ids() == ["bob"] and about(store.read("bob")) is None
     assert store.read("bob")[:4] == b"RIFF"
     with pytest.raises(VoiceError, match="there is a voice 'bob'"):
-        store.add("bob", wav_bytes(joe), "Bob")
+        store.check("bob", wav_bytes(joe))
     store.delete("bob")
     assert store.ids() == []
 
@@ -69,17 +80,32 @@ def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) 
         (noise, ".*% of it is speech, at least 40%"),
     ):
         with pytest.raises(AudioError, match=reason):
-            store.add("x", wav_bytes(wave), "me")
+            store.check("x", wav_bytes(wave))
     with pytest.raises(AudioError, match="unreadable audio"):
-        store.add("x", b"PK not a sound", "me")
+        store.check("x", b"PK not a sound")
     for name in ("../x", "a/b", "", "x" * 101, "a.b", "声" * 9):
         with pytest.raises(VoiceError, match="is no name"):
-            store.add(name, wav_bytes(joe), "me")
+            store.check(name, wav_bytes(joe))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.anyio
-async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
+async def test_voices_over_http(
+    tmp_path: Path, joe: Wave, tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def encode(prompts: Prompts, wave: Wave, version: str) -> Codes:
+        """What the codec's deployment does."""
+        return tiny_codec.encode([wave[: PROMPT_FRAMES * HOP]])[0]
+
+    async def codec(prompts: Prompts, version: str) -> str:
+        return tiny_codec.identity.sha256
+
+    async def version(followed: Followed) -> str:
+        return "models:/valle/1"
+
+    monkeypatch.setattr(Prompts, "encode", encode)
+    monkeypatch.setattr(Prompts, "codec", codec)
+    monkeypatch.setattr(Followed, "version", version)
     app = create_api(AppArgs(voices=str(tmp_path), max_body_bytes=500_000))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -92,6 +118,11 @@ async def test_voices_over_http(tmp_path: Path, joe: Wave) -> None:
         added = await add(good, name="ann", consent="Ann agreed")
         assert added.status_code == 200, added.text
         assert added.json()["id"] == "ann" and added.json()["seconds"] > 2
+        stored = VoiceStore(str(tmp_path)).read("ann")
+        kept = about(stored)
+        assert kept is not None and kept.consent == "Ann agreed"
+        expected = await encode(Prompts(VoiceStore("")), read(stored, max_seconds=30), "")
+        assert (kept.prompt_codes() == expected).all()
         listed = await http.get("/v1/audio/voices")
         assert listed.json() == {"voices": [{"id": "ann", "name": "ann"}]}
         for data, status, param in (

@@ -81,9 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not len(spoken.wave):
-        print("error: the model stopped at once; try another --seed", file=sys.stderr)
-        return 1
     arguments.out.write_bytes(audio.wav_bytes(spoken.wave))
     seconds = len(spoken.wave) / SAMPLE_RATE
     taken = time.perf_counter() - started
