@@ -9,11 +9,13 @@ weights do not, so `--size full` takes untrained ones.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +67,17 @@ def _generate(ar: AR, task: Task, use_cache: bool) -> None:
     assert len(said.codes) == task.frames, "the model was not to stop"
 
 
-def together(ar: AR, task: Task, streams: int) -> None:
-    """The engine with so many streams."""
+def build(ar: AR, task: Task, streams: int, compiled: bool) -> Engine:
+    """An engine for so many streams, warm."""
     positions = ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
-    engine = Engine(Runner(ar, slots=streams, positions=positions), Scheduler(streams))
+    runner = Runner(ar, slots=streams, positions=positions, compiled=compiled)
+    engine = Engine(runner, Scheduler(streams))
+    together(engine, task, streams)
+    return engine
+
+
+def together(engine: Engine, task: Task, streams: int) -> None:
+    """The engine with so many streams."""
     for number in range(streams):
         engine.add(
             Request(
@@ -92,15 +101,18 @@ def read_bandwidth(n_bytes: int, seconds: float = 0.5) -> float:
     return rounds * n_bytes / (time.perf_counter() - started)
 
 
-def measure(ar: AR, task: Task, streams: Sequence[int], rounds: int) -> dict[str, list[float]]:
+def measure(
+    ar: AR, task: Task, streams: Sequence[int], rounds: int, compiled: bool
+) -> dict[str, list[float]]:
     """Frames a second of each way, a figure a round; the ways take turns."""
     ways: dict[str, tuple[int, Callable[[], None]]] = {
         "uncached": (1, lambda: uncached(ar, task)),
         "cached": (1, lambda: cached(ar, task)),
     }
-    for n in streams:
-        ways[f"engine, {n}"] = (n, lambda n=n: together(ar, task, n))  # type: ignore[misc]
-    together(ar, task, 1)  # warm
+    for compile, n in itertools.product([False, True] if compiled else [False], streams):
+        engine = build(ar, task, n, compile)
+        name = f"{'compiled' if compile else 'engine'}, {n}"
+        ways[name] = (n, partial(together, engine, task, n))
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:
         for _ in range(rounds):
@@ -160,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile as well")
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -183,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not n.endswith(("embedding.weight", "tables"))
     )
     read *= ar.head.weight.element_size()
-    speeds = measure(ar, task, arguments.streams, arguments.rounds)
+    speeds = measure(ar, task, arguments.streams, arguments.rounds, arguments.compiled)
     limit = read_bandwidth(read) / read * ar.config.group
     figures = summarise(speeds, limit)
     report = {

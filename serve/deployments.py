@@ -46,7 +46,7 @@ class ARDeployment(Versioned[EngineWorker]):
             ar = registry.load_ar(registry.resolve(version, tracking_uri), device)
             ar = ar.to(PRECISIONS[args.precision])
             positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
-            runner = Runner(ar, slots=args.slots, positions=positions)
+            runner = Runner(ar, slots=args.slots, positions=positions, compiled=args.compiled)
             return EngineWorker(Engine(runner, Scheduler(args.slots)))
 
         super().__init__(load, EngineWorker.close, registry.pin(model, tracking_uri))

@@ -24,6 +24,12 @@ from valle.serve.request import Request
 LONGEST_WINDOW = 64
 """Frames that repetition-aware sampling can look back on."""
 
+MODE = "reduce-overhead"
+"""Of `torch.compile`: CUDA graphs where there is CUDA."""
+
+POSITIONS_STEP = 128
+"""A compiled step sees a multiple of this many positions: few shapes, each captured once."""
+
 
 @dataclass
 class SlotCache:
@@ -37,10 +43,11 @@ class SlotCache:
 
     causal = False  # one position per stream at a time
 
-    def begin(self, streams: int) -> None:
-        """Prepares a step of the first `streams` slots."""
+    def begin(self, streams: int, multiple: int = 1) -> None:
+        """Prepares a step of the first `streams` slots, over positions rounded up to `multiple`."""
         lengths = self.lengths[:streams]
-        steps = torch.arange(int(lengths.max()) + 1, device=lengths.device)
+        longest = -(-(int(lengths.max()) + 1) // multiple) * multiple
+        steps = torch.arange(min(longest, self.keys.shape[3]), device=lengths.device)
         self.visible = (steps <= lengths[:, None])[:, None, None]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +69,18 @@ class SlotCache:
 class Runner:
     """Weights, key-value memory, and what is kept on the device for each slot."""
 
-    def __init__(self, model: AR, *, slots: int, positions: int) -> None:
-        """`positions` bounds text, prompt and speech of one stream together."""
+    def __init__(self, model: AR, *, slots: int, positions: int, compiled: bool = False) -> None:
+        """`positions` bounds text, prompt and speech of one stream together.
+
+        `compiled`: a step goes through `torch.compile`, on a GPU as CUDA graphs (not run on one
+        yet), and to that end in few shapes: streams rounded up to a power of two.
+        """
         config, like = model.config, model.head.weight
         self.model = model
         self.positions = positions
         self._device = like.device
+        self._slots, self._compiled = slots, compiled
+        self._step = torch.compile(model.step, mode=MODE, dynamic=True) if compiled else model.step
         whole = KVCache.empty(config, slots, positions, like)
         # what a mask hides is multiplied by zero, which garbage such as NaN would survive
         keys, values = whole.keys.zero_(), whole.values.zero_()
@@ -147,11 +160,16 @@ class Runner:
     @torch.inference_mode()
     def advance(self) -> None:
         """Feeds the groups just drawn to the model."""
-        streams, group = self.streams, self.model.config.group
-        self._cache.begin(streams)
-        codes = self._recent[:streams, LONGEST_WINDOW - group :]
-        self._hidden[:streams] = self.model.step(codes, self._frames[:streams], self._cache)
-        self._frames[:streams] += group
+        rows, group = self.streams, self.model.config.group
+        if self._compiled:
+            rows = min(1 << (rows - 1).bit_length(), self._slots)
+            # nobody's rows: they need numbers that a step can work on, and no more
+            self._cache.lengths[self.streams : rows] = 0
+            self._recent[self.streams : rows] = 0
+        self._cache.begin(rows, POSITIONS_STEP if self._compiled else 1)
+        codes = self._recent[:rows, LONGEST_WINDOW - group :]
+        self._hidden[:rows] = self._step(codes, self._frames[:rows], self._cache)
+        self._frames[:rows] += group
 
     def release(self, slot: int, move: Move | None) -> None:
         """Forgets the stream of a slot; the last slot's stream takes its place."""

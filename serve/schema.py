@@ -45,6 +45,9 @@ class AppArgs(BaseModel):
     max_seconds: float = Field(600.0, gt=0)
     """Length limit of an answer; a request may ask for less."""
 
+    max_characters: int = Field(4096, ge=1, le=1_000_000)
+    """Longest `input`; OpenAI's limit is 4096, a chapter of a book has thirty thousand."""
+
     slots: int = Field(8, ge=1)
     """Streams that one AR replica speaks at the same time."""
 
@@ -64,6 +67,10 @@ class AppArgs(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does
     not for one (jobs/bench_engine.py)."""
+
+    compiled: bool = False
+    """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first
+    requests of a replica wait for it. On a CPU it does not pay (jobs/bench_engine.py)."""
 
     max_phonemes: int = Field(1000, ge=10)
     """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
@@ -87,8 +94,8 @@ class SpeechRequest(BaseModel):
     model: str = "valle"
     """Ignored but for OpenAI's clients, which must send it."""
 
-    input: str = Field(min_length=1, max_length=4096)
-    """What to say."""
+    input: str = Field(min_length=1, max_length=1_000_000)
+    """What to say; the server's `max_characters` bounds it."""
 
     voice: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9_-]*$")
     """Name of a reference recording of the server."""

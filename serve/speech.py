@@ -198,6 +198,9 @@ def _sentences(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     if request.language not in languages():
         message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
         raise ApiError(400, message, "language")
+    if len(request.input) > args.max_characters:
+        message = f"input: {len(request.input)} characters, limit {args.max_characters}"
+        raise ApiError(400, message, "input")
     try:
         sentences = sentence_ids(request.input, request.language)
     except ValueError as error:

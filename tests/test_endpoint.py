@@ -173,6 +173,7 @@ def test_endpoint(endpoint: str, home: Path) -> None:
             (400, "response_format"): {"input": "x", "voice": "ann", "response_format": "midi"},
             (400, "speed"): {"input": "x", "voice": "ann", "speed": 5},
             (400, "ref_audio"): {"input": "hello", "ref_audio": "bm90IGF1ZGlv"},
+            (400, "model"): {"input": "x" * 5000, "voice": "ann", "model": ["valle"]},
             (400, "language"): {"input": "One. Two.", "voice": "ann", "language": "xx"},
             (400, "max_seconds"): {"input": "hello", "voice": "ann", "max_seconds": 0},
             (404, "voice"): {"input": "hello", "voice": "bob"},
@@ -181,6 +182,7 @@ def test_endpoint(endpoint: str, home: Path) -> None:
             answer = speech(**body)
             assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
         assert speech(input="...", voice="ann").json()["error"]["message"].startswith("text:")
+        assert "5000 characters, limit 4096" in speech(input="x" * 5000, voice="ann").text
         outside = speech(input="hello", voice="../voices/ann")
         assert outside.status_code == 400
         snippet = base64.b64encode(audio.wav_bytes(np.full(9, 0.1, np.float32))).decode()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -39,8 +40,9 @@ def request(number: int, max_frames: int = 40) -> Request:
     )  # fmt: skip
 
 
-def build(model: AR, slots: int) -> Engine:
-    return Engine(Runner(model, slots=slots, positions=400), Scheduler(slots))
+def build(model: AR, slots: int, compiled: bool = False) -> Engine:
+    runner = Runner(model, slots=slots, positions=400, compiled=compiled)
+    return Engine(runner, Scheduler(slots))
 
 
 def alone(model: AR, asked: Request) -> tuple[list[int], Finish]:
@@ -61,15 +63,24 @@ def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Fi
             ends[event.id] = event.finish
 
 
-@pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_any_order_of_arrivals_and_aborts_changes_nothing(group: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "seed", "compiled"),
+    [
+        (1, 0, False), (2, 0, False), (1, 1, False), (2, 1, False),
+        pytest.param(2, 2, True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_any_order_of_arrivals_and_aborts_changes_nothing(
+    group: int, seed: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:  # the compiler stumbles over checks of shapes, which only tests have
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = lively_ar(group)
     asked = [request(number) for number in range(12)]
     expected = {one.id: alone(model, one) for one in asked}
     assert len({len(codes) for codes, _ in expected.values()}) > 3, "a dull test"
     chance = np.random.default_rng(seed)
-    engine = build(model, slots=4)
+    engine = build(model, slots=4, compiled=compiled)
     codes: dict[str, list[int]] = {}
     ends: dict[str, Finish] = {}
     late = [asked[i] for i in chance.permutation(len(asked))]
