@@ -65,6 +65,9 @@ class EvaluateRecipe:
     speaker_encoder: str = "resemblyzer"
     """resemblyzer, or package.module:Class."""
 
+    identified_among: tuple[str, ...] = ()
+    """Speakers among whom a voice has to be told from its prompt; none: all of the set."""
+
     training_data: str | None = None
     """Token dataset the model was trained on: no sentence and no unseen voice may be in it. None
     leaves that unchecked, and the report says so."""
@@ -227,7 +230,11 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         chosen, model=registry.absolute(chosen.model), out=storage.absolute(chosen.out),
         recordings=storage.absolute(chosen.recordings),
     )  # fmt: skip
-    items = load_items(chosen.items)[: chosen.limit or None]
+    items = load_items(chosen.items)
+    among = {item.speaker for item in items if item.speaker in chosen.identified_among}
+    if chosen.identified_among and len(among) < 2:
+        raise ValueError(f"identified_among: {chosen.items} has fewer than two of these voices")
+    items = items[: chosen.limit or None]
     if chosen.training_data:
         check_unseen(items, storage.absolute(chosen.training_data))
     bundle = registry.resolve(chosen.model)  # a missing model is better noticed before Ray works
@@ -240,7 +247,8 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
         "synthesis": asdict(chosen.synthesis),
         "code_version": tracking.code_version(),
-        "systems": scores.summarise(records),
+        "systems": scores.summarise(records, chosen.identified_among),
+        "identified_among": chosen.identified_among,
         "records": [scores.without_vectors(record) for record in records],
     }
     earlier = storage.read_json(chosen.champion) if chosen.champion else None

@@ -12,7 +12,8 @@ class Bound:
     """A figure of the report and what it must reach."""
 
     figure: str
-    """`system/figure`, as MLflow shows it: cross/wer, codec/distillmos ... Shares are 0 to 1."""
+    """`system/figure` or `system/group/figure`, as MLflow shows it: codec/distillmos, cross/unseen
+    people/wer ... Shares are 0 to 1."""
 
     at_most: float | None = None
     """Upper bound."""
@@ -28,10 +29,10 @@ class Bound:
         if self.at_most is None and self.at_least is None:
             raise ValueError(f"gate: {self.figure} needs at_most or at_least")
         for name in (self.figure, self.above or "cross/wer"):
-            figure = name.partition("/")[2]
+            figure = name.rpartition("/")[2]
             if figure not in report.COLUMNS:
                 raise ValueError(
-                    f"gate: {name!r} is no figure; expected system/figure, "
+                    f"gate: {name!r} is no figure; expected system/figure or system/group/figure, "
                     f"the figure one of {', '.join(report.COLUMNS)}"
                 )
 

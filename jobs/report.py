@@ -1,5 +1,6 @@
 """An evaluation as JSON for machines, Markdown for the repository, HTML to listen to."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ COLUMNS = {
     "speech_fraction": "speech %", "faults": "faults %", "real_time_factor": "RTF",
 }  # fmt: skip
 """Figures of a row, in the order shown. A `%` in the title multiplies by a hundred."""
+
+
+NOT_IN_NAMES = re.compile(r"[^\w ./:-]")
+"""What MLflow does not take in the name of a figure."""
 
 
 def write(content: Content, out: str, earlier: Content | None) -> None:
@@ -83,6 +88,9 @@ def markdown(content: Content, bad: list[Content], earlier: Content | None) -> s
         if content["training_data_checked"]
         else "Whether sentences or voices of the set were trained on was **not checked**."
     )
+    among = content["identified_among"]
+    if among:
+        checked += f" Voices are identified among {', '.join(among)}."
     parts = [
         f"# Evaluation of {content['model']} on {content['items']}\n",
         f"Code {content['code_version']}; codec {content['bundle']['codec']['name']}. Judges: "
@@ -133,12 +141,14 @@ def html(content: Content, bad: list[Content], earlier: Content | None) -> str:
 
 
 def metrics(content: Content) -> dict[str, float]:
-    """Figures as flat names for MLflow: `cross/wer`, `codec/distillmos` ..."""
+    """Figures as flat names for MLflow: `cross/wer`, `cross/unseen people/wer` ..."""
     flat: dict[str, float] = {}
     for system, figures in content["systems"].items():
-        for name in COLUMNS:
-            value = figures.get(name)
-            value = value["value"] if isinstance(value, dict) else value
-            if value is not None:
-                flat[f"{system}/{name}"] = float(value)
+        parts = {f"{system}/{group}": part for group, part in figures["by"]["group"].items()}
+        for path, row in {system: figures, **parts}.items():
+            for name in COLUMNS:
+                value = row.get(name)
+                value = value["value"] if isinstance(value, dict) else value
+                if value is not None:
+                    flat[f"{NOT_IN_NAMES.sub('', path)}/{name}"] = float(value)
     return flat

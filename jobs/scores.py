@@ -1,6 +1,6 @@
 """From one record per spoken sentence to figures with confidence intervals."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,19 +47,31 @@ def without_vectors(record: Record) -> Record:
     return {key: value for key, value in record.items() if key not in VECTORS}
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Record]:
-    """Figures per system, with the same by group, language and speaker below `by`."""
+def summarise(
+    records: Sequence[Record], identified_among: Collection[str] = ()
+) -> dict[str, Record]:
+    """Figures per system, with the same by group, language and speaker below `by`.
+
+    `identified_among`: the speakers whose outputs are identified, among each other, in a system's
+    own figure; none: all. A part's is among the voices of that part.
+    """
     result: dict[str, Record] = {}
     for system in dict.fromkeys(record["system"] for record in records):
         rows = [record for record in records if record["system"] == system]
         result[system] = {
             **figures(rows),
+            **_identified([row for row in rows if row["speaker"] in identified_among]),
             "by": {
                 key: {name: figures(part) for name, part in _parts(rows, key)}
                 for key in ("group", "language", "speaker")
             },
         }
     return result
+
+
+def _identified(rows: Sequence[Record]) -> Record:
+    found = likeness(rows)
+    return {name: found[name] for name in ("voices", "identified") if name in found}
 
 
 def _parts(rows: Sequence[Record], key: str) -> Iterable[tuple[str, list[Record]]]:

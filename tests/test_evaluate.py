@@ -81,6 +81,9 @@ def test_figures_and_their_intervals() -> None:
     for row in rows:
         row["voice"] = [1.0, 0.0, 0.0]
     assert scores.summarise(rows)["cross"]["identified"]["value"] == pytest.approx(1 / 3)
+    # among two of the voices, one output of two is right; other figures go on being of all
+    some = scores.summarise(rows, ("a", "b", "nobody"))["cross"]
+    assert (some["identified"]["value"], some["voices"], some["items"]) == (0.5, 2, 60)
 
 
 def test_equal_error_rate() -> None:
@@ -101,6 +104,12 @@ def test_the_gate_names_the_figure() -> None:
     assert refusals(content(bad), bounds, None) == ["cross/wer is 0.400, at most 0.3 is allowed"]
     missing = (Bound(figure="codec/wer", above="recording/wer", at_most=0.1),)
     assert refusals(content(good), missing, None) == ["codec/wer is not in the report"]
+    part = (Bound(figure="cross/unseen, own words/wer", at_most=0.3),)
+    assert refusals(content(bad), part, None) == [
+        "cross/unseen, own words/wer is not in the report"
+    ]
+    part = (Bound(figure="cross/g/wer", at_most=0.3),)
+    assert refusals(content(bad), part, None) == ["cross/g/wer is 0.400, at most 0.3 is allowed"]
     apart = (Bound(figure="cross/wer", above="cross/cer", at_most=0.05),)
     assert refusals(content(good), apart, None) == [
         "cross/wer minus cross/cer is 0.080, at most 0.05 is allowed"
