@@ -5,6 +5,10 @@ VALL-E (Wang et al. 2023) section 4.2.2. The sequence is
 every position sees every other. The prompt is apart from the target, and no loss falls on it
 (VALL-E 2 measures what that is worth: similarity 0.639 against 0.530).
 
+Text and prompt are computed anew in each pass, and have to be: they see the response, which is not
+the same twice, and every layer's norm depends on the codebook to be filled in. What could be kept
+are their embeddings, which cost nothing beside the layers.
+
 Legend: B batch, L phonemes, P prompt frames, T response frames, Q codebooks, D width.
 """
 
