@@ -109,9 +109,10 @@ def measure(
         "uncached": (1, lambda: uncached(ar, task)),
         "cached": (1, lambda: cached(ar, task)),
     }
-    for compile, n in itertools.product([False, True] if compiled else [False], streams):
-        engine = build(ar, task, n, compile)
-        name = f"{'compiled' if compile else 'engine'}, {n}"
+    kinds = ["engine", "compiled"] if compiled else ["engine"]
+    for kind, n in itertools.product(kinds, streams):
+        engine = build(ar, task, n, kind == "compiled")
+        name = f"{kind}, {n}"
         ways[name] = (n, partial(together, engine, task, n))
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:

@@ -66,7 +66,8 @@ class EvaluateRecipe:
     """resemblyzer, or package.module:Class."""
 
     identified_among: tuple[str, ...] = ()
-    """Speakers among whom a voice has to be told from its prompt; none: all of the set."""
+    """Speakers among whom a voice has to be told from its prompt, as far as the set has them (the
+    report names them); none: all."""
 
     training_data: str | None = None
     """Token dataset the model was trained on: no sentence and no unseen voice may be in it. None
@@ -230,11 +231,8 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         chosen, model=registry.absolute(chosen.model), out=storage.absolute(chosen.out),
         recordings=storage.absolute(chosen.recordings),
     )  # fmt: skip
-    items = load_items(chosen.items)
-    among = {item.speaker for item in items if item.speaker in chosen.identified_among}
-    if chosen.identified_among and len(among) < 2:
-        raise ValueError(f"identified_among: {chosen.items} has fewer than two of these voices")
-    items = items[: chosen.limit or None]
+    items = load_items(chosen.items)[: chosen.limit or None]
+    among = sorted({item.speaker for item in items} & set(chosen.identified_among))
     if chosen.training_data:
         check_unseen(items, storage.absolute(chosen.training_data))
     bundle = registry.resolve(chosen.model)  # a missing model is better noticed before Ray works
@@ -247,8 +245,8 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
         "synthesis": asdict(chosen.synthesis),
         "code_version": tracking.code_version(),
-        "systems": scores.summarise(records, chosen.identified_among),
-        "identified_among": chosen.identified_among,
+        "systems": scores.summarise(records, among),
+        "identified_among": among,
         "records": [scores.without_vectors(record) for record in records],
     }
     earlier = storage.read_json(chosen.champion) if chosen.champion else None

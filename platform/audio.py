@@ -85,9 +85,12 @@ def flac_bytes(wave: Wave, comment: str) -> bytes:
 
 
 def comment(data: bytes) -> str:
-    """The comment in a sound file's header, empty where there is none."""
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        return str(file.comment)
+    """The comment in a sound file's header, empty where there is none. Raises AudioError."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return str(file.comment)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"unreadable audio: {error}") from error
 
 
 def trim(wave: Wave, threshold: float = 0.01, keep_seconds: float = 0.05) -> Wave:

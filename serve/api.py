@@ -145,19 +145,19 @@ def create_api(args: AppArgs) -> FastAPI:
         data = await audio_sample.read()
         try:
             wave = await run_in_threadpool(store.check, name, data)
+            version = await model.version()
+            about = About(
+                seconds=round(len(wave) / SAMPLE_RATE, 2), consent=consent, text=text,
+                created=int(time.time()), prompt=pack(await prompts.encode(wave, version)),
+                codec=await prompts.codec(version),
+            )  # fmt: skip
+            await run_in_threadpool(store.add, name, wave, about)
         except AudioError as error:
             message = f"audio_sample: {error}"
             raise ApiError(400, message, "audio_sample", "unusable_recording") from error
         except VoiceError as error:
             status = 409 if error.code == "voice_exists" else 400
             raise ApiError(status, str(error), "name", error.code) from error
-        version = await model.version()
-        about = About(
-            seconds=round(len(wave) / SAMPLE_RATE, 2), consent=consent, created=int(time.time()),
-            text=text, prompt=pack(await prompts.encode(wave, version)),
-            codec=await prompts.codec(version),
-        )  # fmt: skip
-        await run_in_threadpool(store.add, name, wave, about)
         logger.info("voice added id=%s seconds=%.1f", name, about.seconds)
         return {"id": name, "name": name, "seconds": about.seconds, "created_at": about.created}
 

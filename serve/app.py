@@ -70,7 +70,7 @@ def build_app(args: AppArgs) -> Application:
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",
-        max_ongoing_requests=100,
+        max_ongoing_requests=1000,  # they only wait; the AR model's queue says who is too many
         max_surge_percent=surge,
         graceful_shutdown_timeout_s=args.max_seconds,  # of a whole answer
         ray_actor_options={"num_cpus": 0.1},

@@ -18,7 +18,7 @@ from valle.model.valle import Synthesis
 from valle.platform import audio
 from valle.serve.calls import result
 from valle.serve.schema import ApiError, SpeechRequest
-from valle.serve.voices import LONGEST, VoiceError, VoiceStore, about
+from valle.serve.voices import LONGEST, VoiceError, VoiceStore, read_about
 
 PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 SHORTEST = 1.0
@@ -45,7 +45,7 @@ class Prompts:
         name = (version, hashlib.sha256(data).digest())
         codes = self._kept.get(name)
         if codes is None:
-            known = about(data) if param == "voice" else None
+            known = await run_in_threadpool(read_about, data) if param == "voice" else None
             if known and known.codec == await self.codec(version):
                 codes = known.prompt_codes()
             else:

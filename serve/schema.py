@@ -46,7 +46,8 @@ class AppArgs(BaseModel):
     """Length limit of an answer; a request may ask for less."""
 
     max_characters: int = Field(4096, ge=1, le=1_000_000)
-    """Longest `input`; OpenAI's limit is 4096, a chapter of a book has thirty thousand."""
+    """Longest `input`; OpenAI's limit is 4096. A chapter of a book has thirty thousand, and speaks
+    for half an hour: `max_seconds`, and Serve's `request_timeout_s`, have to allow it too."""
 
     slots: int = Field(8, ge=1)
     """Streams that one AR replica speaks at the same time."""

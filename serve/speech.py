@@ -83,7 +83,7 @@ class Speaker:
         first = await anext(pieces)
         headers = {"X-Seed": str(request.seed), "X-Model": version}
         if request.stream_format == "sse":
-            events = _events(first, pieces, request, sum(map(len, sentences)))
+            events = _events(first, pieces, request, sum(map(len, sentences)), speech)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         media_type = MEDIA_TYPES[request.response_format]
         if len(sentences) > 1 or not first.ends:
@@ -140,13 +140,16 @@ class Speaker:
 
 async def _encoded(
     first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest
-) -> AsyncIterator[tuple[bytes, int]]:
-    """The file's bytes, and how many frames each part adds, as sentences come."""
+) -> AsyncIterator[bytes]:
+    """The file's bytes as sentences come."""
     encoder = Encoder(request.response_format, request.speed)
-    yield await run_in_threadpool(encoder.add, first.wave), first.frames
+    if data := await run_in_threadpool(encoder.add, first.wave):
+        yield data
     async for piece in pieces:
-        yield await run_in_threadpool(encoder.add, piece.wave), piece.frames
-    yield await run_in_threadpool(encoder.finish), 0
+        if data := await run_in_threadpool(encoder.add, piece.wave):
+            yield data
+    if data := await run_in_threadpool(encoder.finish):
+        yield data
 
 
 async def _body(
@@ -155,30 +158,33 @@ async def _body(
     """A failure past the first sentence breaks the connection: no client takes half for whole."""
     try:
         async with aclosing(pieces):
-            async for data, _ in _encoded(first, pieces, request):
-                if data:
-                    yield data
+            async for data in _encoded(first, pieces, request):
+                yield data
     except Exception:
         logger.exception("an answer broke off after it had begun")
         raise
 
 
 async def _events(
-    first: Piece, pieces: AsyncGenerator[Piece], request: SpeechRequest, phonemes: int
+    first: Piece,
+    pieces: AsyncGenerator[Piece],
+    request: SpeechRequest,
+    phonemes: int,
+    speech: Speech,
 ) -> AsyncIterator[str]:
-    """OpenAI's server-sent events. A failure past the first sentence is an `error` event."""
-    frames = 0
+    """OpenAI's server-sent events, the last one with our `hit_limit`. A failure past the first
+    sentence is an `error` event."""
     try:
         async with aclosing(pieces):
-            async for data, more in _encoded(first, pieces, request):
-                frames += more
-                if data:
-                    delta = base64.b64encode(data).decode()
-                    yield _event({"type": "speech.audio.delta", "audio": delta})
+            async for data in _encoded(first, pieces, request):
+                delta = base64.b64encode(data).decode()
+                yield _event({"type": "speech.audio.delta", "audio": delta})
         usage = {
-            "input_tokens": phonemes, "output_tokens": frames, "total_tokens": phonemes + frames,
+            "input_tokens": phonemes, "output_tokens": speech.frames,
+            "total_tokens": phonemes + speech.frames,
         }  # fmt: skip
-        yield _event({"type": "speech.audio.done", "usage": usage})
+        done = {"type": "speech.audio.done", "usage": usage, "hit_limit": speech.hit_limit}
+        yield _event(done)
     except Exception as error:  # the status is long sent: the stream itself has to say it
         logger.exception("a stream failed after it had begun")
         detail = (

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from dacite import from_dict
+from dacite import DaciteError, from_dict
 
 from valle.model.codec import Codes
 from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
@@ -57,11 +57,11 @@ class About:
     text: str | None = None
     """What is said in it."""
 
-    prompt: str
+    prompt: str = ""
     """Codes `[8, P]` of its first seconds: 16-bit little endian, in base64."""
 
-    codec: str
-    """Hash of the weights that made them; others' would be of no use to another codec."""
+    codec: str = ""
+    """Hash of the weights that made them: they mean nothing to another codec."""
 
     def prompt_codes(self) -> Codes:
         """`prompt`, unpacked."""
@@ -74,10 +74,12 @@ def pack(prompt: Codes) -> str:
     return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
 
 
-def about(data: bytes) -> About | None:
+def read_about(data: bytes) -> About | None:
     """What was said about an uploaded voice, from its file; None for one put there by hand."""
-    said = audio.comment(data)
-    return from_dict(About, json.loads(said)) if said.startswith("{") else None
+    try:
+        return from_dict(About, json.loads(audio.comment(data)))
+    except (audio.AudioError, ValueError, DaciteError):  # no sound, no JSON, or not ours
+        return None
 
 
 class VoiceStore:
@@ -106,8 +108,7 @@ class VoiceStore:
 
         Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
         """
-        if any(map(storage.exists, self._paths(name))):
-            raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
+        self._check_free(name)
         wave = audio.trim(audio.read(data, max_seconds=LONGEST))
         seconds = len(wave) / SAMPLE_RATE
         if seconds < SHORTEST:
@@ -121,8 +122,9 @@ class VoiceStore:
         return audio.read(audio.wav_bytes(wave), max_seconds=LONGEST)
 
     def add(self, name: str, wave: audio.Wave, about: About) -> None:
-        """Keeps a recording that `check` has returned. Of two that come with one name at the same
-        time, the later one is kept."""
+        """Keeps a recording that `check` has returned. Raises VoiceError for a name that has been
+        taken meanwhile; of two that come in the same instant, the later one is kept."""
+        self._check_free(name)
         comment = json.dumps(asdict(about), ensure_ascii=False)
         storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
@@ -140,6 +142,10 @@ class VoiceStore:
             message = f"{name[:100]!r} is no name: a-z, A-Z, 0-9, _ and -, 100 at most"
             raise VoiceError(message, "invalid_name")
         return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]
+
+    def _check_free(self, name: str) -> None:
+        if any(map(storage.exists, self._paths(name))):
+            raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
 
     def _speech(self, wave: audio.Wave) -> float:
         with self._lock:

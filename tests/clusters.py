@@ -77,6 +77,19 @@ def started(num_cpus: int = 4) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def slots_wanted() -> int:
+    """Requests that the endpoint's AR deployment runs or keeps waiting."""
+    from ray import serve
+
+    ar = serve.get_deployment_handle("AR", "valle")
+    return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slots_wanted"])
+
+
+def idle() -> bool:
+    """Whether it has had nothing to do for a second: between two sentences it is idle too."""
+    return not any(time.sleep(0.05) or slots_wanted() for _ in range(20))
+
+
 def answers(url: str) -> bool:
     """Whether a server gives 200."""
     try:

@@ -5,9 +5,12 @@ import base64
 import io
 import json
 import os
+import select
 import signal
 import socket
 import time
+from http.client import HTTPResponse
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import clusters
@@ -21,132 +24,166 @@ from valle.jobs.soak import replicas
 from valle.platform import audio
 from valle.serve.request import Request
 
-LONG = "And on it goes. " * 40
-SAY = {"voice": "ann", "response_format": "pcm"}
+LONG = {"input": "And on it goes. " * 120, "voice": "ann", "response_format": "pcm"}
+"""Two minutes in pieces, more than sockets hold."""
 
-
-def busy() -> bool:
-    """Whether the AR model speaks."""
-    ar = serve.get_deployment_handle("AR", "valle")
-    stats = ar.record_autoscaling_stats.remote().result(timeout_s=10)
-    return bool(stats["slots_wanted"])
-
-
-def idle() -> bool:
-    """For a second on end: between two sentences the AR model is idle too."""
-    return not any(time.sleep(0.05) or busy() for _ in range(20))
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"]),
+]
 
 
 def speaks(endpoint: str) -> bool:
     try:
-        ask = {"input": "hello", **SAY}
+        ask = {"input": "hello", "voice": "ann", "response_format": "pcm"}
         answer = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=60)
     except httpx.HTTPError:
         return False
     return answer.status_code == 200 and len(answer.content) > 0
 
 
-def check_gone_before_the_first_sound(endpoint: str) -> None:
+def connect(endpoint: str, head: str) -> socket.socket:
     address = urlsplit(endpoint)
-    body = json.dumps({"input": LONG, **SAY}).encode()
-    head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    with socket.create_connection((address.hostname, address.port)) as connection:
-        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        clusters.wait_for(busy, 10, "the sentence")
-    clusters.wait_for(idle, 15, "the slot")
+    connection = socket.create_connection((address.hostname, address.port), timeout=60)
+    connection.sendall(head.replace("\n", "\r\n").encode())
+    return connection
+
+
+def check_gone_before_the_first_sound(endpoint: str, to_the_end: float) -> None:
+    body = json.dumps(LONG)
+    head = "POST /v1/audio/speech HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+    started = time.monotonic()
+    with connect(endpoint, f"{head}Content-Length: {len(body)}\n\n{body}"):
+        clusters.wait_for(clusters.slots_wanted, 20, "the first sentence")
+    clusters.wait_for(clusters.idle, 60, "the slot")
+    assert time.monotonic() - started < to_the_end / 2
 
 
 def check_a_gigabyte_is_refused_unread(endpoint: str, route: str) -> None:
-    """By its announced length; the connection ends before much of it has been sent."""
-    address = urlsplit(endpoint)
-    size = 2**30
-    head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n"
-    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
-    sent, answer = 0, b""
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-        connection.sendall(head.encode())
-        connection.setblocking(False)
-        while sent < size and not answer:
-            try:
-                sent += connection.send(bytes(2**20))
-            except BlockingIOError:
-                time.sleep(0.01)
-            except ConnectionError:
+    """By its announced length, and before much of it has been sent."""
+    size, sent = 2**30, 0
+    head = f"POST {route} HTTP/1.1\nHost: x\nContent-Length: {size}\n"
+    with connect(endpoint, f"{head}Content-Type: multipart/form-data; boundary=x\n\n") as client:
+        while sent < size:
+            readable, writable, _ = select.select([client], [client], [], 30)
+            if readable or not writable:
                 break
-            try:
-                answer = connection.recv(65_536)
-            except BlockingIOError:
-                continue
-            except ConnectionError:
-                break
-    assert answer.startswith(b"HTTP/1.1 413 ") and b"request_too_large" in answer
+            sent += client.send(bytes(2**16))
+        answer = HTTPResponse(client)
+        answer.begin()
+        content = json.loads(answer.read())
+    assert (answer.status, content["error"]["code"]) == (413, "request_too_large")
     assert sent < size / 8
+
+
+def peak(pid: int) -> int:
+    """Bytes of memory that a process has needed at most since `forget_peak`."""
+    [line] = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def check_bombs(endpoint: str) -> None:
     """Sound files that are small, and would not be once decoded."""
-    hours = io.BytesIO()
-    with soundfile.SoundFile(hours, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
+    written = io.BytesIO()
+    with soundfile.SoundFile(written, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
         for _ in range(180):
-            file.write(np.zeros(60 * 8_000, np.float32))  # three hours of silence
+            file.write(np.zeros(60 * 8_000, np.float32))
+    hours = written.getvalue()  # three, of silence
+    unknown = bytearray(hours)
+    unknown[21] &= 0xF0  # the length in FLAC's header, 36 bits: not known
+    unknown[22:26] = bytes(4)
     wav = bytearray(audio.wav_bytes(np.zeros(24_000, np.float32)))
     wav[40:44] = b"\xf0\xff\xff\xff"  # a header that announces four gigabytes
-    huge = bytearray(hours.getvalue())
-    huge[21:26] = b"\x00" * 5  # a header that does not say how long it is
-    before = {p.pid: p.memory_info().rss for p in replicas()}
-    for data in (hours.getvalue(), bytes(wav), bytes(huge), b"fLaC" + bytes(1000), b"OggS" * 99):
+    running = [process.pid for process in replicas()]
+    for pid in running:
+        forget_peak(pid)
+    before = {pid: peak(pid) for pid in running}
+    statuses = []
+    for data in (hours, bytes(unknown), bytes(wav), b"fLaC" + bytes(1000), b"OggS" * 99):
         assert len(data) < 700_000
         ask = {"input": "hello", "ref_audio": base64.b64encode(data).decode()}
         answer = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=30)
-        if answer.status_code == 200:
-            assert data == bytes(wav)  # libsndfile goes by what is there: one second of silence
-            continue
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "ref_audio")
-    for process in replicas():
-        assert process.memory_info().rss - before[process.pid] < 200e6
+        statuses.append(answer.status_code)
+        if answer.status_code != 200:
+            assert answer.json()["error"]["param"] == "ref_audio"
+    assert (statuses[0], *statuses[3:]) == (400, 400, 400)
+    # what a false header stands before may be refused, or used as far as the limit
+    assert set(statuses) <= {200, 400}
+    # three hours would be 345 MB
+    assert max(peak(pid) - before[pid] for pid in running) < 100e6
 
 
-def check_a_slow_reader_holds_nobody_up(endpoint: str) -> None:
-    """It gets the same answer as a fast one, which others need not wait for."""
-    ask = {"input": "And on it goes. " * 8, **SAY}
-    whole = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=120)
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=ask, timeout=60) as answer:
+def check_a_slow_reader_holds_nobody_up(endpoint: str, whole: bytes) -> None:
+    """It gets the same answer as a fast one, and others need not wait for it."""
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=LONG, timeout=60) as answer:
+        assert answer.status_code == 200
         chunks = answer.iter_raw()
         data = next(chunks)
-        clusters.wait_for(idle, 60, "all of it to be made, while nobody reads")
+        clusters.wait_for(clusters.idle, 120, "nothing to be made any more, while nobody reads")
         assert speaks(endpoint)
         data += b"".join(chunks)
-    assert data == whole.content
+    heard, expected = np.frombuffer(data, "<i2"), np.frombuffer(whole, "<i2")
+    assert len(heard) == len(expected)
+    assert np.abs(heard.astype(int) - expected).max() <= 2  # batched with other neighbours
 
 
 def check_overload(endpoint: str) -> None:
     """Who does not fit is told to come again, at once; who is let in is served."""
 
     async def fire() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=300, limits=httpx.Limits()) as client:
-            ask = {"input": "And on it goes.", **SAY}
-            calls = [client.post(f"{endpoint}/v1/audio/speech", json=ask) for _ in range(150)]
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+            ask = LONG | {"input": "And on it goes. " * 4}
+            calls = [client.post(f"{endpoint}/v1/audio/speech", json=ask) for _ in range(250)]
             return await asyncio.gather(*calls)
 
     answers = asyncio.run(fire())
-    counts = {status: 0 for status in (200, 429)}
-    for answer in answers:
-        counts[answer.status_code] += 1
-        if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1
-            assert answer.json()["error"]["type"] == "rate_limit_error"
-        else:
-            assert answer.content == next(a for a in answers if a.status_code == 200).content
-    assert counts[200] >= 64 and counts[429] >= 1
+    served = [answer for answer in answers if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(served) + len(refused) == len(answers)
+    assert len(served) >= 64 and refused
+    assert {len(answer.content) for answer in served} == {len(served[0].content)}
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+    slowest = max(answer.elapsed for answer in served)
+    assert max(answer.elapsed for answer in refused) < slowest / 2
     assert speaks(endpoint)
 
 
-def stream_until_it_breaks(endpoint: str) -> list[dict]:
-    ask = {"input": LONG, "stream_format": "sse", **SAY}
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=ask, timeout=120) as answer:
-        assert answer.status_code == 200
-        lines = [line for line in answer.iter_lines() if line]
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+async def check_a_killed_replica(endpoint: str) -> None:
+    """Streams that it was speaking say that they broke; those that come later are answered."""
+    begun = []
+
+    async def listen() -> list[dict]:
+        events = []
+        ask = LONG | {"stream_format": "sse"}
+        async with (
+            httpx.AsyncClient(timeout=300) as client,
+            client.stream("POST", f"{endpoint}/v1/audio/speech", json=ask) as answer,
+        ):
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line:
+                    events.append(json.loads(line.removeprefix("data: ")))
+                    begun.append(events)
+        return events
+
+    running = [asyncio.create_task(listen()) for _ in range(3)]
+    while len({id(events) for events in begun}) < 3:
+        await asyncio.sleep(0.1)
+    await asyncio.to_thread(clusters.wait_for, clusters.slots_wanted, 20, "a stream at work")
+    [process] = replicas("AR")
+    os.kill(process.pid, signal.SIGKILL)
+    last = [events[-1] for events in await asyncio.gather(*running)]
+    broken = [event["error"] for event in last if event["type"] == "error"]
+    assert broken and {event["type"] for event in last} <= {"error", "speech.audio.done"}
+    assert {error["message"] for error in broken} == {"the server failed"}
+    clusters.wait_for(lambda: speaks(endpoint), 60, "another replica")
 
 
 def check_the_engine_breaks(endpoint: str) -> None:
@@ -159,39 +196,19 @@ def check_the_engine_breaks(endpoint: str) -> None:
     clusters.wait_for(lambda: speaks(endpoint), 60, "another replica")
 
 
-async def check_a_killed_replica(endpoint: str) -> None:
-    """Streams of the replica say that they broke; those that come later are answered."""
-    streams = [asyncio.to_thread(stream_until_it_breaks, endpoint) for _ in range(3)]
-    running = [asyncio.create_task(stream) for stream in streams]
-    await asyncio.sleep(2)
-    [process] = replicas("AR")
-    os.kill(process.pid, signal.SIGKILL)
-    for events in await asyncio.gather(*running):
-        assert events[0]["type"] == "speech.audio.delta"
-        assert events[-1] == {
-            "type": "error",
-            "error": {
-                "message": "the server failed", "type": "server_error",
-                "param": None, "code": None,
-            },
-        }  # fmt: skip
-    clusters.wait_for(lambda: speaks(endpoint), 60, "another replica")
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])
 def test_what_clients_do(endpoint: str) -> None:
-    assert speaks(endpoint)
-    check_gone_before_the_first_sound(endpoint)
+    started = time.monotonic()
+    whole = httpx.post(f"{endpoint}/v1/audio/speech", json=LONG, timeout=300)
+    to_the_end = time.monotonic() - started
+    assert whole.status_code == 200
+    check_gone_before_the_first_sound(endpoint, to_the_end)
     for route in ("/v1/audio/speech", "/v1/audio/voices"):
         check_a_gigabyte_is_refused_unread(endpoint, route)
     check_bombs(endpoint)
-    check_a_slow_reader_holds_nobody_up(endpoint)
+    check_a_slow_reader_holds_nobody_up(endpoint, whole.content)
     check_overload(endpoint)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])
 def test_what_machines_do(endpoint: str) -> None:
     assert speaks(endpoint)
     asyncio.run(check_a_killed_replica(endpoint))

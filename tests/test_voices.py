@@ -14,13 +14,13 @@ from starlette.types import Message
 from valle.jobs.voices import Joe
 from valle.model.codec import Codec, Codes
 from valle.model.tokens import HOP, SAMPLE_RATE
-from valle.platform.audio import AudioError, Wave, read, wav_bytes
+from valle.platform.audio import AudioError, Wave, flac_bytes, read, wav_bytes
 from valle.serve.api import create_api
 from valle.serve.prompts import PROMPT_FRAMES, Prompts
 from valle.serve.schema import AppArgs, SpeechRequest
 from valle.serve.speech import Speaker
 from valle.serve.versions import Followed
-from valle.serve.voices import About, VoiceError, VoiceStore, about, pack
+from valle.serve.voices import About, VoiceError, VoiceStore, pack, read_about
 
 TEXT = "The early train was late again, so we walked along the river and talked."
 
@@ -45,11 +45,13 @@ def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> N
     store.add("Ann-1", wave, ann(prompt))
     assert store.ids() == ["Ann-1"]
     assert [path.name for path in tmp_path.iterdir()] == ["Ann-1.flac"]
-    kept = about(store.read("Ann-1"))
+    kept = read_about(store.read("Ann-1"))
     assert kept == ann(prompt) and (kept.prompt_codes() == prompt).all()
     assert (read(store.read("Ann-1"), max_seconds=30) == wave).all()
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
         store.check("Ann-1", wav_bytes(joe))
+    with pytest.raises(VoiceError, match="there is a voice 'Ann-1'"):  # two at the same time
+        store.add("Ann-1", wave, ann(prompt))
     store.delete("Ann-1")
     assert not list(tmp_path.iterdir()) and store.ids() == []
     for gone in (store.read, store.delete):
@@ -61,7 +63,7 @@ def test_a_recording_put_there_by_hand_is_a_voice(tmp_path: Path, joe: Wave) -> 
     store = VoiceStore(str(tmp_path))
     for name in ("bob.wav", "no name.wav", "notes.txt", "BOB.WAV"):
         (tmp_path / name).write_bytes(wav_bytes(joe))
-    assert store.ids() == ["bob"] and about(store.read("bob")) is None
+    assert store.ids() == ["bob"] and read_about(store.read("bob")) is None
     assert store.read("bob")[:4] == b"RIFF"
     with pytest.raises(VoiceError, match="there is a voice 'bob'"):
         store.check("bob", wav_bytes(joe))
@@ -87,6 +89,40 @@ def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) 
         with pytest.raises(VoiceError, match="is no name"):
             store.check(name, wav_bytes(joe))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.anyio
+async def test_an_uploaded_voice_is_not_encoded_again(
+    tmp_path: Path, joe: Wave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own codes, where the codec is the one that made them; those put there by hand, those of
+    another codec and broken ones as well are encoded when they are asked for."""
+    encoded = []
+
+    async def encode(prompts: Prompts, wave: Wave, version: str) -> Codes:
+        encoded.append(version)
+        return np.zeros((8, 225), np.int16)
+
+    async def codec(prompts: Prompts, version: str) -> str:
+        return {"one": "0123abcd", "two": "another"}[version]
+
+    monkeypatch.setattr(Prompts, "encode", encode)
+    monkeypatch.setattr(Prompts, "codec", codec)
+    store = VoiceStore(str(tmp_path))
+    prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
+    store.add("ann", joe, ann(prompt))
+    (tmp_path / "bob.wav").write_bytes(wav_bytes(joe))
+    (tmp_path / "eve.flac").write_bytes(flac_bytes(joe, '{"consent": "cut o'))
+    prompts = Prompts(store)
+
+    async def ask(voice: str, version: str) -> Codes:
+        return await prompts.of(SpeechRequest(input="x", voice=voice), version)
+
+    assert (await ask("ann", "one") == prompt).all() and encoded == []
+    for voice, version in (("ann", "two"), ("bob", "one"), ("eve", "one")):
+        assert (await ask(voice, version) == 0).all() and encoded.pop() == version
+        await ask(voice, version)
+        assert encoded == []  # remembered
 
 
 @pytest.mark.anyio
@@ -119,7 +155,7 @@ async def test_voices_over_http(
         assert added.status_code == 200, added.text
         assert added.json()["id"] == "ann" and added.json()["seconds"] > 2
         stored = VoiceStore(str(tmp_path)).read("ann")
-        kept = about(stored)
+        kept = read_about(stored)
         assert kept is not None and kept.consent == "Ann agreed"
         expected = await encode(Prompts(VoiceStore("")), read(stored, max_seconds=30), "")
         assert (kept.prompt_codes() == expected).all()
