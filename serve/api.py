@@ -16,7 +16,6 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
-from ray.serve.exceptions import BackPressureError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -81,7 +80,8 @@ def create_api(args: AppArgs) -> FastAPI:
 
     @api.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return error_response(error.status, error.detail)
+        headers = {"Retry-After": "2"} if error.status == 429 else None
+        return error_response(error.status, error.detail, headers)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -94,11 +94,6 @@ def create_api(args: AppArgs) -> FastAPI:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return error_response(error.status_code, ErrorDetail(message=message), headers)
-
-    @api.exception_handler(BackPressureError)
-    async def busy(request: Request, error: BackPressureError) -> Response:
-        detail = ErrorDetail(message="the server is busy", type="rate_limit_error")
-        return error_response(429, detail, {"Retry-After": "2"})
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

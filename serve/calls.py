@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
+from valle.serve.schema import ApiError
+
 Item = TypeVar("Item")
 
 PATIENCE = 0.25
@@ -17,7 +19,8 @@ PATIENCE = 0.25
 async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = False) -> Any:
     """What a deployment answers; who stops waiting for it stops its work too.
 
-    A full queue raises BackPressureError; with `insist` it is waited for. A request that has begun
+    A full queue raises ApiError 429 (Serve itself would answer BackPressureError with 503, whatever
+    handler the application has); with `insist` it is waited for. A request that has begun
     to answer insists, or those who come anew would break off those who are being served.
     """
     while True:
@@ -27,10 +30,15 @@ async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = 
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except BackPressureError:
+        except BackPressureError as error:
             if not insist:
-                raise
+                raise busy() from error
         await asyncio.sleep(PATIENCE)
+
+
+def busy() -> ApiError:
+    """The answer to one too many."""
+    return ApiError(429, "the server is busy; try again in a moment", code="overloaded")
 
 
 async def results(
@@ -46,9 +54,9 @@ async def results(
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
-        except BackPressureError:  # comes before anything else
+        except BackPressureError as error:  # comes before anything else
             if not insist:
-                raise
+                raise busy() from error
         await asyncio.sleep(PATIENCE)
 
 

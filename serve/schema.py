@@ -159,6 +159,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         type = "server_error" if status >= 500 else "invalid_request_error"
+        type = "rate_limit_error" if status == 429 else type
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
 

@@ -58,8 +58,8 @@ def ask(
 
 
 async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
-    """The sentence, when all of it is made. Raises BackPressureError where too many wait, unless
-    this one must insist."""
+    """The sentence, when all of it is made. Raises ApiError where too many wait, unless this
+    one must insist."""
     ar, nar, codec = deployments()
     first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
     # from here on work has been spent on it
