@@ -147,7 +147,8 @@ class AR(nn.Module):
                     return Generated(codes, hit_limit=True)
                 known = codes[len(codes) - said :]
                 logits = self.logits(hidden[:, None], known[None, :, None])[:, 0]
-                logits = unable_to_end(logits, logits.new_full((1,), not len(codes)).bool())
+                silent = torch.tensor([not len(codes)], device=codes.device)
+                logits = unable_to_end(logits, silent)
                 token = sample(logits, sampling, history=codes[None], generator=generator)
                 if int(token) == EOS:
                     return Generated(codes, hit_limit=False)

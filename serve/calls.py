@@ -32,11 +32,11 @@ async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = 
             raise
         except BackPressureError as error:
             if not insist:
-                raise busy() from error
+                raise _busy() from error
         await asyncio.sleep(PATIENCE)
 
 
-def busy() -> ApiError:
+def _busy() -> ApiError:
     """The answer to one too many."""
     return ApiError(429, "the server is busy; try again in a moment", code="overloaded")
 
@@ -56,7 +56,7 @@ async def results(
             raise
         except BackPressureError as error:  # comes before anything else
             if not insist:
-                raise busy() from error
+                raise _busy() from error
         await asyncio.sleep(PATIENCE)
 
 

@@ -75,9 +75,11 @@ def pack(prompt: Codes) -> str:
 
 
 def read_about(data: bytes) -> About | None:
-    """What was said about an uploaded voice, from its file; None for one put there by hand."""
+    """What was said about an uploaded voice, from its file; None for one put there by hand, whose
+    comment may say anything, or nothing."""
     try:
-        return from_dict(About, json.loads(audio.comment(data)))
+        said = json.loads(audio.comment(data))
+        return from_dict(About, said) if isinstance(said, dict) else None
     except (audio.AudioError, ValueError, DaciteError):  # no sound, no JSON, or not ours
         return None
 

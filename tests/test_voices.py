@@ -112,14 +112,20 @@ async def test_an_uploaded_voice_is_not_encoded_again(
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
     store.add("ann", joe, ann(prompt))
     (tmp_path / "bob.wav").write_bytes(wav_bytes(joe))
-    (tmp_path / "eve.flac").write_bytes(flac_bytes(joe, '{"consent": "cut o'))
+    for name, comment in (
+        ("eve", '{"consent": "cut o'),
+        ("dan", "2019"),
+        ("kim", '{"year": 2019}'),
+    ):
+        (tmp_path / f"{name}.flac").write_bytes(flac_bytes(joe, comment))
     prompts = Prompts(store)
 
     async def ask(voice: str, version: str) -> Codes:
         return await prompts.of(SpeechRequest(input="x", voice=voice), version)
 
     assert (await ask("ann", "one") == prompt).all() and encoded == []
-    for voice, version in (("ann", "two"), ("bob", "one"), ("eve", "one")):
+    asked = [("ann", "two"), ("bob", "one"), ("eve", "one"), ("dan", "one"), ("kim", "one")]
+    for voice, version in asked:
         assert (await ask(voice, version) == 0).all() and encoded.pop() == version
         await ask(voice, version)
         assert encoded == []  # remembered
