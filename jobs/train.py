@@ -20,7 +20,7 @@ from valle.jobs.validation import QuickCheck
 from valle.model import codec as codecs
 from valle.model.codec import CodecIdentity
 from valle.model.config import SIZES, Kind, ModelConfig
-from valle.model.training import Optimization, TrainState, draw_levels, seed_step
+from valle.model.training import Optimization, TrainState, draw_levels, drop_text, seed_step
 from valle.platform import checkpoint, recipe, registry, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
@@ -105,6 +105,10 @@ class TrainRecipe:
     """How much more often the NAR model is asked for low codebooks, which carry the words: level k
     is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
 
+    text_dropout: float = 0.0
+    """Share of the utterances that are learnt without their text; 0.1 is usual for a model that is
+    to be spoken with `guidance_scale` above 1."""
+
     validation_utterances: int = 64
     """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
 
@@ -166,6 +170,8 @@ class TrainRecipe:
             )
         if self.level_emphasis < 0:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"text_dropout: {self.text_dropout} is not in [0, 1)")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
         if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):
@@ -239,6 +245,7 @@ def train(values: dict[str, Any]) -> None:
         seed_step(key)
         backend.model.train()
         level = draw_levels(len(batch.frames), n_codebooks, key, chosen.level_emphasis)
+        batch = drop_text(batch, key, chosen.text_dropout)
         rate = chosen.optimization.rate(state.step, total)
         loss, norm = backend.step(batch.to(device), level.to(device), rate)
         state = TrainState(step=state.step + 1, epoch=epoch, batch=number + 1)

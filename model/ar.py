@@ -21,8 +21,16 @@ from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
 from valle.model.layers import Cache, KVCache, Transformer
-from valle.model.sampling import Sampling, sample
-from valle.model.sequence import Batch, Joined, Segment, frame_positions, join, take
+from valle.model.sampling import Sampling, guide, sample
+from valle.model.sequence import (
+    Batch,
+    Joined,
+    Segment,
+    frame_positions,
+    join,
+    take,
+    with_and_without_text,
+)
 from valle.model.tokens import CODEBOOK_SIZE, EOS
 
 
@@ -138,15 +146,19 @@ class AR(nn.Module):
         group = self.config.group
         if len(codes) % group:
             raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
+        guided = sampling.guidance_scale > 1
+        rows = 2 if guided else 1  # the second goes without the text
         capacity = self.capacity(len(phonemes), prompt.shape[1], max_frames)
-        cache = KVCache.empty(self.config, 1, capacity, like=self.head.weight)
-        hidden = self.prefill(phonemes, prompt, codes, cache)
+        cache = KVCache.empty(self.config, rows, capacity, like=self.head.weight)
+        hidden = self.prefill(single(phonemes, prompt, codes, guided=guided), cache)
         while True:
             for said in range(group):
                 if len(codes) >= max_frames:
                     return Generated(codes, hit_limit=True)
-                known = codes[len(codes) - said :]
-                logits = self.logits(hidden[:, None], known[None, :, None])[:, 0]
+                known = codes[len(codes) - said :].expand(rows, -1)
+                logits = self.logits(hidden[:, None], known[:, :, None])[:, 0]
+                if guided:
+                    logits = guide(logits[:1], logits[1:], sampling.guidance_scale)
                 silent = torch.tensor([not len(codes)], device=codes.device)
                 logits = unable_to_end(logits, silent)
                 token = sample(logits, sampling, history=codes[None], generator=generator)
@@ -154,27 +166,21 @@ class AR(nn.Module):
                     return Generated(codes, hit_limit=False)
                 codes = torch.cat([codes, token])
             if use_cache:
-                first = torch.tensor([len(codes) - group], device=codes.device)
-                hidden = self.step(codes[None, -group:], first, cache)
+                first = torch.full((rows,), len(codes) - group, device=codes.device)
+                hidden = self.step(codes[-group:].expand(rows, -1), first, cache)
             else:
-                hidden = self.hidden(_single(phonemes, prompt, codes))[:, -1]
+                hidden = self.hidden(single(phonemes, prompt, codes, guided=guided))[:, -1]
 
     def capacity(self, n_phonemes: int, prompt_frames: int, max_frames: int) -> int:
         """Positions that a cache needs for a text, a prompt and the speech that follows."""
         group = self.config.group
         return n_phonemes + prompt_frames // group + max_frames // group + len(self.separators)
 
-    def prefill(
-        self,
-        phonemes: Int[Tensor, " L"],
-        prompt: Int[Tensor, "Q P"],
-        codes: Int[Tensor, " T"],
-        cache: Cache,
-    ) -> Float[Tensor, "1 D"]:
-        """Fills an empty cache with text, prompt and `codes`; returns the hidden state of the
-        group after them."""
-        joined = self._join(_single(phonemes, prompt, codes))
-        level = phonemes.new_zeros(1)
+    def prefill(self, batch: Batch, cache: Cache) -> Float[Tensor, "B D"]:
+        """Fills an empty cache with texts, prompts and codes, rows of one length; returns the
+        hidden state of the group after them."""
+        joined = self._join(batch)
+        level = batch.frames.new_zeros(len(batch.frames))
         return self.transformer(joined.x, joined.positions, level, cache=cache)[:, -1]
 
     def step(
@@ -242,13 +248,21 @@ def _grouped(codes: Int[Tensor, "B T"], group: int) -> Int[Tensor, "B G groups"]
     return codes[:, : groups * group].unflatten(1, (groups, group)).transpose(1, 2)
 
 
-def _single(phonemes: Tensor, prompt: Tensor, codes: Tensor) -> Batch:
-    """A batch of one, from unpadded parts; `codes` `[T]` is the first codebook."""
+def single(
+    phonemes: Int[Tensor, " L"],
+    prompt: Int[Tensor, "Q P"],
+    codes: Int[Tensor, " T"],
+    *,
+    guided: bool = False,
+) -> Batch:
+    """A batch of one, from unpadded parts; `codes` is the first codebook. `guided` adds a second
+    row, without the text."""
 
     def length(x: Tensor) -> Tensor:
         return torch.tensor([x.shape[-1]], device=phonemes.device)
 
-    return Batch(
+    batch = Batch(
         phonemes[None], length(phonemes), prompt[None], length(prompt),
         codes[None, None], length(codes),
     )  # fmt: skip
+    return with_and_without_text(batch) if guided else batch

@@ -21,8 +21,16 @@ from torch import Tensor, nn
 from valle.model.ar import CodeEmbedding
 from valle.model.config import ModelConfig
 from valle.model.layers import Transformer
-from valle.model.sampling import Sampling, sample
-from valle.model.sequence import Batch, Segment, collate, frame_positions, join, take
+from valle.model.sampling import Sampling, guide, sample
+from valle.model.sequence import (
+    Batch,
+    Segment,
+    collate,
+    frame_positions,
+    join,
+    take,
+    with_and_without_text,
+)
 from valle.model.tokens import CODEBOOK_SIZE
 
 
@@ -87,8 +95,8 @@ class NAR(nn.Module):
         codes = first.new_zeros(self.config.n_codebooks, len(first))
         codes[0] = first
         for level in range(1, self.config.n_codebooks):
-            batch = collate([phonemes], [prompt], [codes]).to(first.device)
-            logits = self(batch, torch.tensor([level], device=first.device))[0]
+            batch = collate([phonemes], [prompt], [codes])
+            logits = self._guided(batch, level, sampling.guidance_scale)[0]
             codes[level] = sample(logits, sampling, generator=generator)
         return codes
 
@@ -109,10 +117,18 @@ class NAR(nn.Module):
         codes = [first.new_zeros(self.config.n_codebooks, len(first)) for first in firsts]
         for row, first in zip(codes, firsts, strict=True):
             row[0] = first
-        device = self.heads.device
         for level in range(1, self.config.n_codebooks):
-            batch = collate(phonemes, prompts, codes).to(device)
-            logits = self(batch, torch.full((len(codes),), level, device=device))
+            batch = collate(phonemes, prompts, codes)
+            logits = self._guided(batch, level, sampling.guidance_scale)
             for row, scores, generator in zip(codes, logits, generators, strict=True):
                 row[level] = sample(scores[: row.shape[1]], sampling, generator=generator)
         return codes
+
+    def _guided(self, batch: Batch, level: int, scale: float) -> Float[Tensor, "B T 1024"]:
+        """Logits of a codebook of the response, by classifier-free guidance if `scale` is not 1."""
+        batch = batch.to(self.heads.device)
+        if scale > 1:
+            batch = with_and_without_text(batch)
+        rows = len(batch.frames)
+        logits = self(batch, torch.full((rows,), level, device=self.heads.device))
+        return guide(*logits.chunk(2), scale) if scale > 1 else logits

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, repetition-aware sampling.
+"""From logits to tokens: guidance, temperature, top-k, top-p, repetition-aware sampling.
 
 Rows may have settings of their own, and each draws from uniform numbers it is given: a stream says
 the same alone and in a batch.
@@ -37,7 +37,13 @@ class Sampling:
     """t_r: a drawn token whose share of the window exceeds this is drawn again from the whole
     distribution. 1 switches it off; VALL-E 2 uses 0.1."""
 
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: how far to go from what would be said without the text to what is
+    said with it, and beyond; 1 is off, more costs a second pass without the text."""
+
     def __post_init__(self) -> None:
+        if not self.guidance_scale >= 1:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} is below 1")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: {self.temperature} is below 0")
         if self.top_k < 0:
@@ -57,6 +63,7 @@ class RowSettings:
     top_p: Float[Tensor, " R"]
     window: Int[Tensor, " R"]
     threshold: Float[Tensor, " R"]
+    guidance_scale: Float[Tensor, " R"]
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> "RowSettings":
@@ -71,7 +78,17 @@ class RowSettings:
             column("top_p", torch.float32),
             column("repetition_window", torch.long),
             column("repetition_threshold", torch.float32),
+            column("guidance_scale", torch.float32),
         )
+
+
+def guide(
+    logits: Float[Tensor, "*R V"], without: Float[Tensor, "*R V"], scale: Tensor | float
+) -> Float[Tensor, "*R V"]:
+    """Classifier-free guidance (Ho and Salimans 2022, equation 6, there for images): log
+    probabilities with the text, moved away from those `without` it; a scale of 1 leaves them."""
+    given = logits.float().log_softmax(-1)
+    return given + (scale - 1) * (given - without.float().log_softmax(-1))
 
 
 def sample(

@@ -4,7 +4,7 @@ Legend: B batch, L phonemes, P prompt frames, T response frames, S joined length
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,20 @@ def collate(
         pad(prompts, 0), lengths(prompts),
         pad(codes, 0), lengths(codes),
     )  # fmt: skip
+
+
+def without_text(batch: Batch) -> Batch:
+    """The same rows with every phoneme hidden, and only their number left: what classifier-free
+    guidance compares with."""
+    return replace(batch, phonemes=torch.full_like(batch.phonemes, PAD))
+
+
+def with_and_without_text(batch: Batch) -> Batch:
+    """All rows, and then all of them again without their text."""
+    hidden = without_text(batch)
+    return Batch(
+        *(torch.cat([getattr(batch, f), getattr(hidden, f)]) for f in Batch.__dataclass_fields__)
+    )
 
 
 @dataclass(frozen=True)

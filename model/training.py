@@ -5,7 +5,7 @@ state that has to be saved is two counters, and a resumed run repeats an uninter
 """
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from valle.model.ar import AR
 from valle.model.nar import NAR
 from valle.model.sequence import Batch, mask
+from valle.model.text import PAD
 from valle.model.tokens import EOS
 
 IGNORE = -100
@@ -160,6 +161,14 @@ def draw_levels(rows: int, n_codebooks: int, key: str, emphasis: float = 0.0) ->
     levels = range(1, n_codebooks)
     weights = [level**-emphasis for level in levels]
     return torch.tensor(chosen.choices(levels, weights, k=rows))
+
+
+def drop_text(batch: Batch, key: str, share: float) -> Batch:
+    """Hides the text of about a `share` of the rows: a model that has also learnt to speak without
+    one can be guided by the difference (classifier-free guidance, Ho and Salimans 2022)."""
+    chosen = random.Random(f"text/{key}")
+    dropped = torch.tensor([chosen.random() < share for _ in batch.frames])
+    return replace(batch, phonemes=batch.phonemes.masked_fill(dropped[:, None], PAD))
 
 
 def seed_step(key: str) -> None:

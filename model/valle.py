@@ -20,6 +20,9 @@ from valle.model.sampling import Sampling
 from valle.model.sentences import split
 from valle.model.tokens import FRAME_RATE, HOP
 
+GUIDANCE_SCALE = 1.5
+"""Of both models, unless told otherwise."""
+
 Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
 """Phoneme ids, prompt `[8, P]` and first codebook `[T]`: what the NAR model goes by."""
 
@@ -28,11 +31,17 @@ Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
 class Synthesis:
     """How a sentence is spoken."""
 
-    ar: Sampling = field(default_factory=lambda: Sampling(top_p=0.9, repetition_threshold=0.1))
+    ar: Sampling = field(
+        default_factory=lambda: Sampling(
+            top_p=0.9, repetition_threshold=0.1, guidance_scale=GUIDANCE_SCALE
+        )
+    )
     """Sampling of the first codebook (VALL-E 2's repetition-aware sampling)."""
 
-    nar: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
-    """Sampling of the other codebooks; 0 is the paper's greedy choice."""
+    nar: Sampling = field(
+        default_factory=lambda: Sampling(temperature=0.0, guidance_scale=GUIDANCE_SCALE)
+    )
+    """Sampling of the other codebooks; a temperature of 0 is the paper's greedy choice."""
 
     max_seconds: float = 20.0
     """Length limit of the answer."""

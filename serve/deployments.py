@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -46,7 +46,10 @@ class ARDeployment(Versioned[EngineWorker]):
             ar = registry.load_ar(registry.resolve(version, tracking_uri), device)
             ar = ar.to(PRECISIONS[args.precision])
             positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
-            runner = Runner(ar, slots=args.slots, positions=positions, compiled=args.compiled)
+            runner = Runner(
+                ar, slots=args.slots, positions=positions, compiled=args.compiled,
+                guided=args.guidance_scale > 1,
+            )  # fmt: skip
             return EngineWorker(Engine(runner, Scheduler(args.slots)))
 
         super().__init__(load, EngineWorker.close, registry.pin(model, tracking_uri))
@@ -97,7 +100,9 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
         def load(version: str) -> Drain[Unfilled, Codes]:
             nar = registry.load_nar(registry.resolve(version, tracking_uri), device)
             nar = nar.to(PRECISIONS[args.precision])
-            return Drain(partial(fill_in_batch, nar, how=Synthesis()), _nar_frames, budget)
+            default = Synthesis()
+            how = replace(default, nar=replace(default.nar, guidance_scale=args.guidance_scale))
+            return Drain(partial(fill_in_batch, nar, how=how), _nar_frames, budget)
 
         super().__init__(load, _forget, registry.pin(model, tracking_uri))
 

@@ -3,7 +3,11 @@
 A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
 feeds those groups to the model. `prefill` fills a slot; `move` keeps slots dense.
 
-Legend: N layers, B slots in use, H heads, S positions of a slot, K head width, G frames of a group.
+With guidance a slot has two rows, the stream as it is and the stream without its text, one after
+the other: what is read at a step stays one dense block.
+
+Legend: N layers, R rows in use, H heads, S positions of a row, K head width, B streams, G frames of
+a group.
 """
 
 from dataclasses import dataclass
@@ -14,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from valle.model.ar import AR, unable_to_end
+from valle.model.ar import AR, single, unable_to_end
 from valle.model.layers import KVCache
-from valle.model.sampling import RowSettings, Sampling, choose, draw
+from valle.model.sampling import RowSettings, Sampling, choose, draw, guide
 from valle.model.tokens import CODEBOOK_SIZE
 from valle.serve.cache import Move
 from valle.serve.request import Request
@@ -33,35 +37,35 @@ POSITIONS_STEP = 128
 
 @dataclass
 class SlotCache:
-    """Keys and values of the first slots, each as long as its own stream: `model.layers.Cache`."""
+    """Keys and values of the first rows, each as long as its own stream: `model.layers.Cache`."""
 
-    keys: Float[Tensor, "N slots H S K"]
-    values: Float[Tensor, "N slots H S K"]
-    lengths: Int[Tensor, " slots"]
-    visible: Bool[Tensor, "B 1 1 _"] | None = None
-    """Which positions each stream may see, this tick's included."""
+    keys: Float[Tensor, "N rows H S K"]
+    values: Float[Tensor, "N rows H S K"]
+    lengths: Int[Tensor, " rows"]
+    visible: Bool[Tensor, "R 1 1 _"] | None = None
+    """Which positions each row may see, this tick's included."""
 
-    causal = False  # one position per stream at a time
+    causal = False  # one position per row at a time
 
-    def begin(self, streams: int, multiple: int = 1) -> None:
-        """Prepares a step of the first `streams` slots, over positions rounded up to `multiple`."""
-        lengths = self.lengths[:streams]
+    def begin(self, rows: int, multiple: int = 1) -> None:
+        """Prepares a step of the first `rows`, over positions rounded up to `multiple`."""
+        lengths = self.lengths[:rows]
         longest = -(-(int(lengths.max()) + 1) // multiple) * multiple
         steps = torch.arange(min(longest, self.keys.shape[3]), device=lengths.device)
         self.visible = (steps <= lengths[:, None])[:, None, None]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores one position `[B, H, 1, K]` per stream; returns views that hold them all."""
+        """Stores one position `[R, H, 1, K]` per row; returns views that hold them all."""
         assert self.visible is not None, "begin() comes first"
-        streams, longest = self.visible.shape[0], self.visible.shape[3]
-        rows = torch.arange(streams, device=key.device)
-        self.keys[layer, rows, :, self.lengths[:streams]] = key[:, :, 0]
-        self.values[layer, rows, :, self.lengths[:streams]] = value[:, :, 0]
-        block = (layer, slice(streams), slice(None), slice(longest))
+        count, longest = self.visible.shape[0], self.visible.shape[3]
+        rows = torch.arange(count, device=key.device)
+        self.keys[layer, rows, :, self.lengths[:count]] = key[:, :, 0]
+        self.values[layer, rows, :, self.lengths[:count]] = value[:, :, 0]
+        block = (layer, slice(count), slice(None), slice(longest))
         return self.keys[block], self.values[block], self.visible
 
     def advance(self, positions: int) -> None:
-        """Counts the new position of each stream."""
+        """Counts the new position of each row."""
         assert self.visible is not None, "begin() comes first"
         self.lengths[: self.visible.shape[0]] += positions
 
@@ -69,8 +73,13 @@ class SlotCache:
 class Runner:
     """Weights, key-value memory, and what is kept on the device for each slot."""
 
-    def __init__(self, model: AR, *, slots: int, positions: int, compiled: bool = False) -> None:
+    def __init__(
+        self, model: AR, *, slots: int, positions: int, guided: bool = False,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
         """`positions` bounds text, prompt and speech of one stream together.
+
+        `guided`: there are two rows to a slot, so that streams may have a `guidance_scale`.
 
         `compiled`: a step goes through `torch.compile`, on a GPU as CUDA graphs (not run on one
         yet), and to that end in few shapes: streams rounded up to a power of two.
@@ -80,17 +89,19 @@ class Runner:
         self.positions = positions
         self._device = like.device
         self._slots, self._compiled = slots, compiled
+        self._rows_per_slot = 2 if guided else 1
         self._step = torch.compile(model.step, mode=MODE, dynamic=True) if compiled else model.step
-        whole = KVCache.empty(config, slots, positions, like)
+        rows = slots * self._rows_per_slot
+        whole = KVCache.empty(config, rows, positions, like)
         # what a mask hides is multiplied by zero, which garbage such as NaN would survive
         keys, values = whole.keys.zero_(), whole.values.zero_()
-        self._cache = SlotCache(keys, values, self._zeros(slots))
-        self._hidden = like.new_zeros(slots, config.width)
+        self._cache = SlotCache(keys, values, self._zeros(rows))
+        self._hidden = like.new_zeros(rows, config.width)
         self._recent = self._zeros(slots, LONGEST_WINDOW) - 1
         self._frames = self._zeros(slots)
         self._generators: list[torch.Generator] = []
         self._sampling: list[Sampling] = []
-        self._rows = RowSettings.of([], self._device)
+        self._settings = RowSettings.of([], self._device)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self._device)
@@ -122,6 +133,8 @@ class Runner:
             and not 0 <= request.prompt.min() <= request.prompt.max() < CODEBOOK_SIZE
         ):
             raise ValueError(f"prompt: codes outside 0 to {CODEBOOK_SIZE - 1}")
+        if request.sampling.guidance_scale > 1 and self._rows_per_slot == 1:
+            raise ValueError("guidance_scale: this engine was made without guidance")
         if request.sampling.repetition_window > LONGEST_WINDOW:
             raise ValueError(f"repetition_window: at most {LONGEST_WINDOW} frames")
 
@@ -129,47 +142,63 @@ class Runner:
     def prefill(self, request: Request, slot: int) -> None:
         """Reads a request's text and prompt into the next slot."""
         assert slot == self.streams, "slots are filled in order"
-        own = slice(slot, slot + 1)
+        own = self._own(slot)
         cache = KVCache(self._cache.keys[:, own], self._cache.values[:, own])
         prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(self._device)
         text = torch.tensor(request.phonemes, device=self._device)
-        self._hidden[own] = self.model.prefill(text, prompt, text.new_empty(0), cache)
-        self._cache.lengths[slot] = cache.length
+        guided = self._rows_per_slot > 1
+        batch = single(text, prompt, text.new_empty(0), guided=guided)
+        self._hidden[own] = self.model.prefill(batch, cache)
+        self._cache.lengths[own] = cache.length
         self._recent[slot] = -1
         self._frames[slot] = 0
         self._generators.append(torch.Generator(self._device).manual_seed(request.seed))
         self._sampling.append(request.sampling)
-        self._rows = RowSettings.of(self._sampling, self._device)
+        self._settings = RowSettings.of(self._sampling, self._device)
+
+    def _own(self, slot: int) -> slice:
+        """The rows of a slot."""
+        return slice(slot * self._rows_per_slot, (slot + 1) * self._rows_per_slot)
 
     @torch.inference_mode()
     def sample(self) -> NDArray[np.int64]:
         """The next group `[B, G]` of every stream; what follows an EOS has no meaning."""
         streams, group = self.streams, self.model.config.group
-        hidden = self._hidden[:streams, None]
         recent = self._recent[:streams]
         for said in range(group):
             known = recent[:, LONGEST_WINDOW - said :].clamp(0, CODEBOOK_SIZE - 1)
-            logits = self.model.logits(hidden, known[:, :, None])[:, 0]
+            logits = self._logits(known)
             logits = unable_to_end(logits, recent[:, -1] < 0)
             uniforms = torch.cat([draw(generator, 1) for generator in self._generators], dim=1)
-            tokens = choose(logits, self._rows, uniforms, recent)
+            tokens = choose(logits, self._settings, uniforms, recent)
             recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)
         self._recent[:streams] = recent
         return recent[:, LONGEST_WINDOW - group :].cpu().numpy()
 
+    def _logits(self, known: Int[Tensor, "B g"]) -> Float[Tensor, "B 1025"]:
+        """Logits of each stream's next frame, of whose group the frames `known` are drawn."""
+        ways = self._rows_per_slot
+        hidden = self._hidden[: self.streams * ways, None]
+        known = known.repeat_interleave(ways, dim=0)
+        logits = self.model.logits(hidden, known[:, :, None])[:, 0]
+        if ways == 1:
+            return logits
+        return guide(logits[::2], logits[1::2], self._settings.guidance_scale[:, None])
+
     @torch.inference_mode()
     def advance(self) -> None:
         """Feeds the groups just drawn to the model."""
-        rows, group = self.streams, self.model.config.group
+        streams, group, ways = self.streams, self.model.config.group, self._rows_per_slot
         if self._compiled:
-            rows = min(1 << (rows - 1).bit_length(), self._slots)
+            streams = min(1 << (streams - 1).bit_length(), self._slots)
             # nobody's rows: they need numbers that a step can work on, and no more
-            self._cache.lengths[self.streams : rows] = 0
-            self._recent[self.streams : rows] = 0
-        self._cache.begin(rows, POSITIONS_STEP if self._compiled else 1)
-        codes = self._recent[:rows, LONGEST_WINDOW - group :]
-        self._hidden[:rows] = self._step(codes, self._frames[:rows], self._cache)
-        self._frames[:rows] += group
+            self._cache.lengths[self.streams * ways : streams * ways] = 0
+            self._recent[self.streams : streams] = 0
+        self._cache.begin(streams * ways, POSITIONS_STEP if self._compiled else 1)
+        codes = self._recent[:streams, LONGEST_WINDOW - group :].repeat_interleave(ways, dim=0)
+        first = self._frames[:streams].repeat_interleave(ways)
+        self._hidden[: streams * ways] = self._step(codes, first, self._cache)
+        self._frames[:streams] += group
 
     def release(self, slot: int, move: Move | None) -> None:
         """Forgets the stream of a slot; the last slot's stream takes its place."""
@@ -177,9 +206,12 @@ class Runner:
         if move is not None:
             assert move == Move(self.streams, slot), "only the last slot moves"
             self._generators[slot], self._sampling[slot] = generator, sampling
-            length = int(self._cache.lengths[move.source])
+            source, target = self._own(move.source), self._own(slot)
+            length = int(self._cache.lengths[source][0])
             for store in (self._cache.keys, self._cache.values):
-                store[:, slot, :, :length] = store[:, move.source, :, :length]
-            for row in (self._cache.lengths, self._hidden, self._recent, self._frames):
+                store[:, target, :, :length] = store[:, source, :, :length]
+            for rows in (self._cache.lengths, self._hidden):
+                rows[target] = rows[source]
+            for row in (self._recent, self._frames):
                 row[slot] = row[move.source]
-        self._rows = RowSettings.of(self._sampling, self._device)
+        self._settings = RowSettings.of(self._sampling, self._device)

@@ -6,6 +6,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from valle.model.chunks import Chunking
+from valle.model.valle import GUIDANCE_SCALE
 from valle.serve.audio import Format
 
 
@@ -64,6 +65,10 @@ class AppArgs(BaseModel):
 
     look_ahead: int = Field(12, ge=1)
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
+
+    guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
+    """Classifier-free guidance of both models: how closely they keep to the text. 1 is off, and
+    takes half the work."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does

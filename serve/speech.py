@@ -105,7 +105,8 @@ class Speaker:
         for number, ids in enumerate(sentences):
             # a seed for each: two equal sentences need not sound the same
             seed = (request.seed + number) % 2**63
-            asked = ask(ids, prompt, request, max(1, min(left, longest)), seed)
+            limit = max(1, min(left, longest))
+            asked = ask(ids, prompt, request, limit, seed, self._args.guidance_scale)
             insist = number > 0
             if chunked:
                 said = say_in_chunks(version, asked, insist, self._args.chunking())

@@ -44,11 +44,16 @@ def deployments() -> tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]
 
 
 def ask(
-    ids: list[int], prompt: Codes, request: SpeechRequest, max_frames: int, seed: int
+    ids: list[int],
+    prompt: Codes,
+    request: SpeechRequest,
+    max_frames: int,
+    seed: int,
+    guidance_scale: float,
 ) -> Request:
     """What the AR engine is asked for a sentence."""
     sampling = Sampling(
-        temperature=request.temperature, top_p=request.top_p,
+        temperature=request.temperature, top_p=request.top_p, guidance_scale=guidance_scale,
         repetition_threshold=Synthesis().ar.repetition_threshold,
     )  # fmt: skip
     return Request(

@@ -80,7 +80,10 @@ def test_who_has_left_is_not_worked_for() -> None:
     assert work.batches == [[10], [12]]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.0), Sampling(top_p=0.9), Sampling(temperature=0.0, guidance_scale=2.0)],
+)
 def test_nar_batch_equals_one_at_a_time(sampling: Sampling) -> None:
     model = tiny_nar()
     perturb(model)

@@ -21,6 +21,7 @@ from valle.serve.scheduler import Scheduler
 SAMPLINGS = [
     Sampling(top_p=0.9, repetition_threshold=0.1), Sampling(temperature=0.0),
     Sampling(temperature=0.7, top_k=20), Sampling(repetition_threshold=0.2, repetition_window=4),
+    Sampling(top_p=0.9, guidance_scale=1.5), Sampling(temperature=0.0, guidance_scale=3.0),
 ]  # fmt: skip
 
 
@@ -40,8 +41,8 @@ def request(number: int, max_frames: int = 40) -> Request:
     )  # fmt: skip
 
 
-def build(model: AR, slots: int, compiled: bool = False) -> Engine:
-    runner = Runner(model, slots=slots, positions=400, compiled=compiled)
+def build(model: AR, slots: int, *, guided: bool = True, compiled: bool = False) -> Engine:
+    runner = Runner(model, slots=slots, positions=400, guided=guided, compiled=compiled)
     return Engine(runner, Scheduler(slots))
 
 
@@ -64,23 +65,25 @@ def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Fi
 
 
 @pytest.mark.parametrize(
-    ("group", "seed", "compiled"),
+    ("group", "seed", "guided", "compiled"),
     [
-        (1, 0, False), (2, 0, False), (1, 1, False), (2, 1, False),
-        pytest.param(2, 2, True, marks=pytest.mark.slow),
+        (1, 0, False, False), (2, 0, False, False), (1, 1, True, False), (2, 1, True, False),
+        pytest.param(2, 2, True, True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_any_order_of_arrivals_and_aborts_changes_nothing(
-    group: int, seed: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    group: int, seed: int, guided: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if compiled:  # the compiler stumbles over checks of shapes, which only tests have
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = lively_ar(group)
     asked = [request(number) for number in range(12)]
+    if not guided:
+        asked = [one for one in asked if one.sampling.guidance_scale == 1]
     expected = {one.id: alone(model, one) for one in asked}
     assert len({len(codes) for codes, _ in expected.values()}) > 3, "a dull test"
     chance = np.random.default_rng(seed)
-    engine = build(model, slots=4, compiled=compiled)
+    engine = build(model, slots=4, guided=guided, compiled=compiled)
     codes: dict[str, list[int]] = {}
     ends: dict[str, Finish] = {}
     late = [asked[i] for i in chance.permutation(len(asked))]
@@ -135,6 +138,8 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
     window = replace(request(0), sampling=Sampling(repetition_window=65))
     with pytest.raises(ValueError, match="repetition_window: at most 64"):
         engine.add(window)
+    with pytest.raises(ValueError, match="guidance_scale: this engine was made without"):
+        engine.add(replace(request(0), sampling=Sampling(guidance_scale=1.5)))
     engine.add(request(0))
     with pytest.raises(ValueError, match="id: 'r0' is in use"):
         engine.add(request(0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import TINY, random_batch, random_items, tiny_ar, tiny_nar
 
-from valle.model.ar import AR, _single
+from valle.model.ar import AR, single
 from valle.model.config import ModelConfig
 from valle.model.layers import KVCache, rotate, rotation
 from valle.model.nar import NAR
@@ -33,11 +33,11 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
     phonemes, prompt, codes = random_items(30)[0]
     first = codes[0]
     with torch.inference_mode():
-        full = model(_single(phonemes, prompt, first))[0]
+        full = model(single(phonemes, prompt, first))[0]
         cache = KVCache.empty(
             TINY, 1, model.capacity(len(phonemes), prompt.shape[1], 30), first.float()
         )
-        hidden = model.prefill(phonemes, prompt, first[:0], cache)
+        hidden = model.prefill(single(phonemes, prompt, first[:0]), cache)
         steps = []
         for position in range(len(first) + 1):
             said = position % group
@@ -50,7 +50,14 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.9, repetition_threshold=0.1)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(top_p=0.9, repetition_threshold=0.1),
+        Sampling(top_p=0.9, guidance_scale=2.0),
+    ],
+)
 def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group: int) -> None:
     model = tiny_ar(config=replace(TINY, group=group))
     perturb(model)
@@ -92,11 +99,11 @@ def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
     model = tiny_ar(config=replace(TINY, group=3))
     perturb(model, 0.5)
     phonemes, prompt, codes = random_items(20)[0]
-    base = model(_single(phonemes, prompt, codes[0]))[0]
+    base = model(single(phonemes, prompt, codes[0]))[0]
     for frame in (9, 10, 11):  # the fourth group
         changed = codes[0].clone()
         changed[frame] = (changed[frame] + 1) % 1024
-        logits = model(_single(phonemes, prompt, changed))[0]
+        logits = model(single(phonemes, prompt, changed))[0]
         assert torch.equal(base[: frame + 1], logits[: frame + 1])
         assert not torch.allclose(base[frame + 1], logits[frame + 1])
 
@@ -133,18 +140,18 @@ def test_ar_is_causal_and_sees_text_and_prompt() -> None:
     model = tiny_ar()
     perturb(model)
     phonemes, prompt, codes = random_items(20)[0]
-    base = model(_single(phonemes, prompt, codes[0]))[0]
+    base = model(single(phonemes, prompt, codes[0]))[0]
     later = codes[0].clone()
     later[12] = (later[12] + 1) % 1024
-    changed = model(_single(phonemes, prompt, later))[0]
+    changed = model(single(phonemes, prompt, later))[0]
     assert torch.equal(base[:13], changed[:13])
     assert not torch.allclose(base[13:], changed[13:])
-    other_text = model(_single(phonemes.roll(1), prompt, codes[0]))[0]
+    other_text = model(single(phonemes.roll(1), prompt, codes[0]))[0]
     assert not torch.allclose(base[0], other_text[0])
     for book in range(8):  # the prompt is heard in all its codebooks
         louder = prompt.clone()
         louder[book] = (louder[book] + 1) % 1024
-        assert not torch.allclose(base[0], model(_single(phonemes, louder, codes[0]))[0][0])
+        assert not torch.allclose(base[0], model(single(phonemes, louder, codes[0]))[0][0])
 
 
 def test_first_response_token_is_trained() -> None:

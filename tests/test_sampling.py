@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from valle.model.sampling import RowSettings, Sampling, choose, draw, likely, sample
+from valle.model.sampling import RowSettings, Sampling, choose, draw, guide, likely, sample
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.15, 0.25, 0.5]]))
 
@@ -25,6 +25,14 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_p(p: float, row: list[int])
     assert kept(top_p=p) == [[bool(x) for x in row]]
     # of the three likeliest, 0.56 and 0.28 of the probability, the first alone reaches a half
     assert kept(top_k=3, top_p=0.55) == [[True, False, False, False]]
+
+
+def test_guidance_moves_away_from_what_is_said_without_the_text() -> None:
+    without = torch.zeros(1, 4)
+    unmoved, moved = (guide(LOGITS[:1], without, scale).softmax(-1) for scale in (1.0, 2.0))
+    torch.testing.assert_close(unmoved, LOGITS[:1].exp())
+    # against a flat distribution, a scale of 2 squares the probabilities
+    torch.testing.assert_close(moved, LOGITS[:1].exp() ** 2 / (LOGITS[:1].exp() ** 2).sum())
 
 
 def test_rows_with_settings_of_their_own_draw_as_they_would_alone() -> None:

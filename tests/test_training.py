@@ -18,6 +18,7 @@ from valle.model.training import (
     Optimization,
     build_optimizer,
     draw_levels,
+    drop_text,
     seed_step,
 )
 
@@ -56,6 +57,16 @@ def test_low_levels_can_be_asked_for_more_often() -> None:
     counts = torch.bincount(draw_levels(7_000, 8, "0/5/1", 1.0), minlength=8)[1:]
     wanted = 7_000 / torch.arange(1, 8) / sum(1 / k for k in range(1, 8))
     torch.testing.assert_close(counts.float(), wanted, rtol=0.1, atol=0)
+
+
+def test_hidden_texts_are_a_function_of_the_step() -> None:
+    phonemes, prompt, codes = random_items(20)[0]
+    batch = collate([phonemes] * 400, [prompt] * 400, [codes] * 400)
+    hidden = (drop_text(batch, "a", 0.25).phonemes == 0).all(1)
+    assert 0.15 < hidden.float().mean() < 0.35
+    assert torch.equal(hidden, (drop_text(batch, "a", 0.25).phonemes == 0).all(1))
+    assert not torch.equal(hidden, (drop_text(batch, "b", 0.25).phonemes == 0).all(1))
+    assert torch.equal(drop_text(batch, "a", 0.0).phonemes, batch.phonemes)
 
 
 def test_dropout_is_a_function_of_the_step() -> None:
