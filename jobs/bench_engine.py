@@ -4,8 +4,8 @@
 
 Beside them the bandwidth limit: each step has to read all weights once, so no single stream can
 make more groups a second than the memory gives weights. Every way speaks the same text to the same
-length (the model may not stop), one torch thread, rounds in turn; the model's shape matters, its
-weights do not, so `--size full` takes untrained ones.
+length (the model may not stop), one torch thread, rounds in turn, without guidance except in the
+rows called so; the model's shape matters, its weights do not: `--size full` takes untrained ones.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from valle.model.ar import AR
 from valle.model.config import SIZES
 from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
+from valle.model.valle import GUIDANCE_SCALE
 from valle.platform import registry
 from valle.platform.progress import progress
 from valle.serve.deployments import PRECISIONS
@@ -37,6 +38,7 @@ N_PHONEMES, PROMPT_FRAMES = 60, 225
 """A sentence of four seconds, and three seconds of a voice."""
 
 SAMPLING = Sampling(top_p=0.9, repetition_threshold=0.1)
+GUIDED = replace(SAMPLING, guidance_scale=GUIDANCE_SCALE)
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,24 @@ def _generate(ar: AR, task: Task, use_cache: bool) -> None:
     assert len(said.codes) == task.frames, "the model was not to stop"
 
 
-def build(ar: AR, task: Task, streams: int, compiled: bool) -> Engine:
-    """An engine for so many streams, warm."""
+def build(ar: AR, task: Task, streams: int, kind: str) -> Engine:
+    """An engine for so many streams, warm; `kind` is `engine`, `guided` or `compiled`."""
     positions = ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
-    runner = Runner(ar, slots=streams, positions=positions, compiled=compiled)
+    runner = Runner(
+        ar, slots=streams, positions=positions, guided=kind == "guided",
+        compiled=kind == "compiled",
+    )  # fmt: skip
     engine = Engine(runner, Scheduler(streams))
-    together(engine, task, streams)
+    together(engine, task, streams, GUIDED if kind == "guided" else SAMPLING)
     return engine
 
 
-def together(engine: Engine, task: Task, streams: int) -> None:
+def together(engine: Engine, task: Task, streams: int, sampling: Sampling) -> None:
     """The engine with so many streams."""
     for number in range(streams):
         engine.add(
             Request(
-                id=str(number), phonemes=task.phonemes, prompt=task.prompt, sampling=SAMPLING,
+                id=str(number), phonemes=task.phonemes, prompt=task.prompt, sampling=sampling,
                 max_frames=task.frames, seed=number,
             )
         )  # fmt: skip
@@ -109,11 +114,11 @@ def measure(
         "uncached": (1, lambda: uncached(ar, task)),
         "cached": (1, lambda: cached(ar, task)),
     }
-    kinds = ["engine", "compiled"] if compiled else ["engine"]
+    kinds = ["engine", "guided", "compiled"] if compiled else ["engine", "guided"]
     for kind, n in itertools.product(kinds, streams):
-        engine = build(ar, task, n, kind == "compiled")
-        name = f"{kind}, {n}"
-        ways[name] = (n, partial(together, engine, task, n))
+        engine = build(ar, task, n, kind)
+        sampling = GUIDED if kind == "guided" else SAMPLING
+        ways[f"{kind}, {n}"] = (n, partial(together, engine, task, n, sampling))
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:
         for _ in range(rounds):

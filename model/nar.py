@@ -127,8 +127,8 @@ class NAR(nn.Module):
     def _guided(self, batch: Batch, level: int, scale: float) -> Float[Tensor, "B T 1024"]:
         """Logits of a codebook of the response, by classifier-free guidance if `scale` is not 1."""
         batch = batch.to(self.heads.device)
-        if scale > 1:
-            batch = with_and_without_text(batch)
-        rows = len(batch.frames)
-        logits = self(batch, torch.full((rows,), level, device=self.heads.device))
-        return guide(*logits.chunk(2), scale) if scale > 1 else logits
+        levels = torch.full((len(batch.frames),), level, device=self.heads.device)
+        if scale == 1:
+            return self(batch, levels)
+        given, without = self(with_and_without_text(batch), levels.repeat(2)).chunk(2)
+        return guide(given, without, scale)

@@ -11,7 +11,7 @@ import numpy as np
 
 from valle.model.codec import Wave
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
-from valle.model.valle import Synthesis, Voice
+from valle.model.valle import GUIDANCE_SCALE, Synthesis, Voice
 from valle.platform import audio, checkpoint, registry
 
 
@@ -60,16 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-ar-steps", type=int, default=1500, help="length limit in frames")
     parser.add_argument("--ar-temp", type=float, default=1.0, help="temperature of the AR model")
     parser.add_argument("--nar-temp", type=float, default=0.0, help="0 is greedy, the default")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=GUIDANCE_SCALE,
+        help="how closely both models keep to the text; 1 is off and takes half the time",
+    )
     parser.add_argument("--language", default="en-us", help="espeak voice name of the text")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same speech")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args(argv)
     try:
-        default = Synthesis()
+        default, scale = Synthesis(), arguments.guidance_scale
         how = replace(
             default,
-            ar=replace(default.ar, temperature=arguments.ar_temp),
-            nar=replace(default.nar, temperature=arguments.nar_temp),
+            ar=replace(default.ar, temperature=arguments.ar_temp, guidance_scale=scale),
+            nar=replace(default.nar, temperature=arguments.nar_temp, guidance_scale=scale),
             max_seconds=arguments.max_ar_steps / FRAME_RATE,
             language=arguments.language,
             seed=arguments.seed,
