@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
+from valle.jobs.train_recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, recipe, registry, settings, storage, tracking
 from valle.platform.cluster import connect
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = arguments.recipe
     corpus_recipe = recipe.load(name, "corpus", corpus.CorpusRecipe)
     prepare_recipe = recipe.load(name, "prepare", prepare.PrepareRecipe)
-    train_recipe = recipe.load(name, "train", train.TrainRecipe)
+    train_recipe = recipe.load(name, "train", TrainRecipe)
     publish_recipe = recipe.load(name, "publish", publish.PublishRecipe)
     evaluate_recipe = recipe.load(name, "evaluate", evaluate.EvaluateRecipe)
     times: dict[str, float] = {}

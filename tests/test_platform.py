@@ -11,7 +11,7 @@ import soundfile
 import torch
 from models import TINY, random_batch, tiny_ar, tiny_nar
 
-from valle.jobs.train import TrainRecipe
+from valle.jobs.train_recipe import TrainRecipe
 from valle.model.ar import AR
 from valle.model.codec import Codec
 from valle.model.training import Objective, Optimization, TrainState, build_optimizer
@@ -150,11 +150,11 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    from valle.jobs import codec, corpus, evaluate, export, prepare, publish, synthesize, train
+    from valle.jobs import codec, corpus, evaluate, export, prepare, publish, synthesize
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
-        "codec": codec.CodecRecipe, "train": train.TrainRecipe,
+        "codec": codec.CodecRecipe, "train": TrainRecipe,
         "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
         "export": export.ExportRecipe, "synthesize": synthesize.SynthesizeRecipe,
     }  # fmt: skip

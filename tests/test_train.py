@@ -13,7 +13,8 @@ import torch
 from conftest import write_dataset
 
 from valle.jobs.loader import Loader
-from valle.jobs.train import Size, TrainRecipe, build_backend, fit, prepare_run
+from valle.jobs.train import build_backend, fit, prepare_run
+from valle.jobs.train_recipe import Size, TrainRecipe
 from valle.jobs.validation import QuickCheck
 from valle.model.codec import Codec
 from valle.model.sequence import Batch
