@@ -132,7 +132,7 @@ class TrainRecipe:
     """Worker losses survived before the run gives up."""
 
     seed: int = 0
-    """Initial weights, order of the data, prompts, levels, dropout."""
+    """Initial weights, order of the data, prompts, levels, hidden texts, dropout."""
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -12,7 +12,6 @@ from valle.jobs.loader import Loader
 from valle.model.ar import AR
 from valle.model.codec import Codec, CodecIdentity, Wave
 from valle.model.nar import NAR
-from valle.model.sampling import Sampling
 from valle.model.sequence import Batch
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.training import Loss, Objective
@@ -103,20 +102,20 @@ def samples(
     The AR model is heard through the first codebook only; the NAR model fills in the other seven
     of the true first codebook. So one hears which of the two is the weak one.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator, how = torch.Generator(device).manual_seed(0), Synthesis()
     heard: list[tuple[str, NDArray[np.float32]]] = []
     for number in loader.validation[:count]:
         batch = loader.batch(np.array([number]), [0, int(number)]).to(device)
         if isinstance(model, AR):
             said = model.generate(
                 batch.phonemes[0], batch.prompt[0], max_frames=MAX_SAMPLE_FRAMES,
-                sampling=Sampling(top_p=0.9, repetition_threshold=0.1), generator=generator,
+                sampling=how.ar, generator=generator,
             )  # fmt: skip
             codes = said.codes[None]
         else:
             codes = model.generate(
                 batch.phonemes[0], batch.prompt[0], batch.codes[0, 0],
-                sampling=Sampling(temperature=0.0), generator=generator,
+                sampling=how.nar, generator=generator,
             )  # fmt: skip
         stored = codes.cpu().numpy().astype(np.int16)
         if stored.shape[1]:

@@ -42,8 +42,8 @@ class Sampling:
     said with it, and beyond; 1 is off, more costs a second pass without the text."""
 
     def __post_init__(self) -> None:
-        if not self.guidance_scale >= 1:
-            raise ValueError(f"guidance_scale: {self.guidance_scale} is below 1")
+        if not 1 <= self.guidance_scale <= 10:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} is not in [1, 10]")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: {self.temperature} is below 0")
         if self.top_k < 0:

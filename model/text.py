@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from phonemizer.backend import EspeakBackend
 
 PAD: Final = 0
-"""Fills up a batch; never seen by a loss."""
+"""Fills up a batch, where no loss sees it, and stands for the phonemes of a hidden text."""
 UNK: Final = 1
 """Stands for every symbol outside the inventory."""
 

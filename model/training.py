@@ -1,7 +1,8 @@
 """What a training step computes: loss, accuracy, schedule, and the state that makes it resumable.
 
-Everything random in a step (level of the NAR, dropout) is drawn from (seed, step, rank), so the
-state that has to be saved is two counters, and a resumed run repeats an uninterrupted one.
+Everything random in a step (level of the NAR, hidden texts, dropout) is drawn from (seed, step,
+rank), so the state that has to be saved is two counters, and a resumed run repeats an uninterrupted
+one.
 """
 
 import random
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.nar import NAR
-from valle.model.sequence import Batch, mask
-from valle.model.text import PAD
+from valle.model.sequence import Batch, mask, without_text
 from valle.model.tokens import EOS
 
 IGNORE = -100
@@ -167,8 +167,9 @@ def drop_text(batch: Batch, key: str, share: float) -> Batch:
     """Hides the text of about a `share` of the rows: a model that has also learnt to speak without
     one can be guided by the difference (classifier-free guidance, Ho and Salimans 2022)."""
     chosen = random.Random(f"text/{key}")
-    dropped = torch.tensor([chosen.random() < share for _ in batch.frames])
-    return replace(batch, phonemes=batch.phonemes.masked_fill(dropped[:, None], PAD))
+    dropped = torch.tensor([[chosen.random() < share] for _ in batch.frames])
+    hidden = without_text(batch).phonemes
+    return replace(batch, phonemes=torch.where(dropped, hidden, batch.phonemes))
 
 
 def seed_step(key: str) -> None:

@@ -1,7 +1,7 @@
 """The AR model at work on many streams at once: the only part of the engine that touches a device.
 
 A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
-feeds those groups to the model. `prefill` fills a slot; `move` keeps slots dense.
+feeds those groups to the model. `prefill` fills a slot; `release` keeps slots dense.
 
 With guidance a slot has two rows, the stream as it is and the stream without its text, one after
 the other: what is read at a step stays one dense block.
@@ -177,27 +177,28 @@ class Runner:
 
     def _logits(self, known: Int[Tensor, "B g"]) -> Float[Tensor, "B 1025"]:
         """Logits of each stream's next frame, of whose group the frames `known` are drawn."""
-        ways = self._rows_per_slot
-        hidden = self._hidden[: self.streams * ways, None]
-        known = known.repeat_interleave(ways, dim=0)
+        per_slot = self._rows_per_slot
+        hidden = self._hidden[: self.streams * per_slot, None]
+        known = known.repeat_interleave(per_slot, dim=0)
         logits = self.model.logits(hidden, known[:, :, None])[:, 0]
-        if ways == 1:
+        if per_slot == 1:
             return logits
         return guide(logits[::2], logits[1::2], self._settings.guidance_scale[:, None])
 
     @torch.inference_mode()
     def advance(self) -> None:
         """Feeds the groups just drawn to the model."""
-        streams, group, ways = self.streams, self.model.config.group, self._rows_per_slot
+        streams, group = self.streams, self.model.config.group
+        per_slot = self._rows_per_slot
         if self._compiled:
             streams = min(1 << (streams - 1).bit_length(), self._slots)
             # nobody's rows: they need numbers that a step can work on, and no more
-            self._cache.lengths[self.streams * ways : streams * ways] = 0
+            self._cache.lengths[self.streams * per_slot : streams * per_slot] = 0
             self._recent[self.streams : streams] = 0
-        self._cache.begin(streams * ways, POSITIONS_STEP if self._compiled else 1)
-        codes = self._recent[:streams, LONGEST_WINDOW - group :].repeat_interleave(ways, dim=0)
-        first = self._frames[:streams].repeat_interleave(ways)
-        self._hidden[: streams * ways] = self._step(codes, first, self._cache)
+        self._cache.begin(streams * per_slot, POSITIONS_STEP if self._compiled else 1)
+        codes = self._recent[:streams, LONGEST_WINDOW - group :].repeat_interleave(per_slot, dim=0)
+        first = self._frames[:streams].repeat_interleave(per_slot)
+        self._hidden[: streams * per_slot] = self._step(codes, first, self._cache)
         self._frames[:streams] += group
 
     def release(self, slot: int, move: Move | None) -> None:

@@ -51,11 +51,12 @@ class AppArgs(BaseModel):
     for half an hour: `max_seconds`, and Serve's `request_timeout_s`, have to allow it too."""
 
     slots: int = Field(8, ge=1)
-    """Streams that one AR replica speaks at the same time."""
+    """Streams that one AR replica speaks at the same time; with guidance, each with two rows of
+    key-value memory."""
 
     batch_seconds: float = Field(40.0, gt=0)
-    """Padded speech in a batch of the NAR model, or of the codec, which works it off in parts of
-    ten seconds."""
+    """Padded speech in a batch of the NAR model, which guidance computes twice, or of the codec,
+    which works it off in parts of ten seconds."""
 
     chunked: bool = False
     """Sound before a sentence is done, where a request does not say; see `serve/stream.py`."""
@@ -67,8 +68,8 @@ class AppArgs(BaseModel):
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
 
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
-    """Classifier-free guidance of both models: how closely they keep to the text. 1 is off, and
-    takes half the work."""
+    """Classifier-free guidance of both models: how closely they keep to the text. 1 is off, with
+    half the rows to compute."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does

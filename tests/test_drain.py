@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from models import random_items, tiny_nar
 from test_models import perturb
 
-from valle.model.sampling import Sampling
+from valle.model.sampling import Sampling, guide
+from valle.model.sequence import collate
 from valle.serve.drain import Drain
 
 
@@ -78,6 +80,19 @@ def test_who_has_left_is_not_worked_for() -> None:
 
     asyncio.run(go())
     assert work.batches == [[10], [12]]
+
+
+def test_guidance_is_by_the_same_model_without_the_text() -> None:
+    model = tiny_nar()
+    perturb(model)
+    batch = collate(*zip(*random_items(9, 14), strict=True))
+    level = torch.full((2,), 3)
+    with torch.inference_mode():
+        hidden = replace(batch, phonemes=torch.zeros_like(batch.phonemes))
+        given, without = model(batch, level), model(hidden, level)
+        assert not torch.allclose(given, without), "a dull test"
+        expected = guide(given, without, 2.0)
+        torch.testing.assert_close(model._guided(batch, 3, 2.0), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

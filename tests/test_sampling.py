@@ -102,8 +102,11 @@ def test_repetition_aware_sampling_breaks_a_loop() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"repetition_window": 0}],
-)
+    [
+        {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"repetition_window": 0},
+        {"guidance_scale": 0.5}, {"guidance_scale": float("inf")},
+    ],
+)  # fmt: skip
 def test_bad_settings_name_the_field(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Sampling(**settings)  # type: ignore[arg-type]

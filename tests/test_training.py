@@ -61,9 +61,13 @@ def test_low_levels_can_be_asked_for_more_often() -> None:
 
 def test_hidden_texts_are_a_function_of_the_step() -> None:
     phonemes, prompt, codes = random_items(20)[0]
-    batch = collate([phonemes] * 400, [prompt] * 400, [codes] * 400)
-    hidden = (drop_text(batch, "a", 0.25).phonemes == 0).all(1)
+    texts = [phonemes, phonemes[:-2]] * 200
+    batch = collate(texts, [prompt] * 400, [codes] * 400)
+    dropped = drop_text(batch, "a", 0.25)
+    hidden = (dropped.phonemes == 0).all(1)
     assert 0.15 < hidden.float().mean() < 0.35
+    assert torch.equal(dropped.phonemes[~hidden], batch.phonemes[~hidden])
+    assert torch.equal(dropped.phoneme_lengths, batch.phoneme_lengths)
     assert torch.equal(hidden, (drop_text(batch, "a", 0.25).phonemes == 0).all(1))
     assert not torch.equal(hidden, (drop_text(batch, "b", 0.25).phonemes == 0).all(1))
     assert torch.equal(drop_text(batch, "a", 0.0).phonemes, batch.phonemes)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--guidance-scale",
         type=float,
         default=GUIDANCE_SCALE,
-        help="how closely both models keep to the text; 1 is off and takes half the time",
+        help="how closely both models keep to the text; 1 is off, with half the rows to compute",
     )
     parser.add_argument("--language", default="en-us", help="espeak voice name of the text")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same speech")
