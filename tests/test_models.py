@@ -11,7 +11,7 @@ from valle.model.ar import AR, single
 from valle.model.config import ModelConfig
 from valle.model.layers import KVCache, rotate, rotation
 from valle.model.nar import NAR
-from valle.model.sampling import Sampling
+from valle.model.sampling import Sampling, guide
 from valle.model.sequence import collate
 from valle.model.tokens import EOS
 from valle.model.training import ar_loss, nar_loss
@@ -71,6 +71,26 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group
     )  # fmt: skip
     assert torch.equal(with_cache.codes, without.codes)
     assert with_cache.hit_limit == without.hit_limit
+
+
+def test_ar_guidance_is_by_the_same_model_without_the_text() -> None:
+    model = tiny_ar()
+    perturb(model)
+    phonemes, prompt, _ = random_items(20)[0]
+    none = phonemes[:0]
+    with torch.inference_mode():
+        given, without = (
+            model.forward(single(text, prompt, none))[:, 0, :EOS]
+            for text in (phonemes, torch.zeros_like(phonemes))
+        )
+    expected = [guide(given, without, scale).argmax() for scale in (1.0, 10.0)]
+    assert expected[0] != expected[1], "a dull test"
+    for scale, code in zip((1.0, 10.0), expected, strict=True):
+        said = model.generate(
+            phonemes, prompt, sampling=Sampling(temperature=0.0, guidance_scale=scale),
+            max_frames=1, generator=torch.Generator(),
+        )  # fmt: skip
+        assert said.codes.tolist() == [int(code)]
 
 
 @pytest.mark.parametrize("group", [1, 3])
