@@ -69,15 +69,15 @@ def _generate(ar: AR, task: Task, use_cache: bool) -> None:
     assert len(said.codes) == task.frames, "the model was not to stop"
 
 
-def build(ar: AR, task: Task, streams: int, kind: str) -> Engine:
-    """An engine for so many streams, warm; `kind` is `engine`, `guided` or `compiled`."""
+def build(ar: AR, task: Task, streams: int, sampling: Sampling, compiled: bool) -> Engine:
+    """An engine for so many streams, warm."""
     positions = ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
     runner = Runner(
-        ar, slots=streams, positions=positions, guided=kind == "guided",
-        compiled=kind == "compiled",
+        ar, slots=streams, positions=positions, guided=sampling.guidance_scale > 1,
+        compiled=compiled,
     )  # fmt: skip
     engine = Engine(runner, Scheduler(streams))
-    together(engine, task, streams, GUIDED if kind == "guided" else SAMPLING)
+    together(engine, task, streams, sampling)
     return engine
 
 
@@ -114,10 +114,9 @@ def measure(
         "uncached": (1, lambda: uncached(ar, task)),
         "cached": (1, lambda: cached(ar, task)),
     }
-    kinds = ["engine", "guided", "compiled"] if compiled else ["engine", "guided"]
-    for kind, n in itertools.product(kinds, streams):
-        engine = build(ar, task, n, kind)
-        sampling = GUIDED if kind == "guided" else SAMPLING
+    kinds = {"engine": SAMPLING, "guided": GUIDED} | ({"compiled": SAMPLING} if compiled else {})
+    for (kind, sampling), n in itertools.product(kinds.items(), streams):
+        engine = build(ar, task, n, sampling, kind == "compiled")
         ways[f"{kind}, {n}"] = (n, partial(together, engine, task, n, sampling))
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:

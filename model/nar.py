@@ -125,7 +125,7 @@ class NAR(nn.Module):
         return codes
 
     def _guided(self, batch: Batch, level: int, scale: float) -> Float[Tensor, "B T 1024"]:
-        """Logits of a codebook of the response, by classifier-free guidance if `scale` is not 1."""
+        """Logits of a codebook of the response, guided where `scale` is above 1."""
         batch = batch.to(self.heads.device)
         levels = torch.full((len(batch.frames),), level, device=self.heads.device)
         if scale == 1:
