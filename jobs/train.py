@@ -20,7 +20,7 @@ from valle.jobs.train_recipe import TrainRecipe, warm_source
 from valle.model import codec as codecs
 from valle.model.codec import CodecIdentity
 from valle.model.config import Kind
-from valle.model.training import TrainState, draw_levels, drop_text, seed_step
+from valle.model.training import TrainState, draw_levels, drop_conditions, seed_step
 from valle.platform import checkpoint, recipe, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
@@ -86,7 +86,7 @@ def train(values: dict[str, Any]) -> None:
         seed_step(key)
         backend.model.train()
         level = draw_levels(len(batch.frames), n_codebooks, key, chosen.level_emphasis)
-        batch = drop_text(batch, key, chosen.text_dropout)
+        batch = drop_conditions(batch, key, chosen.condition_dropout)
         rate = chosen.optimization.rate(state.step, total)
         loss, norm = backend.step(batch.to(device), level.to(device), rate)
         state = TrainState(step=state.step + 1, epoch=epoch, batch=number + 1)

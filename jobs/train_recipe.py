@@ -82,9 +82,9 @@ class TrainRecipe:
     """How much more often the NAR model is asked for low codebooks, which carry the words: level k
     is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
 
-    text_dropout: float = 0.1
-    """Share of the utterances that are learnt without their text, for a model that is to be spoken
-    with a `guidance_scale` above 1; the paper has none."""
+    condition_dropout: float = 0.1
+    """Share of the utterances that are learnt without text and prompt, for a model that is to be
+    spoken with a `guidance_scale` above 1; the paper has none."""
 
     validation_utterances: int = 64
     """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
@@ -132,7 +132,7 @@ class TrainRecipe:
     """Worker losses survived before the run gives up."""
 
     seed: int = 0
-    """Initial weights, order of the data, prompts, levels, hidden texts, dropout."""
+    """Initial weights, order of the data, prompts, levels, hidden conditions, dropout."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -147,8 +147,8 @@ class TrainRecipe:
             )
         if self.level_emphasis < 0:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
-        if not 0 <= self.text_dropout < 1:
-            raise ValueError(f"text_dropout: {self.text_dropout} is not in [0, 1)")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout: {self.condition_dropout} is not in [0, 1)")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
         if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):

@@ -29,7 +29,7 @@ from valle.model.sequence import (
     frame_positions,
     join,
     take,
-    with_and_without_text,
+    with_unconditional,
 )
 from valle.model.tokens import CODEBOOK_SIZE, EOS
 
@@ -147,7 +147,7 @@ class AR(nn.Module):
         if len(codes) % group:
             raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
         guided = sampling.guidance_scale > 1
-        rows = 2 if guided else 1  # the second goes without the text
+        rows = 2 if guided else 1  # the second goes without text and prompt
         capacity = self.capacity(len(phonemes), prompt.shape[1], max_frames)
         cache = KVCache.empty(self.config, rows, capacity, like=self.head.weight)
         hidden = self.prefill(single(phonemes, prompt, codes, guided=guided), cache)
@@ -256,7 +256,7 @@ def single(
     guided: bool = False,
 ) -> Batch:
     """A batch of one, from unpadded parts; `codes` is the first codebook. `guided` adds a second
-    row, without the text."""
+    row, with text and prompt hidden."""
 
     def length(x: Tensor) -> Tensor:
         return torch.tensor([x.shape[-1]], device=phonemes.device)
@@ -265,4 +265,4 @@ def single(
         phonemes[None], length(phonemes), prompt[None], length(prompt),
         codes[None, None], length(codes),
     )  # fmt: skip
-    return with_and_without_text(batch) if guided else batch
+    return with_unconditional(batch) if guided else batch

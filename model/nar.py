@@ -29,7 +29,7 @@ from valle.model.sequence import (
     frame_positions,
     join,
     take,
-    with_and_without_text,
+    with_unconditional,
 )
 from valle.model.tokens import CODEBOOK_SIZE
 
@@ -130,5 +130,5 @@ class NAR(nn.Module):
         levels = torch.full((len(batch.frames),), level, device=self.heads.device)
         if scale == 1:
             return self(batch, levels)
-        given, without = self(with_and_without_text(batch), levels.repeat(2)).chunk(2)
+        given, without = self(with_unconditional(batch), levels.repeat(2)).chunk(2)
         return guide(given, without, scale)

@@ -38,8 +38,8 @@ class Sampling:
     distribution. 1 switches it off; VALL-E 2 uses 0.1."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance: how far to go from what would be said without the text to what is
-    said with it, and beyond; 1 is off, more costs a second pass without the text."""
+    """Classifier-free guidance: how far to go from what would be said without text and prompt to
+    what is said with them, and beyond; 1 is off, more costs a second pass without them."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.guidance_scale <= 10:
@@ -86,7 +86,8 @@ def guide(
     logits: Float[Tensor, "*R V"], without: Float[Tensor, "*R V"], scale: Tensor | float
 ) -> Float[Tensor, "*R V"]:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6, there for images): log
-    probabilities with the text, moved away from those `without` it; a scale of 1 leaves them."""
+    probabilities with text and prompt, moved away from those `without`; a scale of 1 leaves them
+    as they are."""
     given = logits.float().log_softmax(-1)
     return given + (scale - 1) * (given - without.float().log_softmax(-1))
 

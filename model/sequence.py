@@ -65,15 +65,20 @@ def collate(
     )  # fmt: skip
 
 
-def without_text(batch: Batch) -> Batch:
-    """The same rows with every phoneme hidden, and only their number left: what classifier-free
-    guidance compares with."""
-    return replace(batch, phonemes=torch.full_like(batch.phonemes, PAD))
+def unconditional(batch: Batch) -> Batch:
+    """The same rows with text and prompt hidden, of which only the lengths are left: what
+    classifier-free guidance compares with. A hidden frame is code 0 in every codebook, which no
+    recording holds for long."""
+    return replace(
+        batch,
+        phonemes=torch.full_like(batch.phonemes, PAD),
+        prompt=torch.zeros_like(batch.prompt),
+    )
 
 
-def with_and_without_text(batch: Batch) -> Batch:
-    """All rows, and then all of them again without their text."""
-    hidden = without_text(batch)
+def with_unconditional(batch: Batch) -> Batch:
+    """All rows, and then all of them again with text and prompt hidden."""
+    hidden = unconditional(batch)
     return Batch(
         *(torch.cat([getattr(batch, f), getattr(hidden, f)]) for f in Batch.__dataclass_fields__)
     )

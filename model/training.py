@@ -1,8 +1,8 @@
 """What a training step computes: loss, accuracy, schedule, and the state that makes it resumable.
 
-Everything random in a step (level of the NAR, hidden texts, dropout) is drawn from (seed, step,
-rank), so the state that has to be saved is two counters, and a resumed run repeats an uninterrupted
-one.
+Everything random in a step (level of the NAR, hidden conditions, dropout) is drawn from (seed,
+step, rank), so the state that has to be saved is two counters, and a resumed run repeats an
+uninterrupted one.
 """
 
 import random
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.nar import NAR
-from valle.model.sequence import Batch, mask, without_text
+from valle.model.sequence import Batch, mask, unconditional
 from valle.model.tokens import EOS
 
 IGNORE = -100
@@ -163,13 +163,18 @@ def draw_levels(rows: int, n_codebooks: int, key: str, emphasis: float = 0.0) ->
     return torch.tensor(chosen.choices(levels, weights, k=rows))
 
 
-def drop_text(batch: Batch, key: str, share: float) -> Batch:
-    """Hides the text of about a `share` of the rows: a model that has also learnt to speak without
-    one can be guided by the difference (classifier-free guidance, Ho and Salimans 2022)."""
-    chosen = random.Random(f"text/{key}")
+def drop_conditions(batch: Batch, key: str, share: float) -> Batch:
+    """Hides text and prompt of about a `share` of the rows: a model that has also learnt to speak
+    without them can be guided by the difference (classifier-free guidance, Ho and Salimans 2022).
+    """
+    chosen = random.Random(f"conditions/{key}")
     dropped = torch.tensor([[chosen.random() < share] for _ in batch.frames])
-    hidden = without_text(batch).phonemes
-    return replace(batch, phonemes=torch.where(dropped, hidden, batch.phonemes))
+    hidden = unconditional(batch)
+    return replace(
+        batch,
+        phonemes=torch.where(dropped, hidden.phonemes, batch.phonemes),
+        prompt=torch.where(dropped[:, :, None], hidden.prompt, batch.prompt),
+    )
 
 
 def seed_step(key: str) -> None:

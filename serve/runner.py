@@ -3,8 +3,8 @@
 A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
 feeds those groups to the model. `prefill` fills a slot; `release` keeps slots dense.
 
-With guidance a slot has two rows, the stream as it is and the stream without its text, one after
-the other: what is read at a step stays one dense block.
+With guidance a slot has two rows, the stream as it is and the stream without text and prompt, one
+after the other: what is read at a step stays one dense block.
 
 Legend: N layers, R rows in use, H heads, S positions of a row, K head width, B streams, G frames of
 a group.

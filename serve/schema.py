@@ -68,8 +68,8 @@ class AppArgs(BaseModel):
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
 
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
-    """Classifier-free guidance of both models: how closely they keep to the text. 1 is off, with
-    half the rows to compute."""
+    """Classifier-free guidance of both models: how closely they keep to text and voice. 1 is off,
+    with half the rows to compute."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does

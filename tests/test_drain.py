@@ -82,13 +82,17 @@ def test_who_has_left_is_not_worked_for() -> None:
     assert work.batches == [[10], [12]]
 
 
-def test_guidance_is_by_the_same_model_without_the_text() -> None:
+def test_guidance_is_by_the_same_model_without_conditions() -> None:
     model = tiny_nar()
     perturb(model)
     batch = collate(*zip(*random_items(9, 14), strict=True))
     level = torch.full((2,), 3)
     with torch.inference_mode():
-        hidden = replace(batch, phonemes=torch.zeros_like(batch.phonemes))
+        hidden = replace(
+            batch,
+            phonemes=torch.zeros_like(batch.phonemes),
+            prompt=torch.zeros_like(batch.prompt),
+        )
         given, without = model(batch, level), model(hidden, level)
         assert not torch.allclose(given, without), "a dull test"
         expected = guide(given, without, 2.0)

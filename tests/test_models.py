@@ -73,15 +73,18 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group
     assert with_cache.hit_limit == without.hit_limit
 
 
-def test_ar_guidance_is_by_the_same_model_without_the_text() -> None:
+def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
     model = tiny_ar()
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
     none = phonemes[:0]
     with torch.inference_mode():
         given, without = (
-            model.forward(single(text, prompt, none))[:, 0, :EOS]
-            for text in (phonemes, torch.zeros_like(phonemes))
+            model.forward(single(text, voice, none))[:, 0, :EOS]
+            for text, voice in (
+                (phonemes, prompt),
+                (torch.zeros_like(phonemes), torch.zeros_like(prompt)),
+            )
         )
     expected = [guide(given, without, scale).argmax() for scale in (1.0, 10.0)]
     assert expected[0] != expected[1], "a dull test"

@@ -18,7 +18,7 @@ from valle.model.training import (
     Optimization,
     build_optimizer,
     draw_levels,
-    drop_text,
+    drop_conditions,
     seed_step,
 )
 
@@ -59,18 +59,20 @@ def test_low_levels_can_be_asked_for_more_often() -> None:
     torch.testing.assert_close(counts.float(), wanted, rtol=0.1, atol=0)
 
 
-def test_hidden_texts_are_a_function_of_the_step() -> None:
+def test_hidden_conditions_are_a_function_of_the_step() -> None:
     phonemes, prompt, codes = random_items(20)[0]
     texts = [phonemes, phonemes[:-2]] * 200
     batch = collate(texts, [prompt] * 400, [codes] * 400)
-    dropped = drop_text(batch, "a", 0.25)
+    dropped = drop_conditions(batch, "a", 0.25)
     hidden = (dropped.phonemes == 0).all(1)
     assert 0.15 < hidden.float().mean() < 0.35
     assert torch.equal(dropped.phonemes[~hidden], batch.phonemes[~hidden])
     assert torch.equal(dropped.phoneme_lengths, batch.phoneme_lengths)
-    assert torch.equal(hidden, (drop_text(batch, "a", 0.25).phonemes == 0).all(1))
-    assert not torch.equal(hidden, (drop_text(batch, "b", 0.25).phonemes == 0).all(1))
-    assert torch.equal(drop_text(batch, "a", 0.0).phonemes, batch.phonemes)
+    assert torch.equal(hidden, (dropped.prompt == 0).all(2).all(1))
+    assert torch.equal(dropped.prompt[~hidden], batch.prompt[~hidden])
+    assert torch.equal(hidden, (drop_conditions(batch, "a", 0.25).phonemes == 0).all(1))
+    assert not torch.equal(hidden, (drop_conditions(batch, "b", 0.25).phonemes == 0).all(1))
+    assert not (drop_conditions(batch, "a", 0.0).phonemes == 0).all(1).any()
 
 
 def test_dropout_is_a_function_of_the_step() -> None:
