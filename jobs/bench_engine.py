@@ -73,7 +73,7 @@ def build(ar: AR, task: Task, streams: int, sampling: Sampling, compiled: bool) 
     """An engine for so many streams, warm."""
     positions = ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
     runner = Runner(
-        ar, slots=streams, positions=positions, guided=sampling.guidance_scale > 1,
+        ar, slots=streams, positions=positions, guided=sampling.guided,
         compiled=compiled,
     )  # fmt: skip
     engine = Engine(runner, Scheduler(streams))

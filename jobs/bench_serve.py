@@ -22,12 +22,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import torch
 from ray import serve
 
 from valle.jobs.bench_rivals import TOGETHER, Ask, applications
 from valle.jobs.evaluation import load_items
+from valle.jobs.replicas import cpu_seconds
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import Synthesis, text_ids
 from valle.platform import audio, registry, settings, storage
@@ -81,7 +81,7 @@ async def ask_once(http: httpx.AsyncClient, url: str, ask: Ask, run: Run) -> Non
 async def load(url: str, asks: Sequence[Ask], clients: int) -> Run:
     """All requests, by so many clients that each ask again when answered."""
     run, waiting = Run(), list(reversed(asks))
-    cpu, started = _cpu_seconds(), time.perf_counter()
+    cpu, started = cpu_seconds(), time.perf_counter()
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(timeout=300, limits=limits) as http:
 
@@ -90,19 +90,8 @@ async def load(url: str, asks: Sequence[Ask], clients: int) -> Run:
                 await ask_once(http, url, waiting.pop(), run)
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    run.wall, run.cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+    run.wall, run.cpu = time.perf_counter() - started, cpu_seconds() - cpu
     return run
-
-
-def _cpu_seconds() -> float:
-    """Of all replicas and proxies."""
-    total = 0.0
-    for process in psutil.process_iter(["cmdline", "cpu_times"]):
-        name = " ".join(process.info["cmdline"] or [])
-        if name.startswith(("ray::ServeReplica", "ray::ProxyActor")):
-            times = process.info["cpu_times"]
-            total += times.user + times.system
-    return total
 
 
 def against_engine(

@@ -24,14 +24,17 @@ class Loader:
         held_out: int,
         seed: int,
         shortest_prompt: float | None = None,
+        utterances_per_speaker: int | None = None,
     ) -> None:
         """`held_out` utterances, about, are kept for validation. The longest prompt of a batch
-        is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies."""
+        is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies. An epoch
+        has at most `utterances_per_speaker`; None: all."""
         self.dataset = dataset
         self.prompt_frames = int(prompt_seconds * FRAME_RATE)
         self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * FRAME_RATE)
         self.seed = seed
-        self._prompts = Prompts(dataset.speakers())
+        self._speakers, self._at_most = dataset.speakers(), utterances_per_speaker
+        self._prompts = Prompts(self._speakers)
         self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
         self.training, self.validation = self._split(held_out)
 
@@ -65,8 +68,9 @@ class Loader:
     ) -> Iterator[tuple[int, int, Batch]]:
         """Endless (epoch, batch number, batch) of one rank, from the position in `state` on."""
         position = sampler.batches(
-            self.lengths[self.training], batching, seed=self.seed, epoch=state.epoch,
-            batch=state.batch, rank=rank, world_size=world_size,
+            self.lengths[self.training], self._speakers[self.training], batching,
+            at_most=self._at_most, seed=self.seed, epoch=state.epoch, batch=state.batch, rank=rank,
+            world_size=world_size,
         )  # fmt: skip
         for epoch, number, chosen in position:
             yield epoch, number, self.batch(self.training[chosen], [epoch, number, rank])

@@ -3,14 +3,16 @@ replica killed; every answer is checked.
 
     python -m valle.jobs.soak --requests 10000
 
-Good answers have to be what the model says offline for that text, voice and seed. Bad ones have to
-be refused with the right status. Memory of every replica is taken at the start and the end. Then an
-AR replica is killed under load: how many requests fail, and how long until one succeeds again.
+Good requests have to be answered with what the model says offline for that text, voice and seed; of
+a burst, some with "come again". Bad ones have to be refused with the right status. Memory of every
+replica is taken at the start, four times on the way and at the end. Then an AR replica is killed
+under load: how many requests fail, and how long until one succeeds again.
 """
 
 import argparse
 import asyncio
 import base64
+import io
 import itertools
 import json
 import os
@@ -24,10 +26,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
+import soundfile
 from ray import serve
 
 from valle.jobs.evaluation import load_items
+from valle.jobs.replicas import memory, replicas
 from valle.model.valle import Synthesis, text_ids
 from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
@@ -44,14 +47,33 @@ SEEDS = range(3)
 WORDS = 5
 """Of each text: short requests are the many ones."""
 
-BAD: dict[str, tuple[int, dict[str, Any]]] = {
-    "no such voice": (404, {"input": "hello", "voice": "nobody"}),
-    "no text": (400, {"input": "", "voice": "joe"}),
-    "unknown field": (400, {"input": "hello", "voice": "joe", "volume": 11}),
-    "not audio": (400, {"input": "hello", "ref_audio": base64.b64encode(b"RIFF....").decode()}),
-    "not base64": (400, {"input": "hello", "ref_audio": "%%%"}),
-    "no such language": (400, {"input": "One. Two.", "voice": "joe", "language": "xx"}),
-}
+BURST = 150
+"""Requests at once: more than slots and queue hold."""
+
+BURST_EVERY = 500
+
+
+def bad_requests() -> dict[str, tuple[int, dict[str, Any]]]:
+    """What is wrong with a request, the status that says so, and the request."""
+    hours = io.BytesIO()
+    with soundfile.SoundFile(hours, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
+        for _ in range(180):
+            file.write(np.zeros(60 * 8_000, np.float32))
+    sounds = {
+        "not audio": b"RIFF....", "not flac": b"fLaC" + bytes(1000),
+        "three hours, packed": hours.getvalue(),
+        "too short": audio.wav_bytes(np.full(2_400, 0.1, np.float32)),
+    }  # fmt: skip
+    found: dict[str, tuple[int, dict[str, Any]]] = {
+        "no such voice": (404, {"input": "hello", "voice": "nobody"}),
+        "no text": (400, {"input": "", "voice": "joe"}),
+        "unknown field": (400, {"input": "hello", "voice": "joe", "volume": 11}),
+        "not base64": (400, {"input": "hello", "ref_audio": "%%%"}),
+        "no such language": (400, {"input": "One. Two.", "voice": "joe", "language": "xx"}),
+    }
+    for name, data in sounds.items():
+        found[name] = (400, {"input": "hello", "ref_audio": base64.b64encode(data).decode()})
+    return found
 
 
 @dataclass
@@ -60,6 +82,8 @@ class Outcome:
 
     kinds: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    memory: list[dict[str, float]] = field(default_factory=list)
+    """Megabytes of each replica, on the way."""
 
 
 def expected(
@@ -95,9 +119,10 @@ class Client:
         self,
         http: httpx.AsyncClient,
         truth: dict[tuple[str, str, int], np.ndarray],
+        bad: dict[str, tuple[int, dict[str, Any]]],
         outcome: Outcome,
     ) -> None:
-        self._http, self._truth, self._outcome = http, truth, outcome
+        self._http, self._truth, self._bad, self._outcome = http, truth, bad, outcome
 
     async def one(self, number: int) -> None:
         """A request of a kind that its number decides."""
@@ -105,7 +130,7 @@ class Client:
         kind = chance.choices(["good", "cancelled", "bad", "malformed"], [75, 12, 12, 1])[0]
         self._outcome.kinds[kind] += 1
         if kind == "bad":
-            name, (status, body) = chance.choice(list(BAD.items()))
+            name, (status, body) = chance.choice(list(self._bad.items()))
             answer = await self._http.post("/v1/audio/speech", json=body)
             if answer.status_code != status or "error" not in answer.json():
                 self._outcome.wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
@@ -114,17 +139,22 @@ class Client:
             if answer.status_code != 400:
                 self._outcome.wrong.append(f"malformed: {answer.status_code}")
         else:
-            text, voice, seed = chance.choice(list(self._truth))
-            body = {
-                "input": text, "voice": voice, "seed": seed, "response_format": "pcm",
-                "chunked": kind == "cancelled",
-            }  # fmt: skip
             leave_after = chance.random() * 0.5 if kind == "cancelled" else None
-            await self._speak(body, self._truth[text, voice, seed], leave_after)
+            await self._speak(chance.choice(list(self._truth)), leave_after)
 
-    async def _speak(
-        self, body: dict[str, Any], truth: np.ndarray, leave_after: float | None
-    ) -> None:
+    async def burst(self, number: int) -> None:
+        """More than can be served, at once."""
+        self._outcome.kinds["in a burst"] += BURST
+        keys = random.Random(number).choices(list(self._truth), k=BURST)
+        await asyncio.gather(*(self._speak(key) for key in keys))
+
+    async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> None:
+        text, voice, seed = key
+        truth = self._truth[key]
+        body = {
+            "input": text, "voice": voice, "seed": seed, "response_format": "pcm",
+            "chunked": leave_after is not None,
+        }  # fmt: skip
         try:
             async with asyncio.timeout(leave_after):
                 answer = await self._http.post("/v1/audio/speech", json=body)
@@ -143,15 +173,20 @@ class Client:
 async def fire(
     url: str, truth: dict[tuple[str, str, int], np.ndarray], count: int, clients: int
 ) -> Outcome:
-    """All requests, so many at a time."""
-    outcome = Outcome()
+    """All requests, so many at a time, and bursts in between."""
+    outcome, bad = Outcome(), bad_requests()
     numbers = iter(range(count))
+    limits = httpx.Limits(max_connections=None)
     with progress(total=count, label="soak", unit="request") as bar:
 
         async def work() -> None:
-            async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-                client = Client(http, truth, outcome)
+            async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+                client = Client(http, truth, bad, outcome)
                 for number in numbers:
+                    if number % BURST_EVERY == BURST_EVERY // 2:
+                        await client.burst(number)
+                    if number % (-(-count // 5)) == 0:
+                        outcome.memory.append(memory())
                     await client.one(number)
                     bar.update()
 
@@ -196,26 +231,6 @@ async def kill_one(
     }
 
 
-def replicas(deployment: str = "") -> list[psutil.Process]:
-    """Processes of this machine's replicas, or of those of one deployment."""
-    start = "ray::ServeReplica:valle:" + deployment
-    return [p for p in psutil.process_iter() if _name(p).startswith(start)]
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended meanwhile
-        return ""
-
-
-def memory() -> dict[str, float]:
-    """MB of each replica."""
-    return {
-        f"{_name(p).split()[0]} {p.pid}": round(p.memory_info().rss / 1e6, 1) for p in replicas()
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see above."""
     parser = argparse.ArgumentParser(
@@ -237,16 +252,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = AppArgs(model=model, voices=voices, max_replicas=1)
         serve.run(build_app(args), name="valle")
         asyncio.run(fire(url, truth, 200, arguments.clients))  # caches fill up first
-        before, started = memory(), time.perf_counter()
+        started = time.perf_counter()
         outcome = asyncio.run(fire(url, truth, arguments.requests, arguments.clients))
         seconds = time.perf_counter() - started
-        after = memory()
+        outcome.memory.append(memory())
         killed = asyncio.run(kill_one(url, truth, arguments.clients))
         serve.shutdown()
     report = {
         "requests": arguments.requests, "minutes": round(seconds / 60, 1),
         "kinds": dict(outcome.kinds), "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:5],
-        "megabytes_before": before, "megabytes_after": after, "replica_killed": killed,
+        "megabytes": {
+            replica: [sample.get(replica) for sample in outcome.memory]
+            for replica in outcome.memory[-1]
+        },
+        "replica_killed": killed,
     }  # fmt: skip
     print(json.dumps(report, indent=2))
     if outcome.wrong:

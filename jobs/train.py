@@ -64,6 +64,7 @@ def train(values: dict[str, Any]) -> None:
         TokenDataset(chosen.data, settings.read().cache), seed=chosen.seed,
         prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
         shortest_prompt=chosen.shortest_prompt,
+        utterances_per_speaker=chosen.utterances_per_speaker,
     )  # fmt: skip
     found = ray.train.get_checkpoint()
     manifest = loader.dataset.manifest

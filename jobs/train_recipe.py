@@ -78,6 +78,10 @@ class TrainRecipe:
     """The length of a batch's prompts is drawn between this and `prompt_seconds`, so that the
     models know short ones and cost less to train; None: always `prompt_seconds`."""
 
+    utterances_per_speaker: int | None = None
+    """An epoch takes at most so many of a speaker, others each time, so that a few who said most
+    of it do not stand for everyone; None: all."""
+
     level_emphasis: float = 0.0
     """How much more often the NAR model is asked for low codebooks, which carry the words: level k
     is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
@@ -145,6 +149,8 @@ class TrainRecipe:
             raise ValueError(
                 f"shortest_prompt: {self.shortest_prompt} is not in (0, {self.prompt_seconds}]"
             )
+        if self.utterances_per_speaker is not None and self.utterances_per_speaker < 1:
+            raise ValueError(f"utterances_per_speaker: {self.utterances_per_speaker} is below 1")
         if self.level_emphasis < 0:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if not 0 <= self.condition_dropout < 1:

@@ -146,7 +146,7 @@ class AR(nn.Module):
         group = self.config.group
         if len(codes) % group:
             raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
-        guided = sampling.guidance_scale > 1
+        guided = sampling.guided
         rows = 2 if guided else 1  # the second goes without text and prompt
         capacity = self.capacity(len(phonemes), prompt.shape[1], max_frames)
         cache = KVCache.empty(self.config, rows, capacity, like=self.head.weight)

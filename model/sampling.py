@@ -41,6 +41,11 @@ class Sampling:
     """Classifier-free guidance: how far to go from what would be said without text and prompt to
     what is said with them, and beyond; 1 is off, more costs a second pass without them."""
 
+    @property
+    def guided(self) -> bool:
+        """Whether a second pass is needed, without text and prompt."""
+        return self.guidance_scale > 1
+
     def __post_init__(self) -> None:
         if not 1 <= self.guidance_scale <= 10:
             raise ValueError(f"guidance_scale: {self.guidance_scale} is not in [1, 10]")

@@ -63,6 +63,16 @@ def plan(
     return [batches[i] for i in generator.permutation(len(batches))[:whole]]
 
 
+def balance(speakers: Indices, at_most: int, *, seed: int, epoch: int) -> Indices:
+    """Utterances of an epoch, at most so many of each speaker: others in every epoch."""
+    generator = np.random.default_rng([seed, epoch, at_most])
+    order = generator.permutation(len(speakers))
+    order = order[np.argsort(speakers[order], kind="stable")]
+    by_speaker = speakers[order]
+    place = np.arange(len(order)) - np.searchsorted(by_speaker, by_speaker)
+    return np.sort(order[place < at_most])
+
+
 class Prompts:
     """Draws, for an utterance, another one by the same speaker."""
 
@@ -82,14 +92,17 @@ class Prompts:
 
 
 def batches(
-    lengths: Indices, batching: Batching, *, seed: int, epoch: int, batch: int, rank: int,
-    world_size: int,
+    lengths: Indices, speakers: Indices, batching: Batching, *, at_most: int | None, seed: int,
+    epoch: int, batch: int, rank: int, world_size: int,
 ) -> Iterator[tuple[int, int, Indices]]:  # fmt: skip
-    """Endless (epoch, batch, utterances) for one rank, from a resume position on."""
+    """Endless (epoch, batch, utterances) for one rank, from a resume position on; `at_most` of a
+    speaker in an epoch."""
+    taken = np.arange(len(lengths))
     while True:
-        mine = plan(lengths, batching, seed=seed, epoch=epoch, world_size=world_size)[
-            rank::world_size
-        ]
+        if at_most:
+            taken = balance(speakers, at_most, seed=seed, epoch=epoch)
+        planned = plan(lengths[taken], batching, seed=seed, epoch=epoch, world_size=world_size)
+        mine = planned[rank::world_size]
         for number in range(batch, len(mine)):
-            yield epoch, number, mine[number]
+            yield epoch, number, taken[mine[number]]
         epoch, batch = epoch + 1, 0

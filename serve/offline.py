@@ -31,7 +31,7 @@ class Offline:
         positions = voice.ar.capacity(
             max_phonemes, int(how.prompt_seconds * FRAME_RATE), self.max_frames
         )
-        guided = how.ar.guidance_scale > 1
+        guided = how.ar.guided
         self._runner = Runner(voice.ar, slots=slots, positions=positions, guided=guided)
         self._engine = Engine(self._runner, Scheduler(slots))
         self._limited: set[str] = set()  # ids that ended at their length limit, the last time

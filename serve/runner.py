@@ -133,7 +133,7 @@ class Runner:
             and not 0 <= request.prompt.min() <= request.prompt.max() < CODEBOOK_SIZE
         ):
             raise ValueError(f"prompt: codes outside 0 to {CODEBOOK_SIZE - 1}")
-        if request.sampling.guidance_scale > 1 and self._rows_per_slot == 1:
+        if request.sampling.guided and self._rows_per_slot == 1:
             raise ValueError("guidance_scale: this engine was made without guidance")
         if request.sampling.repetition_window > LONGEST_WINDOW:
             raise ValueError(f"repetition_window: at most {LONGEST_WINDOW} frames")

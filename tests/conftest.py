@@ -15,6 +15,7 @@ from valle.model.codec import Codec, CodecConfig
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, dataset, storage
 from valle.platform.dataset import Statistics
+from valle.serve.schema import AppArgs
 
 TINY_CODEC = CodecConfig(name="tiny", n_filters=2, dimension=8, lstm=0, n_codebooks=8)
 
@@ -106,26 +107,25 @@ def published(
 
 
 @pytest.fixture
-def endpoint(
-    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def app_args() -> AppArgs:
+    """How the endpoint is set up."""
+    return AppArgs(
+        voices="voices", max_replicas=1, sentence_seconds=1.0, max_body_bytes=1_000_000,
+        reload_seconds=0.5,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(published: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
     from ray import serve
 
     from valle.serve.app import build_app
-    from valle.serve.schema import AppArgs
 
     publish(published)
     port = clusters.free_port()
     with clusters.embedded():
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        args = AppArgs(
-            voices="voices",
-            max_replicas=1,
-            sentence_seconds=1.0,
-            max_body_bytes=1_000_000,
-            reload_seconds=0.5,
-        )
-        serve.run(build_app(args), name="valle")
+        serve.run(build_app(app_args), name="valle")
         try:
             yield f"http://127.0.0.1:{port}"
         finally:

@@ -11,7 +11,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +25,19 @@ import pytest
 import soundfile
 import yaml
 from models import TINY, tiny_ar, tiny_nar
+from ray import serve
 
 from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.replicas import replicas
 from valle.jobs.voices import Joe
 from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.sentences import PAUSE
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry
+from valle.serve.app import build_app
 from valle.serve.audio import encode
+from valle.serve.schema import AppArgs
 from valle.serve.voices import read_about
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,6 +221,45 @@ def test_who_leaves_frees_the_slot(endpoint: str) -> None:
     assert time.monotonic() - started < to_the_end / 2
 
 
+@contextmanager
+def asking(endpoint: str, ask: dict[str, object]) -> Iterator[list[httpx.Response]]:
+    """Four clients that ask and ask; yields what they are answered, some of it already there."""
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+
+    def go_on() -> None:
+        with httpx.Client(base_url=endpoint, timeout=60) as client:
+            while not stop.is_set():
+                answers.append(client.post("/v1/audio/speech", json=ask))
+
+    with ThreadPoolExecutor(4) as clients:
+        running = [clients.submit(go_on) for _ in range(4)]
+        try:
+            clusters.wait_for(lambda: len(answers) > 4, 60, "the first answers")
+            yield answers
+        finally:
+            stop.set()
+        for one in running:
+            one.result()
+
+
+@pytest.mark.ray
+def test_the_application_is_deployed_anew_while_people_ask(
+    endpoint: str, app_args: AppArgs
+) -> None:
+    """With other arguments every replica is another, and no request notices."""
+    ask = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "wav"}
+    with asking(endpoint, ask) as answers:
+        old = {process.pid for process in replicas()}
+        serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
+        clusters.wait_for(lambda: not old & {p.pid for p in replicas()}, 60, "the last old replica")
+        so_far = len(answers)
+        clusters.wait_for(lambda: len(answers) > so_far + 8, 60, "answers of the new ones")
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.content for answer in answers} == {answers[0].content}
+
+
 @pytest.mark.ray
 def test_the_champion_changes_while_people_ask(
     endpoint: str, published: PublishRecipe, home: Path
@@ -231,33 +276,18 @@ def test_the_champion_changes_while_people_ask(
         return wave.astype(int)
 
     ask = {"input": "hello there", "voice": "ann", "seed": 1, "response_format": "wav"}
-    answers: list[httpx.Response] = []
-    stop = threading.Event()
-
-    def go_on() -> None:
-        with httpx.Client(base_url=endpoint, timeout=60) as client:
-            while not stop.is_set():
-                answers.append(client.post("/v1/audio/speech", json=ask))
-
-    with ThreadPoolExecutor(4) as clients:
-        running = [clients.submit(go_on) for _ in range(4)]
-        try:
-            clusters.wait_for(lambda: len(answers) > 4, 60, "answers of version 1")
-            codec = registry.load_voice(registry.resolve(registry.CHAMPION)).codec.identity
-            for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
-                if kind == "ar":
-                    model.head.bias.data[EOS] = 4.2
-                about = checkpoint.describe(kind, TINY, codec, "test", {})
-                folder = home / f"runs/test-{kind}/step_{30:08d}"
-                checkpoint.save(folder, model.state_dict(), about)
-            assert publish(published) == 2
-            clusters.wait_for(
-                lambda: answers[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
-            )
-        finally:
-            stop.set()
-        for one in running:
-            one.result()
+    with asking(endpoint, ask) as answers:
+        codec = registry.load_voice(registry.resolve(registry.CHAMPION)).codec.identity
+        for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
+            if kind == "ar":
+                model.head.bias.data[EOS] = 4.2
+            about = checkpoint.describe(kind, TINY, codec, "test", {})
+            folder = home / f"runs/test-{kind}/step_{30:08d}"
+            checkpoint.save(folder, model.state_dict(), about)
+        assert publish(published) == 2
+        clusters.wait_for(
+            lambda: answers[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
+        )
 
     assert {answer.status_code for answer in answers} == {200}
     seen = {version: expected(version) for version in ("models:/valle/1", "models:/valle/2")}
@@ -281,9 +311,9 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
         content["applications"][0]["args"] |= {"voices": str(home / "voices"), "max_replicas": 1}
         config = home / "serve.yaml"
         config.write_text(yaml.safe_dump(content))
-        serve = Path(sys.executable).parent / "serve"
+        serve_command = Path(sys.executable).parent / "serve"
         address = ray.get_runtime_context().gcs_address
-        command = [str(serve), "run", f"--address={address}", str(config)]
+        command = [str(serve_command), "run", f"--address={address}", str(config)]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"

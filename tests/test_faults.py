@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from ray import serve
 
-from valle.jobs.soak import replicas
+from valle.jobs.replicas import replicas
 from valle.platform import audio
 from valle.serve.request import Request
 

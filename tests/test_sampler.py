@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from valle.platform.sampler import Batching, Prompts, batches, plan
+from valle.platform.sampler import Batching, Prompts, balance, batches, plan
 
 LENGTHS = np.random.default_rng(0).integers(100, 1600, 3000)
 
@@ -50,11 +50,25 @@ def test_too_few_batches_for_the_workers_is_an_error() -> None:
         plan(np.array([100, 100]), Batching(), seed=0, epoch=0, world_size=8)
 
 
-def test_resumed_position_repeats_the_rest() -> None:
+def test_an_epoch_takes_so_many_of_a_speaker_and_others_in_the_next() -> None:
+    speakers = np.array([0] * 500 + [1, 2] * 5 + [3])
+    taken = [balance(speakers, 5, seed=0, epoch=epoch) for epoch in range(100)]
+    for numbers in taken:
+        assert len(set(numbers)) == len(numbers)
+        assert np.bincount(speakers[numbers]).tolist() == [5, 5, 5, 1]
+    assert len({n for numbers in taken for n in numbers if n < 500}) > 250  # of 5 a time
+    assert (taken[3] == balance(speakers, 5, seed=0, epoch=3)).all()
+
+
+@pytest.mark.parametrize("at_most", [None, 30])
+def test_resumed_position_repeats_the_rest(at_most: int | None) -> None:
+    speakers = np.repeat([0, 1, 2], [150, 40, 10])
+
     def take(epoch: int, batch: int, count: int) -> list[tuple[int, int, list[int]]]:
         stream = batches(
-            LENGTHS[:200], Batching(), seed=0, epoch=epoch, batch=batch, rank=1, world_size=2
-        )
+            LENGTHS[:200], speakers, Batching(), at_most=at_most, seed=0, epoch=epoch, batch=batch,
+            rank=1, world_size=2,
+        )  # fmt: skip
         return [
             (e, n, next_.tolist()) for _, (e, n, next_) in zip(range(count), stream, strict=False)
         ]
@@ -63,6 +77,8 @@ def test_resumed_position_repeats_the_rest() -> None:
     assert whole[-1][0] > 0  # crosses an epoch
     epoch, batch, _ = whole[24]
     assert take(epoch, batch + 1, 35) == whole[25:]
+    first = [speakers[n] for e, _, numbers in whole for n in numbers if e == 0]
+    assert at_most is None or np.bincount(first).max() <= at_most
 
 
 def test_prompts_come_from_the_same_speaker() -> None:
