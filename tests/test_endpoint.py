@@ -248,7 +248,7 @@ def test_the_application_is_deployed_anew_while_people_ask(
     endpoint: str, app_args: AppArgs
 ) -> None:
     """With other arguments every replica is another, and no request notices."""
-    ask = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "wav"}
+    ask = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
     with asking(endpoint, ask) as answers:
         old = {process.pid for process in replicas()}
         serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
@@ -257,7 +257,9 @@ def test_the_application_is_deployed_anew_while_people_ask(
         clusters.wait_for(lambda: len(answers) > so_far + 8, 60, "answers of the new ones")
 
     assert {answer.status_code for answer in answers} == {200}
-    assert {answer.content for answer in answers} == {answers[0].content}
+    first, *others = (np.frombuffer(answer.content, "<i2").astype(int) for answer in answers)
+    for heard in others:  # batched with other neighbours
+        assert len(heard) == len(first) and np.abs(heard - first).max() <= 2
 
 
 @pytest.mark.ray
