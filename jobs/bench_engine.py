@@ -9,6 +9,7 @@ rows called so; the model's shape matters, its weights do not: `--size full` tak
 """
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -28,8 +30,8 @@ from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
 from valle.model.valle import GUIDANCE_SCALE
 from valle.platform import registry
 from valle.platform.progress import progress
-from valle.serve.deployments import PRECISIONS
 from valle.serve.engine import Engine
+from valle.serve.precision import Precision, convert
 from valle.serve.request import Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
@@ -69,16 +71,33 @@ def _generate(ar: AR, task: Task, use_cache: bool) -> None:
     assert len(said.codes) == task.frames, "the model was not to stop"
 
 
-def build(ar: AR, task: Task, streams: int, sampling: Sampling, compiled: bool) -> Engine:
-    """An engine for so many streams, warm."""
-    positions = ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
-    runner = Runner(
-        ar, slots=streams, positions=positions, guided=sampling.guided,
-        compiled=compiled,
-    )  # fmt: skip
-    engine = Engine(runner, Scheduler(streams))
-    together(engine, task, streams, sampling)
-    return engine
+@dataclass(frozen=True)
+class Kind:
+    """An engine to measure."""
+
+    ar: AR
+    sampling: Sampling = SAMPLING
+    compiled: bool = False
+
+    def build(self, task: Task, streams: int) -> Engine:
+        """The engine for so many streams, warm."""
+        positions = self.ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
+        runner = Runner(
+            self.ar, slots=streams, positions=positions, guided=self.sampling.guided,
+            compiled=self.compiled,
+        )  # fmt: skip
+        engine = Engine(runner, Scheduler(streams))
+        together(engine, task, streams, self.sampling)
+        return engine
+
+
+def kinds(ar: AR, precisions: Sequence[Precision], compiled: bool) -> dict[str, Kind]:
+    """The engines by name: as it is, guided, and each as well in other precisions."""
+    found = {"engine": Kind(ar), "guided": Kind(ar, GUIDED)}
+    for precision in precisions:
+        other = convert(copy.deepcopy(ar), precision)
+        found |= {precision: Kind(other), f"guided {precision}": Kind(other, GUIDED)}
+    return found | ({"compiled": Kind(ar, compiled=True)} if compiled else {})
 
 
 def together(engine: Engine, task: Task, streams: int, sampling: Sampling) -> None:
@@ -107,17 +126,16 @@ def read_bandwidth(n_bytes: int, seconds: float = 0.5) -> float:
 
 
 def measure(
-    ar: AR, task: Task, streams: Sequence[int], rounds: int, compiled: bool
+    ar: AR, task: Task, engines: dict[str, Kind], streams: Sequence[int], rounds: int
 ) -> dict[str, list[float]]:
     """Frames a second of each way, a figure a round; the ways take turns."""
     ways: dict[str, tuple[int, Callable[[], None]]] = {
         "uncached": (1, lambda: uncached(ar, task)),
         "cached": (1, lambda: cached(ar, task)),
     }
-    kinds = {"engine": SAMPLING, "guided": GUIDED} | ({"compiled": SAMPLING} if compiled else {})
-    for (kind, sampling), n in itertools.product(kinds.items(), streams):
-        engine = build(ar, task, n, sampling, kind == "compiled")
-        ways[f"{kind}, {n}"] = (n, partial(together, engine, task, n, sampling))
+    for (name, kind), n in itertools.product(engines.items(), streams):
+        engine = kind.build(task, n)
+        ways[f"{name}, {n}"] = (n, partial(together, engine, task, n, kind.sampling))
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:
         for _ in range(rounds):
@@ -154,7 +172,7 @@ def plot(figures: dict[str, dict[str, float]], limit: float, path: Path) -> None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7, 1 + 0.22 * len(figures)), layout="constrained")
     names = list(figures)
     bars = axis.barh(names, [figures[name]["frames_per_second"] for name in names])
     axis.bar_label(bars, [f"{figures[n]['times_uncached']:g} x uncached" for n in names], padding=4)
@@ -176,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=300, help="length of the speech")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=get_args(Precision)[1:], default=[], help="besides fp32"
+    )
     parser.add_argument("--compiled", action="store_true", help="torch.compile as well")
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args(argv)
@@ -185,7 +205,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ar = AR(SIZES[arguments.size]).eval()
     else:
         ar = registry.load_ar(registry.resolve(arguments.model))
-    ar = ar.to(PRECISIONS[arguments.precision])
     with torch.no_grad():
         ar.head.bias[EOS] = -1e9
     random = np.random.default_rng(0)
@@ -201,12 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not n.endswith(("embedding.weight", "tables"))
     )
     read *= ar.head.weight.element_size()
-    speeds = measure(ar, task, arguments.streams, arguments.rounds, arguments.compiled)
+    engines = kinds(ar, arguments.precisions, arguments.compiled)
+    speeds = measure(ar, task, engines, arguments.streams, arguments.rounds)
     limit = read_bandwidth(read) / read * ar.config.group
     figures = summarise(speeds, limit)
     report = {
-        "frames": arguments.frames, "precision": arguments.precision,
-        "weights_read_megabytes": round(read / 1e6, 1),
+        "frames": arguments.frames, "weights_read_megabytes": round(read / 1e6, 1),
         "limit_frames_per_second": round(limit, 1), "ways": figures,
     }  # fmt: skip
     print(json.dumps(report, indent=2))

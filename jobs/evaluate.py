@@ -25,6 +25,7 @@ from valle.platform import audio, recipe, registry, settings, storage, tracking
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 from valle.platform.speech import SpeechFraction
+from valle.serve.precision import Precision, convert
 
 SYSTEMS = ("recording", "codec", "nar", "cross", "continuation")
 CHUNKED = "chunked"
@@ -55,6 +56,9 @@ class EvaluateRecipe:
 
     synthesis: Synthesis = field(default_factory=Synthesis)
     """Sampling; the seed is mixed with each item's id."""
+
+    precision: Precision = "fp32"
+    """What the models compute in, as the endpoint's `precision`: fp32, bf16 or int8."""
 
     recogniser: str = "whisper"
     """whisper (tiny.en), moonshine, a faster-whisper path or name, or package.module:Class."""
@@ -95,7 +99,10 @@ class Judge:
 
         torch.set_num_threads(1)
         # resolved here: the actor may run on another machine
-        self._voice: Voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
+        voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
+        self._voice: Voice = replace(
+            voice, ar=convert(voice.ar, chosen.precision), nar=convert(voice.nar, chosen.precision)
+        )
         self._chosen = chosen
         self._reader = recogniser.load_recogniser(chosen.recogniser)
         second = chosen.second_recogniser
@@ -244,6 +251,7 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         "training_data_checked": chosen.training_data is not None,
         "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
         "synthesis": asdict(chosen.synthesis),
+        "precision": chosen.precision,
         "code_version": tracking.code_version(),
         "systems": scores.summarise(records, among),
         "identified_among": among,

@@ -11,7 +11,7 @@ import dataclasses
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 import docstring_parser
@@ -45,6 +45,11 @@ def load(name: str, section: str, schema: type[Section], overrides: Sequence[str
         _override(values, override)
     try:
         return dacite.from_dict(schema, values, dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.WrongTypeError as error:
+        wrong = str(error)
+        if get_origin(error.field_type) is Literal:
+            wrong = f"{error.field_path}: {error.value!r} is none of {get_args(error.field_type)}"
+        raise RecipeError(f"{path.name}, section {section}: {wrong}") from error
     except dacite.DaciteError as error:
         raise RecipeError(f"{path.name}, section {section}: {error}") from error
     except ValueError as error:

@@ -18,6 +18,7 @@ from valle.model.valle import Synthesis, Unfilled, fill_in_batch
 from valle.platform import registry
 from valle.serve.drain import Drain
 from valle.serve.engine import Engine
+from valle.serve.precision import convert
 from valle.serve.prompts import PROMPT_FRAMES
 from valle.serve.request import Event, Finish, Request
 from valle.serve.runner import Runner
@@ -28,8 +29,6 @@ from valle.serve.worker import EngineWorker
 
 Chunk = tuple[NDArray[np.int16], bool, bool]
 """New frames of the first codebook, whether they are the last, and if so because of the limit."""
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TOGETHER = 32
 """Requests that a NAR or codec replica may hold; what fits is worked on at the same time."""
@@ -44,7 +43,7 @@ class ARDeployment(Versioned[EngineWorker]):
 
         def load(version: str) -> EngineWorker:
             ar = registry.load_ar(registry.resolve(version, tracking_uri), device)
-            ar = ar.to(PRECISIONS[args.precision])
+            ar = convert(ar, args.precision)
             positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
             runner = Runner(
                 ar, slots=args.slots, positions=positions, compiled=args.compiled,
@@ -99,7 +98,7 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
 
         def load(version: str) -> Drain[Unfilled, Codes]:
             nar = registry.load_nar(registry.resolve(version, tracking_uri), device)
-            nar = nar.to(PRECISIONS[args.precision])
+            nar = convert(nar, args.precision)
             default = Synthesis()
             how = replace(default, nar=replace(default.nar, guidance_scale=args.guidance_scale))
             return Drain(partial(fill_in_batch, nar, how=how), _nar_frames, budget)

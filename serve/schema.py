@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from valle.model.chunks import Chunking
 from valle.model.valle import GUIDANCE_SCALE
 from valle.serve.audio import Format
+from valle.serve.precision import Precision
 
 
 class AppArgs(BaseModel):
@@ -71,9 +72,9 @@ class AppArgs(BaseModel):
     """Classifier-free guidance of both models: how closely they keep to text and voice. 1 is off,
     with half the rows to compute."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the AR and NAR weights; bf16 pays for many streams on a CPU that has it (AMX), and does
-    not for one (jobs/bench_engine.py)."""
+    precision: Precision = "fp32"
+    """What models compute in. On a CPU that has bf16, int8 (the AR model's matrices as they are
+    shipped) pays for few streams and bf16 for many (jobs/bench_engine.py)."""
 
     compiled: bool = False
     """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first

@@ -14,6 +14,7 @@ from valle.model.sampling import Sampling
 from valle.model.tokens import EOS
 from valle.serve.cache import Move, Slots
 from valle.serve.engine import Engine
+from valle.serve.precision import Precision, convert
 from valle.serve.request import Event, Finish, Request
 from valle.serve.runner import Runner
 from valle.serve.scheduler import Scheduler
@@ -65,18 +66,20 @@ def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Fi
 
 
 @pytest.mark.parametrize(
-    ("group", "seed", "guided", "compiled"),
+    ("group", "seed", "guided", "precision", "compiled"),
     [
-        (1, 0, False, False), (2, 0, False, False), (1, 1, True, False), (2, 1, True, False),
-        pytest.param(2, 2, True, True, marks=pytest.mark.slow),
+        (1, 0, False, "fp32", False), (2, 0, False, "fp32", False), (1, 1, True, "fp32", False),
+        (2, 1, True, "fp32", False), (2, 1, True, "int8", False),
+        pytest.param(2, 2, True, "fp32", True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_any_order_of_arrivals_and_aborts_changes_nothing(
-    group: int, seed: int, guided: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    group: int, seed: int, guided: bool, precision: Precision, compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     if compiled:  # the compiler stumbles over checks of shapes, which only tests have
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    model = lively_ar(group)
+    model = convert(lively_ar(group), precision)
     asked = [request(number) for number in range(12)]
     if not guided:
         asked = [one for one in asked if not one.sampling.guided]

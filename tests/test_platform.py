@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_loudness_of_a_full_scale_sine() -> None:
 class Inner:
     width: int = 4
     """How wide."""
+    side: Literal["left", "right"] = "left"
+    """Which one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,7 @@ def test_recipe_with_overrides(tmp_path: Path) -> None:
         ("corpus: {out: x, wdith: 3}", [], "wdith"),
         ("corpus: {out: x, inner: {widht: 3}}", [], "widht"),
         ("corpus: {out: 3}", [], 'wrong value type for field "out"'),
+        ("corpus: {out: x}", ["inner.side=up"], r"inner.side: 'up' is none of \('left', 'right'\)"),
         ("corpus: {rate: 2}", [], '"out"'),
         ("corpus: {out: x, rate: -1}", [], "rate: -1.0 is not above 0"),
         ("corpus: {out: x}", ["rate"], "expected key=value, got 'rate'"),

@@ -1,0 +1,40 @@
+"""Weights that stay int8: what they compute, against the same numbers in float32."""
+
+import copy
+
+import pytest
+import torch
+from models import random_batch, tiny_ar, tiny_nar
+from test_models import perturb
+from torch import nn
+
+from valle.model.config import ModelConfig
+from valle.platform.quantize import from_int8, to_int8
+from valle.serve.precision import Int8Linear, convert
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_int8_layer_is_the_float_layer_of_the_shipped_weights(bias: bool) -> None:
+    """Within what eight bits of mantissa of its input and its product allow."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 100, bias=bias)
+    x = torch.randn(2, 7, 256)
+    with torch.inference_mode():
+        exact = copy.deepcopy(layer)
+        exact.weight.copy_(from_int8(to_int8({"weight": layer.weight}))["weight"])
+        expected, given = exact(x), Int8Linear(layer)(x)
+    error = (given - expected).norm() / expected.norm()
+    assert 0 < error < 0.005
+    assert given.shape == expected.shape and given.dtype == torch.float32
+
+
+def test_int8_changes_the_ar_model_a_little_and_the_nar_model_not_at_all() -> None:
+    ar = tiny_ar(config=ModelConfig(width=64, n_heads=2, n_layers=3, dropout=0.0))
+    perturb(ar, 0.1)
+    batch = random_batch(30, 40)
+    with torch.inference_mode():
+        expected = ar(batch).log_softmax(-1)
+        given = convert(copy.deepcopy(ar), "int8")(batch).log_softmax(-1)
+    assert 0 < (given - expected).abs().mean() < 0.02
+    layers = [m for m in convert(tiny_nar(), "int8").modules() if isinstance(m, Int8Linear)]
+    assert not layers
