@@ -82,8 +82,8 @@ def rotation(positions: Float[Tensor, "B S"], width: int) -> Float[Tensor, "2 B 
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Float[Tensor, "B H S K"], by: Float[Tensor, "2 B 1 S half"]) -> Tensor:
-    """Turns each pair of features of a query or key by the angles of its position."""
+def rotate(x: Float[Tensor, "*n B H S K"], by: Float[Tensor, "2 B 1 S half"]) -> Tensor:
+    """Turns each pair of features of queries or keys by the angles of their position."""
     cos, sin = by.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
@@ -130,6 +130,9 @@ class AdaptiveNorm(nn.Module):
         self, x: Float[Tensor, "B S D"], level: Int[Tensor, " B"]
     ) -> Float[Tensor, "B S D"]:
         """Normalises `x` with the gain and bias of each row's level."""
+        if len(self.modulation) == 1:  # all rows alike: one operation, which a step feels
+            gain, bias = self.modulation[0]
+            return F.layer_norm(x, self._shape, 1 + gain, bias)
         gain, bias = self.modulation[level][:, :, None].unbind(1)
         normal = F.layer_norm(x, self._shape)
         return normal * (1 + gain) + bias
@@ -157,11 +160,9 @@ class Attention(nn.Module):
 
         With a cache, `x` holds either a whole prefix (the cache is empty) or one new position.
         """
-        query, key, value = (
-            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        query, key = rotate(query, turn), rotate(key, turn)
+        # [3, B, H, S, K]; queries and keys are turned together
+        parts = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        (query, key), value = rotate(parts[:2], turn), parts[2]
         causal, mask = valid is None, None if valid is None else valid[:, None, None, :]
         if cache is not None:
             causal = cache.causal

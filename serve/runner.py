@@ -44,6 +44,8 @@ class SlotCache:
     lengths: Int[Tensor, " rows"]
     visible: Bool[Tensor, "R 1 1 _"] | None = None
     """Which positions each row may see, this tick's included."""
+    _new: tuple[Tensor, slice, Tensor] | None = None
+    """Where each row's new position is."""
 
     causal = False  # one position per row at a time
 
@@ -53,14 +55,14 @@ class SlotCache:
         longest = -(-(int(lengths.max()) + 1) // multiple) * multiple
         steps = torch.arange(min(longest, self.keys.shape[3]), device=lengths.device)
         self.visible = (steps <= lengths[:, None])[:, None, None]
+        self._new = torch.arange(rows, device=lengths.device), slice(None), lengths
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stores one position `[R, H, 1, K]` per row; returns views that hold them all."""
-        assert self.visible is not None, "begin() comes first"
+        assert self.visible is not None and self._new is not None, "begin() comes first"
         count, longest = self.visible.shape[0], self.visible.shape[3]
-        rows = torch.arange(count, device=key.device)
-        self.keys[layer, rows, :, self.lengths[:count]] = key[:, :, 0]
-        self.values[layer, rows, :, self.lengths[:count]] = value[:, :, 0]
+        self.keys[layer][self._new] = key[:, :, 0]
+        self.values[layer][self._new] = value[:, :, 0]
         block = (layer, slice(count), slice(None), slice(longest))
         return self.keys[block], self.values[block], self.visible
 
