@@ -99,10 +99,9 @@ class Judge:
 
         torch.set_num_threads(1)
         # resolved here: the actor may run on another machine
-        voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
-        self._voice: Voice = replace(
-            voice, ar=convert(voice.ar, chosen.precision), nar=convert(voice.nar, chosen.precision)
-        )
+        self._voice: Voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
+        convert(self._voice.ar, chosen.precision)
+        convert(self._voice.nar, chosen.precision)
         self._chosen = chosen
         self._reader = recogniser.load_recogniser(chosen.recogniser)
         second = chosen.second_recogniser

@@ -28,7 +28,7 @@ class Loader:
     ) -> None:
         """`held_out` utterances, about, are kept for validation. The longest prompt of a batch
         is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies. An epoch
-        has at most `utterances_per_speaker`; None: all."""
+        has at most `utterances_per_speaker` of each; None: all."""
         self.dataset = dataset
         self.prompt_frames = int(prompt_seconds * FRAME_RATE)
         self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * FRAME_RATE)

@@ -1,6 +1,7 @@
 """The processes behind an endpoint on this machine: who they are, what they have used."""
 
 import contextlib
+from collections.abc import Iterator
 
 import psutil
 
@@ -9,31 +10,34 @@ APP = "ray::ServeReplica:valle:"
 
 def replicas(deployment: str = "") -> list[psutil.Process]:
     """Processes of this machine's replicas, or of those of one deployment."""
-    return [p for p in psutil.process_iter() if _name(p).startswith(APP + deployment)]
+    return [process for process, name in _named(APP) if deployment in ("", name)]
 
 
 def memory() -> dict[str, float]:
     """Megabytes of each replica, by deployment and process number."""
     found = {}
-    for process in replicas():
-        deployment = _name(process).removeprefix(APP).split()[0]
-        found[f"{deployment} {process.pid}"] = round(process.memory_info().rss / 1e6, 1)
+    for process, deployment in _named(APP):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[f"{deployment} {process.pid}"] = round(process.memory_info().rss / 1e6, 1)
     return found
 
 
 def cpu_seconds() -> float:
     """Of every application's replicas and of the proxies, so far."""
     total = 0.0
-    for process in psutil.process_iter():
-        if _name(process).startswith(("ray::ServeReplica", "ray::ProxyActor")):
+    for start in ("ray::ServeReplica:", "ray::ProxyActor"):
+        for process, _ in _named(start):
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 total += times.user + times.system
     return total
 
 
-def _name(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended meanwhile
-        return ""
+def _named(start: str) -> Iterator[tuple[psutil.Process, str]]:
+    """Processes whose title starts so, and what comes next in it: up to the method that an actor
+    works on, which Ray appends after a dot."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+            title = " ".join(process.cmdline())
+            if title.startswith(start):
+                yield process, title.removeprefix(start).split(".")[0].split(" ")[0]

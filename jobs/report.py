@@ -93,7 +93,8 @@ def markdown(content: Content, bad: list[Content], earlier: Content | None) -> s
         checked += f" Voices are identified among {', '.join(among)}."
     parts = [
         f"# Evaluation of {content['model']} on {content['items']}\n",
-        f"Code {content['code_version']}; codec {content['bundle']['codec']['name']}. Judges: "
+        f"Code {content['code_version']}; codec {content['bundle']['codec']['name']}; "
+        f"{content['precision']}. Judges: "
         f"{', '.join(filter(None, content['judges']))}. {checked} In brackets: 95 % bootstrap "
         "interval over items.\n",
         markdown_table(content),

@@ -5,7 +5,7 @@ replica killed; every answer is checked.
 
 Good requests have to be answered with what the model says offline for that text, voice and seed; of
 a burst, some with "come again". Bad ones have to be refused with the right status. Memory of every
-replica is taken at the start, four times on the way and at the end. Then an AR replica is killed
+replica is taken before each burst and at the end. Then an AR replica is killed
 under load: how many requests fail, and how long until one succeeds again.
 """
 
@@ -42,6 +42,12 @@ from valle.serve.request import Request
 from valle.serve.run import make_starter_voices
 from valle.serve.schema import AppArgs
 
+Truth = dict[tuple[str, str, int], np.ndarray]
+"""Samples by text, voice and seed."""
+
+Bad = dict[str, tuple[int, dict[str, Any]]]
+"""What is wrong with a request: the status that says so, and the request."""
+
 VOICES = ("joe", "heart")
 SEEDS = range(3)
 WORDS = 5
@@ -53,8 +59,8 @@ BURST = 150
 BURST_EVERY = 500
 
 
-def bad_requests() -> dict[str, tuple[int, dict[str, Any]]]:
-    """What is wrong with a request, the status that says so, and the request."""
+def bad_requests() -> Bad:
+    """Requests to be refused."""
     hours = io.BytesIO()
     with soundfile.SoundFile(hours, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
         for _ in range(180):
@@ -64,7 +70,7 @@ def bad_requests() -> dict[str, tuple[int, dict[str, Any]]]:
         "three hours, packed": hours.getvalue(),
         "too short": audio.wav_bytes(np.full(2_400, 0.1, np.float32)),
     }  # fmt: skip
-    found: dict[str, tuple[int, dict[str, Any]]] = {
+    found: Bad = {
         "no such voice": (404, {"input": "hello", "voice": "nobody"}),
         "no text": (400, {"input": "", "voice": "joe"}),
         "unknown field": (400, {"input": "hello", "voice": "joe", "volume": 11}),
@@ -86,9 +92,7 @@ class Outcome:
     """Megabytes of each replica, on the way."""
 
 
-def expected(
-    model: str, voices: str, texts: Sequence[str]
-) -> dict[tuple[str, str, int], np.ndarray]:
+def expected(model: str, voices: str, texts: Sequence[str]) -> Truth:
     """Samples for every text, voice and seed, by the engine without Serve."""
     voice = registry.load_voice(registry.resolve(model))
     offline = Offline(voice, Synthesis(), slots=8, max_phonemes=1000)
@@ -118,8 +122,8 @@ class Client:
     def __init__(
         self,
         http: httpx.AsyncClient,
-        truth: dict[tuple[str, str, int], np.ndarray],
-        bad: dict[str, tuple[int, dict[str, Any]]],
+        truth: Truth,
+        bad: Bad,
         outcome: Outcome,
     ) -> None:
         self._http, self._truth, self._bad, self._outcome = http, truth, bad, outcome
@@ -143,10 +147,15 @@ class Client:
             await self._speak(chance.choice(list(self._truth)), leave_after)
 
     async def burst(self, number: int) -> None:
-        """More than can be served, at once."""
-        self._outcome.kinds["in a burst"] += BURST
+        """More than can be served, at once: some are, some are told to come again."""
+        kinds = self._outcome.kinds
+        kinds["in a burst"] += BURST
+        before = kinds["refused for now"]
         keys = random.Random(number).choices(list(self._truth), k=BURST)
         await asyncio.gather(*(self._speak(key) for key in keys))
+        refused = kinds["refused for now"] - before
+        if not 0 < refused < BURST:
+            self._outcome.wrong.append(f"a burst of {BURST}, of which {refused} were refused")
 
     async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> None:
         text, voice, seed = key
@@ -171,11 +180,12 @@ class Client:
 
 
 async def fire(
-    url: str, truth: dict[tuple[str, str, int], np.ndarray], count: int, clients: int
+    url: str, truth: Truth, bad: Bad, count: int, clients: int, minutes: float = float("inf")
 ) -> Outcome:
-    """All requests, so many at a time, and bursts in between."""
-    outcome, bad = Outcome(), bad_requests()
-    numbers = iter(range(count))
+    """All requests, so many at a time, or as many as there is time for, and a burst among every
+    `BURST_EVERY`."""
+    outcome, end = Outcome(), time.perf_counter() + 60 * minutes
+    numbers = itertools.takewhile(lambda _: time.perf_counter() < end, range(count))
     limits = httpx.Limits(max_connections=None)
     with progress(total=count, label="soak", unit="request") as bar:
 
@@ -184,9 +194,8 @@ async def fire(
                 client = Client(http, truth, bad, outcome)
                 for number in numbers:
                     if number % BURST_EVERY == BURST_EVERY // 2:
-                        await client.burst(number)
-                    if number % (-(-count // 5)) == 0:
                         outcome.memory.append(memory())
+                        await client.burst(number)
                     await client.one(number)
                     bar.update()
 
@@ -194,9 +203,7 @@ async def fire(
     return outcome
 
 
-async def kill_one(
-    url: str, truth: dict[tuple[str, str, int], np.ndarray], clients: int
-) -> dict[str, Any]:
+async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
     """SIGKILL to the AR replica in the middle of everything."""
     outcomes: list[tuple[float, bool]] = []
     keys = list(truth)
@@ -231,6 +238,16 @@ async def kill_one(
     }
 
 
+def summary(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """What is reported of the fire."""
+    names = dict.fromkeys(name for sample in outcome.memory for name in sample)
+    return {
+        "minutes": round(seconds / 60, 1), "kinds": dict(outcome.kinds),
+        "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:5],
+        "megabytes": {name: [sample.get(name) for sample in outcome.memory] for name in names},
+    }  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see above."""
     parser = argparse.ArgumentParser(
@@ -238,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end earlier, then")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--port", type=int, default=8100)
     arguments = parser.parse_args(argv)
@@ -247,27 +265,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [" ".join(item.text.split()[:WORDS]) for item in load_items("quick")][:8]
     truth = expected(model, voices, texts)
     url = f"http://127.0.0.1:{arguments.port}"
+    bad = bad_requests()
     with connect():
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
         args = AppArgs(model=model, voices=voices, max_replicas=1)
         serve.run(build_app(args), name="valle")
-        asyncio.run(fire(url, truth, 200, arguments.clients))  # caches fill up first
+        asyncio.run(fire(url, truth, bad, 200, arguments.clients))  # caches fill up first
         started = time.perf_counter()
-        outcome = asyncio.run(fire(url, truth, arguments.requests, arguments.clients))
-        seconds = time.perf_counter() - started
+        outcome = asyncio.run(
+            fire(url, truth, bad, arguments.requests, arguments.clients, arguments.minutes)
+        )
         outcome.memory.append(memory())
+        print(json.dumps(summary(outcome, time.perf_counter() - started), indent=2), flush=True)
         killed = asyncio.run(kill_one(url, truth, arguments.clients))
         serve.shutdown()
-    report = {
-        "requests": arguments.requests, "minutes": round(seconds / 60, 1),
-        "kinds": dict(outcome.kinds), "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:5],
-        "megabytes": {
-            replica: [sample.get(replica) for sample in outcome.memory]
-            for replica in outcome.memory[-1]
-        },
-        "replica_killed": killed,
-    }  # fmt: skip
-    print(json.dumps(report, indent=2))
+    print(json.dumps({"replica_killed": killed}, indent=2))
     if outcome.wrong:
         raise SystemExit(1)
 

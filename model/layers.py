@@ -130,7 +130,7 @@ class AdaptiveNorm(nn.Module):
         self, x: Float[Tensor, "B S D"], level: Int[Tensor, " B"]
     ) -> Float[Tensor, "B S D"]:
         """Normalises `x` with the gain and bias of each row's level."""
-        if len(self.modulation) == 1:  # all rows alike: one operation, which a step feels
+        if len(self.modulation) == 1:  # one kernel for three: a step of one frame counts them
             gain, bias = self.modulation[0]
             return F.layer_norm(x, self._shape, 1 + gain, bias)
         gain, bias = self.modulation[level][:, :, None].unbind(1)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from valle.model.text import PAD
+from valle.model.tokens import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,11 @@ def collate(
 
 def unconditional(batch: Batch) -> Batch:
     """The same rows with text and prompt hidden, of which only the lengths are left: what
-    classifier-free guidance compares with. A hidden frame is code 0 in every codebook, which no
-    recording holds for long."""
+    classifier-free guidance compares with."""
     return replace(
         batch,
         phonemes=torch.full_like(batch.phonemes, PAD),
-        prompt=torch.zeros_like(batch.prompt),
+        prompt=torch.full_like(batch.prompt, HIDDEN),
     )
 
 

@@ -1,7 +1,7 @@
 """Which utterances form the next batch, and which recording prompts each.
 
-The plan of an epoch is a pure function of (lengths, seed, epoch): every rank computes the same
-one and takes its slice. Equal step counts on all ranks and exact resume follow.
+The plan of an epoch is a pure function of (lengths, speakers, seed, epoch): every rank computes the
+same one and takes its slice. Equal step counts on all ranks and exact resume follow.
 """
 
 from collections.abc import Iterator
@@ -58,13 +58,14 @@ def plan(
     if not whole:
         raise ValueError(
             f"{len(lengths)} utterances make {len(batches)} batches: too few for {world_size} "
-            "workers; lower batching.tokens or the number of workers"
+            "workers; lower batching.tokens or the number of workers, or raise "
+            "utterances_per_speaker where it is set"
         )
     return [batches[i] for i in generator.permutation(len(batches))[:whole]]
 
 
 def balance(speakers: Indices, at_most: int, *, seed: int, epoch: int) -> Indices:
-    """Utterances of an epoch, at most so many of each speaker: others in every epoch."""
+    """Utterances of an epoch, at most so many of each speaker, drawn anew in every epoch."""
     generator = np.random.default_rng([seed, epoch, at_most])
     order = generator.permutation(len(speakers))
     order = order[np.argsort(speakers[order], kind="stable")]
@@ -99,7 +100,7 @@ def batches(
     speaker in an epoch."""
     taken = np.arange(len(lengths))
     while True:
-        if at_most:
+        if at_most is not None:
             taken = balance(speakers, at_most, seed=seed, epoch=epoch)
         planned = plan(lengths[taken], batching, seed=seed, epoch=epoch, world_size=world_size)
         mine = planned[rank::world_size]

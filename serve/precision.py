@@ -17,9 +17,10 @@ Model = TypeVar("Model", AR, NAR)
 def convert(model: Model, precision: Precision) -> Model:
     """The model, changed in place to compute in `precision`.
 
-    int8 keeps the matrices of the AR model's transformer as they are shipped, at a quarter of the
-    bytes that a step has to read, and gives them activations in bf16 (for CPUs). The NAR model
-    works on hundreds of frames at once, which no memory bounds: it stays as it is.
+    int8, for CPUs, keeps the matrices of the AR model's transformer in int8 (rounded now, if they
+    were not shipped so), of which a step reads a quarter of the bytes, and gives them activations
+    in bf16. The NAR model works on hundreds of frames at once, which no memory bounds: it stays as
+    it is.
     """
     if precision == "bf16":
         return model.to(torch.bfloat16)

@@ -44,8 +44,8 @@ class SlotCache:
     lengths: Int[Tensor, " rows"]
     visible: Bool[Tensor, "R 1 1 _"] | None = None
     """Which positions each row may see, this tick's included."""
-    _new: tuple[Tensor, slice, Tensor] | None = None
-    """Where each row's new position is."""
+    new: tuple[Tensor, slice, Tensor] | None = None
+    """Rows `[R]`, all heads, and each row's next position `[R]`: where `append` writes."""
 
     causal = False  # one position per row at a time
 
@@ -55,14 +55,14 @@ class SlotCache:
         longest = -(-(int(lengths.max()) + 1) // multiple) * multiple
         steps = torch.arange(min(longest, self.keys.shape[3]), device=lengths.device)
         self.visible = (steps <= lengths[:, None])[:, None, None]
-        self._new = torch.arange(rows, device=lengths.device), slice(None), lengths
+        self.new = torch.arange(rows, device=lengths.device), slice(None), lengths.clone()
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stores one position `[R, H, 1, K]` per row; returns views that hold them all."""
-        assert self.visible is not None and self._new is not None, "begin() comes first"
+        assert self.visible is not None and self.new is not None, "begin() comes first"
         count, longest = self.visible.shape[0], self.visible.shape[3]
-        self.keys[layer][self._new] = key[:, :, 0]
-        self.values[layer][self._new] = value[:, :, 0]
+        self.keys[layer][self.new] = key[:, :, 0]
+        self.values[layer][self.new] = value[:, :, 0]
         block = (layer, slice(count), slice(None), slice(longest))
         return self.keys[block], self.values[block], self.visible
 

@@ -1,9 +1,9 @@
 """What clients send and get: pydantic at the HTTP border, and nowhere else."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
 from valle.model.valle import GUIDANCE_SCALE
@@ -74,7 +74,8 @@ class AppArgs(BaseModel):
 
     precision: Precision = "fp32"
     """What models compute in. On a CPU that has bf16, int8 (the AR model's matrices as they are
-    shipped) pays for few streams and bf16 for many (jobs/bench_engine.py)."""
+    shipped) pays for few streams and bf16 for many (jobs/bench_engine.py). In bf16 a seed's speech
+    may depend on who is spoken beside it."""
 
     compiled: bool = False
     """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first
@@ -88,6 +89,12 @@ class AppArgs(BaseModel):
 
     use_gpu: bool = False
     """One GPU per AR and NAR replica (written to the documentation, not run on a GPU yet)."""
+
+    @model_validator(mode="after")
+    def _int8_is_for_cpus(self) -> Self:
+        if self.precision == "int8" and (self.use_gpu or self.compiled):
+            raise ValueError("precision: int8 is for CPUs, without use_gpu and compiled")
+        return self
 
     def chunking(self) -> Chunking:
         """Sizes of chunks."""

@@ -251,6 +251,7 @@ def test_the_application_is_deployed_anew_while_people_ask(
     ask = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
     with asking(endpoint, ask) as answers:
         old = {process.pid for process in replicas()}
+        assert len(old) == 4
         serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
         clusters.wait_for(lambda: not old & {p.pid for p in replicas()}, 60, "the last old replica")
         so_far = len(answers)

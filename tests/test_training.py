@@ -68,11 +68,14 @@ def test_hidden_conditions_are_a_function_of_the_step() -> None:
     assert 0.15 < hidden.float().mean() < 0.35
     assert torch.equal(dropped.phonemes[~hidden], batch.phonemes[~hidden])
     assert torch.equal(dropped.phoneme_lengths, batch.phoneme_lengths)
+    assert torch.equal(dropped.prompt_frames, batch.prompt_frames)
     assert torch.equal(hidden, (dropped.prompt == 0).all(2).all(1))
     assert torch.equal(dropped.prompt[~hidden], batch.prompt[~hidden])
     assert torch.equal(hidden, (drop_conditions(batch, "a", 0.25).phonemes == 0).all(1))
     assert not torch.equal(hidden, (drop_conditions(batch, "b", 0.25).phonemes == 0).all(1))
-    assert not (drop_conditions(batch, "a", 0.0).phonemes == 0).all(1).any()
+    untouched = drop_conditions(batch, "a", 0.0)
+    assert torch.equal(untouched.phonemes, batch.phonemes)
+    assert torch.equal(untouched.prompt, batch.prompt)
 
 
 def test_dropout_is_a_function_of_the_step() -> None:
