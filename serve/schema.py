@@ -73,9 +73,9 @@ class AppArgs(BaseModel):
     with half the rows to compute."""
 
     precision: Precision = "fp32"
-    """What models compute in. On a CPU that has bf16, int8 (the AR model's matrices as they are
-    shipped) pays for few streams and bf16 for many (jobs/bench_engine.py). In bf16 a seed's speech
-    may depend on who is spoken beside it."""
+    """What models compute in. int8 (the matrices of the AR model's transformer) makes half as many
+    frames again of one stream on a CPU with AVX-512 and bf16 (jobs/bench_engine.py); bf16 is for
+    GPUs and for CPUs with AMX, and there a seed's speech may depend on who is spoken beside it."""
 
     compiled: bool = False
     """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first
