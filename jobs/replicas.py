@@ -1,4 +1,5 @@
-"""The processes behind an endpoint on this machine: who they are, what they have used."""
+"""The processes behind an endpoint on a Ray that this process has started: who they are, what they
+have used. (Others may serve on the same machine; a cluster's own replicas are not seen.)"""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ APP = "ray::ServeReplica:valle:"
 
 
 def replicas(deployment: str = "") -> list[psutil.Process]:
-    """Processes of this machine's replicas, or of those of one deployment."""
+    """Processes of all replicas, or of those of one deployment."""
     return [process for process, name in _named(APP) if deployment in ("", name)]
 
 
@@ -36,7 +37,7 @@ def cpu_seconds() -> float:
 def _named(start: str) -> Iterator[tuple[psutil.Process, str]]:
     """Processes whose title starts so, and what comes next in it: up to the method that an actor
     works on, which Ray appends after a dot."""
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
             title = " ".join(process.cmdline())
             if title.startswith(start):
