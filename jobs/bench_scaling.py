@@ -2,7 +2,7 @@
 
     python -m valle.jobs.bench_scaling
 
-One client, then many, then one again. Reports when the AR deployment had how many replicas, and how
+One client, then many, then one again. Reports when each deployment had how many replicas, and how
 long the first sound took before, during and after.
 """
 
@@ -29,10 +29,10 @@ from valle.serve.schema import AppArgs
 
 
 class Watch:
-    """Notes every change in the number of running AR replicas."""
+    """Notes every change in the number of running replicas of each deployment."""
 
     def __init__(self) -> None:
-        self.changes: list[tuple[float, int]] = []
+        self.changes: dict[str, list[tuple[float, int]]] = {}
         self._stop = threading.Event()
         self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._look)
@@ -50,10 +50,11 @@ class Watch:
 
     def _look(self) -> None:
         while not self._stop.wait(0.25):
-            states = serve.status().applications["valle"].deployments["AR"].replica_states
-            running = next((n for state, n in states.items() if state == "RUNNING"), 0)
-            if not self.changes or self.changes[-1][1] != running:
-                self.changes.append((round(self.now, 1), running))
+            for name, status in serve.status().applications["valle"].deployments.items():
+                running = next((n for s, n in status.replica_states.items() if s == "RUNNING"), 0)
+                changes = self.changes.setdefault(name, [])
+                if not changes or changes[-1][1] != running:
+                    changes.append((round(self.now, 1), running))
 
 
 async def clients(url: str, sentences: Sequence[str], count: int, seconds: float) -> Run:
@@ -63,7 +64,7 @@ async def clients(url: str, sentences: Sequence[str], count: int, seconds: float
     async def client(number: int) -> None:
         async with httpx.AsyncClient(timeout=300) as http:
             while time.perf_counter() < end:
-                ask = Ask(input=sentences[number % len(sentences)], voice="joe", chunked=True)
+                ask = Ask(input=sentences[number % len(sentences)], voice="joe")
                 await ask_once(http, url, ask, run)
                 number += count
 
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             )
         watch.close()
-        report["ar_replicas_at_seconds"] = watch.changes
+        report["replicas_at_seconds"] = watch.changes
         serve.shutdown()
     finally:
         ray.shutdown()

@@ -35,10 +35,13 @@ def build_app(args: AppArgs) -> Application:
     # for that, and they would wait for it for ever
     surge = 0 if args.use_gpu else 100
 
-    def deploy(target: type, name: str, device: str, together: int, *more: object) -> Application:
-        """`together`: requests that one replica works on at the same time."""
+    def deploy(
+        target: type, name: str, device: str, together: int, slots: int, *more: object
+    ) -> Application:
+        """`together`: requests that a replica may hold at the same time, of which `slots` are as
+        many as it is to have: more want another replica."""
         policy = AutoscalingPolicy(
-            policy_function="valle.serve.scaling:BySlots", policy_kwargs={"slots": together}
+            policy_function="valle.serve.scaling:BySlots", policy_kwargs={"slots": slots}
         )
         options: dict[str, Any] = {
             "name": name,
@@ -64,9 +67,9 @@ def build_app(args: AppArgs) -> Application:
     def build_api() -> FastAPI:  # Serve calls it on each ingress replica; a `partial` it would not
         return create_api(args)
 
-    ar = deploy(ARDeployment, "AR", accelerator, args.slots, args)
-    nar = deploy(NARDeployment, "NAR", accelerator, TOGETHER, args)
-    codec = deploy(CodecDeployment, "Codec", "cpu", TOGETHER, args)
+    ar = deploy(ARDeployment, "AR", accelerator, args.slots, args.slots, args)
+    nar = deploy(NARDeployment, "NAR", accelerator, TOGETHER, args.nar_slots, args)
+    codec = deploy(CodecDeployment, "Codec", "cpu", TOGETHER, TOGETHER, args)
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",

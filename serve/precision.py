@@ -17,17 +17,16 @@ Model = TypeVar("Model", AR, NAR)
 def convert(model: Model, precision: Precision) -> Model:
     """The model, changed in place to compute in `precision`.
 
-    int8, for CPUs, keeps the matrices of the AR model's transformer in int8 (rounded now, if they
-    were not shipped so), of which a step reads a quarter of the bytes, and gives them activations
-    in bf16. The NAR model works on hundreds of frames at once, which no memory bounds: it stays as
-    it is.
+    int8, for CPUs that have bf16, keeps the matrices of the AR model's transformer in int8 (rounded
+    now, if they were not shipped so), of which a step reads a quarter of the bytes, and gives them
+    activations in bf16. The NAR model works on hundreds of frames at once, which no memory bounds:
+    it is in bf16.
     """
-    if precision == "bf16":
-        return model.to(torch.bfloat16)
     if precision == "int8" and isinstance(model, AR):
         for block in model.transformer.blocks:
             _replace_linear(block)
-    return model
+        return model
+    return model if precision == "fp32" else model.to(torch.bfloat16)
 
 
 def _replace_linear(module: nn.Module) -> None:

@@ -55,6 +55,10 @@ class AppArgs(BaseModel):
     """Streams that one AR replica speaks at the same time; with guidance, each with two rows of
     key-value memory."""
 
+    nar_slots: int = Field(4, ge=1)
+    """Requests that one NAR replica is to have, more want another: on a CPU eight at once take
+    eight times as long as one; a GPU has room for more."""
+
     batch_seconds: float = Field(40.0, gt=0)
     """Padded speech in a batch of the NAR model, which guidance computes twice, or of the codec,
     which works it off in parts of ten seconds."""
@@ -73,9 +77,9 @@ class AppArgs(BaseModel):
     with half the rows to compute."""
 
     precision: Precision = "fp32"
-    """What models compute in. int8 (the matrices of the AR model's transformer) makes half as many
-    frames again of one stream on a CPU with AVX-512 and bf16 (jobs/bench_engine.py); bf16 is for
-    GPUs and for CPUs with AMX, and there a seed's speech may depend on who is spoken beside it."""
+    """What models compute in. int8 (the matrices of the AR model's transformer, beside a NAR model
+    in bf16) pays on a CPU with AVX-512 and bf16 (jobs/bench_engine.py); bf16 is for GPUs and for
+    CPUs with AMX. In bf16 a seed's speech may depend on who is spoken beside it."""
 
     compiled: bool = False
     """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first
