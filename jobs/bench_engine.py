@@ -3,10 +3,10 @@
     python -m valle.jobs.bench_engine --model release/nano --plot docs/bench-engine.png
 
 Beside them the bandwidth limit: each step has to read all weights once, so no single stream can
-make more groups a second than the memory gives weights, which are float32 but in the rows called
-otherwise. Every way speaks the same text to the same
-length (the model may not stop), one torch thread, rounds in turn, without guidance except in the
-rows called so; the model's shape matters, its weights do not: `--size full` takes untrained ones.
+make more groups a second than the memory gives weights (in float32). Every way speaks the same text
+to the same length (the model may not stop), one torch thread, rounds in turn, without guidance
+except in the rows called so; the model's shape matters, its weights do not: `--size full` takes
+untrained ones.
 """
 
 import argparse

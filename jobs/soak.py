@@ -5,8 +5,8 @@ replica killed; every answer is checked.
 
 Good requests have to be answered with what the model says offline for that text, voice and seed; of
 a burst, some with "come again". Bad ones have to be refused with the right status. Memory of every
-replica is taken before each burst and at the end. Then an AR replica is killed
-under load: how many requests fail, and how long until one succeeds again.
+replica is taken before each burst and at the end. Then an AR replica is killed while clients ask:
+how many requests fail, and how long until one succeeds again.
 """
 
 import argparse
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         killed = asyncio.run(kill_one(url, truth, arguments.clients))
         serve.shutdown()
     print(json.dumps({"replica_killed": killed}, indent=2))
-    if outcome.wrong:
+    if outcome.wrong or not killed["succeeded_afterwards"]:
         raise SystemExit(1)
 
 

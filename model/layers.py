@@ -117,8 +117,8 @@ def attend(
 class AdaptiveNorm(nn.Module):
     """Layer norm whose gain and bias belong to the level (AdaLN, VALL-E section 4.2.2).
 
-    All levels are one stacked parameter, indexed: separate modules would leave some without a
-    gradient in a step, which breaks DDP and, silently, DeepSpeed's ZeRO.
+    All levels are one stacked parameter: separate modules would leave some without a gradient in a
+    step, which breaks DDP and, silently, DeepSpeed's ZeRO.
     """
 
     def __init__(self, n_levels: int, width: int) -> None:

@@ -38,8 +38,8 @@ def build_app(args: AppArgs) -> Application:
     def deploy(
         target: type, name: str, device: str, together: int, slots: int, *more: object
     ) -> Application:
-        """`together`: requests that a replica may hold at the same time, of which `slots` are as
-        many as it is to have: more want another replica."""
+        """`together`: requests that a replica may hold at the same time; `slots`: how many of them
+        fill it, so that another is wanted."""
         policy = AutoscalingPolicy(
             policy_function="valle.serve.scaling:BySlots", policy_kwargs={"slots": slots}
         )

@@ -11,6 +11,7 @@ from torch import nn
 from valle.model.config import ModelConfig
 from valle.platform.quantize import from_int8, to_int8
 from valle.serve.precision import Int8Linear, convert
+from valle.serve.schema import AppArgs
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -37,3 +38,9 @@ def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> N
         given = convert(copy.deepcopy(ar), "int8")(batch).log_softmax(-1)
     assert 0 < (given - expected).abs().mean() < 0.02
     assert {p.dtype for p in convert(tiny_nar(), "int8").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("with_it", [{"use_gpu": True}, {"compiled": True}])
+def test_int8_is_refused_where_it_cannot_work(with_it: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="precision: int8 is for CPUs"):
+        AppArgs.model_validate({"precision": "int8", **with_it})
