@@ -20,7 +20,13 @@ from valle.jobs.train_recipe import TrainRecipe, warm_source
 from valle.model import codec as codecs
 from valle.model.codec import CodecIdentity
 from valle.model.config import Kind
-from valle.model.training import TrainState, draw_levels, drop_conditions, seed_step
+from valle.model.training import (
+    TrainState,
+    cut_responses,
+    draw_levels,
+    drop_conditions,
+    seed_step,
+)
 from valle.platform import checkpoint, recipe, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
@@ -88,6 +94,9 @@ def train(values: dict[str, Any]) -> None:
         backend.model.train()
         level = draw_levels(len(batch.frames), n_codebooks, key, chosen.level_emphasis)
         batch = drop_conditions(batch, key, chosen.condition_dropout)
+        if kind == "nar":
+            per_phoneme = chosen.model.resolve().frames_per_phoneme
+            batch = cut_responses(batch, key, chosen.beginnings, per_phoneme)
         rate = chosen.optimization.rate(state.step, total)
         loss, norm = backend.step(batch.to(device), level.to(device), rate)
         state = TrainState(step=state.step + 1, epoch=epoch, batch=number + 1)

@@ -90,6 +90,10 @@ class TrainRecipe:
     """Share of the utterances that are learnt without text and prompt, for a model that is to be
     spoken with a `guidance_scale` above 1; the paper has none."""
 
+    beginnings: float = 0.25
+    """Share of the utterances of which the NAR model is shown, and asked for, only the beginning:
+    for streaming inside a sentence (`chunked`); the paper has none."""
+
     validation_utterances: int = 64
     """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
 
@@ -155,6 +159,8 @@ class TrainRecipe:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout: {self.condition_dropout} is not in [0, 1)")
+        if not 0 <= self.beginnings < 1:
+            raise ValueError(f"beginnings: {self.beginnings} is not in [0, 1)")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
         if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):

@@ -263,6 +263,6 @@ def single(
 
     batch = Batch(
         phonemes[None], length(phonemes), prompt[None], length(prompt),
-        codes[None, None], length(codes),
+        codes[None, None], length(codes), length(codes),
     )  # fmt: skip
     return with_unconditional(batch) if guided else batch

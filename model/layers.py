@@ -152,18 +152,18 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B S D"],
         turn: Float[Tensor, "2 B 1 S half"],
-        valid: Bool[Tensor, "B S"] | None,
+        visible: Bool[Tensor, "B S S"] | None,
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
-        """Causal when `valid` is None, else over all valid positions.
+        """Causal when `visible` is None, else over what each position may see.
 
         With a cache, `x` holds either a whole prefix (the cache is empty) or one new position.
         """
         # [3, B, H, S, K]; queries and keys are turned together
         parts = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(parts[:2], turn), parts[2]
-        causal, mask = valid is None, None if valid is None else valid[:, None, None, :]
+        causal, mask = visible is None, None if visible is None else visible[:, None]
         if cache is not None:
             causal = cache.causal
             key, value, mask = cache.append(layer, key, value)
@@ -191,13 +191,13 @@ class Block(nn.Module):
         x: Float[Tensor, "B S D"],
         turn: Float[Tensor, "2 B 1 S half"],
         level: Int[Tensor, " B"],
-        valid: Bool[Tensor, "B S"] | None,
+        visible: Bool[Tensor, "B S S"] | None,
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
         """One layer."""
         x = x + self.dropout(
-            self.attention(self.attention_norm(x, level), turn, valid, cache, layer)
+            self.attention(self.attention_norm(x, level), turn, visible, cache, layer)
         )
         return x + self.dropout(self.ffn(self.ffn_norm(x, level)))
 
@@ -220,13 +220,13 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B S D"],
         positions: Float[Tensor, "B S"],
         level: Int[Tensor, " B"],
-        valid: Bool[Tensor, "B S"] | None = None,
+        visible: Bool[Tensor, "B S S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Hidden states. Causal without `valid`; bidirectional over `valid` positions with it."""
+        """Hidden states. Causal, unless told which positions (last) are `visible` to which."""
         turn = rotation(positions, self.head_width)
         for number, block in enumerate(self.blocks):
-            x = block(x, turn, level, valid, cache, number)
+            x = block(x, turn, level, visible, cache, number)
         if cache is not None:
             cache.advance(positions.shape[1])
         return self.norm(x, level)

@@ -58,9 +58,9 @@ class NAR(nn.Module):
         rows = len(batch.phonemes)
         one = batch.frames.new_ones(rows)
         end, go = self.separators[:, None, None].expand(-1, rows, 1, -1)
-        # the length is known here, so text positions are stretched over the response: a phoneme
-        # starts out beside the frames that say it
-        stretch = (batch.frames / batch.phoneme_lengths)[:, None]
+        # text positions are stretched over the response: a phoneme starts out beside the frames
+        # that say it
+        stretch = (batch.expected / batch.phoneme_lengths)[:, None]
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * stretch
         prompt_positions = frame_positions(batch.prompt_frames, batch.prompt.shape[2], end=True)
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
@@ -71,13 +71,15 @@ class NAR(nn.Module):
         joined = join(
             [
                 Segment(text, text_positions, batch.phoneme_lengths),
-                Segment(end, batch.frames[:, None].float(), one),
+                Segment(end, batch.expected[:, None].float(), one),
                 Segment(prompt, prompt_positions, batch.prompt_frames),
                 Segment(go, -torch.ones(rows, 1, device=known.device), one),
                 Segment(response, code_positions, batch.frames),
             ]
         )
-        hidden = self.transformer(joined.x, joined.positions, level - 1, valid=joined.valid)
+        in_prompt = joined.within(2)
+        visible = joined.valid[:, None] & (in_prompt[:, None] | ~in_prompt[:, :, None])
+        hidden = self.transformer(joined.x, joined.positions, level - 1, visible)
         response = take(hidden, joined.starts[4], batch.codes.shape[2])
         return response @ self.heads[level - 1].transpose(1, 2)
 

@@ -26,6 +26,8 @@ class Batch:
     codes: Int[Tensor, "B R T"]
     """R = Q, or 1 where only the first codebook is known."""
     frames: Int[Tensor, " B"]
+    expected: Int[Tensor, " B"]
+    """Frames that the whole text takes: more than `frames` where only its beginning is said."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -48,8 +50,9 @@ def collate(
     phonemes: Sequence[Int[Tensor, " _"]],
     prompts: Sequence[Int[Tensor, "_ _"]],
     codes: Sequence[Int[Tensor, "_ _"]],
+    expected: Sequence[int] | None = None,
 ) -> Batch:
-    """Pads single items into a batch."""
+    """Pads single items into a batch; each says its whole text, unless more is `expected`."""
 
     def lengths(items: Sequence[Tensor]) -> Tensor:
         return torch.tensor([item.shape[-1] for item in items])
@@ -63,7 +66,13 @@ def collate(
         pad(phonemes, PAD), lengths(phonemes),
         pad(prompts, 0), lengths(prompts),
         pad(codes, 0), lengths(codes),
+        lengths(codes) if expected is None else torch.tensor(expected),
     )  # fmt: skip
+
+
+def expected_frames(phonemes: int, said: int, frames_per_phoneme: float) -> int:
+    """How long a text will be, of which `said` frames are known and no end is in sight."""
+    return max(said, round(phonemes * frames_per_phoneme))
 
 
 def unconditional(batch: Batch) -> Batch:
@@ -102,6 +111,12 @@ class Joined:
     valid: Bool[Tensor, "B S"]
     starts: tuple[Int[Tensor, " B"], ...]
     """Where each segment begins, per row."""
+
+    def within(self, segment: int) -> Bool[Tensor, "B S"]:
+        """Which positions belong to a segment that is not the last."""
+        first, end = self.starts[segment][:, None], self.starts[segment + 1][:, None]
+        steps = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return (steps >= first) & (steps < end)
 
 
 def join(segments: Sequence[Segment]) -> Joined:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.nar import NAR
-from valle.model.sequence import Batch, mask, unconditional
+from valle.model.sequence import Batch, expected_frames, mask, unconditional
 from valle.model.tokens import EOS
 
 IGNORE = -100
+SHORTEST_CUT = 15
+"""Frames of the shortest beginning that is learnt from: 0.2 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,21 @@ def drop_conditions(batch: Batch, key: str, share: float) -> Batch:
         phonemes=torch.where(dropped, hidden.phonemes, batch.phonemes),
         prompt=torch.where(dropped[:, :, None], hidden.prompt, batch.prompt),
     )
+
+
+def cut_responses(batch: Batch, key: str, share: float, frames_per_phoneme: float) -> Batch:
+    """Of about a `share` of the rows only the beginning is said: what the NAR model gets to fill in
+    where speech is streamed inside a sentence, and how long the whole will be is a guess."""
+    chosen = random.Random(f"cut/{key}")
+    frames, expected = batch.frames.tolist(), batch.expected.tolist()
+    phonemes = batch.phoneme_lengths.tolist()
+    for row, whole in enumerate(frames):
+        if whole > SHORTEST_CUT and chosen.random() < share:
+            frames[row] = chosen.randint(SHORTEST_CUT, whole)
+            expected[row] = expected_frames(phonemes[row], frames[row], frames_per_phoneme)
+    said = batch.frames.new_tensor(frames)
+    codes = batch.codes.masked_fill(~mask(said, batch.codes.shape[2])[:, None], 0)
+    return replace(batch, codes=codes, frames=said, expected=said.new_tensor(expected))
 
 
 def seed_step(key: str) -> None:
