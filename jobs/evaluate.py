@@ -19,8 +19,9 @@ from valle.jobs.judges import likeness, quality, recogniser
 from valle.jobs.judges.likeness import Embedding
 from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.codec import Codes, Wave
+from valle.model.filling import Unfilled, fill_in
 from valle.model.tokens import SAMPLE_RATE
-from valle.model.valle import Spoken, Synthesis, Voice, fill_in, text_ids
+from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, recipe, registry, settings, storage, tracking
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
@@ -154,7 +155,7 @@ class Judge:
         """The NAR model on the true first codebook."""
         ids = text_ids(item.text, how.language)
         heard = self._voice.encode_prompt(prompt, how)
-        filled = fill_in(self._voice.nar, ids, heard, codes[0], how)
+        filled = fill_in(self._voice.nar, Unfilled(ids, heard, codes[0]), how.filling)
         return Spoken(self._voice.codec.decode([filled])[0], filled, hit_limit=False)
 
     def _in_chunks(self, item: EvaluationItem, prompt: Wave, how: Synthesis) -> Spoken:
@@ -169,7 +170,7 @@ class Judge:
             ids,
             heard,
             whole.codes[0],
-            how,
+            how.filling,
             Chunking(),
             self._voice.ar.config.group,
         )

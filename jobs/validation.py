@@ -11,11 +11,12 @@ from valle.jobs.judges import recogniser
 from valle.jobs.loader import Loader
 from valle.model.ar import AR
 from valle.model.codec import Codec, CodecIdentity, Wave
+from valle.model.filling import Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sequence import Batch
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.training import Loss, Objective
-from valle.model.valle import Synthesis, Voice, fill_in, text_ids
+from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, sampler, storage
 from valle.platform.sampler import Batching
 
@@ -165,5 +166,6 @@ def _say(
         raise ValueError(f"quick_check.items: {item.id} has no reference")
     prompt, truth = codec.encode([read(item.prompt), read(item.reference)])
     prompt = prompt[:, : int(how.prompt_seconds * FRAME_RATE)]
-    codes = fill_in(model, text_ids(item.text, item.language), prompt, truth[0], how)
+    unfilled = Unfilled(text_ids(item.text, item.language), prompt, truth[0])
+    codes = fill_in(model, unfilled, how.filling)
     return codec.decode([codes])[0]

@@ -2,7 +2,7 @@
 
 The NAR model was trained to see both sides of a frame. So it fills in all that the AR model has
 said so far, and the last `look_ahead` frames of that wait for the next chunk. Frames that were
-spoken are filled in again (their codes are what the new ones follow) but not spoken again.
+spoken stay as they are: the new ones follow what was heard.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from valle.model.codec import Codes
+from valle.model.filling import Filling, Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.tokens import FRAME_RATE
-from valle.model.valle import Synthesis, fill_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def fill_in_chunks(
     ids: list[int],
     prompt: Codes,
     first: NDArray[np.int16],
-    how: Synthesis,
+    how: Filling,
     chunking: Chunking,
     group: int,
 ) -> Codes:
@@ -55,13 +55,13 @@ def fill_in_chunks(
 
     `group` is what the AR model says at a time: a chunk ends where a group does.
     """
-    parts: list[Codes] = []
-    said = heard = 0
+    spoken: Codes = np.zeros((nar.config.n_codebooks, 0), np.int16)
+    heard = 0
     for size in chunking.sizes():
         heard = min(heard + -(-size // group) * group, len(first))
-        ready = heard if heard == len(first) else heard - chunking.look_ahead
-        parts.append(fill_in(nar, ids, prompt, first[:heard], how)[:, said:ready])
-        said = ready
-        if said == len(first):
+        ended = heard == len(first)
+        unfilled = Unfilled(ids, prompt, first[:heard], spoken, ended)
+        spoken = fill_in(nar, unfilled, how)[:, : heard if ended else heard - chunking.look_ahead]
+        if ended:
             break
-    return np.concatenate(parts, axis=1)
+    return spoken

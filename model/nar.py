@@ -2,12 +2,12 @@
 
 VALL-E (Wang et al. 2023) section 4.2.2. The sequence is
 `phonemes . <text end> . prompt (all codebooks) . <go> . response (codebooks below the level)`;
-every position sees every other. The prompt is apart from the target, and no loss falls on it
-(VALL-E 2 measures what that is worth: similarity 0.639 against 0.530).
-
-Text and prompt are computed anew in each pass, and have to be: they see the response, which is not
-the same twice, and every layer's norm depends on the codebook to be filled in. What could be kept
-are their embeddings, which cost nothing beside the layers.
+every position sees every other, but for those of the prompt, which see only the prompt (in the
+paper they see everything): what is read of a prompt serves for all that is said in its voice, at
+every level once, as each layer's norm depends on the codebook to be filled in. The text sees the
+response, which is not the same twice, and is computed anew in each pass. The prompt is apart from
+the target, and no loss falls on it (VALL-E 2 measures what that is worth: similarity 0.639 against
+0.530).
 
 Legend: B batch, L phonemes, P prompt frames, T response frames, Q codebooks, D width.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from valle.model.ar import CodeEmbedding
 from valle.model.config import ModelConfig
 from valle.model.layers import Transformer
+from valle.model.nar_prompt import Before, Notes, ReadPrompt
 from valle.model.sampling import Sampling, guide, sample
 from valle.model.sequence import (
     Batch,
@@ -29,9 +30,12 @@ from valle.model.sequence import (
     frame_positions,
     join,
     take,
-    with_unconditional,
+    unconditional,
 )
 from valle.model.tokens import CODEBOOK_SIZE
+
+PROMPT = 2
+"""Which of the sequence's segments the prompt is."""
 
 
 class NAR(nn.Module):
@@ -55,33 +59,61 @@ class NAR(nn.Module):
 
     def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Float[Tensor, "B T 1024"]:
         """Logits of codebook `level` (1 .. Q-1, per row) of the response."""
-        rows = len(batch.phonemes)
-        one = batch.frames.new_ones(rows)
-        end, go = self.separators[:, None, None].expand(-1, rows, 1, -1)
+        segments = self._around_prompt(batch, level)
+        segments.insert(PROMPT, self._prompt_segment(batch.prompt, batch.prompt_frames))
+        joined = join(segments)
+        in_prompt = joined.within(PROMPT)
+        visible = joined.valid[:, None] & (in_prompt[:, None] | ~in_prompt[:, :, None])
+        hidden = self.transformer(joined.x, joined.positions, level - 1, visible)
+        return self._logits(take(hidden, joined.starts[-1], batch.codes.shape[2]), level)
+
+    def _around_prompt(self, batch: Batch, level: Int[Tensor, " B"]) -> list[Segment]:
+        """Text, its end, go, response."""
+        one = torch.ones_like(batch.frames)
+        end, go = self.separators[:, None, None].expand(-1, len(one), 1, -1)
         # text positions are stretched over the response: a phoneme starts out beside the frames
         # that say it
         stretch = (batch.expected / batch.phoneme_lengths)[:, None]
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * stretch
-        prompt_positions = frame_positions(batch.prompt_frames, batch.prompt.shape[2], end=True)
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
         known = self.code_embedding(batch.codes[:, : self.n_levels], below=level)
         text = self.text_embedding(batch.phonemes) + self.segments[0]
-        prompt = self.prompt_embedding(batch.prompt) + self.segments[1]
-        response = known + self.segments[2]
-        joined = join(
-            [
-                Segment(text, text_positions, batch.phoneme_lengths),
-                Segment(end, batch.expected[:, None].float(), one),
-                Segment(prompt, prompt_positions, batch.prompt_frames),
-                Segment(go, -torch.ones(rows, 1, device=known.device), one),
-                Segment(response, code_positions, batch.frames),
-            ]
-        )
-        in_prompt = joined.within(2)
-        visible = joined.valid[:, None] & (in_prompt[:, None] | ~in_prompt[:, :, None])
-        hidden = self.transformer(joined.x, joined.positions, level - 1, visible)
-        response = take(hidden, joined.starts[4], batch.codes.shape[2])
+        return [
+            Segment(text, text_positions, batch.phoneme_lengths),
+            Segment(end, batch.expected[:, None].float(), one),
+            Segment(go, -torch.ones(len(one), 1, device=known.device), one),
+            Segment(known + self.segments[2], code_positions, batch.frames),
+        ]
+
+    def _prompt_segment(self, prompt: Int[Tensor, "B Q P"], frames: Int[Tensor, " B"]) -> Segment:
+        positions = frame_positions(frames, prompt.shape[2], end=True)
+        return Segment(self.prompt_embedding(prompt) + self.segments[1], positions, frames)
+
+    def _logits(
+        self, response: Float[Tensor, "B T D"], level: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B T 1024"]:
         return response @ self.heads[level - 1].transpose(1, 2)
+
+    @torch.inference_mode()
+    def read_prompt(self, prompt: Int[Tensor, "Q P"], n_levels: int) -> ReadPrompt:
+        """A prompt's keys and values at levels 1 .. `n_levels`, as rows of one batch."""
+        rows = prompt.expand(n_levels, -1, -1).to(self.heads.device)
+        level = torch.arange(n_levels, device=rows.device)
+        given = self._prompt_segment(rows, torch.full_like(level, prompt.shape[1]))
+        notes = Notes()
+        self.transformer(given.x, given.positions, level, cache=notes)
+        return ReadPrompt(torch.stack(notes.keys, dim=1), torch.stack(notes.values, dim=1))
+
+    @torch.inference_mode()
+    def after(
+        self, prompts: Sequence[ReadPrompt], batch: Batch, level: int
+    ) -> Float[Tensor, "B T 1024"]:
+        """`forward` at one level, the prompts of the batch's rows being read already."""
+        levels = torch.full_like(batch.frames, level)
+        joined = join(self._around_prompt(batch, levels))
+        before = Before.at(level, prompts, joined.valid)
+        hidden = self.transformer(joined.x, joined.positions, levels - 1, cache=before)
+        return self._logits(take(hidden, joined.starts[-1], batch.codes.shape[2]), levels)
 
     @torch.inference_mode()
     def generate(
@@ -92,45 +124,24 @@ class NAR(nn.Module):
         *,
         sampling: Sampling,
         generator: torch.Generator,
+        guided_levels: int | None = None,
+        spoken: Int[Tensor, "Q S"] | None = None,
+        expected: int | None = None,
     ) -> Int[Tensor, "Q T"]:
-        """All codebooks of a response whose first codebook is `first`."""
+        """All codebooks of a response whose first codebook is `first`: the plain way.
+
+        Guidance is for the first `guided_levels` (None: all). Of a response that goes on, the first
+        frames may be `spoken` and settled, and `expected` is how long it may become.
+        """
         codes = first.new_zeros(self.config.n_codebooks, len(first))
         codes[0] = first
         for level in range(1, self.config.n_codebooks):
-            batch = collate([phonemes], [prompt], [codes])
-            logits = self._guided(batch, level, sampling.guidance_scale)[0]
-            codes[level] = sample(logits, sampling, generator=generator)
+            batch = collate([phonemes], [prompt], [codes], None if expected is None else [expected])
+            batch, at = batch.to(self.heads.device), first.new_tensor([level])
+            logits = self(batch, at)
+            if sampling.guided and (guided_levels is None or level <= guided_levels):
+                logits = guide(logits, self(unconditional(batch), at), sampling.guidance_scale)
+            codes[level] = sample(logits[0], sampling, generator=generator)
+            if spoken is not None:
+                codes[level, : spoken.shape[1]] = spoken[level]
         return codes
-
-    @torch.inference_mode()
-    def generate_batch(
-        self,
-        items: Sequence[tuple[Int[Tensor, " _"], Int[Tensor, "_ _"], Int[Tensor, " _"]]],
-        *,
-        sampling: Sampling,
-        generators: Sequence[torch.Generator],
-    ) -> list[Int[Tensor, "_ _"]]:
-        """`generate` for several (phonemes, prompt, first codebook) at once, a generator each.
-
-        Text and prompt go through all layers again at every level: attention looks both ways, so
-        what is known of them changes with the response.
-        """
-        phonemes, prompts, firsts = zip(*items, strict=True)
-        codes = [first.new_zeros(self.config.n_codebooks, len(first)) for first in firsts]
-        for row, first in zip(codes, firsts, strict=True):
-            row[0] = first
-        for level in range(1, self.config.n_codebooks):
-            batch = collate(phonemes, prompts, codes)
-            logits = self._guided(batch, level, sampling.guidance_scale)
-            for row, scores, generator in zip(codes, logits, generators, strict=True):
-                row[level] = sample(scores[: row.shape[1]], sampling, generator=generator)
-        return codes
-
-    def _guided(self, batch: Batch, level: int, scale: float) -> Float[Tensor, "B T 1024"]:
-        """Logits of a codebook of the response, guided where `scale` is above 1."""
-        batch = batch.to(self.heads.device)
-        levels = torch.full((len(batch.frames),), level, device=self.heads.device)
-        if scale == 1:
-            return self(batch, levels)
-        given, without = self(with_unconditional(batch), levels.repeat(2)).chunk(2)
-        return guide(given, without, scale)

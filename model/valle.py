@@ -4,17 +4,14 @@ VALL-E section 4: phonemes of the text, codes of the prompt, AR for the first co
 the other seven, codec decoder. One request at a time, nothing shared between calls.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from valle.model import text as phonemes
 from valle.model.ar import AR
 from valle.model.codec import Codec, Codes, Wave
+from valle.model.filling import Filling, Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sentences import split
@@ -22,9 +19,6 @@ from valle.model.tokens import FRAME_RATE, HOP
 
 GUIDANCE_SCALE = 1.5
 """Of both models, unless told otherwise."""
-
-Unfilled = tuple[list[int], Codes, NDArray[np.int16]]
-"""Phoneme ids, prompt `[8, P]` and first codebook `[T]`: what the NAR model goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +37,9 @@ class Synthesis:
     )
     """Sampling of the other codebooks; a temperature of 0 is the paper's greedy choice."""
 
+    guided_levels: int = 7
+    """Codebooks from the second on that are filled in with guidance: low ones carry the words."""
+
     max_seconds: float = 20.0
     """Length limit of the answer."""
 
@@ -54,6 +51,11 @@ class Synthesis:
 
     seed: int = 0
     """Same seed, same speech."""
+
+    @property
+    def filling(self) -> Filling:
+        """The NAR model's part of it."""
+        return Filling(sampling=self.nar, guided_levels=self.guided_levels, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -117,41 +119,10 @@ class Voice:
             max_frames=int(how.max_seconds * FRAME_RATE), prefix=None if said is None else said[0],
         )  # fmt: skip
         codes = first.codes.to("cpu", torch.int16).numpy()
-        stored = fill_in(self.nar, ids, prompt, codes, how)
+        stored = fill_in(self.nar, Unfilled(ids, prompt, codes), how.filling)
         if prefix is not None:
             stored[:, : prefix.shape[1]] = prefix
         return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)
-
-
-def fill_in(
-    nar: NAR, ids: list[int], prompt: Codes, first: NDArray[np.int16], how: Synthesis
-) -> Codes:
-    """All codebooks `[8, T]` of speech whose first codebook is `first` `[T]`."""
-    generator = torch.Generator(nar.heads.device).manual_seed(how.seed)
-    codes = nar.generate(
-        *_tensors(nar, (ids, prompt, first)), sampling=how.nar, generator=generator
-    )
-    return codes.to("cpu", torch.int16).numpy()
-
-
-def fill_in_batch(nar: NAR, items: Sequence[Unfilled], how: Synthesis) -> list[Codes]:
-    """`fill_in` of each item, all at the same time."""
-    device = nar.heads.device
-    generators = [torch.Generator(device).manual_seed(how.seed) for _ in items]
-    filled = nar.generate_batch(
-        [_tensors(nar, item) for item in items], sampling=how.nar, generators=generators
-    )
-    return [codes.to("cpu", torch.int16).numpy() for codes in filled]
-
-
-def _tensors(nar: NAR, item: Unfilled) -> tuple[Tensor, Tensor, Tensor]:
-    ids, prompt, first = item
-    device = nar.heads.device
-    return (
-        torch.tensor(ids, device=device),
-        torch.from_numpy(prompt).long().to(device),
-        torch.from_numpy(first).long().to(device),
-    )
 
 
 def text_ids(text: str, language: str) -> list[int]:

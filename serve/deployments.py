@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from valle.model.chunks import Chunking
 from valle.model.codec import Codec, Codes
 from valle.model.codec_stream import DecoderState, decode_next
+from valle.model.filling import Filler, Unfilled
 from valle.model.tokens import FRAME_RATE, HOP
-from valle.model.valle import Synthesis, Unfilled, fill_in_batch
+from valle.model.valle import Synthesis
 from valle.platform import registry
 from valle.serve.drain import Drain
 from valle.serve.engine import Engine
@@ -101,16 +102,15 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
             nar = convert(nar, args.precision)
             default = Synthesis()
             how = replace(default, nar=replace(default.nar, guidance_scale=args.guidance_scale))
-            return Drain(partial(fill_in_batch, nar, how=how), _nar_frames, budget)
+            filler = Filler(nar, args.nar_prompts)
+            return Drain(partial(filler.fill_in, how=how.filling), _positions, budget)
 
         super().__init__(load, _forget, registry.pin(model, tracking_uri))
 
-    async def generate(
-        self, version: str, ids: list[int], prompt: Codes, first: NDArray[np.int16]
-    ) -> Codes:
+    async def fill_in(self, version: str, item: Unfilled) -> Codes:
         """Codes `[8, T]`."""
         async with self.use(version) as drain:
-            return await drain.do((ids, prompt, first))
+            return await drain.do(item)
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,8 @@ class CodecDeployment(Versioned[_Coder]):
             return await asyncio.to_thread(decode_next, coder.codec, codes, state)
 
 
-def _nar_frames(item: Unfilled) -> int:
-    """Positions of a row: the prompt counts as much as the response."""
-    ids, prompt, first = item
-    return len(ids) + prompt.shape[1] + len(first)
+def _positions(item: Unfilled) -> int:
+    return item.positions
 
 
 def _frames(codes: Codes) -> int:

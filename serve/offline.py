@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from valle.model.batches import by_length
 from valle.model.codec import Codes
+from valle.model.filling import Filler, Unfilled
 from valle.model.tokens import FRAME_RATE
-from valle.model.valle import Spoken, Synthesis, Unfilled, Voice, fill_in_batch
+from valle.model.valle import Spoken, Synthesis, Voice
 from valle.serve.engine import Engine
 from valle.serve.request import Finish, Request
 from valle.serve.runner import Runner
@@ -26,7 +27,7 @@ class Offline:
         speech that the NAR model fills in at a time."""
         self.voice = voice
         self.max_frames = int(how.max_seconds * FRAME_RATE)
-        self._how = how
+        self._filler, self._filling = Filler(voice.nar), how.filling
         self._batch_frames = int(batch_seconds * FRAME_RATE)
         positions = voice.ar.capacity(
             max_phonemes, int(how.prompt_seconds * FRAME_RATE), self.max_frames
@@ -47,7 +48,7 @@ class Offline:
             except ValueError as error:
                 wrong[request.id] = error
         first = self.first_codebooks(possible)
-        codes = self._fill_in([(r.phonemes, r.prompt, first[r.id]) for r in possible])
+        codes = self._fill_in([Unfilled(r.phonemes, r.prompt, first[r.id]) for r in possible])
         waves = self.voice.codec.decode(codes)
         said = {
             request.id: Spoken(wave, code, request.id in self._limited)
@@ -70,9 +71,8 @@ class Offline:
         return {name: np.array(found, np.int16) for name, found in codes.items()}
 
     def _fill_in(self, items: Sequence[Unfilled]) -> list[Codes]:
-        sizes = [len(ids) + prompt.shape[1] + len(first) for ids, prompt, first in items]
         filled: dict[int, Codes] = {}
-        for group in by_length(sizes, self._batch_frames):
-            batch = fill_in_batch(self.voice.nar, [items[i] for i in group], self._how)
+        for group in by_length([item.positions for item in items], self._batch_frames):
+            batch = self._filler.fill_in([items[i] for i in group], self._filling)
             filled |= dict(zip(group, batch, strict=True))
         return [filled[i] for i in range(len(items))]

@@ -59,6 +59,9 @@ class AppArgs(BaseModel):
     """Requests that one NAR replica is to have, more want another: on a CPU eight at once take
     eight times as long as one; a GPU has room for more."""
 
+    nar_prompts: int = Field(8, ge=1)
+    """Prompts that a NAR replica remembers having read, 19 MB of memory each for nano."""
+
     batch_seconds: float = Field(40.0, gt=0)
     """Padded speech in a batch of the NAR model, which guidance computes twice, or of the codec,
     which works it off in parts of ten seconds."""

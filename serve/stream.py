@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from valle.model.chunks import Chunking
 from valle.model.codec import Codes
 from valle.model.codec_stream import FIRST, DecoderState
+from valle.model.filling import Unfilled
 from valle.model.sampling import Sampling
 from valle.model.valle import Synthesis
 from valle.platform import audio
@@ -68,9 +69,8 @@ async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
     ar, nar, codec = deployments()
     first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
     # from here on work has been spent on it
-    codes = await result(
-        lambda: nar.generate.remote(version, asked.phonemes, asked.prompt, first), insist=True
-    )
+    unfilled = Unfilled(asked.phonemes, asked.prompt, first)
+    codes = await result(lambda: nar.fill_in.remote(version, unfilled), insist=True)
     wave = await result(lambda: codec.decode.remote(version, codes), insist=True)
     return Piece(wave, len(first), hit_limit)
 
@@ -81,6 +81,7 @@ async def say_in_chunks(
     """The sentence while it is being made. Raises as `say_whole` does."""
     ar, nar, codec = deployments()
     first = np.zeros(0, np.int16)
+    spoken: Codes | None = None
     said = 0
     state: DecoderState | None = None
     talk = ar.options(stream=True).stream
@@ -89,9 +90,9 @@ async def say_in_chunks(
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
             ready = len(first) if ended else len(first) - chunking.look_ahead
-            unfilled = (asked.phonemes, asked.prompt, first)
-            codes = await result(partial(nar.generate.remote, version, *unfilled), insist=True)
-            chunk = codes[:, said:ready]
+            unfilled = Unfilled(asked.phonemes, asked.prompt, first, spoken, ended)
+            codes = await result(partial(nar.fill_in.remote, version, unfilled), insist=True)
+            chunk, spoken = codes[:, said:ready], codes[:, :ready]
             if ended and state is None and ready < FIRST:  # too short for a stream
                 wave = await result(partial(codec.decode.remote, version, chunk), insist=True)
             else:

@@ -2,15 +2,9 @@
 
 import asyncio
 import threading
-from dataclasses import replace
 
 import pytest
-import torch
-from models import random_items, tiny_nar
-from test_models import perturb
 
-from valle.model.sampling import Sampling, guide
-from valle.model.sequence import collate
 from valle.serve.drain import Drain
 
 
@@ -80,38 +74,3 @@ def test_who_has_left_is_not_worked_for() -> None:
 
     asyncio.run(go())
     assert work.batches == [[10], [12]]
-
-
-def test_guidance_is_by_the_same_model_without_conditions() -> None:
-    model = tiny_nar()
-    perturb(model)
-    batch = collate(*zip(*random_items(9, 14), strict=True))
-    level = torch.full((2,), 3)
-    with torch.inference_mode():
-        hidden = replace(
-            batch,
-            phonemes=torch.zeros_like(batch.phonemes),
-            prompt=torch.zeros_like(batch.prompt),
-        )
-        given, without = model(batch, level), model(hidden, level)
-        assert not torch.allclose(given, without), "a dull test"
-        expected = guide(given, without, 2.0)
-        torch.testing.assert_close(model._guided(batch, 3, 2.0), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(temperature=0.0), Sampling(top_p=0.9), Sampling(temperature=0.0, guidance_scale=2.0)],
-)
-def test_nar_batch_equals_one_at_a_time(sampling: Sampling) -> None:
-    model = tiny_nar()
-    perturb(model)
-    items = [(ids, prompt, codes[0]) for ids, prompt, codes in random_items(30, 7, 19)]
-
-    def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in range(3)]
-
-    together = model.generate_batch(items, sampling=sampling, generators=generators())
-    for item, codes, generator in zip(items, together, generators(), strict=True):
-        alone = model.generate(*item, sampling=sampling, generator=generator)
-        assert torch.equal(alone, codes)

@@ -107,7 +107,9 @@ def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
     heard = np.frombuffer(data, "<i2").astype(int)
     assert len(heard) == whole.shape[1] * 320 > 55 * 320
 
-    filled = fill_in_chunks(voice.nar, ids, codes, whole[0], how, Chunking(), voice.ar.config.group)
+    filled = fill_in_chunks(
+        voice.nar, ids, codes, whole[0], how.filling, Chunking(), voice.ar.config.group
+    )
     wave = voice.codec.decode([filled])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
     assert np.abs(heard - expected).max() <= 2

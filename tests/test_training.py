@@ -17,6 +17,7 @@ from valle.model.training import (
     Objective,
     Optimization,
     build_optimizer,
+    cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
@@ -57,6 +58,27 @@ def test_low_levels_can_be_asked_for_more_often() -> None:
     counts = torch.bincount(draw_levels(7_000, 8, "0/5/1", 1.0), minlength=8)[1:]
     wanted = 7_000 / torch.arange(1, 8) / sum(1 / k for k in range(1, 8))
     torch.testing.assert_close(counts.float(), wanted, rtol=0.1, atol=0)
+
+
+def test_beginnings_are_cut_from_whole_sentences_by_the_step() -> None:
+    items = random_items(60, 80, 12) * 100
+    batch = collate(*zip(*items, strict=True))
+    cut = cut_responses(batch, "a", 0.25, 4.0)
+    changed = cut.expected != batch.expected
+    shorter = cut.frames < batch.frames
+    assert 0.15 < changed[batch.frames > 12].float().mean() < 0.35
+    assert not shorter[batch.frames == 12].any(), "too short to be cut"
+    assert (cut.frames[shorter] >= 15).all()
+    texts = 4 * batch.phoneme_lengths
+    assert torch.equal(cut.expected[changed], torch.maximum(texts, cut.frames)[changed])
+    for row in shorter.nonzero()[:, 0].tolist():
+        said = int(cut.frames[row])
+        assert torch.equal(cut.codes[row, :, :said], batch.codes[row, :, :said])
+        assert not cut.codes[row, :, said:].any()
+    assert torch.equal(cut.phonemes, batch.phonemes), "the text is all there"
+    assert torch.equal(cut.frames, cut_responses(batch, "a", 0.25, 4.0).frames)
+    assert not torch.equal(cut.frames, cut_responses(batch, "b", 0.25, 4.0).frames)
+    assert torch.equal(cut_responses(batch, "a", 0.0, 4.0).frames, batch.frames)
 
 
 def test_hidden_conditions_are_a_function_of_the_step() -> None:
