@@ -179,9 +179,19 @@ class AR(nn.Module):
     def prefill(self, batch: Batch, cache: Cache) -> Float[Tensor, "B D"]:
         """Fills an empty cache with texts, prompts and codes, rows of one length; returns the
         hidden state of the group after them."""
+        return self.read(*self.prefix(batch), cache)[:, -1]
+
+    def prefix(self, batch: Batch) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"]]:
+        """Embeddings and positions of texts, prompts and codes, rows of one length."""
         joined = self._join(batch)
-        level = batch.frames.new_zeros(len(batch.frames))
-        return self.transformer(joined.x, joined.positions, level, cache=cache)[:, -1]
+        return joined.x, joined.positions
+
+    def read(
+        self, x: Float[Tensor, "B S D"], positions: Float[Tensor, "B S"], cache: Cache
+    ) -> Float[Tensor, "B S D"]:
+        """Hidden states of some of a prefix, whose beginning is in the cache."""
+        level = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.transformer(x, positions, level, cache=cache)
 
     def step(
         self, group: Int[Tensor, "B G"], first: Int[Tensor, " B"], cache: Cache

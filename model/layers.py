@@ -54,17 +54,24 @@ class KVCache:
 
     @property
     def causal(self) -> bool:
-        """An empty cache is given a whole prefix, a filled one a single position."""
+        """Of what is appended to an empty cache, no position sees a later one."""
         return self.length == 0
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them."""
-        assert self.causal or key.shape[2] == 1, "a filled cache takes one position at a time"
-        end = self.length + key.shape[2]
+    def append(
+        self, layer: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Bool[Tensor, "B 1 S _"] | None]:
+        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them, and what
+        each of several may see after others."""
+        new = key.shape[2]
+        end = self.length + new
         assert end <= self.keys.shape[3], "KV cache is full: capacity was computed too small"
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], None
+        visible = None
+        if self.length and new > 1:
+            steps = torch.arange(end, device=key.device)
+            visible = (steps <= steps[self.length :, None]).expand(len(key), 1, -1, -1)
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], visible
 
     def advance(self, positions: int) -> None:
         """Counts `positions` more as filled."""

@@ -1,8 +1,9 @@
 """Continuous batching: streams join and leave at every step of the AR model.
 
 Four nouns: a `Request`, the `Scheduler` that says who runs, the cache's `Slots`, and the `Runner`
-that computes. A step reads at most one new text (so that those who speak already are never held up
-by more than that), draws the next frames of all streams, and ends those that have finished.
+that computes. A step reads at most a piece of one new text (so that those who speak already are
+never held up by more than that), draws the next frames of all streams, and ends those that have
+finished.
 Whatever runs beside it, a stream says what `model.ar.AR.generate` would have said alone.
 """
 
@@ -37,15 +38,13 @@ class Engine:
         self._scheduler.add(request)
 
     def abort(self, name: str) -> None:
-        """Ends a stream, waiting or running, at once; of one already ended it takes no notice."""
+        """Ends a stream at once, wherever it is; of one already ended it takes no notice."""
         if self._scheduler.knows(name):
             self._remove(name)
 
     def step(self) -> list[Event]:
         """One tick; returns what it brought each running stream."""
-        if (new := self._scheduler.admit()) is not None:
-            assert new.slot is not None, "an admitted stream has a slot"
-            self._runner.prefill(new.request, new.slot)
+        self._read()
         streams = self._scheduler.running()
         if not streams:
             return []
@@ -57,6 +56,17 @@ class Engine:
         if self.running:
             self._runner.advance()
         return events
+
+    def _read(self) -> None:
+        """A piece of the text that is next, which has a slot when it is read."""
+        if (new := self._scheduler.admit()) is not None:
+            self._runner.reader.begin(new.request)
+        if self._scheduler.reading is None:
+            return
+        if (hidden := self._runner.reader.go_on()) is not None:
+            stream = self._scheduler.seat()
+            assert stream.slot is not None, "seat() gives one"
+            self._runner.seat(stream.request, stream.slot, hidden)
 
     def _remove(self, name: str) -> None:
         slot = self._scheduler.slot(name)

@@ -1,7 +1,8 @@
 """The AR model at work on many streams at once: the only part of the engine that touches a device.
 
 A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
-feeds those groups to the model. `prefill` fills a slot; `release` keeps slots dense.
+feeds those groups to the model. A request is read by the `reader` before `seat` gives it a slot;
+`release` keeps slots dense.
 
 With guidance a slot has two rows, the stream as it is and the stream without text and prompt, one
 after the other: what is read at a step stays one dense block.
@@ -18,11 +19,12 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from valle.model.ar import AR, single, unable_to_end
+from valle.model.ar import AR, unable_to_end
 from valle.model.layers import KVCache
 from valle.model.sampling import RowSettings, Sampling, choose, draw, guide
 from valle.model.tokens import CODEBOOK_SIZE
 from valle.serve.cache import Move
+from valle.serve.reading import PIECE, Reader
 from valle.serve.request import Request
 
 LONGEST_WINDOW = 64
@@ -77,9 +79,10 @@ class Runner:
 
     def __init__(
         self, model: AR, *, slots: int, positions: int, guided: bool = False,
-        compiled: bool = False,
+        compiled: bool = False, piece: int = PIECE,
     ) -> None:  # fmt: skip
-        """`positions` bounds text, prompt and speech of one stream together.
+        """`positions` bounds text, prompt and speech of one stream together, `piece` what is read
+        of a text and a prompt at a tick.
 
         `guided`: there are two rows to a slot, so that streams may have a `guidance_scale`.
 
@@ -98,6 +101,9 @@ class Runner:
         # what a mask hides is multiplied by zero, which garbage such as NaN would survive
         keys, values = whole.keys.zero_(), whole.values.zero_()
         self._cache = SlotCache(keys, values, self._zeros(rows))
+        self.reader = Reader(
+            model, self._rows_per_slot, positions, piece=piece, compiled=compiled
+        )  # fmt: skip
         self._hidden = like.new_zeros(rows, config.width)
         self._recent = self._zeros(slots, LONGEST_WINDOW) - 1
         self._frames = self._zeros(slots)
@@ -141,17 +147,14 @@ class Runner:
             raise ValueError(f"repetition_window: at most {LONGEST_WINDOW} frames")
 
     @torch.inference_mode()
-    def prefill(self, request: Request, slot: int) -> None:
-        """Reads a request's text and prompt into the next slot."""
+    def seat(self, request: Request, slot: int, hidden: Float[Tensor, "R D"]) -> None:
+        """Gives the next slot to what the reader has read; `hidden` is its last word."""
         assert slot == self.streams, "slots are filled in order"
-        own = self._own(slot)
-        cache = KVCache(self._cache.keys[:, own], self._cache.values[:, own])
-        prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(self._device)
-        text = torch.tensor(request.phonemes, device=self._device)
-        guided = self._rows_per_slot > 1
-        batch = single(text, prompt, text.new_empty(0), guided=guided)
-        self._hidden[own] = self.model.prefill(batch, cache)
-        self._cache.lengths[own] = cache.length
+        own, read = self._own(slot), self.reader.kept
+        self._cache.keys[:, own, :, : read.length] = read.keys[:, :, :, : read.length]
+        self._cache.values[:, own, :, : read.length] = read.values[:, :, :, : read.length]
+        self._cache.lengths[own] = read.length
+        self._hidden[own] = hidden
         self._recent[slot] = -1
         self._frames[slot] = 0
         self._generators.append(torch.Generator(self._device).manual_seed(request.seed))

@@ -1,4 +1,4 @@
-"""Who speaks next: admission by urgency and age, one prefill a tick. No tensors here.
+"""Who speaks next: admission by urgency and age, one text read at a time. No tensors here.
 
 A request's place in the queue is fixed when it arrives: its time of arrival, less its urgency in
 seconds. An urgent request overtakes those that came shortly before it and never those that have
@@ -23,6 +23,8 @@ class Scheduler:
         self._count = itertools.count()
         self._queue: list[tuple[float, int, Stream]] = []
         self._streams: dict[str, Stream] = {}
+        self.reading: Stream | None = None
+        """Whose text is being read; it has a slot when that is done."""
 
     @property
     def idle(self) -> bool:
@@ -31,8 +33,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._streams) - len(self.slots.owners)
+        """Requests whose turn has not come."""
+        return len(self._streams) - len(self.slots.owners) - (self.reading is not None)
 
     def add(self, request: Request) -> None:
         """Puts a request in the queue. Raises ValueError when its id is in use."""
@@ -43,22 +45,30 @@ class Scheduler:
         heapq.heappush(self._queue, (place, next(self._count), stream))
 
     def admit(self) -> Stream | None:
-        """The next request to be prefilled, now with a slot; None when none waits or none fits."""
-        while self._queue and not self.slots.full:
+        """The next request to be read; None while one is, or when none waits or none fits."""
+        while self._queue and self.reading is None and not self.slots.full:
             stream = heapq.heappop(self._queue)[2]
-            name = stream.request.id
-            if self._streams.get(name) is stream:  # else it was aborted while it waited
-                stream.slot = self.slots.take(name)
+            if self._streams.get(stream.request.id) is stream:  # else aborted while it waited
+                self.reading = stream
                 return stream
         return None
+
+    def seat(self) -> Stream:
+        """The request that has been read, now with a slot."""
+        assert self.reading is not None, "admit() comes first"
+        stream, self.reading = self.reading, None
+        stream.slot = self.slots.take(stream.request.id)
+        return stream
 
     def running(self) -> list[Stream]:
         """Streams with a slot, in the order of their slots."""
         return [self._streams[name] for name in self.slots.owners]
 
     def remove(self, name: str) -> Move | None:
-        """Forgets a stream, waiting or running; what must be moved to keep the slots dense."""
+        """Forgets a stream wherever it is; what must be moved to keep the slots dense."""
         stream = self._streams.pop(name)
+        if stream is self.reading:
+            self.reading = None
         if stream.slot is None:
             return None  # `admit` skips its place in the queue
         if move := self.slots.release(stream.slot):
@@ -70,7 +80,7 @@ class Scheduler:
         return self._streams[name].slot
 
     def knows(self, name: str) -> bool:
-        """Whether a stream of this id waits or runs."""
+        """Whether a stream of this id waits, is read or runs."""
         return name in self._streams
 
     def check_integrity(self) -> None:
@@ -82,6 +92,7 @@ class Scheduler:
         queued = {id(stream) for _, _, stream in self._queue}
         for name, stream in self._streams.items():
             if stream.slot is None:
-                assert id(stream) in queued, f"{name} waits and is not in the queue"
+                known = stream is self.reading or id(stream) in queued
+                assert known, f"{name} waits and is not in the queue"
             else:
                 assert name in owners, f"{name} thinks it has a slot"

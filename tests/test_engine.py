@@ -42,8 +42,13 @@ def request(number: int, max_frames: int = 40) -> Request:
     )  # fmt: skip
 
 
-def build(model: AR, slots: int, *, guided: bool = True, compiled: bool = False) -> Engine:
-    runner = Runner(model, slots=slots, positions=400, guided=guided, compiled=compiled)
+def build(
+    model: AR, slots: int, *, guided: bool = True, compiled: bool = False, piece: int = 16
+) -> Engine:
+    """Texts and prompts of the tests are 20 to 80 positions: most are read in several pieces."""
+    runner = Runner(
+        model, slots=slots, positions=400, guided=guided, compiled=compiled, piece=piece
+    )
     return Engine(runner, Scheduler(slots))
 
 
@@ -159,7 +164,8 @@ def test_the_urgent_overtake_and_nobody_starves() -> None:
     order = []
     while not scheduler.idle:
         stream = scheduler.admit()
-        assert stream is not None and scheduler.admit() is None  # one slot
+        assert stream is not None and scheduler.admit() is None  # one is read at a time
+        assert scheduler.seat() is stream and scheduler.admit() is None  # one slot
         order.append(stream.request.id)
         scheduler.remove(stream.request.id)
     assert order == ["urgent", "first", "late"]  # urgent by 5 s, not more
@@ -175,7 +181,38 @@ def test_an_aborted_request_leaves_the_queue() -> None:
     first = scheduler.admit()
     assert first is not None and first.request.id == "b"
     scheduler.check_integrity()
+    assert [scheduler.waiting, len(scheduler.running())] == [2, 0], "b is being read"
+    scheduler.seat()
+    scheduler.check_integrity()
     assert [scheduler.waiting, len(scheduler.running())] == [2, 1]
+    scheduler.remove("b")
+    assert scheduler.admit() is not None and scheduler.reading is not None
+    scheduler.remove(scheduler.reading.request.id)
+    scheduler.check_integrity()
+    assert scheduler.reading is None and scheduler.waiting == 1, "whoever left is not read on"
+
+
+def test_a_long_text_holds_up_nobody() -> None:
+    """It is read a piece at a tick, and all that time the others speak."""
+    model = lively_ar(1)
+    model.head.bias.data[EOS] -= 100  # speaks until its limit
+    engine = build(model, 2)
+    engine.add(request(0, max_frames=60))
+    while not engine.step():
+        engine.check_integrity()
+    long = replace(request(1, max_frames=10), id="long", phonemes=[5] * 300)
+    engine.add(long)
+    spoken_by = [[event.id for event in engine.step()] for _ in range(25)]
+    first = next(tick for tick, names in enumerate(spoken_by) if "long" in names)
+    assert first == -(-(300 + 2 + long.prompt.shape[1]) // 16) - 1
+    assert all("r0" in names for names in spoken_by)
+    codes: dict[str, list[int]] = {}
+    ends: dict[str, Finish] = {}
+    whole = build(model, 2, piece=1000)
+    whole.add(long)
+    while not whole.idle:
+        collect(whole.step(), codes, ends)
+    assert (codes["long"], ends["long"]) == alone(model, long)
 
 
 def test_slots_stay_dense() -> None:
