@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from valle.jobs.bench_turns import ratio, take_turns
 from valle.model.ar import AR
 from valle.model.config import SIZES
 from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
 from valle.model.valle import GUIDANCE_SCALE
 from valle.platform import registry
-from valle.platform.progress import progress
 from valle.serve.engine import Engine
 from valle.serve.precision import Precision, convert
 from valle.serve.request import Request
@@ -136,24 +136,15 @@ def measure(
     for (name, setup), n in itertools.product(engines.items(), streams):
         engine = setup.build(task, n)
         ways[f"{name}, {n}"] = (n, partial(together, engine, task, n, setup.sampling))
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    with progress(total=rounds * len(ways), label="bench_engine", unit="way") as bar:
-        for _ in range(rounds):
-            for name, (n, run) in ways.items():
-                started = time.perf_counter()
-                run()
-                speeds[name].append(n * task.frames / (time.perf_counter() - started))
-                bar.update()
-    return speeds
+    seconds = take_turns({name: run for name, (_, run) in ways.items()}, rounds, "bench_engine")
+    return {
+        name: [n * task.frames / taken for taken in seconds[name]] for name, (n, _) in ways.items()
+    }
 
 
 def summarise(speeds: dict[str, list[float]], limit: float) -> dict[str, dict[str, float]]:
     """Medians, and the ratios in which they are claimed (each round its own ratio)."""
     one = speeds["engine, 1"]
-
-    def ratio(values: list[float], to: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(values, to, strict=True))
-
     return {
         name: {
             "frames_per_second": round(statistics.median(values), 1),

@@ -19,7 +19,7 @@ from valle.jobs.judges import likeness, quality, recogniser
 from valle.jobs.judges.likeness import Embedding
 from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.codec import Codes, Wave
-from valle.model.filling import Unfilled, fill_in
+from valle.model.filling import Filler, Unfilled, fill_in
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, recipe, registry, settings, storage, tracking
@@ -103,6 +103,7 @@ class Judge:
         self._voice: Voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
         convert(self._voice.ar, chosen.precision)
         convert(self._voice.nar, chosen.precision)
+        self._filler = Filler(self._voice.nar)
         self._chosen = chosen
         self._reader = recogniser.load_recogniser(chosen.recogniser)
         second = chosen.second_recogniser
@@ -166,14 +167,9 @@ class Judge:
         ids = text_ids(item.text, how.language)
         heard = self._voice.encode_prompt(prompt, how)
         codes = fill_in_chunks(
-            self._voice.nar,
-            ids,
-            heard,
-            whole.codes[0],
-            how.filling,
-            Chunking(),
-            self._voice.ar.config.group,
-        )
+            lambda unfilled: self._filler.fill_in([unfilled], how.filling)[0],
+            Unfilled(ids, heard, whole.codes[0]), Chunking(), self._voice.ar.config.group,
+        )  # fmt: skip
         return replace(whole, wave=self._voice.codec.decode([codes])[0], codes=codes)
 
     def _record(

@@ -5,15 +5,11 @@ said so far, and the last `look_ahead` frames of that wait for the next chunk. F
 spoken stay as they are: the new ones follow what was heard.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from valle.model.codec import Codes
-from valle.model.filling import Filling, Unfilled, fill_in
-from valle.model.nar import NAR
+from valle.model.filling import Unfilled
 from valle.model.tokens import FRAME_RATE
 
 
@@ -43,25 +39,20 @@ class Chunking:
 
 
 def fill_in_chunks(
-    nar: NAR,
-    ids: list[int],
-    prompt: Codes,
-    first: NDArray[np.int16],
-    how: Filling,
-    chunking: Chunking,
-    group: int,
+    fill_in: Callable[[Unfilled], Codes], whole: Unfilled, chunking: Chunking, group: int
 ) -> Codes:
-    """All codebooks `[8, T]`, each chunk as it is known when it is due.
+    """All codebooks `[8, T]` of a sentence, each chunk filled in as it is known when it is due.
 
     `group` is what the AR model says at a time: a chunk ends where a group does.
     """
-    spoken: Codes = np.zeros((nar.config.n_codebooks, 0), np.int16)
+    first = whole.first
+    spoken: Codes | None = None
     heard = 0
     for size in chunking.sizes():
         heard = min(heard + -(-size // group) * group, len(first))
         ended = heard == len(first)
-        unfilled = Unfilled(ids, prompt, first[:heard], spoken, ended)
-        spoken = fill_in(nar, unfilled, how)[:, : heard if ended else heard - chunking.look_ahead]
+        codes = fill_in(replace(whole, first=first[:heard], spoken=spoken, ended=ended))
         if ended:
-            break
-    return spoken
+            return codes
+        spoken = codes[:, : heard - chunking.look_ahead]
+    raise AssertionError("sizes never end")

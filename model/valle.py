@@ -20,6 +20,9 @@ from valle.model.tokens import FRAME_RATE, HOP
 GUIDANCE_SCALE = 1.5
 """Of both models, unless told otherwise."""
 
+GUIDED_LEVELS = 7
+"""Codebooks from the second on that are filled in with guidance, unless told otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesis:
@@ -37,7 +40,7 @@ class Synthesis:
     )
     """Sampling of the other codebooks; a temperature of 0 is the paper's greedy choice."""
 
-    guided_levels: int = 7
+    guided_levels: int = GUIDED_LEVELS
     """Codebooks from the second on that are filled in with guidance: low ones carry the words."""
 
     max_seconds: float = 20.0

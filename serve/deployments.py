@@ -101,7 +101,10 @@ class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
             nar = registry.load_nar(registry.resolve(version, tracking_uri), device)
             nar = convert(nar, args.precision)
             default = Synthesis()
-            how = replace(default, nar=replace(default.nar, guidance_scale=args.guidance_scale))
+            how = replace(
+                default, nar=replace(default.nar, guidance_scale=args.guidance_scale),
+                guided_levels=args.guided_levels,
+            )  # fmt: skip
             filler = Filler(nar, args.nar_prompts)
             return Drain(partial(filler.fill_in, how=how.filling), _positions, budget)
 

@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
-from valle.model.valle import GUIDANCE_SCALE
+from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
 from valle.serve.audio import Format
 from valle.serve.precision import Precision
 
@@ -78,6 +78,9 @@ class AppArgs(BaseModel):
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
     """Classifier-free guidance of both models: how closely they keep to text and voice. 1 is off,
     with half the rows to compute."""
+
+    guided_levels: int = Field(GUIDED_LEVELS, ge=0, le=7)
+    """Codebooks from the second on that the NAR model fills in with guidance."""
 
     precision: Precision = "fp32"
     """What models compute in. int8 (the matrices of the AR model's transformer, beside a NAR model

@@ -31,6 +31,7 @@ from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.replicas import replicas
 from valle.jobs.voices import Joe
 from valle.model.chunks import Chunking, fill_in_chunks
+from valle.model.filling import Unfilled, fill_in
 from valle.model.sentences import PAUSE
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
@@ -108,8 +109,9 @@ def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
     assert len(heard) == whole.shape[1] * 320 > 55 * 320
 
     filled = fill_in_chunks(
-        voice.nar, ids, codes, whole[0], how.filling, Chunking(), voice.ar.config.group
-    )
+        lambda unfilled: fill_in(voice.nar, unfilled, how.filling),
+        Unfilled(ids, codes, whole[0]), Chunking(), voice.ar.config.group,
+    )  # fmt: skip
     wave = voice.codec.decode([filled])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
     assert np.abs(heard - expected).max() <= 2
