@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import soundfile
 from ray import serve
 
@@ -57,6 +58,9 @@ BURST = 150
 """Requests at once: more than slots and queue hold."""
 
 BURST_EVERY = 500
+
+SPEAKING = 0.3
+"""Share of a core from which on the AR replica counts as speaking."""
 
 
 def bad_requests() -> Bad:
@@ -203,8 +207,16 @@ async def fire(
     return outcome
 
 
+async def _share_of_core(process: psutil.Process, seconds: float = 0.1) -> float:
+    """What a process uses of a core, for a moment."""
+    before = process.cpu_times()
+    await asyncio.sleep(seconds)
+    after = process.cpu_times()
+    return (after.user + after.system - before.user - before.system) / seconds
+
+
 async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
-    """SIGKILL to the AR replica in the middle of everything."""
+    """SIGKILL to the AR replica while it speaks."""
     outcomes: list[tuple[float, bool]] = []
     keys = list(truth)
     stop = time.perf_counter() + 40
@@ -225,13 +237,16 @@ async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
 
     running = [asyncio.create_task(work(number)) for number in range(clients)]
     await asyncio.sleep(8)
-    killed = time.perf_counter()
     process = replicas("AR")[0]  # there is one: `max_replicas`
+    while (used := await _share_of_core(process)) < SPEAKING:
+        pass
+    killed = time.perf_counter()
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.gather(*running)
     after = [moment for moment, good in outcomes if good and moment > killed + 0.5]
     return {
         "before_the_kill": sum(good for moment, good in outcomes if moment <= killed),
+        "core_used_when_killed": round(used, 2),
         "failed": sum(not good for _, good in outcomes),
         "seconds_until_one_succeeds": round(min(after) - killed, 1) if after else None,
         "succeeded_afterwards": len(after),

@@ -23,10 +23,17 @@ pytestmark = [
 
 
 @pytest.fixture
-def page(endpoint: str) -> Iterator[Page]:
-    """The page, ready; whatever it says on the console as an error fails the test."""
+def page(endpoint: str, tmp_path: Path) -> Iterator[Page]:
+    """The page, ready, joe at the microphone; whatever it says on the console as an error fails the
+    test."""
+    said = "The early train was late again, so we walked along the river and talked until dark."
+    (tmp_path / "microphone.wav").write_bytes(wav_bytes(Joe().speak(said, "joe", "en-us")))
     with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        arguments = [
+            "--no-sandbox", "--autoplay-policy=no-user-gesture-required",
+            "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+            f"--use-file-for-fake-audio-capture={tmp_path / 'microphone.wav'}",
+        ]  # fmt: skip
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page()
         wrong: list[str] = []
@@ -94,3 +101,23 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
     expect(page.get_by_role("button", name="Delete voice joe")).to_have_count(0)
     voices = httpx.get(f"{endpoint}/v1/audio/voices").json()["voices"]
     assert [voice["id"] for voice in voices] == ["ann"]
+
+
+def test_a_voice_from_the_microphone(page: Page, endpoint: str) -> None:
+    """Chromium's fake device plays a recording again and again where a microphone would be."""
+    form = page.get_by_role("form", name="Add a voice")
+    form.get_by_role("button", name="Record", exact=True).click()
+    stop = form.get_by_role("button", name="Stop recording")
+    expect(stop).to_have_attribute("aria-pressed", "true")
+    page.wait_for_timeout(4000)
+    stop.click()
+    expect(page.locator("#heard")).to_contain_text("Recorded ")
+    form.get_by_label("Name").fill("me")
+    form.get_by_label("Who agreed").fill("The one who speaks")
+    form.get_by_role("button", name="Add voice").click()
+    expect(page.get_by_label("Voice", exact=True)).to_have_value("me")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    names = [voice["id"] for voice in httpx.get(f"{endpoint}/v1/audio/voices").json()["voices"]]
+    assert names == ["ann", "me"]
+    asked = {"input": "Hello.", "voice": "me", "max_seconds": 1, "response_format": "wav"}
+    assert httpx.post(f"{endpoint}/v1/audio/speech", json=asked, timeout=60).status_code == 200
