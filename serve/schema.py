@@ -23,7 +23,8 @@ class AppArgs(BaseModel):
     """MLflow's address; default: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
 
     voices: str = "data/voices"
-    """Folder of reference recordings; `voice` in a request names one without `.wav`."""
+    """Folder or `s3://` URI of reference recordings, shared by all replicas; `voice` in a request
+    names one without its suffix."""
 
     api_keys: str | None = None
     """File of keys (see `serve/keys.py`); None: everybody may ask."""

@@ -1,12 +1,16 @@
 """The voice store: what is kept, what is refused, and that deleted means gone."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import clusters
 import httpx
 import numpy as np
 import pytest
+from botocore.config import Config
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Message
@@ -30,10 +34,53 @@ def joe() -> Wave:
     return Joe().speak(TEXT, "joe", "en-us")
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """URI of a bucket on an S3 server of its own, spoken to over HTTP."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    port = clusters.free_port()
+    with (tmp_path / "s3.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log
+        )
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        client = boto3.client("s3", config=Config(retries={"max_attempts": 20}))
+        client.create_bucket(Bucket="valle")
+        yield "s3://valle"
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def ann(prompt: Codes) -> About:
     return About(
         seconds=4.5, consent="Ann", created=1, text=TEXT, prompt=pack(prompt), codec="0123abcd"
     )
+
+
+def test_voices_are_kept_in_s3(bucket: str, joe: Wave) -> None:
+    """Two replicas, one bucket: what one adds or deletes, the other sees."""
+    here, there = (VoiceStore(f"{bucket}/some/voices") for _ in range(2))
+    assert there.ids() == []
+    with pytest.raises(VoiceError, match="no voice 'Ann'"):
+        there.read("Ann")
+    prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
+    wave = here.check("Ann", wav_bytes(joe))
+    here.add("Ann", wave, ann(prompt))
+    assert there.ids() == ["Ann"]
+    assert (read(there.read("Ann"), max_seconds=30) == wave).all()
+    assert read_about(there.read("Ann")) == ann(prompt)
+    with pytest.raises(VoiceError, match="there is a voice 'Ann'; delete it first"):
+        there.check("Ann", wav_bytes(joe))
+    there.delete("Ann")
+    assert here.ids() == []
+    with pytest.raises(VoiceError, match="no voice 'Ann'"):
+        here.read("Ann")
 
 
 def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> None:
