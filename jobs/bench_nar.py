@@ -35,10 +35,10 @@ def one_after_the_other(nar: NAR, items: Sequence[Unfilled], how: Filling) -> No
         fill_in(nar, item, how)
 
 
-def in_chunks(filler: Filler, items: Sequence[Unfilled], how: Filling) -> None:
+def in_chunks(filler: Filler, items: Sequence[Unfilled], how: Filling, group: int) -> None:
     """Sentences as they are streamed, one after the other."""
     for item in items:
-        fill_in_chunks(lambda part: filler.fill_in([part], how)[0], item, Chunking(), 1)
+        fill_in_chunks(lambda part: filler.fill_in([part], how)[0], item, Chunking(), group)
 
 
 def alone(filler: Filler, items: Sequence[Unfilled], how: Filling) -> None:
@@ -48,7 +48,7 @@ def alone(filler: Filler, items: Sequence[Unfilled], how: Filling) -> None:
 
 
 def ways_of(
-    nar: NAR, items: Sequence[Unfilled], guided_levels: int
+    nar: NAR, items: Sequence[Unfilled], guided_levels: int, group: int
 ) -> dict[str, Callable[[], object]]:
     """Each way by its name."""
     how = Synthesis().filling
@@ -65,7 +65,7 @@ def ways_of(
         name = f"prompt remembered, {label} guided"
         found[f"{name}, one at a time"] = partial(alone, filler, items, chosen)
         found[f"{name}, together"] = partial(filler.fill_in, items, chosen)
-    found[f"in chunks, {guided_levels} guided"] = partial(in_chunks, filler, items, some)
+    found[f"in chunks, {guided_levels} guided"] = partial(in_chunks, filler, items, some, group)
     return found
 
 
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    nar = registry.load_nar(registry.resolve(arguments.model))
+    bundle = registry.resolve(arguments.model)
+    nar = registry.load_nar(bundle)
     random = np.random.default_rng(0)
     prompt = random.integers(0, CODEBOOK_SIZE, (N_CODEBOOKS, PROMPT_FRAMES)).astype(np.int16)
     items = [
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for _ in range(arguments.sentences)
     ]  # fmt: skip
-    ways = ways_of(nar, items, arguments.guided_levels)
+    group = registry.load_ar(bundle).config.group
+    ways = ways_of(nar, items, arguments.guided_levels, group)
     for run in ways.values():  # warm, prompts read
         run()
     seconds = take_turns(ways, arguments.rounds, "bench_nar")

@@ -168,7 +168,8 @@ class Judge:
         heard = self._voice.encode_prompt(prompt, how)
         codes = fill_in_chunks(
             lambda unfilled: self._filler.fill_in([unfilled], how.filling)[0],
-            Unfilled(ids, heard, whole.codes[0]), Chunking(), self._voice.ar.config.group,
+            Unfilled(ids, heard, whole.codes[0], ended=not whole.hit_limit), Chunking(),
+            self._voice.ar.config.group,
         )  # fmt: skip
         return replace(whole, wave=self._voice.codec.decode([codes])[0], codes=codes)
 

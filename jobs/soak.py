@@ -239,7 +239,8 @@ async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
     await asyncio.sleep(8)
     process = replicas("AR")[0]  # there is one: `max_replicas`
     while (used := await _share_of_core(process)) < SPEAKING:
-        pass
+        if time.perf_counter() > stop - 15:
+            raise RuntimeError("the AR replica never spoke: there was nothing to interrupt")
     killed = time.perf_counter()
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.gather(*running)

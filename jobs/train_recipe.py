@@ -92,7 +92,8 @@ class TrainRecipe:
 
     beginnings: float = 0.25
     """Share of the utterances of which the NAR model is shown, and asked for, only the beginning:
-    for streaming inside a sentence (`chunked`); the paper has none."""
+    for streaming inside a sentence (`chunked`); the paper has none. Batches stay as wide as they
+    were planned, so that `train/padding` rises with it."""
 
     validation_utterances: int = 64
     """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""

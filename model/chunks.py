@@ -43,16 +43,16 @@ def fill_in_chunks(
 ) -> Codes:
     """All codebooks `[8, T]` of a sentence, each chunk filled in as it is known when it is due.
 
-    `group` is what the AR model says at a time: a chunk ends where a group does.
+    `group` is what the AR model says at a time: a chunk ends where a group does. Where the sentence
+    ends at that very frame, that is not known yet, unless it was cut there (it has not `ended`).
     """
     first = whole.first
     spoken: Codes | None = None
-    heard = 0
+    due = 0
     for size in chunking.sizes():
-        heard = min(heard + -(-size // group) * group, len(first))
-        ended = heard == len(first)
-        codes = fill_in(replace(whole, first=first[:heard], spoken=spoken, ended=ended))
-        if ended:
-            return codes
-        spoken = codes[:, : heard - chunking.look_ahead]
+        due += -(-size // group) * group
+        if due > len(first) or (due == len(first) and not whole.ended):
+            return fill_in(replace(whole, spoken=spoken))
+        codes = fill_in(replace(whole, first=first[:due], spoken=spoken, ended=False))
+        spoken = codes[:, : due - chunking.look_ahead]
     raise AssertionError("sizes never end")

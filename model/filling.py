@@ -31,6 +31,10 @@ class Filling:
     seed: int = 0
     """Of sampling, if there is any."""
 
+    def __post_init__(self) -> None:
+        if self.guided_levels < 0:
+            raise ValueError(f"guided_levels: {self.guided_levels} is below 0")
+
 
 @dataclass(frozen=True)
 class Unfilled:
@@ -45,12 +49,13 @@ class Unfilled:
     spoken: Codes | None = None
     """`[8, S]`: the first frames, where they are settled already."""
     ended: bool = True
-    """Whether that is all of it, or the AR model has more to say."""
+    """Whether that says the whole text, or the AR model has more to say, or would have had."""
 
     @property
     def positions(self) -> int:
-        """Of the NAR model's sequence, what is computed anew: the prompt is read once."""
-        return len(self.ids) + len(self.first)
+        """Of the NAR model's sequence, but for two separators: a prompt that was read before is
+        still looked at, and takes memory in each row."""
+        return len(self.ids) + self.prompt.shape[1] + len(self.first)
 
     def expected(self, frames_per_phoneme: float) -> int:
         """Frames of the whole."""
@@ -75,9 +80,12 @@ class Filler:
     """`fill_in` for many at once, by a NAR model that remembers the prompts it has read last."""
 
     def __init__(self, nar: NAR, prompts: int = 8) -> None:
-        """`prompts` are remembered; one of three seconds takes 19 MB of a model of nano's size."""
+        """`prompts` are remembered: of each frame, keys and values of every layer at seven levels,
+        19 MB for three seconds in nano, 155 MB in the paper's size (float32)."""
         self._nar = nar
         self._read: LRUCache[bytes, ReadPrompt] = LRUCache(prompts)
+        # hidden ones differ in length only, and most prompts are as long as they may be
+        self._hidden: LRUCache[tuple[int, int], ReadPrompt] = LRUCache(2)
 
     def fill_in(self, items: Sequence[Unfilled], how: Filling) -> list[Codes]:
         """All codebooks `[8, T]` of each item."""
@@ -90,9 +98,11 @@ class Filler:
         codes = [_codes(item.first, device) for item in items]
         codes = [torch.cat([row[None], row.new_zeros(nar.n_levels, len(row))]) for row in codes]
         generators = [torch.Generator(device).manual_seed(how.seed) for _ in items]
-        guided_levels = how.guided_levels if how.sampling.guided else 0
-        given = [self._prompt(item.prompt, nar.n_levels) for item in items]
-        hidden = [self._hidden(item.prompt, guided_levels) for item in items if guided_levels]
+        guided_levels = min(how.guided_levels, nar.n_levels) if how.sampling.guided else 0
+        given = [self._prompt(item.prompt) for item in items]
+        hidden = [
+            self._hidden_prompt(item.prompt, guided_levels) for item in items if guided_levels
+        ]
         expected = [item.expected(nar.config.frames_per_phoneme) for item in items]
         for level in range(1, nar.config.n_codebooks):
             batch = collate(texts, nothing, codes, expected).to(device)
@@ -108,18 +118,24 @@ class Filler:
                     row[level, : item.spoken.shape[1]] = _codes(item.spoken[level], device)
         return [row.to("cpu", torch.int16).numpy() for row in codes]
 
-    def _prompt(self, prompt: Codes, n_levels: int) -> ReadPrompt:
+    def _prompt(self, prompt: Codes) -> ReadPrompt:
         """A prompt, read now or before."""
-        name = b"%d/" % n_levels + prompt.tobytes()
-        read = self._read.get(name)
-        if read is None:
-            read = self._nar.read_prompt(_codes(prompt, self._nar.heads.device), n_levels)
+        name = prompt.tobytes()
+        if (read := self._read.get(name)) is None:
+            read = self._nar.read_prompt(self._tensor(prompt), self._nar.n_levels)
             self._read[name] = read
         return read
 
-    def _hidden(self, prompt: Codes, n_levels: int) -> ReadPrompt:
+    def _hidden_prompt(self, prompt: Codes, n_levels: int) -> ReadPrompt:
         """A hidden prompt of the same length: what guidance compares with."""
-        return self._prompt(np.full_like(prompt, HIDDEN), n_levels)
+        name = prompt.shape[1], n_levels
+        if (read := self._hidden.get(name)) is None:
+            read = self._nar.read_prompt(self._tensor(np.full_like(prompt, HIDDEN)), n_levels)
+            self._hidden[name] = read
+        return read
+
+    def _tensor(self, codes: Codes) -> Int[Tensor, "Q _"]:
+        return _codes(codes, self._nar.heads.device)
 
 
 def _codes(codes: NDArray[np.int16], device: torch.device) -> Int[Tensor, "*_"]:

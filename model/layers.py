@@ -24,7 +24,7 @@ class Cache(Protocol):
 
     @property
     def causal(self) -> bool:
-        """Whether what is appended is a whole prefix, where no position sees a later one."""
+        """Whether of what is appended, all there is, no position sees a later one."""
 
     def append(
         self, layer: int, key: Tensor, value: Tensor
@@ -38,7 +38,7 @@ class Cache(Protocol):
 
 @dataclass
 class KVCache:
-    """Keys and values of the positions already seen, for decoding one frame at a time."""
+    """Keys and values of the positions already seen, for what comes after them in turn."""
 
     keys: Float[Tensor, "N B H S K"]
     values: Float[Tensor, "N B H S K"]
@@ -165,8 +165,9 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B S D"]:
         """Causal when `visible` is None, else over what each position may see.
 
-        With a cache, `x` holds either a whole prefix (the cache is empty) or one new position.
+        With a cache, which says itself what is seen, `x` is what comes after its contents.
         """
+        assert visible is None or cache is None, "a cache says what is visible"
         # [3, B, H, S, K]; queries and keys are turned together
         parts = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(parts[:2], turn), parts[2]

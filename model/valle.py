@@ -20,7 +20,7 @@ from valle.model.tokens import FRAME_RATE, HOP
 GUIDANCE_SCALE = 1.5
 """Of both models, unless told otherwise."""
 
-GUIDED_LEVELS = 7
+GUIDED_LEVELS = 2
 """Codebooks from the second on that are filled in with guidance, unless told otherwise."""
 
 
@@ -122,9 +122,8 @@ class Voice:
             max_frames=int(how.max_seconds * FRAME_RATE), prefix=None if said is None else said[0],
         )  # fmt: skip
         codes = first.codes.to("cpu", torch.int16).numpy()
-        stored = fill_in(self.nar, Unfilled(ids, prompt, codes), how.filling)
-        if prefix is not None:
-            stored[:, : prefix.shape[1]] = prefix
+        unfilled = Unfilled(ids, prompt, codes, spoken=prefix, ended=not first.hit_limit)
+        stored = fill_in(self.nar, unfilled, how.filling)
         return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)
 
 

@@ -35,6 +35,10 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STATE = "state"
+FORMAT = 2
+"""In 1, prompts of the NAR model saw all there is: its weights mean something else in 2, where a
+prompt sees only itself. AR models are the same in both."""
+
 WORD_ERROR_RATE = "validation/wer"
 """Name of the metric that decides which checkpoint of a run is the best."""
 
@@ -52,6 +56,8 @@ class Description:
     """Of the code that trained it."""
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
+    format: int = 1
+    """What the weights mean; see `FORMAT`."""
 
 
 def describe(
@@ -60,7 +66,7 @@ def describe(
     """A description with this code's phoneme inventory."""
     return Description(
         kind=kind, model=model, codec=codec, inventory=list(INVENTORY),
-        code_version=code_version, recipe=recipe,
+        code_version=code_version, recipe=recipe, format=FORMAT,
     )  # fmt: skip
 
 
@@ -91,9 +97,20 @@ def read(folder: Path) -> Description:
     return description
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
-    """The model of a checkpoint, in evaluation mode, and its description."""
+def load(
+    folder: Path, device: str = "cpu", *, to_train: bool = False
+) -> tuple[AR | NAR, Description]:
+    """The model of a checkpoint, in evaluation mode, and its description.
+
+    Raises ValueError for a NAR model of an earlier format, which would speak badly without a word;
+    `to_train` takes it as a beginning.
+    """
     description = read(folder)
+    if description.kind == "nar" and description.format < FORMAT and not to_train:
+        raise ValueError(
+            f"{folder / CONFIG}: a NAR model of format {description.format}, whose prompt saw more "
+            f"than itself; train it further with this code (`warm_start.nar=...`)"
+        )
     model = create(description.kind, description.model)
     try:
         weights = load_weights(folder, device)
@@ -103,14 +120,14 @@ def load(folder: Path, device: str = "cpu") -> tuple[AR | NAR, Description]:
     return model.to(device).eval(), description
 
 
-def load_from(uri: str, codec: CodecIdentity) -> AR | NAR:
+def load_from(uri: str, codec: CodecIdentity, *, to_train: bool = False) -> AR | NAR:
     """The model of a checkpoint, or of a run's best one, at a path or URI.
 
-    Raises ValueError when it was trained on the codes of another codec.
+    Raises ValueError when it was trained on the codes of another codec, and as `load` does.
     """
     with tempfile.TemporaryDirectory() as name:
         fetch(choose(uri), Path(name) / "model")
-        model, description = load(Path(name) / "model")
+        model, description = load(Path(name) / "model", to_train=to_train)
     codec.check(description.codec, uri)
     return model
 
@@ -120,7 +137,7 @@ def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
 
     Raises ValueError when that is not built as `model` is (dropout apart), or knows another codec.
     """
-    other = load_from(uri, codec)
+    other = load_from(uri, codec, to_train=True)
     if type(other) is not type(model):
         raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
     theirs, ours = asdict(other.config), asdict(model.config)

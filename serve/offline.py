@@ -48,7 +48,12 @@ class Offline:
             except ValueError as error:
                 wrong[request.id] = error
         first = self.first_codebooks(possible)
-        codes = self._fill_in([Unfilled(r.phonemes, r.prompt, first[r.id]) for r in possible])
+        codes = self._fill_in(
+            [
+                Unfilled(r.phonemes, r.prompt, first[r.id], ended=r.id not in self._limited)
+                for r in possible
+            ]
+        )
         waves = self.voice.codec.decode(codes)
         said = {
             request.id: Spoken(wave, code, request.id in self._limited)

@@ -21,7 +21,7 @@ PIECE = 256
 three, where frames come in groups of two."""
 
 BUCKET = 64
-"""A compiled model reads a multiple of this many positions: few shapes, each captured once."""
+"""A compiled model reads a multiple of this many positions: few shapes."""
 
 
 class Reader:
@@ -30,17 +30,17 @@ class Reader:
     def __init__(
         self, model: AR, rows: int, positions: int, *, piece: int = PIECE, compiled: bool = False
     ) -> None:
-        """`positions` is the longest text and prompt. With two `rows`, the second has them
-        hidden."""
+        """`positions` bounds text and prompt. With two `rows`, the second has them hidden."""
         self._model, self._rows, self._piece = model, rows, piece
         self._bucket = BUCKET if compiled else 1
         self._read = torch.compile(model.read, dynamic=True) if compiled else model.read
-        room = -(-positions // self._bucket) * self._bucket
+        room = positions + self._bucket  # what the last piece has too much
         self.kept = KVCache.empty(model.config, rows, room, model.head.weight)
         """What has been read so far."""
-        self._x: Float[Tensor, "R S D"] = model.head.weight.new_empty(rows, 0, model.config.width)
-        self._positions: Float[Tensor, "R S"] = self._x[:, :, 0]
+        self._x = torch.empty(rows, 0, model.config.width, device=model.head.weight.device)
+        self._positions = self._x[:, :, 0]
 
+    @torch.inference_mode()
     def begin(self, request: Request) -> None:
         """Opens a request, of which nothing is read yet."""
         device = self._x.device

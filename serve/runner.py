@@ -1,4 +1,5 @@
-"""The AR model at work on many streams at once: the only part of the engine that touches a device.
+"""The AR model at work on many streams at once; with its reader, all of the engine that touches a
+device.
 
 A tick is `sample`, which draws the next group of frames of every stream, and `advance`, which
 feeds those groups to the model. A request is read by the `reader` before `seat` gives it a slot;

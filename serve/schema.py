@@ -61,7 +61,8 @@ class AppArgs(BaseModel):
     eight times as long as one; a GPU has room for more."""
 
     nar_prompts: int = Field(8, ge=1)
-    """Prompts that a NAR replica remembers having read, 19 MB of memory each for nano."""
+    """Prompts that a NAR replica remembers having read: 19 MB of memory each for nano, 155 MB for
+    the paper's size."""
 
     batch_seconds: float = Field(40.0, gt=0)
     """Padded speech in a batch of the NAR model, which guidance computes twice, or of the codec,
@@ -89,7 +90,7 @@ class AppArgs(BaseModel):
     CPUs with AMX. In bf16 a seed's speech may depend on who is spoken beside it."""
 
     compiled: bool = False
-    """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet); the first
+    """Compiles a step of the AR model, and its reading of texts; steps run, on a GPU as CUDA graphs (not run on one yet); the first
     requests of a replica wait for it. On a CPU it does not pay (jobs/bench_engine.py)."""
 
     max_phonemes: int = Field(1000, ge=10)

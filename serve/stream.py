@@ -18,9 +18,10 @@ from valle.model.codec import Codes
 from valle.model.codec_stream import FIRST, DecoderState
 from valle.model.filling import Unfilled
 from valle.model.sampling import Sampling
+from valle.model.tokens import N_CODEBOOKS
 from valle.model.valle import Synthesis
 from valle.platform import audio
-from valle.serve.calls import result, results
+from valle.serve.calls import ahead, result, results
 from valle.serve.request import Request
 from valle.serve.schema import SpeechRequest
 
@@ -69,7 +70,7 @@ async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
     ar, nar, codec = deployments()
     first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
     # from here on work has been spent on it
-    unfilled = Unfilled(asked.phonemes, asked.prompt, first)
+    unfilled = Unfilled(asked.phonemes, asked.prompt, first, ended=not hit_limit)
     codes = await result(lambda: nar.fill_in.remote(version, unfilled), insist=True)
     wave = await result(lambda: codec.decode.remote(version, codes), insist=True)
     return Piece(wave, len(first), hit_limit)
@@ -79,24 +80,35 @@ async def say_in_chunks(
     version: str, asked: Request, insist: bool, chunking: Chunking
 ) -> AsyncGenerator[Piece]:
     """The sentence while it is being made. Raises as `say_whole` does."""
-    ar, nar, codec = deployments()
-    first = np.zeros(0, np.int16)
-    spoken: Codes | None = None
-    said = 0
+    _, _, codec = deployments()
     state: DecoderState | None = None
+    # the next chunk is filled in while this one is decoded
+    chunks = ahead(_filled(version, asked, insist, chunking), 1)
+    async with aclosing(chunks):
+        async for codes, ended, hit_limit in chunks:
+            if ended and state is None and codes.shape[1] < FIRST:  # too short for a stream
+                wave = await result(partial(codec.decode.remote, version, codes), insist=True)
+            else:
+                decode = partial(codec.decode_next.remote, version, codes, state)
+                wave, state = await result(decode, insist=True)
+            yield Piece(wave, codes.shape[1], hit_limit, ended)
+
+
+async def _filled(
+    version: str, asked: Request, insist: bool, chunking: Chunking
+) -> AsyncGenerator[tuple[Codes, bool, bool]]:
+    """Codes `[8, T]` of each chunk, whether it is the last, and if so because of the limit."""
+    ar, nar, _ = deployments()
+    first = np.zeros(0, np.int16)
+    spoken = np.zeros((N_CODEBOOKS, 0), np.int16)
     talk = ar.options(stream=True).stream
     chunks = results(lambda: talk.remote(version, asked, chunking), insist=insist)
     async with aclosing(chunks):
         async for new, ended, hit_limit in chunks:
             first = np.concatenate([first, new])
-            ready = len(first) if ended else len(first) - chunking.look_ahead
-            unfilled = Unfilled(asked.phonemes, asked.prompt, first, spoken, ended)
+            said, ready = spoken.shape[1], len(first) - (0 if ended else chunking.look_ahead)
+            said_all = ended and not hit_limit
+            unfilled = Unfilled(asked.phonemes, asked.prompt, first, spoken, said_all)
             codes = await result(partial(nar.fill_in.remote, version, unfilled), insist=True)
-            chunk, spoken = codes[:, said:ready], codes[:, :ready]
-            if ended and state is None and ready < FIRST:  # too short for a stream
-                wave = await result(partial(codec.decode.remote, version, chunk), insist=True)
-            else:
-                decode = partial(codec.decode_next.remote, version, chunk, state)
-                wave, state = await result(decode, insist=True)
-            yield Piece(wave, ready - said, hit_limit, ended)
-            said = ready
+            spoken = codes[:, :ready]
+            yield codes[:, said:ready], ended, hit_limit

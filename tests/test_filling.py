@@ -8,6 +8,7 @@ import torch
 from models import random_items, tiny_nar
 from test_models import perturb
 
+from valle.model.chunks import Chunking, fill_in_chunks
 from valle.model.filling import Filler, Filling, Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling, guide
@@ -80,16 +81,50 @@ def test_a_prompt_is_read_once_while_it_is_remembered(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         NAR, "read_prompt", lambda self, prompt, n: (read.append(n), plain(self, prompt, n))[1]
     )
-    filler = Filler(nar, prompts=2)
-    items = unfilled(30, 20, 10)
+    filler = Filler(nar, prompts=1)
+    here, there = unfilled(30)[0], unfilled(30, 30)[1]
     how = Filling(sampling=GUIDED, guided_levels=2)
-    first = filler.fill_in(items[:1], how)[0]
-    assert read == [7, 2], "its own, and hidden for the guided levels"
-    assert (filler.fill_in([items[0]], how)[0] == first).all() and len(read) == 2
-    for item in items:  # each pushes out those before it
-        filler.fill_in([item], how)
-    assert len(read) == 6
-    assert (filler.fill_in([items[0]], how)[0] == first).all() and len(read) == 8
+    first = filler.fill_in([here], how)[0]
+    assert read == [7, 2], "its own, and a hidden one for the guided levels"
+    assert (filler.fill_in([here], how)[0] == first).all() and len(read) == 2
+    filler.fill_in([there], how)  # pushes it out; the hidden one is as long
+    assert read == [7, 2, 7]
+    assert (filler.fill_in([here], how)[0] == first).all() and read == [7, 2, 7, 7]
+
+
+def test_levels_to_guide_are_checked() -> None:
+    nar, item = model(), unfilled(30)[0]
+    with pytest.raises(ValueError, match="guided_levels: -1 is below 0"):
+        Filling(sampling=GUIDED, guided_levels=-1)
+    more, every = (Filling(sampling=GUIDED, guided_levels=n) for n in (9, 7))
+    assert (Filler(nar).fill_in([item], more)[0] == fill_in(nar, item, every)).all()
+
+
+@pytest.mark.parametrize(
+    ("frames", "ended", "known"),
+    [
+        # the last chunk is the one that is told that nothing follows
+        (40, True, [28, 40]), (40, False, [28, 40]),
+        # due at the very end: the AR model has not said yet that it is the end
+        (52, True, [28, 52, 52]), (52, False, [28, 52]),
+    ],
+)  # fmt: skip
+def test_chunks_are_due_as_the_endpoint_hears_them(
+    frames: int, ended: bool, known: list[int]
+) -> None:
+    asked: list[Unfilled] = []
+
+    def fill(item: Unfilled) -> np.ndarray:
+        asked.append(item)
+        return np.full((8, len(item.first)), len(asked), np.int16)
+
+    whole = replace(unfilled(frames)[0], ended=ended)
+    codes = fill_in_chunks(fill, whole, Chunking(), group=2)
+    assert [len(item.first) for item in asked] == known
+    assert [item.ended for item in asked] == [False] * (len(known) - 1) + [ended]
+    settled = [0 if item.spoken is None else item.spoken.shape[1] for item in asked]
+    assert settled == [0] + [size - 12 for size in known[:-1]]
+    assert codes.shape == (8, frames)
 
 
 def test_a_prompt_sees_only_itself() -> None:
