@@ -1,9 +1,9 @@
 """Continuous batching: streams join and leave at every step of the AR model.
 
 Five nouns: a `Request`, the `Scheduler` that says who runs, the cache's `Slots`, the `Reader` that
-takes texts in, and the `Runner` that computes. A step reads at most a piece of one new text (so that those who speak already are
-never held up by more than that), draws the next frames of all streams, and ends those that have
-finished.
+takes texts in, and the `Runner` that computes. A step reads at most a piece of one new text (so
+that those who speak already are never held up by more than that), draws the next frames of all
+streams, and ends those that have finished.
 Whatever runs beside it, a stream says what `model.ar.AR.generate` would have said alone.
 """
 

@@ -90,8 +90,9 @@ class AppArgs(BaseModel):
     CPUs with AMX. In bf16 a seed's speech may depend on who is spoken beside it."""
 
     compiled: bool = False
-    """Compiles a step of the AR model, and its reading of texts; steps run, on a GPU as CUDA graphs (not run on one yet); the first
-    requests of a replica wait for it. On a CPU it does not pay (jobs/bench_engine.py)."""
+    """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet), and its
+    reading of texts; the first requests of a replica wait for it. On a CPU it does not pay
+    (jobs/bench_engine.py)."""
 
     max_phonemes: int = Field(1000, ge=10)
     """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
