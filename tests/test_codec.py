@@ -153,6 +153,8 @@ def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
     assert features.square().mean() == pytest.approx(1.0, rel=1e-4)
 
 
+# whether an entry or two stays empty depends on the number of threads
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_codebooks_start_where_the_vectors_are() -> None:
     """Each book takes up what the ones before it left, and every entry is in use."""
     torch.manual_seed(0)
