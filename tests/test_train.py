@@ -18,7 +18,14 @@ from valle.jobs.train_recipe import Size, TrainRecipe
 from valle.jobs.validation import QuickCheck
 from valle.model.codec import Codec
 from valle.model.sequence import Batch
-from valle.model.training import Optimization, TrainState, draw_levels, drop_conditions, seed_step
+from valle.model.training import (
+    Optimization,
+    TrainState,
+    cut_responses,
+    draw_levels,
+    drop_conditions,
+    seed_step,
+)
 from valle.platform import checkpoint, tracking
 from valle.platform.dataset import TokenDataset
 from valle.platform.sampler import Batching
@@ -80,6 +87,9 @@ def plain_loop(chosen: TrainRecipe, kind: str, home: Path) -> list[float]:
             key = f"{chosen.seed}/{step}/{rank}"
             seed_step(key)
             batch = drop_conditions(batch, key, chosen.condition_dropout)
+            if kind == "nar":
+                per_phoneme = chosen.model.resolve().frames_per_phoneme
+                batch = cut_responses(batch, key, chosen.beginnings, per_phoneme)
             loss = objective.train()(batch, draw_levels(len(batch.frames), 8, key)).loss
             (loss / 2).backward()
             if rank == 0:
