@@ -148,20 +148,21 @@ class Client:
                 self._outcome.wrong.append(f"malformed: {answer.status_code}")
         else:
             leave_after = chance.random() * 0.5 if kind == "cancelled" else None
-            await self._speak(chance.choice(list(self._truth)), leave_after)
+            again_after = await self._speak(chance.choice(list(self._truth)), leave_after)
+            await asyncio.sleep(again_after)
 
     async def burst(self, number: int) -> None:
         """More than can be served, at once: some are, some are told to come again."""
-        kinds = self._outcome.kinds
-        kinds["in a burst"] += BURST
-        before = kinds["refused for now"]
+        self._outcome.kinds["in a burst"] += BURST
         keys = random.Random(number).choices(list(self._truth), k=BURST)
-        await asyncio.gather(*(self._speak(key) for key in keys))
-        refused = kinds["refused for now"] - before
+        waits = await asyncio.gather(*(self._speak(key) for key in keys))
+        refused = sum(again_after > 0 for again_after in waits)
+        self._outcome.kinds["refused in a burst"] += refused
         if not 0 < refused < BURST:
             self._outcome.wrong.append(f"a burst of {BURST}, of which {refused} were refused")
 
-    async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> None:
+    async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> float:
+        """Seconds to wait, where the answer was to come again."""
         text, voice, seed = key
         truth = self._truth[key]
         body = {
@@ -172,15 +173,17 @@ class Client:
             async with asyncio.timeout(leave_after):
                 answer = await self._http.post("/v1/audio/speech", json=body)
         except TimeoutError:
-            return
-        if answer.status_code == 429 and "retry-after" in answer.headers:
+            return 0
+        if answer.status_code == 429 and float(answer.headers.get("retry-after", 0)) > 0:
             self._outcome.kinds["refused for now"] += 1
-        elif answer.status_code != 200:
+            return float(answer.headers["retry-after"])
+        if answer.status_code != 200:
             self._outcome.wrong.append(f"{body}: {answer.status_code} {answer.text[:200]}")
         elif leave_after is None:
             heard = np.frombuffer(answer.content, "<i2").astype(int)
             if len(heard) != len(truth) or np.abs(heard - truth).max() > 2:
                 self._outcome.wrong.append(f"{body}: other samples than offline")
+        return 0
 
 
 async def fire(
@@ -259,7 +262,7 @@ def summary(outcome: Outcome, seconds: float) -> dict[str, Any]:
     names = dict.fromkeys(name for sample in outcome.memory for name in sample)
     return {
         "minutes": round(seconds / 60, 1), "kinds": dict(outcome.kinds),
-        "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:5],
+        "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:20],
         "megabytes": {name: [sample.get(name) for sample in outcome.memory] for name in names},
     }  # fmt: skip
 
