@@ -20,10 +20,10 @@ import httpx
 import numpy as np
 from ray import serve
 
+from valle.jobs.bench_serve import BYTES_A_SECOND
 from valle.jobs.judges import recogniser
 from valle.jobs.replicas import memory
 from valle.jobs.texts import sentences
-from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, registry, settings
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
@@ -31,7 +31,6 @@ from valle.serve.app import build_app
 from valle.serve.run import make_starter_voices
 from valle.serve.schema import AppArgs
 
-BYTES_A_SECOND = 2 * SAMPLE_RATE
 CHARACTERS_A_SECOND = 15
 """About; for the progress bar."""
 
