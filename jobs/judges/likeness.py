@@ -1,7 +1,7 @@
 """Whose voice it is: speaker embeddings, identification, equal error rate.
 
-An encoder is named by `resemblyzer` (the default) or `package.module:Class` for one's own, for
-instance one around WavLM-SV.
+An encoder is named by `resemblyzer` (the default), `wespeaker` (the better judge of the two) or
+`package.module:Class` for one's own, for instance one around WavLM-SV.
 """
 
 from typing import Protocol
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from valle.jobs.judges import JUDGE_RATE
 from valle.jobs.judges.recogniser import load_class
+from valle.jobs.judges.wespeaker import WeSpeaker
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
 from valle.platform.audio import Wave
@@ -55,6 +56,8 @@ def load_encoder(name: str) -> SpeakerEncoder:
     """The encoder that `name` stands for."""
     if name == "resemblyzer":
         return Resemblyzer()
+    if name == "wespeaker":
+        return WeSpeaker()
     built: SpeakerEncoder = load_class(name)()
     return built
 

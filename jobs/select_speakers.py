@@ -1,0 +1,144 @@
+"""Selects the speakers of a corpus that sound natural and unlike each other.
+
+Judges a few recordings of each speaker (`{speaker}/{id}.wav`): predicted opinion score
+(DistillMOS) and speaker embedding (WeSpeaker). Speakers below the score are left out; of the rest,
+best score first, one is taken when it is unlike every speaker taken before. What the measures
+were, and whom each refused speaker resembles, is written beside the selection.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from valle.jobs.judges.likeness import load_encoder
+from valle.jobs.judges.quality import DistillMos
+from valle.platform import audio, recipe, storage
+from valle.platform.progress import progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRecipe:
+    """Which corpus, and where the bounds are."""
+
+    corpus: str
+    """Folder or URI of the recordings, a folder a speaker."""
+
+    out: str
+    """JSON file of the result."""
+
+    recordings: int = 2
+    """How many of each speaker are judged, the longest first."""
+
+    min_distillmos: float = 3.8
+    """Mean opinion score (1 to 5) below which a speaker is left out."""
+
+    max_similarity: float = 0.5
+    """Largest cosine of two selected speakers' embeddings; recordings of one speaker have about
+    0.7, of different speakers about 0.1."""
+
+    keep: tuple[str, ...] = ()
+    """Speakers selected before all others, whatever their score: those a corpus has already."""
+
+    speaker_encoder: str = "wespeaker"
+    """wespeaker, resemblyzer or `package.module:Class`."""
+
+    def __post_init__(self) -> None:
+        if self.recordings < 1:
+            raise ValueError(f"recordings: {self.recordings} is below 1")
+        if not -1 <= self.max_similarity <= 1:
+            raise ValueError(f"max_similarity: {self.max_similarity} is no cosine (-1 to 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the judges say of one speaker."""
+
+    speaker: str
+    distillmos: float
+    embedding: NDArray[np.float32]
+    """Mean of the recordings' embeddings, of length one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a speaker is selected, and why not."""
+
+    speaker: str
+    distillmos: float
+    selected: bool
+    similarity: float
+    """Largest cosine to a speaker selected before it; -1 for the first."""
+    nearest: str | None
+    """The speaker it is most like."""
+
+
+def measure(settings: SelectionRecipe) -> list[Measured]:
+    """The judges' measures of every speaker whose recordings hold a voice."""
+    encoder, quality = load_encoder(settings.speaker_encoder), DistillMos()
+    files = sorted(storage.list_files(settings.corpus, (".wav",)))
+    speakers = [(name, list(paths)) for name, paths in groupby(files, lambda f: f.split("/")[0])]
+    measured = []
+    with progress(total=len(speakers), label="speakers", unit="speaker") as bar:
+        for speaker, paths in speakers:
+            waves = [
+                audio.read(storage.read_bytes(storage.join(settings.corpus, path)), max_seconds=60)
+                for path in paths[: 2 * settings.recordings]
+            ]
+            waves = sorted(waves, key=len, reverse=True)[: settings.recordings]
+            embeddings = [e for wave in waves if (e := encoder.embed(wave)) is not None]
+            if embeddings:
+                mean = np.mean(embeddings, axis=0)
+                score = float(np.mean([quality.score(wave) for wave in waves]))
+                measured.append(
+                    Measured(
+                        speaker=speaker, distillmos=score, embedding=mean / np.linalg.norm(mean)
+                    )
+                )
+            bar.update()
+    return measured
+
+
+def select(measured: Sequence[Measured], settings: SelectionRecipe) -> list[Verdict]:
+    """A verdict a speaker: those to keep first, then by falling score.
+
+    Raises ValueError for a name in `keep` that was not measured.
+    """
+    if absent := set(settings.keep) - {m.speaker for m in measured}:
+        raise ValueError(f"keep: no recordings of {', '.join(sorted(absent))} in the corpus")
+    order = sorted(measured, key=lambda m: (m.speaker not in settings.keep, -m.distillmos))
+    selection: list[Measured] = []
+    verdicts = []
+    for candidate in order:
+        cosines = [float(candidate.embedding @ other.embedding) for other in selection]
+        nearest = int(np.argmax(cosines)) if cosines else None
+        similarity = -1.0 if nearest is None else cosines[nearest]
+        selected = candidate.speaker in settings.keep or (
+            candidate.distillmos >= settings.min_distillmos and similarity < settings.max_similarity
+        )
+        verdicts.append(
+            Verdict(
+                speaker=candidate.speaker, distillmos=round(candidate.distillmos, 2),
+                selected=selected, similarity=round(similarity, 3),
+                nearest=None if nearest is None else selection[nearest].speaker,
+            )
+        )  # fmt: skip
+        if selected:
+            selection.append(candidate)
+    return verdicts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.select_speakers --recipe nano2`."""
+    settings = recipe.parse_arguments(argv, "select_speakers", SelectionRecipe, __doc__ or "")
+    verdicts = select(measure(settings), settings)
+    storage.write_json(settings.out, [asdict(verdict) for verdict in verdicts])
+    selected = [verdict.speaker for verdict in verdicts if verdict.selected]
+    print(f"{len(selected)} of {len(verdicts)} speakers selected -> {settings.out}")
+    print(", ".join(sorted(selected)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Speakers of a corpus: judged, and selected when they are natural and unlike each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from valle.jobs.judges import wespeaker
+from valle.jobs.judges.likeness import load_encoder
+from valle.jobs.judges.wespeaker import WeSpeaker, filterbank
+from valle.jobs.select_speakers import Measured, SelectionRecipe, measure, select
+from valle.jobs.voices import Heart, Joe
+from valle.platform import audio
+
+SETTINGS = SelectionRecipe(corpus="unused", out="unused", min_distillmos=3.0, max_similarity=0.5)
+
+
+def speaker(name: str, distillmos: float, *direction: float) -> Measured:
+    embedding = np.array(direction, np.float32)
+    return Measured(
+        speaker=name, distillmos=distillmos, embedding=embedding / np.linalg.norm(embedding)
+    )
+
+
+def test_the_better_of_two_alike_is_selected() -> None:
+    measured = [
+        speaker("a", 3.5, 1, 0, 0),
+        speaker("like-a", 4.0, 1, 0.2, 0),
+        speaker("other", 3.2, 0, 0, 1),
+        speaker("noisy", 2.9, 0, 1, 0),
+    ]
+    verdicts = {verdict.speaker: verdict for verdict in select(measured, SETTINGS)}
+    assert {name for name, verdict in verdicts.items() if verdict.selected} == {"like-a", "other"}
+    assert verdicts["a"].nearest == "like-a"
+    assert verdicts["a"].similarity == pytest.approx(1 / np.hypot(1, 0.2), abs=1e-3)
+    assert verdicts["noisy"].similarity < 0.5  # refused for its score alone
+
+
+def test_speakers_to_keep_come_first() -> None:
+    measured = [speaker("a", 2.0, 1, 0), speaker("like-a", 4.0, 1, 0.1)]
+    settings = SelectionRecipe(corpus="x", out="x", keep=("a",))
+    assert [(v.speaker, v.selected) for v in select(measured, settings)] == [
+        ("a", True), ("like-a", False),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="keep: no recordings of b in the corpus"):
+        select(measured, SelectionRecipe(corpus="x", out="x", keep=("b",)))
+
+
+def test_bounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="max_similarity: 1.5 is no cosine"):
+        SelectionRecipe(corpus="x", out="x", max_similarity=1.5)
+    with pytest.raises(ValueError, match="recordings: 0 is below 1"):
+        SelectionRecipe(corpus="x", out="x", recordings=0)
+
+
+@pytest.mark.slow
+def test_two_voices_are_told_apart(tmp_path: Path) -> None:
+    text = "The boats came home before the storm had reached the harbour."
+    for folder, engine, voice in (
+        ("joe", Joe(), "joe"), ("joe-again", Joe(), "joe"), ("heart", Heart(), "heart"),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        wave = engine.speak(text, voice, "en-us")
+        (tmp_path / folder / "0.wav").write_bytes(audio.wav_bytes(wave))
+    (tmp_path / "nobody").mkdir()
+    silence = np.zeros(24_000, np.float32)
+    (tmp_path / "nobody" / "0.wav").write_bytes(audio.wav_bytes(silence))
+    settings = SelectionRecipe(corpus=str(tmp_path), out="x", min_distillmos=2.0)
+    measured = measure(settings)
+    assert {m.speaker for m in measured} == {"heart", "joe", "joe-again"}
+    verdicts = {verdict.speaker: verdict for verdict in select(measured, settings)}
+    assert verdicts["heart"].selected
+    assert verdicts["joe"].selected != verdicts["joe-again"].selected
+    assert max(verdicts["joe"].similarity, verdicts["joe-again"].similarity) > 0.8
+
+
+def test_filterbank_is_kaldis() -> None:
+    """A tone is loudest in the band that holds its frequency on Kaldi's mel scale."""
+    hertz = 1000.0
+    samples = (0.1 * np.sin(2 * np.pi * hertz * np.arange(16_000) / 16_000)).astype(np.float32)
+    features = filterbank(samples)
+    assert features.shape == (98, 80)  # windows of 25 ms every 10 ms, none beyond the end
+    mel = lambda f: 1127 * np.log(1 + f / 700)  # noqa: E731
+    centres = np.linspace(mel(20), mel(8000), 82)[1:-1]
+    assert features.mean(0).argmax() == np.abs(centres - mel(hertz)).argmin()
+
+
+def test_a_wheel_without_the_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libmoonshine.so"
+    library.write_bytes(b"\0\0\0\0ORTM but no model")
+    monkeypatch.setattr(wespeaker, "_library", lambda: library)
+    with pytest.raises(ImportError, match="holds no WeSpeaker model.*speaker_encoder=resemblyzer"):
+        WeSpeaker()
+    with pytest.raises(ImportError, match="no WeSpeaker model"):
+        load_encoder("wespeaker")
