@@ -20,7 +20,10 @@ import yaml
 from valle.platform.cluster import CODE_ROOT
 
 RECIPES = CODE_ROOT / "jobs" / "recipes"
-SECTIONS = ("corpus", "prepare", "codec", "train", "evaluate", "publish", "export", "synthesize")
+SECTIONS = (
+    "corpus", "select_speakers", "prepare", "codec", "quantizer", "train", "evaluate", "publish",
+    "export", "synthesize",
+)  # fmt: skip
 
 Section = TypeVar("Section")
 

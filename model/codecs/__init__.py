@@ -1,0 +1,1 @@
+"""Codecs beside EnCodec: nano 2, which codes the features of a vocoder."""
