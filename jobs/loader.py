@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from valle.model.sequence import Batch, collate
-from valle.model.tokens import FRAME_RATE
 from valle.model.training import TrainState
 from valle.platform import sampler
 from valle.platform.dataset import TokenDataset
@@ -30,8 +29,9 @@ class Loader:
         is drawn between `shortest_prompt` and `prompt_seconds`; None: it never varies. An epoch
         has at most `utterances_per_speaker` of each; None: all."""
         self.dataset = dataset
-        self.prompt_frames = int(prompt_seconds * FRAME_RATE)
-        self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * FRAME_RATE)
+        frame_rate = dataset.manifest.codec.frame_rate
+        self.prompt_frames = int(prompt_seconds * frame_rate)
+        self.shortest_prompt_frames = int((shortest_prompt or prompt_seconds) * frame_rate)
         self.seed = seed
         self._speakers, self._at_most = dataset.speakers(), utterances_per_speaker
         self._prompts = Prompts(self._speakers)

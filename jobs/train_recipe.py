@@ -31,6 +31,9 @@ class Size:
     group: int | None = None
     """Frames per step of the AR model, instead of 1; the NAR model takes no notice of it."""
 
+    frames_per_phoneme: float | None = None
+    """Instead of the preset's 4, which is about right at 75 frames a second."""
+
     def resolve(self) -> ModelConfig:
         """The architecture."""
         if self.size not in SIZES:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from valle.model.codec import CodecIdentity, Codes
 from valle.model.text import INVENTORY
-from valle.model.tokens import FRAME_RATE
 from valle.platform import storage
 
 VERSION = 1
@@ -112,9 +111,9 @@ def write_manifest(
         inventory=list(INVENTORY),
         shards=sorted(shards, key=lambda s: s.name),
         utterances=sum(s.utterances for s in shards),
-        hours=round(sum(s.frames for s in shards) / FRAME_RATE / 3600, 4),
-        hours_by_speaker=statistics.hours(statistics.by_speaker),
-        hours_by_language=statistics.hours(statistics.by_language),
+        hours=round(sum(s.frames for s in shards) / codec.frame_rate / 3600, 4),
+        hours_by_speaker=hours(statistics.by_speaker, codec.frame_rate),
+        hours_by_language=hours(statistics.by_language, codec.frame_rate),
     )
     storage.write_json(storage.join(uri, "dataset.json"), asdict(manifest))
     return manifest
@@ -134,10 +133,10 @@ class Statistics:
             for row in grouped.to_pylist():
                 sums[row[column]] = sums.get(row[column], 0) + row["frames_sum"]
 
-    @staticmethod
-    def hours(frames: dict[str, int]) -> dict[str, float]:
-        """Frames as hours, by name."""
-        return {name: round(n / FRAME_RATE / 3600, 4) for name, n in sorted(frames.items())}
+
+def hours(frames: dict[str, int], frame_rate: int) -> dict[str, float]:
+    """Frames as hours, by name."""
+    return {name: round(n / frame_rate / 3600, 4) for name, n in sorted(frames.items())}
 
 
 def read_manifest(uri: str) -> Manifest:
