@@ -5,13 +5,14 @@ since the frame before (88 values), and how the prediction residual agrees with 
 period (224 values). Layers of one frame each, two causal convolutions over period and time and a
 GRU lead to scores of 180 pitches, sixty an octave.
 
-The layers' weights are 8-bit integers, and so is what they multiply: inputs in [-1, 1] are rounded
-to 127ths, as in libopus, whose answers are thereby met to the last bin. Products of integers are
-exact in float32: a frame's answer does not depend on the batch.
+The layers' weights are 8-bit integers, and what they multiply, within [-1, 1], is rounded to 127ths
+as in libopus, so that two pitches which are about as likely are decided alike (but for libopus'
+approximate tanh). Sums of such products are exact in float32, in any order and batch.
 
 Legend: B batch, T frames, P periods, everything at 16 kHz.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -171,5 +172,4 @@ def voicing(frames: Float[Tensor, "B T N"], pitch: Float[Tensor, "B T"]) -> Floa
     past = frames.gather(-1, begin + torch.arange(HOP, device=frames.device))
     both = (now * past).sum(-1)
     cosine = both / torch.sqrt(1 + now.square().sum(-1) * past.square().sum(-1))
-    five = torch.tensor(5.0, device=frames.device)
-    return F.softplus(5 * cosine) / F.softplus(five) - 0.5
+    return F.softplus(5 * cosine) / math.log1p(math.exp(5)) - 0.5
