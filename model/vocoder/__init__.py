@@ -1,0 +1,1 @@
+"""FARGAN, the vocoder of libopus: features of a recording, and the wave of features."""

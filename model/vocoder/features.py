@@ -1,0 +1,205 @@
+"""The twenty numbers every 10 ms from which FARGAN, libopus' vocoder, speaks.
+
+Of a frame: 18 cepstra of the power in Bark-like bands up to 8 kHz, pitch and voicing. Computed as
+libopus 1.6.1 does, for batches of whole recordings.
+
+Time. Frame t, counted from 0, describes samples 160 t - 80 to 160 t + 80 of the recording at
+16 kHz: its pitch and voicing are theirs, compared with up to 256 samples before; its spectrum is
+seen through a window from 160 t - 160 to 160 t + 160, with the same centre. So a frame needs
+80 samples, 5 ms, after those that it describes, and nothing later. Before the recording there is
+silence. Frames are those whose window ends within the recording.
+
+FARGAN, given frames one by one, answers frame t with the samples that frame t - 1 describes:
+160 t - 240 to 160 t - 80. The wave libopus' demo makes of the features (it leaves out the first 80
+samples, which lie before the recording, and repeats the last frame) is therefore in time with the
+recording, sample for sample, and T * 160 samples long. Live, a sample is heard 15 to 25 ms after
+it was spoken.
+
+Legend: B batch, N samples, T = N // 160 frames.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import soxr
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from valle.model import batches
+from valle.model.vocoder import pitch, prediction
+from valle.model.vocoder.pitch import PitchNet
+from valle.model.vocoder.prediction import HOP, ORDER
+
+Wave = NDArray[np.float32]
+"""Mono samples in [-1, 1], shape [samples]."""
+Features = NDArray[np.float32]
+"""Shape [T, 20]."""
+
+SAMPLE_RATE = 16_000
+N_BANDS = 18
+PITCH, VOICING = 18, 19
+"""Places of pitch and voicing, behind the cepstra."""
+N_FEATURES = 20
+PRE_EMPHASIS = 0.85
+WEIGHTS = "pitch.safetensors"
+"""File of the pitch network in a vocoder's folder."""
+
+_WINDOW = 2 * HOP
+_EDGES = (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 136, 160)
+"""Centres of the bands, in steps of 50 Hz."""
+_FULL_SCALE = 32_768  # libopus computes on samples of 16 bits
+_BLOCK_FRAMES = 2_000  # of all recordings together, that are analysed at once
+_CONTEXT = 10  # frames before a block on which it depends, with two to spare
+_LEAST_BLOCK = 5 * _CONTEXT  # the context is computed twice
+_BATCH_SAMPLES = 16 * 10 * SAMPLE_RATE
+
+
+class FeatureExtractor(nn.Module):
+    """Computes vocoder features `[B, T, 20]` of waves `[B, N]` at 16 kHz in [-1, 1]."""
+
+    window: Tensor
+    bands: Tensor
+    cosines: Tensor
+    autocorrelation: Tensor
+
+    def __init__(self, pitch_net: PitchNet) -> None:
+        super().__init__()
+        self.pitch_net = pitch_net
+        for name, array in _constants().items():
+            self.register_buffer(name, torch.from_numpy(array).float(), persistent=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "FeatureExtractor":
+        """With the pitch network whose weights lie in a vocoder's folder, `WEIGHTS`."""
+        return cls(PitchNet.load(folder / WEIGHTS))
+
+    def extract(self, waves: Sequence[Wave], sample_rate: int) -> list[Features]:
+        """Features `[T, 20]` of each recording of any rate, T = ceil(seconds * 100).
+
+        Recordings are resampled one by one, completed with silence to whole frames and computed
+        in batches of like lengths. Raises ValueError for an empty one.
+        """
+        resampled = [_at_16_khz(wave, sample_rate) for wave in waves]
+        sizes = [len(wave) for wave in resampled]
+        if 0 in sizes:
+            raise ValueError(f"waves[{sizes.index(0)}]: no samples at {SAMPLE_RATE} Hz")
+        answers: list[Features] = [np.zeros((0, N_FEATURES), np.float32)] * len(waves)
+        for group in batches.by_length(sizes, _BATCH_SAMPLES):
+            frames = [-(-sizes[index] // HOP) for index in group]
+            batch = np.zeros((len(group), max(frames) * HOP), np.float32)
+            for row, index in enumerate(group):
+                batch[row, : sizes[index]] = resampled[index]
+            features = self(torch.from_numpy(batch).to(self.window.device)).cpu().numpy()
+            for row, index in enumerate(group):
+                answers[index] = features[row, : frames[row]].copy()
+        return answers
+
+    @torch.no_grad()
+    def forward(
+        self, wave: Float[Tensor, "B N"], block_frames: int | None = None
+    ) -> Float[Tensor, "B T F"]:
+        """Features of every whole frame of 160 samples.
+
+        Recordings of unequal length are padded at their ends with anything: what comes later does
+        not reach a recording's first N // 160 frames. Memory is bounded by `block_frames`, frames
+        of each recording that are analysed at once (by default 2,000 over B, but 50 or more); they
+        change no value. Raises ValueError for less than a frame of samples and for samples that
+        are not finite.
+        """
+        rows, n_samples = wave.shape
+        n_frames = n_samples // HOP
+        if not rows or not n_frames:
+            raise ValueError(f"wave: {rows} recordings of {n_samples} samples, need at least {HOP}")
+        if not torch.isfinite(wave).all():
+            raise ValueError("wave: samples that are NaN or infinite")
+        wave = wave[:, : n_frames * HOP].float() * _FULL_SCALE
+        emphasised = wave - PRE_EMPHASIS * F.pad(wave, (1, 0))[:, :-1]
+        emphasised = F.pad(emphasised, (HOP, 0))  # the silence in the first window
+
+        state = emphasised.new_zeros(rows, self.pitch_net.width)
+        blocks = []
+        step = block_frames or max(_LEAST_BLOCK, _BLOCK_FRAMES // rows)
+        for begin in range(0, n_frames, step):
+            first = max(0, begin - _CONTEXT)
+            end = min(begin + step, n_frames)
+            block, state = self._block(
+                emphasised[:, first * HOP : (end + 1) * HOP], begin - first, state
+            )
+            blocks.append(block)
+        return torch.cat(blocks, dim=1)
+
+    def _block(
+        self, samples: Float[Tensor, "B N"], context: int, state: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B D"]]:
+        """Features of frames after the first `context` ones, and the pitch network's state.
+
+        `samples` begin one frame before the first, which sees nothing earlier.
+        """
+        windows = samples.unfold(-1, _WINDOW, HOP) * self.window
+        spectrum = torch.fft.rfft(windows)[..., :HOP] / _WINDOW
+        levels = self._levels(spectrum)
+        cepstra = levels @ self.cosines
+        cepstra[..., 0] -= 4
+
+        # the residual lies in the middle of the window: half a frame before the newest sample
+        power = 10**levels
+        weights = prediction.predictors(power @ self.autocorrelation)
+        aligned = samples[:, HOP // 2 - ORDER :].unfold(-1, ORDER + HOP, HOP)
+        residual = prediction.residual(aligned, weights)
+        excitation = prediction.with_past(prediction.excitation(residual))
+        low = prediction.with_past(prediction.low_passed(residual))[:, context:]
+
+        observed = self.pitch_net.observe(pitch.phases(spectrum), pitch.correlations(excitation))
+        tone, state = self.pitch_net.decide(observed[:, context:], state)
+        tail = torch.stack([tone, pitch.voicing(low, tone)], dim=-1)
+        return torch.cat([cepstra[:, context:], tail], dim=-1), state
+
+    def _levels(self, spectrum: Tensor) -> Float[Tensor, "B T K"]:
+        """Logarithms (base 10) of the bands' power, smoothed upwards in frequency.
+
+        A band lies at most 8 below the loudest band under it and at most 2.5 below the band
+        before it.
+        """
+        power = (spectrum.real.square() + spectrum.imag.square()) @ self.bands
+        levels = torch.log10(1e-2 + power)
+        loudest = follow = torch.full_like(levels[..., 0], -2)
+        for band in range(N_BANDS):
+            falling = follow - 2.5
+            level = torch.maximum(torch.maximum(levels[..., band], falling), loudest - 8)
+            loudest, follow = torch.maximum(loudest, level), torch.maximum(falling, level)
+            levels[..., band] = level
+        return levels
+
+
+def _at_16_khz(wave: Wave, sample_rate: int) -> Wave:
+    """`wave` at the vocoder's rate, by soxr's polyphase filters of 20 bits; no delay."""
+    if sample_rate == SAMPLE_RATE:
+        return wave
+    return soxr.resample(wave, sample_rate, SAMPLE_RATE).astype(np.float32)
+
+
+@functools.cache
+def _constants() -> dict[str, NDArray[np.float64]]:
+    """The analysis' window and matrices."""
+    quarter = np.sin(0.5 * np.pi * (np.arange(HOP) + 0.5) / HOP)
+    half = np.sin(0.5 * np.pi * quarter**2)  # Vorbis' window
+    triangles = prediction.interpolation(_EDGES, HOP)
+    bands = triangles.T.copy()
+    bands[:, [0, -1]] *= 2  # the outer bands are half triangles
+    index = np.arange(N_BANDS)
+    cosines = np.cos(np.pi * np.outer(index + 0.5, index) / N_BANDS) * np.sqrt(2 / N_BANDS)
+    cosines[:, 0] *= np.sqrt(0.5)
+    # from the power in a band to its mean; the last two are libopus' own numbers
+    steps = np.diff(_EDGES) / 4
+    widths = np.array([1.25, *((steps[1:] + steps[:-1]) / 2), 5.75])
+    return {
+        "window": np.concatenate([half, half[::-1]]),
+        "bands": bands,
+        "cosines": cosines,
+        "autocorrelation": prediction.autocorrelation_of_bands(_EDGES, HOP) / widths[:, None],
+    }
