@@ -9,18 +9,21 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from valle.model.codecs import storage as codec_storage
 from valle.model.codecs.quantizer import FEATURE_RATE, Quantizer, QuantizerConfig
-from valle.platform import recipe, storage
+from valle.model.tokens import SAMPLE_RATE
+from valle.model.vocoder.features import FeatureExtractor
+from valle.model.vocoder.weights import SHIPPED
+from valle.platform import audio, recipe, storage
 from valle.platform.progress import progress
 
 PITCH, VOICING = 18, 19
@@ -31,11 +34,14 @@ PITCH, VOICING = 18, 19
 class QuantizerRecipe:
     """What to learn from, and for how long."""
 
-    features: str
-    """Safetensors file of features: `{speaker}/{id}` -> float32 `[S, 20]`."""
+    corpora: tuple[str, ...]
+    """Folders or URIs of recordings, a folder a speaker: `{speaker}/{id}.wav`."""
 
     out: str
     """Folder of the weights, `config.json` and `training.jsonl`."""
+
+    recordings_per_speaker: int = 60
+    """At most so many of each speaker are read."""
 
     held_out_speakers: tuple[str, ...] = ()
     """Speakers whose error is measured and who are not learnt from."""
@@ -83,6 +89,26 @@ class QuantizerRecipe:
     """Crops and first weights."""
 
 
+def read_features(settings: QuantizerRecipe) -> dict[str, NDArray[np.float32]]:
+    """Vocoder features `[S, 20]` of the corpora's recordings, by `{speaker}/{id}`."""
+    extractor = FeatureExtractor.load(SHIPPED.parent)
+    files = [
+        (storage.join(corpus, path), path)
+        for corpus in settings.corpora
+        for path in sorted(storage.list_files(corpus, (".wav",)))
+    ]
+    features = {}
+    with progress(total=len(files), label="features", unit="recording") as bar:
+        for _, group in groupby(files, lambda file: file[1].split("/")[0]):
+            recordings = list(group)
+            for number, (uri, path) in enumerate(recordings):
+                if number < settings.recordings_per_speaker:
+                    wave = audio.read(storage.read_bytes(uri), max_seconds=60)
+                    features[path] = extractor.extract([wave], SAMPLE_RATE)[0]
+                bar.update()
+    return features
+
+
 class Crops:
     """Random crops of recordings, all speakers alike."""
 
@@ -96,7 +122,7 @@ class Crops:
         self._speakers = sorted(self._by_speaker)
         if not self._speakers:
             raise ValueError(
-                f"features: no recording is as long as crop_seconds ({settings.crop_seconds:g})"
+                f"corpora: no recording is as long as crop_seconds ({settings.crop_seconds:g})"
             )
 
     def draw(self, count: int, generator: np.random.Generator) -> Tensor:
@@ -136,7 +162,7 @@ def train(settings: QuantizerRecipe) -> dict[str, Any]:
     """Trains from nothing and writes `out`; returns the last line of the log."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    recordings = load_file(settings.features)
+    recordings = read_features(settings)
     held_out = {
         n: f for n, f in recordings.items() if n.split("/")[0] in settings.held_out_speakers
     }

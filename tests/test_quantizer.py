@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from valle.jobs.quantizer import QuantizerRecipe, reconstruction_error, train
 from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
 from valle.model.codecs.storage import load_quantizer, save_quantizer
+from valle.platform import audio
 
 RATES = (100, 75, 50, 25)
 
@@ -95,16 +95,19 @@ def test_pitch_counts_where_there_is_a_voice() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> QuantizerRecipe:
-    """A short training on smooth noise, whose neighbouring frames are alike."""
+    """A short training on tones that glide, by four speakers of which one is held out."""
     folder = tmp_path_factory.mktemp("quantizer")
     generator = np.random.default_rng(0)
-    recordings = {}
+    seconds = np.arange(3 * 24_000) / 24_000
     for name in ("a/0", "a/1", "b/0", "c/0"):
-        steps = generator.normal(size=(300, 20)).astype(np.float32)
-        recordings[name] = np.cumsum(steps, axis=0) * 0.1
-    save_file(recordings, folder / "features.safetensors")
+        low, high = generator.uniform(100, 300, 2)
+        phase = 2 * np.pi * np.cumsum(low + (high - low) * seconds / 3) / 24_000
+        wave = sum(np.sin(k * phase) / k for k in range(1, 9)) * 0.2
+        path = folder / "corpus" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(audio.wav_bytes(wave.astype(np.float32)))
     settings = QuantizerRecipe(
-        features=str(folder / "features.safetensors"), out=str(folder / "out"),
+        corpora=(str(folder / "corpus"),), out=str(folder / "out"),
         held_out_speakers=("c",), steps=60, unquantised_steps=20, batch=4, log_every=20,
         save_every=30, threads=1,
         quantizer=QuantizerConfig(
