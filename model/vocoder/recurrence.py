@@ -5,8 +5,7 @@ operation costs before it computes, which is a third of PyTorch's in numpy with 
 allocated before. Arrays are laid out `[width, B]`: parts of them are contiguous, products are
 written where they are read next, and one stream and sixteen are the same code.
 
-A sigmoid is half of `1 + tanh(x / 2)`. The halves are multiplied into the weights beforehand
-(exactly, being powers of two), so gates here are twice as large as they are named.
+Gates are twice as large as they are named, see `gru`; what reads them has halved weights.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,16 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from valle.model.vocoder.gru import HALF, ONE, Array, Gru
+
 if TYPE_CHECKING:
     from valle.model.vocoder.fargan import Fargan, Memory, Subframes
-
-Array = NDArray[np.float32]
 
 _SUBFRAME = 40
 _PULSE = 44
 _HISTORY = 256
-_ONE = np.float32(1)
-_HALF = np.float32(0.5)
 
 
 class _Dense(NamedTuple):
@@ -42,7 +39,7 @@ class _Dense(NamedTuple):
         """Twice the sigmoid of the layer, whose weights are halved already."""
         self(x, out)
         np.tanh(out, out=out)
-        np.add(out, _ONE, out=out)
+        np.add(out, ONE, out=out)
 
 
 class _GruWeights(NamedTuple):
@@ -140,7 +137,7 @@ class _Workspace:
         self.mixed, self.skip_gate = empty(128), empty(128)
         sources = [self.entered, *outputs]
         self.grus = [
-            _Gru(hidden.T.numpy().copy(), source, output)
+            _GatedGru(hidden.T.numpy().copy(), source, output)
             for hidden, source, output in zip(memory.hidden, sources, outputs, strict=False)
         ]
 
@@ -151,26 +148,20 @@ class _Workspace:
         self.last[:] = samples[end - _SUBFRAME : end]
         x = self.excitation
         np.multiply(x, scale, out=x)
-        np.minimum(x, _ONE, out=x)
-        np.maximum(x, -_ONE, out=x)
+        np.minimum(x, ONE, out=x)
+        np.maximum(x, -ONE, out=x)
 
 
-class _Gru:
-    """State and arrays of one GRU and its gate."""
+class _GatedGru(Gru):
+    """A GRU with its arrays of inputs, and the gate that its output goes through."""
 
     def __init__(self, hidden: Array, source: Array, output: Array) -> None:
-        width, batch = hidden.shape
-        self.hidden = hidden
+        super().__init__(hidden)
         self.source, self.output = source, output
-        self.given = np.empty((len(source) + 2 * _SUBFRAME, batch), np.float32)
+        self.given = np.empty((len(source) + 2 * _SUBFRAME, hidden.shape[1]), np.float32)
         self.from_source, self.pulse, self.last = np.split(
             self.given, [len(source), len(source) + _SUBFRAME]
         )
-        inputs, recurrent = (np.empty((3 * width, batch), np.float32) for _ in range(2))
-        self.inputs, self.recurrent = inputs, recurrent
-        self.gates, self.recurrent_gates = inputs[: 2 * width], recurrent[: 2 * width]
-        self.reset, self.update, self.candidate = np.split(inputs, 3)
-        self.recurrent_candidate = recurrent[2 * width :]
         self.gate = np.empty_like(hidden)
 
     def step(self, weights: _GruWeights, work: _Workspace, index: int) -> None:
@@ -180,18 +171,7 @@ class _Gru:
         self.last[:] = work.last
         np.matmul(weights.inputs, self.given, out=self.inputs)
         np.matmul(weights.recurrent, self.hidden, out=self.recurrent)
-        np.add(self.gates, self.recurrent_gates, out=self.gates)
-        np.tanh(self.gates, out=self.gates)
-        np.add(self.gates, _ONE, out=self.gates)
-        candidate = self.recurrent_candidate
-        np.multiply(candidate, self.reset, out=candidate)
-        np.add(candidate, self.candidate, out=candidate)
-        np.tanh(candidate, out=candidate)
-        # candidate + update * (hidden - candidate)
-        np.subtract(self.hidden, candidate, out=self.hidden)
-        np.multiply(self.hidden, self.update, out=self.hidden)
-        np.multiply(self.hidden, _HALF, out=self.hidden)
-        np.add(self.hidden, candidate, out=self.hidden)
+        self.advance()
         weights.gate.opening(self.hidden, out=self.gate)
         np.multiply(self.hidden, self.gate, out=self.output)
 
@@ -199,9 +179,9 @@ class _Gru:
 def _gru(cell: nn.Module, gate: nn.Module) -> _GruWeights:
     assert isinstance(cell, nn.GRUCell) and isinstance(gate, nn.Linear)
     inputs, recurrent = _array(cell.weight_ih).copy(), _array(cell.weight_hh).copy()
-    inputs[:, :-_SUBFRAME] *= _HALF  # source and pulse came through gates
-    inputs[: 2 * cell.hidden_size] *= _HALF  # sigmoids
-    recurrent *= _HALF  # sigmoids, and the candidate's part came through the reset gate
+    inputs[:, :-_SUBFRAME] *= HALF  # source and pulse came through gates
+    inputs[: 2 * cell.hidden_size] *= HALF  # sigmoids
+    recurrent *= HALF  # sigmoids, and the candidate's part came through the reset gate
     return _GruWeights(inputs, recurrent, _dense(gate, rows=0.5))
 
 
