@@ -68,9 +68,9 @@ class BandwidthState:
     """What a stream keeps between calls of `BandwidthExtension.decode`."""
 
     network: NetworkState
-    filters: tuple[FilterState, FilterState, FilterState]
-    shapings: tuple[ShapingState, ShapingState]
-    resamplers: tuple[Tensor, Tensor, Tensor]
+    filters: tuple[FilterState, ...]
+    shapings: tuple[ShapingState, ...]
+    resamplers: tuple[Tensor, ...]
     """Last samples of the three resamplers' inputs: `[B, 3, 95]`, `[B, 3, 8]`, `[B, 1, K]`."""
 
 
@@ -116,14 +116,14 @@ class BandwidthExtension(nn.Module):
         resamplers = ((self.to_32k, 3), (self.to_48k, 3), (self.to_24k, 1))
         return BandwidthState(
             network=self.network.start(batch),
-            filters=tuple(layer.start(batch) for layer in filters),  # type: ignore[arg-type]
-            shapings=tuple(layer.start(batch) for layer in shapings),  # type: ignore[arg-type]
-            resamplers=tuple(layer.start(batch, n) for layer, n in resamplers),  # type: ignore[arg-type]
+            filters=tuple(layer.start(batch) for layer in filters),
+            shapings=tuple(layer.start(batch) for layer in shapings),
+            resamplers=tuple(layer.start(batch, n) for layer, n in resamplers),
         )
 
     @torch.inference_mode()
     def decode(self, wave: Tensor, state: BandwidthState) -> tuple[Tensor, BandwidthState]:
-        """Speech `[B, N * 3 / 2]`, `DELAY` samples late, of the next `wave` `[B, N]`, and the state.
+        """Speech `[B, N * 3 / 2]`, `DELAY` samples late, of the next `wave` `[B, N]`; the state.
 
         N is a multiple of 160. Chunks decoded in turn are the whole. Raises ValueError for another
         shape.

@@ -1,7 +1,9 @@
 """Layers of the bandwidth extension that work on signals, each with the state of a stream.
 
-B batch, S subframes of 5 ms, L samples of a subframe at the layer's rate, N = S L, C channels. All of them
-are causal. A state is what the layer needs of the past; every call returns the next one.
+All of them are causal. A state is what the layer needs of the past; every call returns the next
+one.
+
+B batch, S subframes of 5 ms, L samples of a subframe at the layer's rate, N = S L, C channels.
 """
 
 import math
@@ -229,12 +231,20 @@ def doubling_taps() -> Tensor:
 def three_halves_taps() -> Tensor:
     """`[3, 10]`: BBWENet's interpolation, three samples for two (the last input is not used)."""
     taps = torch.zeros(3, 10)
-    taps[0, :8] = torch.tensor([0.00576782, -0.01831055, 0.01882935, 0.9328308,
-                                0.09143066, -0.04196167, 0.01296997, -0.00140381])  # fmt: skip
-    taps[1, :8] = torch.tensor([-0.00314331055, 0.0273437500, -0.106414795, 0.364685059,
-                                0.803863525, -0.102233887, 0.0161437988, -0.000122070312])  # fmt: skip
-    taps[2, 1:9] = torch.tensor([-0.00146484, 0.02313232, -0.12072754, 0.7315979,
-                                 0.4621277, -0.12075806, 0.0295105, -0.00326538])  # fmt: skip
+    # fmt: off
+    taps[0, :8] = torch.tensor([
+        0.00576782, -0.01831055, 0.01882935, 0.9328308,
+        0.09143066, -0.04196167, 0.01296997, -0.00140381,
+    ])
+    taps[1, :8] = torch.tensor([
+        -0.00314331055, 0.0273437500, -0.106414795, 0.364685059,
+        0.803863525, -0.102233887, 0.0161437988, -0.000122070312,
+    ])
+    taps[2, 1:9] = torch.tensor([
+        -0.00146484, 0.02313232, -0.12072754, 0.7315979,
+        0.4621277, -0.12075806, 0.0295105, -0.00326538,
+    ])
+    # fmt: on
     return taps
 
 

@@ -16,7 +16,8 @@ gives what is left.
 B batch, T frames, S = 4 T subframes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class FarganState:
     """`[B, 84]`: past samples that the last subframe was given, divided by its gain."""
     samples: Tensor
     """`[B, 256]`: the last samples, before de-emphasis."""
-    hidden: tuple[Tensor, Tensor, Tensor]
+    hidden: tuple[Tensor, ...]
     """Hidden states of the three GRUs, `[B, 160]`, `[B, 128]`, `[B, 128]`."""
     emphasis: Tensor
     """`[B]`: the last sample after de-emphasis."""
@@ -81,7 +82,7 @@ class Memory(NamedTuple):
 
     excitation: Tensor
     samples: Tensor
-    hidden: tuple[Tensor, Tensor, Tensor]
+    hidden: tuple[Tensor, ...]
 
 
 class Fargan(nn.Module):
@@ -102,9 +103,10 @@ class Fargan(nn.Module):
         widths = (192, 160, 128, 128)
         self.grus = nn.ModuleList(
             nn.GRUCell(before + 2 * SUBFRAME, after, bias=False)
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.gates = nn.ModuleList(nn.Linear(width, width) for width in widths[1:])
+        self._widths = widths[1:]
         self.skip = nn.Linear(sum(widths) + 2 * SUBFRAME, 128)
         self.skip_gate = nn.Linear(128, 128)
         self.exit = nn.Linear(128, SUBFRAME)
@@ -150,12 +152,12 @@ class Fargan(nn.Module):
             condition=first.new_zeros(batch, _CONDITION),
             excitation=first.new_zeros(batch, _PULSE + SUBFRAME),
             samples=first.new_zeros(batch, _LONGEST_PERIOD),
-            hidden=tuple(first.new_zeros(batch, gru.hidden_size) for gru in self.grus),  # type: ignore[arg-type]
+            hidden=tuple(first.new_zeros(batch, width) for width in self._widths),
             emphasis=first.new_zeros(batch),
         )
         subframes, state = self._subframes(repeated[:, :1], silence)
         _, memory = self._run(subframes._replace(gain=torch.zeros_like(subframes.gain)), silence)
-        return _with(state, memory, silence.emphasis)
+        return replace(state, **memory._asdict())
 
     @torch.inference_mode()
     def decode(self, features: Tensor, state: FarganState) -> tuple[Tensor, FarganState]:
@@ -174,7 +176,7 @@ class Fargan(nn.Module):
             subframes, state = self._subframes(block, state)
             samples, memory = self._run(subframes, state)
             samples, emphasis = self._de_emphasis(samples, state.emphasis)
-            state = _with(state, memory, emphasis)
+            state = replace(state, emphasis=emphasis, **memory._asdict())
             wave[:, start * FRAME : start * FRAME + samples.shape[1]] = samples
         return wave, state
 
@@ -203,7 +205,7 @@ class Fargan(nn.Module):
                 state = gru(torch.cat([outputs[-1], pulses[:, index], last], 1), hidden[index])
                 states.append(state)
                 outputs.append(_gated(state, gate))
-            hidden = (states[0], states[1], states[2])
+            hidden = tuple(states)
             x = torch.cat([*outputs[1:], outputs[0], pulses[:, 3], last], 1)
             x = _gated(torch.tanh(self.skip(x)), self.skip_gate)
             made.append(torch.tanh(self.exit(x)) * gain)
@@ -220,25 +222,23 @@ class Fargan(nn.Module):
 
     def _subframes(self, features: Tensor, state: FarganState) -> tuple[Subframes, FarganState]:
         """All that does not depend on the samples, and the state with its part of it brought up."""
-        batch, n_frames = features.shape[:2]
         frames = torch.cat([state.frames, self._frames(features)], dim=1)
         windows = torch.cat([frames[:, :-2], frames[:, 1:-1], frames[:, 2:]], dim=2)
         x = torch.tanh(self.frame_conv(windows))
-        conditions = torch.tanh(self.frame_dense2(x)).view(batch, -1, _CONDITION)
+        conditions = (
+            torch.tanh(self.frame_dense2(x)).unflatten(2, (_SUBFRAMES, _CONDITION)).flatten(1, 2)
+        )
         gain = torch.exp(self.gain(conditions)[:, :, 0])
         columns = self.entry.weight.split([_CONDITION, _PULSE + SUBFRAME] * 2, dim=1)
         before = torch.cat([state.condition[:, None], conditions[:, :-1]], dim=1)
         entry = before @ columns[0].T + conditions @ columns[2].T + self.entry.bias
         pitch = torch.cat([state.features[:, None], features[:, :-1]], dim=1)[:, :, _PITCH]
         lags = _lags(_periods(pitch)).repeat_interleave(_SUBFRAMES, dim=1)
-        after = FarganState(
-            features=features[:, -1],
-            frames=frames[:, -2:],
-            condition=conditions[:, -1],
-            excitation=state.excitation,
-            samples=state.samples,
-            hidden=state.hidden,
-            emphasis=state.emphasis,
+        after = replace(
+            state,
+            features=features[:, -1].clone(),
+            frames=frames[:, -2:].clone(),
+            condition=conditions[:, -1].clone(),
         )
         return Subframes(entry, gain, 1 / (1e-5 + gain), lags), after
 
@@ -256,25 +256,12 @@ class Fargan(nn.Module):
         frames = samples.view(len(samples), -1, FRAME) @ self._filter.T
         carried = torch.cat([last[:, None], frames[:, :-1, -1]], dim=1)
         frames = frames + carried[:, :, None] * (_DE_EMPHASIS * self._filter[:, 0])
-        return frames.flatten(1), frames[:, -1, -1]
+        return frames.flatten(1), frames[:, -1, -1].clone()
 
 
 def _check(features: Tensor) -> None:
     if features.ndim != 3 or features.shape[2] != N_FEATURES:
         raise ValueError(f"features: expected [B, T, {N_FEATURES}], got {tuple(features.shape)}")
-
-
-def _with(state: FarganState, memory: Memory, emphasis: Tensor) -> FarganState:
-    """`state` of the network over frames, with `memory` of the one over subframes."""
-    return FarganState(
-        features=state.features,
-        frames=state.frames,
-        condition=state.condition,
-        excitation=memory.excitation,
-        samples=memory.samples,
-        hidden=memory.hidden,
-        emphasis=emphasis,
-    )
 
 
 def _gated(x: Tensor, gate: nn.Module) -> Tensor:

@@ -54,9 +54,10 @@ def run_gru(module: nn.GRU, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     width = module.hidden_size
     halves = torch.ones(3 * width)
     halves[: 2 * width] = 0.5
-    inputs = (x @ module.weight_ih_l0.T + module.bias_ih_l0) * halves
+    weights: dict[str, Tensor] = dict(module.named_parameters())
+    inputs = (x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]) * halves
     given = np.ascontiguousarray(inputs.permute(1, 2, 0).numpy())
-    weight, bias = (0.5 * module.weight_hh_l0).numpy(), (0.5 * module.bias_hh_l0).numpy()
+    weight, bias = ((0.5 * weights[name]).numpy() for name in ("weight_hh_l0", "bias_hh_l0"))
     gru = Gru(np.ascontiguousarray(hidden[0].T.numpy()).copy())
     outputs = np.empty((x.shape[1], width, len(x)), np.float32)
     for step, values in enumerate(given):

@@ -60,9 +60,7 @@ class Recurrence:
         self._entry = np.hstack([past[:, n_condition:], now[:, n_condition:]])
         self._entry_gate = _dense(model.entry_gate, rows=0.5)
         self._pitch_gates = _dense(model.pitch_gates, rows=0.5, columns=0.5)
-        self._grus = [
-            _gru(gru, gate) for gru, gate in zip(model.grus, model.gates, strict=True)
-        ]
+        self._grus = [_gru(gru, gate) for gru, gate in zip(model.grus, model.gates, strict=True)]
         self._skip = _dense(model.skip, columns=0.5, last=1.0)
         self._skip_gate = _dense(model.skip_gate, rows=0.5)
         self._exit = _dense(model.exit, columns=0.5)
@@ -211,4 +209,4 @@ def _positions(lags: Tensor) -> NDArray[np.int64]:
 
 def _out(x: Array) -> Tensor:
     """`[width, B]` as a tensor `[B, width]` of its own."""
-    return torch.from_numpy(np.ascontiguousarray(x.T))
+    return torch.from_numpy(x.T.copy(order="C"))
