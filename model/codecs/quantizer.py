@@ -293,9 +293,14 @@ class Quantizer(nn.Module):
         """The codebooks' entries, summed over the codebooks given."""
         return self.books.decode(codes.transpose(0, 1))
 
-    def decode(self, codes: Int[Tensor, "B Q T"]) -> Float[Tensor, "B S F"]:
-        """Features of all blocks that the frames begin."""
+    def decode(
+        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B S F"]:
+        """Features of all blocks that the frames begin; rows have `lengths` frames, or all T."""
         latents = self.latents(codes)
+        if lengths is not None:  # the look-ahead must see nothing behind a row's end
+            positions = torch.arange(codes.shape[2], device=codes.device)
+            latents = latents * (positions < lengths[:, None])[:, None]
         missing = -latents.shape[2] % self.config.frames_per_block
         return self._restored(self.decoder(F.pad(latents, (0, missing))))
 

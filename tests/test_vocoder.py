@@ -1,0 +1,277 @@
+"""The vocoder: equal to libopus' programs, streamed = whole, batched = single, fast = slow."""
+
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from valle.model.vocoder import bandwidth, fargan
+from valle.model.vocoder.bandwidth import BandwidthExtension
+from valle.model.vocoder.bandwidth_layers import (
+    AdaptiveFilter,
+    Resampler,
+    doubling_taps,
+    halving_taps,
+)
+from valle.model.vocoder.fargan import Fargan, Memory
+from valle.model.vocoder.gru import run_gru
+from valle.model.vocoder.vocoder import HOP, Vocoder, VocoderState
+from valle.model.vocoder.weights import load_weights
+
+GOLDEN = Path(__file__).parent / "golden" / "vocoder_expected.safetensors"
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    """Output of libopus' own programs for a sentence of the voice joe; see the weights' README."""
+    return load_file(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def vocoder() -> Vocoder:
+    return Vocoder.shipped()
+
+
+def several(golden: dict[str, Tensor], n_frames: int) -> Tensor:
+    """Features `[3, n_frames, 20]` of three different stretches of speech."""
+    features = golden["features"]
+    return torch.stack([features[start : start + n_frames] for start in (0, 20, 50)])
+
+
+def test_fargan_makes_the_samples_of_libopus(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    features, expected = golden["features"][None], golden["speech"]
+    state = vocoder.fargan.start(features[:, 0])
+    wave, _ = vocoder.fargan.decode(features[:, 1:], state)
+    assert expected.abs().max() > 0.3
+    torch.testing.assert_close(wave[0], expected, atol=2e-5, rtol=0)
+
+
+def test_bandwidth_extension_makes_the_samples_of_libopus(
+    golden: dict[str, Tensor], vocoder: Vocoder
+) -> None:
+    narrow = golden["narrow"][None].float() / 2**15
+    model = vocoder.bandwidth
+    features, _ = model.network.features(narrow, model.start(1).network)
+    torch.testing.assert_close(
+        features[0, : len(golden["narrow_features"])], golden["narrow_features"], atol=2e-3, rtol=0
+    )
+    wave, _ = model.decode(narrow, model.start(1))
+    # theirs is at 48 kHz, which the same filter halves, written another way
+    taps = halving_taps(63)[0, :-1].double().numpy()
+    wide = golden["wide"].double().numpy() / 2**15
+    expected = np.convolve(wide, taps[::-1])[: len(wide) : 2]
+    assert np.abs(expected).max() > 0.3
+    np.testing.assert_allclose(wave[0].numpy(), expected, atol=1e-4)
+
+
+def test_forward_is_in_time_with_the_recording(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    """The wave that was analysed and the one made from its features peak together."""
+    features = golden["features"][None, :100]
+    narrow = golden["narrow"].float() / 2**15
+    for wave, recording in (
+        (vocoder.fargan(features)[0], narrow),
+        (vocoder.bandwidth(narrow[None])[0, ::3], narrow[::2]),
+    ):
+        lags = range(-60, 61)
+        loudness = [envelope(signal)[100:-100] for signal in (wave, recording)]
+        similar = [float(loudness[0] @ loudness[1].roll(lag)) for lag in lags]
+        assert abs(lags[int(np.argmax(similar))]) <= 16
+
+
+def envelope(signal: Tensor) -> Tensor:
+    """Magnitude, smoothed over 64 samples."""
+    return nn.functional.avg_pool1d(signal.abs()[None], 65, 1, 32)[0]
+
+
+def test_bandwidth_extension_keeps_the_lower_band_in_time(
+    golden: dict[str, Tensor], vocoder: Vocoder
+) -> None:
+    narrow = golden["narrow"].float()[None] / 2**15
+    wide = vocoder.bandwidth(narrow)[0]
+    # what lies below 4 kHz, both at 8 kHz: the spectra's lower parts turned back
+    length = narrow.shape[1] // 2
+    lower = [
+        torch.fft.irfft(torch.fft.rfft(signal)[: length // 2 + 1], length)
+        for signal in (narrow[0], wide)
+    ]
+    spectra = [torch.fft.rfft(signal) for signal in lower]
+    similar = torch.fft.irfft(spectra[0] * spectra[1].conj(), length)
+    assert int(similar.argmax()) == 0
+    cosine = nn.functional.cosine_similarity(lower[0], lower[1], dim=0)
+    assert float(cosine) > 0.98
+    upper = torch.fft.rfft(wide).abs().square()
+    assert float(upper[narrow.shape[1] // 2 :].sum() / upper.sum()) > 1e-6
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 57, 1, 40], [30, 70], [2, 3, 95], [100]])
+def test_chunks_decoded_in_turn_are_the_whole(
+    chunks: list[int], golden: dict[str, Tensor], vocoder: Vocoder
+) -> None:
+    features = several(golden, 70)[:, : sum(chunks)]
+    features = torch.cat([features, features.flip(1)], dim=1)[:, : sum(chunks)]
+    whole = vocoder(features)
+    assert whole.shape == (3, sum(chunks) * HOP) and whole.std() > 0.01
+    state: VocoderState | None = None
+    waves, end = [], 0
+    for n_frames in chunks:
+        start, end = end, end + n_frames
+        last = end == features.shape[1]
+        wave, state = vocoder.decode(features[:, start:end], state, last=last)
+        # the state may go to another process
+        kept = pickle.dumps(state)
+        assert len(kept) < 3 * 40_000
+        state = pickle.loads(kept)
+        waves.append(wave)
+    assert waves[0].shape[1] == max(0, chunks[0] * HOP - 382) or len(chunks) == 1
+    torch.testing.assert_close(torch.cat(waves, dim=1), whole, atol=1e-4, rtol=0)
+
+
+def test_batched_is_one_by_one_and_repeats_itself(
+    golden: dict[str, Tensor], vocoder: Vocoder
+) -> None:
+    features = several(golden, 60)
+    batched = vocoder(features)
+    for row in range(3):
+        torch.testing.assert_close(
+            vocoder(features[row : row + 1])[0], batched[row], atol=1e-4, rtol=0
+        )
+    assert torch.equal(vocoder(features), batched)
+
+
+def test_memory_does_not_grow_with_what_is_decoded_at_once(
+    golden: dict[str, Tensor], vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long inputs go through in blocks; how long blocks are does not matter."""
+    features = several(golden, 70)
+    whole = vocoder(features)
+    lengths: list[int] = []
+    run = vocoder.fargan._recurrence
+    assert run is not None
+    monkeypatch.setattr(fargan, "_BLOCK", 7)
+    monkeypatch.setattr(bandwidth, "_BLOCK", 9)
+    original = Fargan._subframes
+
+    def counted(model: Fargan, block: Tensor, state: fargan.FarganState) -> object:
+        lengths.append(block.shape[1])
+        return original(model, block, state)
+
+    monkeypatch.setattr(Fargan, "_subframes", counted)
+    torch.testing.assert_close(vocoder(features), whole, atol=1e-4, rtol=0)
+    assert max(lengths) == 7
+
+
+def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    features = several(golden, 30)
+    model = vocoder.fargan
+    state = model.start(features[:, 0])
+    with torch.inference_mode():
+        subframes, state = model._subframes(features[:, 1:], state)
+        memory = Memory(state.excitation, state.samples, state.hidden)
+        fast, fast_memory = model._run(subframes, state)
+        slow, slow_memory = model.run_plain(subframes, memory)
+    assert slow.abs().max() > 0.05
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+    for quick, plain in zip(fast_memory.hidden, slow_memory.hidden, strict=True):
+        torch.testing.assert_close(quick, plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(fast_memory.samples, slow_memory.samples, atol=1e-5, rtol=0)
+
+
+def test_gru_in_numpy_is_torchs(vocoder: Vocoder) -> None:
+    torch.manual_seed(0)
+    module = vocoder.bandwidth.network.gru
+    x, hidden = torch.randn(3, 50, 128), torch.randn(1, 3, 128)
+    with torch.inference_mode():
+        for fast, slow in zip(run_gru(module, x, hidden), module(x, hidden), strict=True):
+            torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+
+
+def test_adaptive_filter_is_the_plain_sum() -> None:
+    torch.manual_seed(0)
+    layer = AdaptiveFilter(2, 3, n_taps=5, length=16)
+    signal, latents = torch.randn(2, 2, 48), torch.randn(2, 3, 128)
+    with torch.inference_mode():
+        filtered, _ = layer(signal, latents, layer.start(2))
+        kernels = layer._kernels(latents)
+    padded = nn.functional.pad(signal, (4, 0))
+    for sample in range(48):
+        subframe, position = divmod(sample, 16)
+        kernel = kernels[:, subframe]
+        if position < 8:
+            fade = 0.5 + 0.5 * math.cos(math.pi * (position + 0.5) / 8)
+            past = kernels[:, subframe - 1] if subframe else torch.zeros_like(kernel)
+            kernel = fade * past + (1 - fade) * kernel
+        expected = (kernel * padded[:, None, :, sample : sample + 5]).sum((2, 3))
+        torch.testing.assert_close(filtered[:, :, sample], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_doubling_is_the_recursive_filter() -> None:
+    signal = np.random.default_rng(0).standard_normal(400)
+    sections = (
+        (0.026641845703125, 0.228668212890625, 1 - 0.4036407470703125),
+        (0.104583740234375, 0.3932037353515625, 1 - 0.152496337890625),
+    )
+    expected = np.empty(800)
+    for phase, coefficients in enumerate(sections):
+        values = signal.copy()
+        for a in coefficients:
+            past_in = past_out = 0.0
+            for index, value in enumerate(values):
+                past_out = a * (value - past_out) + past_in
+                past_in = value
+                values[index] = past_out
+        expected[phase::2] = values
+    resampler = Resampler(doubling_taps(), down=1, blocks=40)
+    doubled, _ = resampler(torch.from_numpy(signal).float()[None], resampler.start(1))
+    np.testing.assert_allclose(doubled[0].numpy(), expected, atol=1e-5)
+
+
+def test_de_emphasis_is_the_recursive_filter(vocoder: Vocoder) -> None:
+    torch.manual_seed(0)
+    samples, last = torch.randn(2, 480), torch.randn(2)
+    wave, after = vocoder.fargan._de_emphasis(samples, last)
+    expected = last.clone()
+    for index in range(480):
+        expected = samples[:, index] + 0.85 * expected
+        torch.testing.assert_close(wave[:, index], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_wild_features_stay_finite(vocoder: Vocoder) -> None:
+    """A quantiser's decoder may give a pitch that no recording has."""
+    torch.manual_seed(0)
+    features = 3 * torch.randn(2, 40, 20)
+    features[:, :, 18] = torch.linspace(-9, 9, 40)
+    assert vocoder(features).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (1, 3, 19), (1, 0, 20)])
+def test_features_of_another_shape_are_refused(shape: tuple[int, ...], vocoder: Vocoder) -> None:
+    with pytest.raises(ValueError, match="features: "):
+        vocoder(torch.zeros(shape))
+    with pytest.raises(ValueError, match="features: "):
+        vocoder.fargan(torch.zeros(shape))
+
+
+def test_waves_and_batches_that_do_not_fit_are_refused(vocoder: Vocoder) -> None:
+    model: BandwidthExtension = vocoder.bandwidth
+    with pytest.raises(ValueError, match="even N"):
+        model(torch.zeros(1, 161))
+    with pytest.raises(ValueError, match="N in 160s"):
+        model.decode(torch.zeros(1, 200), model.start(1))
+    with pytest.raises(ValueError, match="a batch of 2, but the state is of 1"):
+        model.decode(torch.zeros(2, 160), model.start(1))
+    state = vocoder.fargan.start(torch.zeros(1, 20))
+    with pytest.raises(ValueError, match="a batch of 2, but the state is of 1"):
+        vocoder.fargan.decode(torch.zeros(2, 1, 20), state)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_weights("fargan", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no network named larynx"):
+        load_weights("larynx")
