@@ -1,30 +1,39 @@
-"""What a codec does to recordings it has never heard: words, quality, use of the codebooks.
+"""What a codec does to recordings it has never heard: words, quality, voice, use of the codebooks.
 
-An independent recogniser reads the original and the reconstruction; DistillMOS scores both.
-Writes `evaluation.json` beside the weights.
+An independent recogniser reads every version of a recording, DistillMOS scores it, and a speaker
+encoder compares its voice with the recording's. The versions: the recording; for nano 2 what its
+vocoder makes of the features unquantised; the codec with each number of codebooks asked for.
+Writes `evaluation.json` beside the weights, or where `--out` says.
 """
 
 import argparse
 import json
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from valle.jobs.codec import codebook_use
+from valle.jobs.judges.likeness import SpeakerEncoder, load_encoder
 from valle.jobs.judges.quality import DistillMos
-from valle.jobs.judges.recogniser import Whisper, word_error_rate
-from valle.model import codec as codecs
+from valle.jobs.judges.recogniser import Recogniser, load_recogniser, word_error_rate
+from valle.model import codec as encodec
+from valle.model.codecs import SpeechCodec, load_codec, nano2
+from valle.model.codecs.nano2 import Nano2
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage
 from valle.platform.progress import progress
 
 MAX_SECONDS = 20.0
 """Longer recordings are skipped: a recogniser's habits, not the codec's, would decide."""
+
+Versions = dict[str, Callable[[list[audio.Wave]], list[audio.Wave]]]
+"""Name of a version to what makes it of the recordings."""
 
 
 def load_recordings(
@@ -44,60 +53,109 @@ def load_recordings(
     return texts, waves
 
 
+def versions(codec: SpeechCodec, n_codebooks: Sequence[int]) -> Versions:
+    """The recording, the vocoder's copy where the codec has a vocoder, and the codec's."""
+    made: Versions = {"recording": lambda waves: waves}
+    if isinstance(codec, Nano2):
+        vocoded = codec.unquantised
+        made["unquantised"] = lambda waves: [vocoded(wave) for wave in waves]
+
+    def coded(count: int) -> Callable[[list[audio.Wave]], list[audio.Wave]]:
+        return lambda waves: codec.decode([codes[:count] for codes in codec.encode(waves)])
+
+    return made | {f"{count} codebooks": coded(count) for count in n_codebooks}
+
+
+class Judges:
+    """A recogniser (or none, for a language it does not read), a speaker encoder, DistillMOS."""
+
+    def __init__(self, recogniser: Recogniser | None, encoder: SpeakerEncoder) -> None:
+        self._recogniser, self._encoder, self._mos = recogniser, encoder, DistillMos()
+
+    def figures(
+        self, texts: list[str], recordings: list[audio.Wave], waves: list[audio.Wave]
+    ) -> dict[str, float]:
+        """Means over one version of the recordings."""
+        scores, cosines, hypotheses = [], [], []
+        for recording, wave in zip(recordings, waves, strict=True):
+            scores.append(self._mos.score(wave))
+            pair = self._encoder.embed(recording), self._encoder.embed(wave)
+            if pair[0] is not None and pair[1] is not None:
+                cosines.append(float(pair[0] @ pair[1]))
+            if self._recogniser is not None:
+                hypotheses.append(self._recogniser.transcribe(wave))
+        figures = {"distillmos": float(np.mean(scores)), "similarity": float(np.mean(cosines))}
+        if self._recogniser is not None:
+            figures["wer"] = word_error_rate(texts, hypotheses)
+        return {name: round(value, 4) for name, value in figures.items()}
+
+
 def evaluate(
-    codec: codecs.Codec, texts: list[str], waves: list[audio.Wave]
-) -> dict[str, float | list[float]]:
-    """Word error rate and DistillMOS before and after, and codebook use."""
-    whisper, mos = Whisper(), DistillMos()
-    codes = codec.encode(waves)
-    rebuilt = codec.decode(codes)
-    heard: dict[str, list[str]] = {"original": [], "reconstruction": []}
-    scores: dict[str, list[float]] = {"original": [], "reconstruction": []}
-    bar = progress(total=len(waves), label="evaluate", unit="recording")
-    for before, after in zip(waves, rebuilt, strict=True):
-        for name, wave in (("original", before), ("reconstruction", after)):
-            heard[name].append(whisper.transcribe(wave))
-            scores[name].append(mos.score(wave))
-        bar.update()
-    bar.close()
+    codec: SpeechCodec,
+    texts: list[str],
+    recordings: list[audio.Wave],
+    judges: Judges,
+    n_codebooks: Sequence[int],
+) -> dict[str, Any]:
+    """Figures of every version, and how much of each codebook is used."""
+    table = {}
+    makers = versions(codec, n_codebooks)
+    with progress(total=len(makers), label="evaluate", unit="version") as bar:
+        for name, make in makers.items():
+            table[name] = judges.figures(texts, recordings, make(recordings))
+            bar.update()
     return {
-        "recordings": len(waves),
-        "seconds": round(sum(len(w) for w in waves) / SAMPLE_RATE, 1),
-        "wer_original": round(word_error_rate(texts, heard["original"]), 4),
-        "wer_reconstruction": round(word_error_rate(texts, heard["reconstruction"]), 4),
-        "distillmos_original": round(float(np.mean(scores["original"])), 3),
-        "distillmos_reconstruction": round(float(np.mean(scores["reconstruction"])), 3),
-        "codebook_use": [round(use, 3) for use in codebook_use(codes)],
+        "recordings": len(recordings),
+        "seconds": round(sum(len(w) for w in recordings) / SAMPLE_RATE, 1),
+        "versions": table,
+        "codebook_use": [round(use, 3) for use in codebook_use(codec.encode(recordings))],
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.evaluate_codec`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--codec", default="nano", help="nano, encodec-24khz, or a path")
+    parser.add_argument("--codec", default="nano", help="nano, nano2, encodec-24khz, or a path")
     parser.add_argument(
         "--recordings", default="data/codec/corpus/asterisk-en",
-        help="folder of English wav + txt the codec was not trained on",
+        help="folder of wav + txt the codec was not trained on",
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=120, help="recordings to judge")
     parser.add_argument("--min-seconds", type=float, default=2.0, help="skip shorter ones")
+    parser.add_argument(
+        "--codebooks", type=int, nargs="+", default=[8], help="the first N of them, for each N"
+    )
+    parser.add_argument(
+        "--recogniser", default="whisper", help="none for a language that it does not read"
+    )
+    parser.add_argument("--speaker-encoder", default="wespeaker", help="or resemblyzer")
+    parser.add_argument("--out", help="JSON file; default: evaluation.json beside the weights")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(2)
-    codec = codecs.load(arguments.codec, cache=settings.read().cache)
+    codec = load_codec(arguments.codec, cache=settings.read().cache)
     texts, waves = load_recordings(arguments.recordings, arguments.count, arguments.min_seconds)
     if not waves:
         parser.exit(2, f"error: no usable recordings in {arguments.recordings}\n")
+    reads = arguments.recogniser != "none"
+    judges = Judges(
+        load_recogniser(arguments.recogniser) if reads else None,
+        load_encoder(arguments.speaker_encoder),
+    )
     report = {
         "codec": codec.identity.name,
         "sha256": codec.identity.sha256,
+        "frame_rate": codec.identity.frame_rate,
         "date": date.today().isoformat(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        **evaluate(codec, texts, waves),
+        "recogniser": arguments.recogniser,
+        "speaker_encoder": arguments.speaker_encoder,
+        **evaluate(codec, texts, waves, judges, arguments.codebooks),
     }
     print(json.dumps(report, indent=2))
-    folder = codecs.NANO_FOLDER if arguments.codec == "nano" else Path(arguments.codec)
-    if folder.is_dir():
-        storage.write_json(str(folder / "evaluation.json"), report)
+    shipped = {"nano": encodec.NANO_FOLDER, "nano2": nano2.FOLDER}
+    folder = shipped.get(arguments.codec, Path(arguments.codec))
+    if arguments.out or folder.is_dir():
+        storage.write_json(arguments.out or str(folder / "evaluation.json"), report)
 
 
 if __name__ == "__main__":
