@@ -79,12 +79,15 @@ class Judges:
         scores, cosines, hypotheses = [], [], []
         for recording, wave in zip(recordings, waves, strict=True):
             scores.append(self._mos.score(wave))
-            pair = self._encoder.embed(recording), self._encoder.embed(wave)
-            if pair[0] is not None and pair[1] is not None:
-                cosines.append(float(pair[0] @ pair[1]))
+            own = self._encoder.embed(recording)
+            if own is not None:
+                copy = self._encoder.embed(wave)
+                cosines.append(0.0 if copy is None else float(own @ copy))  # no voice is left
             if self._recogniser is not None:
                 hypotheses.append(self._recogniser.transcribe(wave))
-        figures = {"distillmos": float(np.mean(scores)), "similarity": float(np.mean(cosines))}
+        figures = {"distillmos": float(np.mean(scores))}
+        if cosines:
+            figures["similarity"] = float(np.mean(cosines))
         if self._recogniser is not None:
             figures["wer"] = word_error_rate(texts, hypotheses)
         return {name: round(value, 4) for name, value in figures.items()}

@@ -103,7 +103,7 @@ def read_features(settings: QuantizerRecipe) -> dict[str, NDArray[np.float32]]:
             recordings = list(group)
             for number, (uri, path) in enumerate(recordings):
                 if number < settings.recordings_per_speaker:
-                    wave = audio.read(storage.read_bytes(uri), max_seconds=60)
+                    wave = audio.read(storage.read_bytes(uri), max_seconds=600)
                     features[path] = extractor.extract([wave], SAMPLE_RATE)[0]
                 bar.update()
     return features

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,7 @@ from valle.model.codecs import nano2
 from valle.model.codecs.nano2 import Nano2
 
 
+@runtime_checkable
 class SpeechCodec(Protocol):
     """A trained codec on a device. Batched equals one by one."""
 

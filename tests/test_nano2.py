@@ -1,0 +1,100 @@
+"""nano 2: recordings to codes and back through a vocoder; the figures a codec is judged by."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from valle.jobs.evaluate_codec import Judges, evaluate
+from valle.jobs.judges.likeness import load_encoder
+from valle.jobs.judges.recogniser import load_recogniser
+from valle.jobs.voices import Heart, Joe
+from valle.model.codec import Codec
+from valle.model.codecs import load_codec
+from valle.model.codecs.nano2 import Nano2
+from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
+from valle.model.codecs.storage import save_quantizer
+from valle.platform.audio import Wave
+
+
+def folder_of(rate: int, folder: Path) -> Path:
+    """An untrained quantiser, small, with features of about the right scale."""
+    torch.manual_seed(0)
+    quantizer = Quantizer(
+        QuantizerConfig(frame_rate=rate, n_codebooks=3, codebook_size=16, dimension=8, width=12)
+    )
+    for name, buffer in quantizer.named_buffers():
+        if name.endswith("embed"):
+            buffer.normal_()
+    quantizer.mean[0], quantizer.mean[18] = -5.0, -0.5
+    quantizer.deviation.fill_(0.3)
+    save_quantizer(quantizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[75, 50, 25])
+def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nano2:
+    return Nano2.load(folder_of(request.param, tmp_path_factory.mktemp("nano2")))
+
+
+@pytest.fixture(scope="module")
+def waves() -> list[Wave]:
+    """Noise that comes and goes, of lengths that are no whole frames."""
+    generator = np.random.default_rng(0)
+    shapes = [np.abs(np.sin(np.arange(n) / 1200)) for n in (9_601, 3_700, 6_000)]
+    return [(generator.normal(size=len(s)) * s * 0.1).astype(np.float32) for s in shapes]
+
+
+def test_lengths_are_whole_frames(codec: Nano2, waves: list[Wave]) -> None:
+    codes = codec.encode(waves)
+    hop = 24_000 // codec.identity.frame_rate
+    assert [item.shape for item in codes] == [(3, -(-len(wave) // hop)) for wave in waves]
+    assert [len(wave) for wave in codec.decode(codes)] == [item.shape[1] * hop for item in codes]
+
+
+def test_batched_is_single(codec: Nano2, waves: list[Wave]) -> None:
+    together = codec.encode(waves)
+    for wave, codes in zip(waves, together, strict=True):
+        np.testing.assert_array_equal(codec.encode([wave])[0], codes)
+    spoken = codec.decode(together)
+    for codes, wave in zip(together, spoken, strict=True):
+        np.testing.assert_allclose(codec.decode([codes])[0], wave, atol=1e-4)
+    pieces = codec.decode(together, batch_seconds=0.1)  # one at a time
+    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(pieces, spoken, strict=True))
+
+
+def test_fewer_codebooks_and_bad_codes(codec: Nano2, waves: list[Wave]) -> None:
+    codes = codec.encode(waves[:1])[0]
+    one = codec.decode([codes[:1]])[0]
+    assert len(one) == len(codec.decode([codes])[0])
+    for wrong in (codes[0], np.concatenate([codes, codes]), codes[:, :0]):
+        with pytest.raises(ValueError, match=r"codes\[0\]: expected \[1..3, T\]"):
+            codec.decode([wrong])
+    for value in (-1, 16):
+        with pytest.raises(ValueError, match=r"codes\[0\]: values must lie in 0 .. 15"):
+            codec.decode([np.full((3, 4), value, np.int16)])
+
+
+def test_loading_by_name_or_folder(tmp_path: Path, tiny_codec_folder: Path) -> None:
+    loaded = load_codec(str(folder_of(50, tmp_path)))
+    assert loaded.identity == Nano2.load(tmp_path).identity
+    assert (loaded.identity.name, loaded.identity.frame_rate) == ("nano2", 50)
+    assert isinstance(load_codec(str(tiny_codec_folder)), Codec)
+    with pytest.raises(ValueError, match="codec mismatch"):
+        load_codec(str(tiny_codec_folder)).identity.check(loaded.identity, "a dataset")
+
+
+@pytest.mark.slow
+def test_the_vocoder_keeps_words_and_voice(tmp_path: Path) -> None:
+    """What the features leave out is little: of the untrained quantiser nothing is left."""
+    text = "The boats came home before the storm had reached the harbour."
+    recordings = [Joe().speak(text, "joe", "en-us"), Heart().speak(text, "heart", "en-us")]
+    judges = Judges(load_recogniser("whisper"), load_encoder("wespeaker"))
+    codec = Nano2.load(folder_of(50, tmp_path))
+    versions = evaluate(codec, [text, text], recordings, judges, [3])["versions"]
+    assert versions["recording"]["similarity"] == pytest.approx(1, abs=1e-3)
+    assert versions["recording"]["wer"] == versions["unquantised"]["wer"] == 0
+    assert versions["unquantised"]["similarity"] > 0.6
+    assert versions["unquantised"]["distillmos"] > versions["recording"]["distillmos"] - 0.8
+    assert versions["3 codebooks"]["similarity"] < 0.4
