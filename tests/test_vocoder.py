@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 
 from valle.model.vocoder import bandwidth, fargan
@@ -20,6 +21,7 @@ from valle.model.vocoder.bandwidth_layers import (
 )
 from valle.model.vocoder.fargan import Fargan, Memory
 from valle.model.vocoder.gru import run_gru
+from valle.model.vocoder.one_thread import one_thread
 from valle.model.vocoder.vocoder import HOP, Vocoder, VocoderState
 from valle.model.vocoder.weights import load_weights
 
@@ -239,6 +241,20 @@ def test_de_emphasis_is_the_recursive_filter(vocoder: Vocoder) -> None:
         expected = samples[:, index] + 0.85 * expected
         torch.testing.assert_close(wave[:, index], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_numpy_has_one_thread_until_all_are_done() -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        first, second = one_thread(), one_thread()
+        with first:
+            assert threads() == {1}
+            second.__enter__()
+        assert threads() == {1}
+        second.__exit__(None, None, None)
+        assert threads() == {2}
 
 
 def test_wild_features_stay_finite(vocoder: Vocoder) -> None:
