@@ -110,12 +110,11 @@ def test_bandwidth_extension_keeps_the_lower_band_in_time(
     assert float(upper[narrow.shape[1] // 2 :].sum() / upper.sum()) > 1e-6
 
 
-@pytest.mark.parametrize("chunks", [[1, 1, 57, 1, 40], [30, 70], [2, 3, 95], [100]])
+@pytest.mark.parametrize("chunks", [[1, 1, 17, 1, 20], [2, 38], [40]])
 def test_chunks_decoded_in_turn_are_the_whole(
     chunks: list[int], golden: dict[str, Tensor], vocoder: Vocoder
 ) -> None:
-    features = several(golden, 70)[:, : sum(chunks)]
-    features = torch.cat([features, features.flip(1)], dim=1)[:, : sum(chunks)]
+    features = several(golden, sum(chunks))
     whole = vocoder(features)
     assert whole.shape == (3, sum(chunks) * HOP) and whole.std() > 0.01
     state: VocoderState | None = None
@@ -136,7 +135,7 @@ def test_chunks_decoded_in_turn_are_the_whole(
 def test_batched_is_one_by_one_and_repeats_itself(
     golden: dict[str, Tensor], vocoder: Vocoder
 ) -> None:
-    features = several(golden, 60)
+    features = several(golden, 25)
     batched = vocoder(features)
     for row in range(3):
         torch.testing.assert_close(
@@ -149,7 +148,7 @@ def test_memory_does_not_grow_with_what_is_decoded_at_once(
     golden: dict[str, Tensor], vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long inputs go through in blocks; how long blocks are does not matter."""
-    features = several(golden, 70)
+    features = several(golden, 25)
     whole = vocoder(features)
     lengths: list[int] = []
     run = vocoder.fargan._recurrence
@@ -168,7 +167,7 @@ def test_memory_does_not_grow_with_what_is_decoded_at_once(
 
 
 def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
-    features = several(golden, 30)
+    features = several(golden, 12)
     model = vocoder.fargan
     state = model.start(features[:, 0])
     with torch.inference_mode():
