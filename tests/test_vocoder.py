@@ -182,6 +182,18 @@ def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Voco
     torch.testing.assert_close(fast_memory.samples, slow_memory.samples, atol=1e-5, rtol=0)
 
 
+def test_other_weights_are_taken_up(golden: dict[str, Tensor]) -> None:
+    features = golden["features"][None, :4]
+    model = Fargan.shipped()
+    before = model(features)
+    weights = model.state_dict()
+    weights["exit.weight"] = torch.zeros_like(weights["exit.weight"])
+    model.load_state_dict(weights)
+    assert not torch.equal(model(features), before)
+    model.load_state_dict(load_weights("fargan"))
+    assert torch.equal(model(features), before)
+
+
 def test_gru_in_numpy_is_torchs(vocoder: Vocoder) -> None:
     torch.manual_seed(0)
     module = vocoder.bandwidth.network.gru
