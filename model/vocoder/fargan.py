@@ -18,7 +18,7 @@ B batch, T frames, S = 4 T subframes.
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,10 @@ class Fargan(nn.Module):
             made.append(torch.tanh(self.exit(x)) * gain)
             samples = torch.cat([samples[:, SUBFRAME:], made[-1]], 1)
         return torch.cat(made, 1), Memory(excitation, samples, hidden)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._recurrence = None  # it holds the weights that were
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _run(self, subframes: Subframes, state: FarganState) -> tuple[Tensor, Memory]:
         memory = Memory(state.excitation, state.samples, state.hidden)

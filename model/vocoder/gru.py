@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from valle.model.vocoder.one_thread import one_thread
+
 Array = NDArray[np.float32]
 
 ONE = np.float32(1)
@@ -60,11 +62,12 @@ def run_gru(module: nn.GRU, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     weight, bias = ((0.5 * weights[name]).numpy() for name in ("weight_hh_l0", "bias_hh_l0"))
     gru = Gru(np.ascontiguousarray(hidden[0].T.numpy()).copy())
     outputs = np.empty((x.shape[1], width, len(x)), np.float32)
-    for step, values in enumerate(given):
-        gru.inputs[:] = values
-        np.matmul(weight, gru.hidden, out=gru.recurrent)
-        np.add(gru.recurrent, bias[:, None], out=gru.recurrent)
-        gru.advance()
-        outputs[step] = gru.hidden
+    with one_thread():
+        for step, values in enumerate(given):
+            gru.inputs[:] = values
+            np.matmul(weight, gru.hidden, out=gru.recurrent)
+            np.add(gru.recurrent, bias[:, None], out=gru.recurrent)
+            gru.advance()
+            outputs[step] = gru.hidden
     result = torch.from_numpy(outputs).permute(2, 0, 1).contiguous()
     return result, result[None, :, -1].clone()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from valle.model.vocoder.gru import HALF, ONE, Array, Gru
+from valle.model.vocoder.one_thread import one_thread
 
 if TYPE_CHECKING:
     from valle.model.vocoder.fargan import Fargan, Memory, Subframes
@@ -76,13 +77,14 @@ class Recurrence:
         samples[:_HISTORY] = memory.samples.T.numpy()
         positions = _positions(subframes.lags)
         work = _Workspace(self._grus, memory, batch)
-        for step in range(n_steps):
-            end = _HISTORY + step * _SUBFRAME
-            work.excite(samples, positions[step], end, scale[step])
-            self._enter(work, entry[step])
-            for index, weights in enumerate(self._grus):
-                work.grus[index].step(weights, work, index)
-            self._leave(work, gain[step], out=samples[end : end + _SUBFRAME])
+        with one_thread():
+            for step in range(n_steps):
+                end = _HISTORY + step * _SUBFRAME
+                work.excite(samples, positions[step], end, scale[step])
+                self._enter(work, entry[step])
+                for index, weights in enumerate(self._grus):
+                    work.grus[index].step(weights, work, index)
+                self._leave(work, gain[step], out=samples[end : end + _SUBFRAME])
         return _out(samples[_HISTORY:]), memory._replace(
             excitation=_out(work.excitation),
             samples=_out(samples[-_HISTORY:]),
