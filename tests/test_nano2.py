@@ -87,14 +87,14 @@ def test_loading_by_name_or_folder(tmp_path: Path, tiny_codec_folder: Path) -> N
 
 @pytest.mark.slow
 def test_the_vocoder_keeps_words_and_voice(tmp_path: Path) -> None:
-    """What the features leave out is little: of the untrained quantiser nothing is left."""
+    """The features leave out little; an untrained quantiser leaves nothing of the voice."""
     text = "The boats came home before the storm had reached the harbour."
     recordings = [Joe().speak(text, "joe", "en-us"), Heart().speak(text, "heart", "en-us")]
     judges = Judges(load_recogniser("whisper"), load_encoder("wespeaker"))
     codec = Nano2.load(folder_of(50, tmp_path))
     versions = evaluate(codec, [text, text], recordings, judges, [3])["versions"]
     assert versions["recording"]["similarity"] == pytest.approx(1, abs=1e-3)
-    assert versions["recording"]["wer"] == versions["unquantised"]["wer"] == 0
+    assert max(versions[name]["wer"] for name in ("recording", "unquantised")) < 0.1
     assert versions["unquantised"]["similarity"] > 0.6
     assert versions["unquantised"]["distillmos"] > versions["recording"]["distillmos"] - 0.8
     assert versions["3 codebooks"]["similarity"] < 0.4
