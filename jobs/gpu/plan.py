@@ -1,0 +1,41 @@
+"""Which phases there are and how long each may take. Imports no torch: the command that starts the
+phases needs none."""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the proof."""
+
+    module: str
+    """File in this folder whose `run` does it."""
+
+    title: str
+
+    seconds: float
+    """Until its last measurement is begun."""
+
+
+PHASES: Final = {
+    "P0": Phase(module="card", title="the card", seconds=15),
+    "P1": Phase(module="truth", title="truth: card = CPU, fast = slow", seconds=50),
+    "P2": Phase(module="parallel", title="DDP and ZeRO 1, 2, 3", seconds=90),
+    "P3": Phase(module="training", title="training steps", seconds=105),
+    "P4": Phase(module="decoding", title="decoding", seconds=115),
+    "P5": Phase(module="codec", title="EnCodec", seconds=40),
+    "P6": Phase(module="filling", title="NAR, memory", seconds=40),
+}
+
+DEFAULT: Final = ("P0", "P1", "P3", "P4")
+DEFAULT_SECONDS: Final = 300.0
+"""All of the default phases, start and end included."""
+
+ALL_SECONDS: Final = 540.0
+"""All of any choice of phases."""
+
+GRACE: Final = 20.0
+"""Seconds that a phase may go on after its time, to end what it had begun; then it is killed."""
+
+SIZES: Final = ("tiny", "nano", "quarter", "half", "full")
