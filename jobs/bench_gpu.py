@@ -15,9 +15,11 @@ command.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -111,7 +113,7 @@ def run_phase(
     scratch: Path, log: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A phase's result, whatever became of its process."""
-    from valle.jobs.gpu.plan import GRACE
+    from valle.jobs.gpu.plan import GRACE, PHASES
 
     path = scratch / f"{phase}.json"
     started = time.time()
@@ -127,8 +129,9 @@ def run_phase(
     begins = log.tell()
     # a session of its own: what it starts (compilers' workers) ends with it
     process = subprocess.Popen(
-        command, cwd=ROOT, env=phase_environment(arguments.device, scratch), stdout=log,
-        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        env={**phase_environment(arguments.device, scratch), **PHASES[phase].environment},
+        start_new_session=True,
     )  # fmt: skip
     try:
         code: int | None = process.wait(limit + GRACE)
@@ -148,12 +151,8 @@ def run_phase(
 
 def end_session(process: "subprocess.Popen[bytes]") -> None:
     """Kills what is left of a phase's own process group, which is never this one."""
-    import signal
-
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all of it had ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all of it had ended
     process.wait()
 
 

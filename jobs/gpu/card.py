@@ -94,7 +94,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         of = torch.cuda.get_device_properties(device)
         about |= {
             "name": of.name, "capability": f"{of.major}.{of.minor}",
-            "multiprocessors": of.multi_processor_count, "gigabytes": round(of.total_memory / 1e9, 1),
+            "multiprocessors": of.multi_processor_count,
+            "gigabytes": round(of.total_memory / 1e9, 1),
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
             "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()), "driver": _driver(),
         }  # fmt: skip

@@ -2,12 +2,15 @@
 
 Each way trains the same model on the same batches as the plain module does: same losses, same
 weights. Saved half way and loaded into a fresh model, four more steps end where the uninterrupted
-run ended: to the last bit on a CPU, to rounding on a card, where sums come in any order.
+run ended: to the last bit on a CPU. On a card it is asked for kernels that repeat to the bit, not
+all of which exist, and held to rounding; AdamW makes steps of full size out of gradients that are
+nothing but rounding (those of the keys' biases), so there weights are compared as a whole.
 """
 
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +36,10 @@ LOSS, BF16_LOSS = 1e-4, 1e-2
 """Relative tolerance of losses, in float32 and of bf16 against it."""
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
-"""Tolerances of weights after ten steps in float32."""
+"""Tolerances of each weight after the steps in float32, without a card."""
+
+NORM = 1e-4
+"""On a card: norm of all differences by the norm of all weights."""
 
 ON_CARD = ModelConfig(width=256, n_heads=4, n_layers=4)
 
@@ -66,6 +72,8 @@ def run(bench: Bench) -> None:
     """All ways, both models, both precisions; compiled last, on a card."""
     backend = "nccl" if bench.on_card else "gloo"
     timing.allow_tf32(matmul=False, convolution=False)
+    if bench.on_card:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group(backend, rank=0, world_size=1)
     bench.record.measurement("process group", backend=dist.get_backend(), workers=1)
     kinds: tuple[Kind, ...] = ("nar", "ar")
@@ -74,22 +82,20 @@ def run(bench: Bench) -> None:
         for bf16 in (False, True):
             for way in WAYS:
                 name = f"{way} {kind} {'bf16' if bf16 else 'fp32'}"
-                bench.record.attempt(
-                    name, lambda n=name, w=way, k=kind, b=bf16, p=plain: judge(bench, n, w, k, b, p)
-                )
+                bench.record.attempt(name, partial(judge, bench, name, way, kind, bf16, plain))
     hindrance = "only on a card" if not bench.on_card else compile_hindrance(bench.device)
     if hindrance is not None:
         bench.record.leave_out("compiled", hindrance)
         return
     for way in ("DDP", "ZeRO-1", "ZeRO-3"):
         name = f"{way} nar compiled"
-        bench.record.attempt(name, lambda n=name, w=way: judge_compiled(bench, n, w), 20)
+        bench.record.attempt(name, partial(judge_compiled, bench, name, way), 20)
 
 
 def judge(
     bench: Bench, name: str, way: str, kind: Kind, bf16: bool, plain: dict[bool, Trial]
 ) -> None:
-    """Checks one way against the plain module's trial, which it leaves in `plain` where it is it."""
+    """Checks one way against the plain module's trial, which is left in `plain` for the others."""
     record = bench.record
     trial = attempt(bench, way, kind, bf16)
     if way == "plain":
@@ -100,8 +106,8 @@ def judge(
         record.check(f"{name}: losses = plain", losses <= bound, relative_error=losses)
         if not bf16:
             record.check(
-                f"{name}: weights = plain", close(trial.weights, plain[bf16].weights),
-                largest_difference=difference(trial.weights, plain[bf16].weights),
+                f"{name}: weights = plain", close(bench, trial.weights, plain[bf16].weights),
+                **distances(trial.weights, plain[bf16].weights),
             )  # fmt: skip
     if bf16 and False in plain:
         losses = worst(trial.losses, plain[False].losses)
@@ -109,14 +115,13 @@ def judge(
             f"{name}: losses follow float32",
             losses <= BF16_LOSS and trial.losses != plain[False].losses, relative_error=losses,
         )  # fmt: skip
-    exact = trial.losses[STEPS:] == trial.resumed_losses and not difference(
-        trial.weights, trial.resumed
-    )
+    apart = distances(trial.resumed, trial.weights)
+    exact = trial.losses[STEPS:] == trial.resumed_losses and not apart["largest_difference"]
     near = worst(trial.resumed_losses, trial.losses[STEPS:]) <= (BF16_LOSS if bf16 else LOSS)
-    near = near and (bf16 or close(trial.resumed, trial.weights))
+    near = near and (bf16 or close(bench, trial.resumed, trial.weights))
     record.check(
         f"{name}: resumed = uninterrupted", near if bench.on_card else exact, to_the_bit=exact,
-        largest_difference=difference(trial.resumed, trial.weights),
+        **apart,
     )  # fmt: skip
 
 
@@ -199,14 +204,21 @@ def worst(losses: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
 
 
-def difference(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Largest absolute difference of any weight."""
+def distances(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest absolute difference of any weight, and the norm of all by that of the reference."""
     assert weights.keys() == reference.keys(), "two models of the same shape"
-    return max(float((weights[name] - value).abs().max()) for name, value in reference.items())
+    apart = [weights[name] - value for name, value in reference.items()]
+    norm = sum(float(value.square().sum()) for value in reference.values())
+    return {
+        "largest_difference": max(float(value.abs().max()) for value in apart),
+        "relative_norm": (sum(float(value.square().sum()) for value in apart) / norm) ** 0.5,
+    }
 
 
-def close(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
+def close(bench: Bench, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> bool:
     """Whether all weights agree within the tolerances."""
+    if bench.on_card:
+        return distances(weights, reference)["relative_norm"] <= NORM
     return all(
         torch.allclose(weights[name], value, atol=ABSOLUTE, rtol=RELATIVE)
         for name, value in reference.items()

@@ -1,6 +1,6 @@
 """The results of all phases: `gpu.json` after each, one picture and a table at the end.
 
-    python3 -m valle.jobs.gpu.report gpu/gpu.json      draws the picture again, anywhere
+python3 -m valle.jobs.gpu.report gpu/gpu.json      draws the picture again, anywhere
 """
 
 import argparse
@@ -118,7 +118,9 @@ def draw(values: dict[str, Any], path: Path) -> None:
     training.set(xlabel="model-FLOPs utilisation, % of the bf16 matrix rate", title="training")
     speeds = _measurements(values, "P4", "frames_per_second")
     names = [m["name"] for m in speeds]
-    decoding.barh(names, [m["limit_frames_per_second"] for m in speeds], color="0.85", label="bound")
+    decoding.barh(
+        names, [m["limit_frames_per_second"] for m in speeds], color="0.85", label="bound"
+    )
     decoding.barh(names, [m["frames_per_second"] for m in speeds], height=0.5, label="measured")
     decoding.set(xlabel="frames a second", title="decoding, against the memory bound")
     for axis in (training, decoding):

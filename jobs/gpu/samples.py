@@ -3,8 +3,8 @@
 Everything is drawn on the CPU and then moved: a generator on a card draws other numbers.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 import valle
 from valle.model.ar import AR
 from valle.model.config import Kind, ModelConfig
+from valle.model.filling import Filling
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sequence import Batch, collate
@@ -25,7 +26,11 @@ GOLDEN = Path(valle.__file__).resolve().parent.parent / "tests" / "golden"
 TINY = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.0)
 """Size of the golden models."""
 
-Model = TypeVar("Model", AR, NAR)
+SPOKEN = Sampling(top_p=0.9, repetition_threshold=0.1)
+GUIDED = replace(SPOKEN, guidance_scale=1.5)
+FILLING = Filling(sampling=Sampling(temperature=0.0, guidance_scale=1.5), guided_levels=2)
+"""How sentences are spoken and filled in by default: `model.valle.Synthesis`, whose module needs
+packages for text that a bare machine lacks."""
 
 SAMPLINGS = (
     Sampling(top_p=0.9, repetition_threshold=0.1, guidance_scale=1.5),
@@ -43,13 +48,12 @@ def build(kind: Kind, config: ModelConfig, device: torch.device, seed: int = 0) 
         return AR(config) if kind == "ar" else NAR(config)
 
 
-def perturb(model: Model, size: float) -> Model:
-    """The model with noise on every parameter: fresh ones have modulations of zero."""
+def perturb(model: AR | NAR, size: float) -> None:
+    """Adds noise to every parameter: fresh models have modulations of zero."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data += size * noise.to(parameter)
-    return model
 
 
 def golden(kind: Kind) -> AR | NAR:
@@ -63,7 +67,8 @@ def golden(kind: Kind) -> AR | NAR:
 def lively(group: int, config: ModelConfig = TINY) -> AR:
     """An AR model of random weights that stops somewhere between a frame and a few dozen."""
     torch.manual_seed(0)
-    model = perturb(AR(ModelConfig(**{**config.__dict__, "group": group})), 0.5)
+    model = AR(replace(config, group=group))
+    perturb(model, 0.5)
     with torch.no_grad():
         model.head.bias[EOS] += 6.5
     return model.eval()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch._C._autograd import DeviceType
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,7 +88,7 @@ def launches(device: torch.device, work: Callable[[], object]) -> Launches:
     events = list(profile.events() or [])
     graphs = sum(event.name == "cudaGraphLaunch" for event in events)
     if device.type == "cuda":
-        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [e for e in events if e.device_type == DeviceType.CUDA]
     else:
         events = [e for e in events if e.name.startswith("aten::")]
     return Launches(len(events), sum(e.time_range.elapsed_us() for e in events) / 1e6, graphs)

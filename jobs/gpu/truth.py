@@ -7,6 +7,7 @@ across devices the most likely tokens are compared.
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,21 +56,19 @@ def run(bench: Bench) -> None:
     timing.allow_tf32(matmul=False, convolution=False)
     kinds: tuple[Kind, ...] = ("ar", "nar")
     for kind in kinds:
-        golden = samples.golden(kind)
-        record.attempt(
-            f"golden {kind}", lambda k=kind, m=golden: compare(record, f"golden {k}", m, device)
-        )
-        record.attempt(f"golden {kind}, trained", lambda k=kind: golden_run(record, k, device))
+        name = f"golden {kind}"
+        record.attempt(name, partial(compare, record, name, samples.golden(kind), device))
+        record.attempt(f"{name}, trained", partial(golden_run, record, kind, device))
         if not bench.quick:
-            wide = samples.perturb(samples.build(kind, WIDE, torch.device("cpu")).eval(), 0.02)
-            record.attempt(
-                f"wide {kind}", lambda k=kind, m=wide: compare(record, f"wide {k}", m, device)
-            )
+            wide = samples.build(kind, WIDE, torch.device("cpu")).eval()
+            samples.perturb(wide, 0.02)
+            record.attempt(f"wide {kind}", partial(compare, record, f"wide {kind}", wide, device))
     for group in (1, 2):
-        record.attempt(f"cached, group {group}", lambda g=group: cached(record, g, device))
-        record.attempt(f"engine, group {group}", lambda g=group: engine(record, g, device))
-    record.attempt("filling", lambda: filling(record, device))
-    record.attempt("codec", lambda: codec(record, device, (0.4, 0.7) if bench.quick else (4, 7, 9)))
+        record.attempt(f"cached, group {group}", partial(cached, record, group, device))
+        record.attempt(f"engine, group {group}", partial(engine, record, group, device))
+    record.attempt("filling", partial(filling, record, device))
+    seconds = (0.4, 0.7) if bench.quick else (4.0, 7.0, 9.0)
+    record.attempt("codec", partial(codec, record, device, seconds))
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,7 @@ def outcome(model: AR | NAR, batch: Batch) -> Outcome:
     level = torch.arange(len(batch.frames), device=device) % LEVELS + 1
     model.zero_grad()
     logits = model(batch) if isinstance(model, AR) else model(batch, level)
-    loss: Loss = (
-        ar_loss(logits, batch) if isinstance(model, AR) else nar_loss(logits, batch, level)
-    )
+    loss: Loss = ar_loss(logits, batch) if isinstance(model, AR) else nar_loss(logits, batch, level)
     loss.loss.backward()
     gradients = {
         name: parameter.grad.double().cpu()
@@ -227,7 +224,8 @@ def filling(record: Record, device: torch.device) -> None:
     """Checks the NAR model's batches, prompts remembered, against one sentence at a time."""
     model = samples.golden("nar")
     assert isinstance(model, NAR)
-    nar = samples.perturb(model, 0.3).to(device)
+    samples.perturb(model, 0.3)
+    nar = model.to(device)
     items = [
         Unfilled(phonemes.tolist(), prompt.numpy().astype(np.int16), codes[0].numpy().astype("i2"))
         for phonemes, prompt, codes in samples.random_items(30, 17, 25, seed=2)
