@@ -48,11 +48,12 @@ def bench(argv: Sequence[str]) -> int:
     from valle.jobs.gpu.plan import ALL_SECONDS, DEFAULT, DEFAULT_SECONDS, PHASES
 
     arguments = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     phases: tuple[str, ...] = arguments.phases
     seconds = DEFAULT_SECONDS if set(phases) <= set(DEFAULT) else ALL_SECONDS
     ends = time.time() + seconds * arguments.time_scale
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     results = report.Results(
         out, about={
             "device": arguments.device, "size": arguments.size, "quick": arguments.quick,
@@ -73,6 +74,8 @@ def bench(argv: Sequence[str]) -> int:
                 print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
                 result = run_phase(phase, arguments, results.card, limit, scratch, log)
             results.add(phase, result)
+            if result["status"] == "stopped":
+                break
     results.finish()
     print(results.table())
     return results.exit_code
@@ -105,7 +108,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.phases = tuple(dict.fromkeys(names))
     arguments.size = arguments.size or ("tiny" if arguments.quick else "full")
     arguments.out = arguments.out.absolute()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu.log").touch()
+    except OSError as error:
+        parser.error(f"--out: cannot write there ({error})")
     return arguments
+
+
+class Stopped(Exception):
+    """The command was told to stop."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(signal.Signals(number).name)
 
 
 def run_phase(
@@ -134,18 +150,17 @@ def run_phase(
         start_new_session=True,
     )  # fmt: skip
     try:
-        code: int | None = process.wait(limit + GRACE)
+        code = process.wait(limit + GRACE)
+        status, reason = "crashed", f"the process ended with status {code}"
     except subprocess.TimeoutExpired:
-        code = None
+        status, reason = "killed", f"it went on {GRACE:.0f} s after its time"
+    except Stopped as error:
+        status, reason = "stopped", f"the command was told to stop: {error}"
     finally:
         end_session(process)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("status") not in ("done", "failed"):
-        ended = "was killed after its time" if code is None else f"ended with status {code}"
-        result |= {
-            "status": "killed" if code is None else "crashed",
-            "reason": f"the process {ended}", "log": log_tail(Path(log.name), begins),
-        }  # fmt: skip
+    if status == "stopped" or result.get("status") not in ("done", "failed"):
+        result |= {"status": status, "reason": reason, "log": log_tail(Path(log.name), begins)}
     return result | {"wall_seconds": round(time.time() - started, 1)}
 
 

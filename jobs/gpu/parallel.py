@@ -82,7 +82,9 @@ def run(bench: Bench) -> None:
         for bf16 in (False, True):
             for way in WAYS:
                 name = f"{way} {kind} {'bf16' if bf16 else 'fp32'}"
-                bench.record.attempt(name, partial(judge, bench, name, way, kind, bf16, plain))
+                bench.record.attempt(
+                    name, partial(judge, bench, name, way, kind, bf16, plain), required=True
+                )
     hindrance = "only on a card" if not bench.on_card else compile_hindrance(bench.device)
     if hindrance is not None:
         bench.record.leave_out("compiled", hindrance)

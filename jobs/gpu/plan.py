@@ -36,13 +36,13 @@ PHASES: Final[Mapping[str, Phase]] = {
 }  # fmt: skip
 
 DEFAULT: Final = ("P0", "P1", "P3", "P4")
-DEFAULT_SECONDS: Final = 300.0
-"""All of the default phases, start and end included."""
+DEFAULT_SECONDS: Final = 285.0
+"""All of the default phases, start and end included; with the last one's grace, five minutes."""
 
-ALL_SECONDS: Final = 540.0
-"""All of any choice of phases."""
+ALL_SECONDS: Final = 525.0
+"""All of any choice of phases; with the last one's grace, nine minutes."""
 
-GRACE: Final = 20.0
+GRACE: Final = 15.0
 """Seconds that a phase may go on after its time, to end what it had begun; then it is killed."""
 
 SIZES: Final = ("tiny", "nano", "quarter", "half", "full")

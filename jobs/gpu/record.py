@@ -31,7 +31,7 @@ class Record:
         self.checks: list[dict[str, Any]] = []
         self.floors: list[dict[str, Any]] = []
         self.measurements: list[dict[str, Any]] = []
-        self.left_out: list[dict[str, str]] = []
+        self.left_out: list[dict[str, Any]] = []
         self.errors: list[dict[str, str]] = []
         self.card: dict[str, Any] | None = None
         self.write()
@@ -52,9 +52,9 @@ class Record:
         self.measurements.append({"name": name, **_plain(figures)})
         self.write()
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Something that was not measured, and why."""
-        self.left_out.append({"name": name, "reason": reason})
+    def leave_out(self, name: str, reason: str, required: bool = False) -> None:
+        """Something that was not measured, and why; what is `required` must not be missing."""
+        self.left_out.append({"name": name, "reason": reason, "required": required})
         self.write()
 
     def error(self, name: str) -> None:
@@ -62,7 +62,9 @@ class Record:
         self.errors.append({"name": name, "traceback": traceback.format_exc()})
         self.write()
 
-    def attempt(self, name: str, work: Callable[[], None], seconds: float = 0.0) -> bool:
+    def attempt(
+        self, name: str, work: Callable[[], None], seconds: float = 0.0, *, required: bool = False
+    ) -> bool:
         """Does `work` unless less than `seconds` are left; True when it went through.
 
         An exception is recorded and goes no further, so that what comes next is still measured;
@@ -70,13 +72,14 @@ class Record:
         """
         remaining = self._deadline - time.time()
         if remaining < seconds or remaining <= 0:
-            self.leave_out(name, f"no time: {max(0.0, remaining):.0f} s left, {seconds:.0f} needed")
+            reason = f"no time: {max(0.0, remaining):.0f} s left, {seconds:.0f} needed"
+            self.leave_out(name, reason, required)
             return False
         try:
             work()
             return True
         except torch.OutOfMemoryError as error:
-            self.leave_out(name, f"out of memory: {str(error).splitlines()[0]}")
+            self.leave_out(name, f"out of memory: {str(error).splitlines()[0]}", required)
         except Exception:
             self.error(name)
         finally:

@@ -64,7 +64,10 @@ def exit_code(phases: dict[str, dict[str, Any]]) -> int:
     """0, or why not: a phase without an end, an error or a failed check; a missed floor."""
     for result in phases.values():
         checks = result.get("checks", [])
-        if result["status"] != "done" or result["errors"] or not all(c["passed"] for c in checks):
+        missing = any(entry["required"] for entry in result.get("left_out", []))
+        if result["status"] != "done" or result["errors"] or missing:
+            return FAILED
+        if not all(check["passed"] for check in checks):
             return FAILED
     floors = [floor for result in phases.values() for floor in result["floors"]]
     return 0 if all(floor["met"] for floor in floors) else MISSED

@@ -53,22 +53,23 @@ GOLDEN_STEPS = 20
 def run(bench: Bench) -> None:
     """All comparisons."""
     record, device = bench.record, bench.device
+    attempt = partial(record.attempt, required=True)
     timing.allow_tf32(matmul=False, convolution=False)
     kinds: tuple[Kind, ...] = ("ar", "nar")
     for kind in kinds:
         name = f"golden {kind}"
-        record.attempt(name, partial(compare, record, name, samples.golden(kind), device))
-        record.attempt(f"{name}, trained", partial(golden_run, record, kind, device))
+        attempt(name, partial(compare, record, name, samples.golden(kind), device))
+        attempt(f"{name}, trained", partial(golden_run, record, kind, device))
         if not bench.quick:
             wide = samples.build(kind, WIDE, torch.device("cpu")).eval()
             samples.perturb(wide, 0.02)
-            record.attempt(f"wide {kind}", partial(compare, record, f"wide {kind}", wide, device))
+            attempt(f"wide {kind}", partial(compare, record, f"wide {kind}", wide, device))
     for group in (1, 2):
-        record.attempt(f"cached, group {group}", partial(cached, record, group, device))
-        record.attempt(f"engine, group {group}", partial(engine, record, group, device))
-    record.attempt("filling", partial(filling, record, device))
+        attempt(f"cached, group {group}", partial(cached, record, group, device))
+        attempt(f"engine, group {group}", partial(engine, record, group, device))
+    attempt("filling", partial(filling, record, device))
     seconds = (0.4, 0.7) if bench.quick else (4.0, 7.0, 9.0)
-    record.attempt("codec", partial(codec, record, device, seconds))
+    attempt("codec", partial(codec, record, device, seconds))
 
 
 @dataclass(frozen=True)
