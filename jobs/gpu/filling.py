@@ -18,12 +18,16 @@ from valle.jobs.gpu import samples, timing
 from valle.jobs.gpu.record import Bench
 from valle.model.ar import AR
 from valle.model.config import ModelConfig
-from valle.model.filling import Filler, Unfilled, fill_in
+from valle.model.filling import Filler, Filling, Unfilled, fill_in
 from valle.model.nar import NAR
+from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, N_CODEBOOKS
 from valle.serve.precision import Precision, convert
 from valle.serve.reading import Reader
 from valle.serve.runner import Runner
+
+FILLING = Filling(sampling=Sampling(temperature=0.0, guidance_scale=1.5), guided_levels=2)
+"""The default of `model.valle.Synthesis`."""
 
 SENTENCES: Final = (1, 8, 32)
 PLAN_ERROR = 0.05
@@ -74,18 +78,14 @@ def measure(bench: Bench, nar: NAR, name: str, count: int) -> None:
         for _ in range(count)
     ]  # fmt: skip
     filler = Filler(nar)
-    filler.fill_in(items, samples.FILLING)  # warm, the prompt read
+    filler.fill_in(items, FILLING)  # warm, the prompt read
     repeats = 1 if bench.quick else 3
     timing.reset_peak(bench.device)
-    seconds = min(
-        timing.seconds(bench.device, lambda: filler.fill_in(items, samples.FILLING), repeats)
-    )
+    seconds = min(timing.seconds(bench.device, lambda: filler.fill_in(items, FILLING), repeats))
     plain = None
     if count == 1:
-        fill_in(nar, items[0], samples.FILLING)
-        plain = min(
-            timing.seconds(bench.device, lambda: fill_in(nar, items[0], samples.FILLING), repeats)
-        )
+        fill_in(nar, items[0], FILLING)
+        plain = min(timing.seconds(bench.device, lambda: fill_in(nar, items[0], FILLING), repeats))
     bench.record.measurement(
         name, milliseconds=1000 * seconds, times_real_time=count * frames / FRAME_RATE / seconds,
         plain_milliseconds=None if plain is None else 1000 * plain,

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from valle.jobs.gpu import samples, timing
 from valle.jobs.gpu.card import compile_hindrance
-from valle.jobs.gpu.record import Bench
+from valle.jobs.gpu.record import TINY, Bench
 from valle.model.codec import CodecIdentity
 from valle.model.config import Kind, ModelConfig
 from valle.model.training import Optimization, TrainState, draw_levels, seed_step
@@ -157,7 +157,7 @@ def attempt(bench: Bench, way: str, kind: Kind, bf16: bool) -> Trial:
 
 def model_config(bench: Bench) -> ModelConfig:
     """With dropout, so that a resumed run has to draw what an uninterrupted one draws."""
-    return replace(samples.TINY if bench.quick else ON_CARD, dropout=0.1)
+    return replace(TINY if bench.quick else ON_CARD, dropout=0.1)
 
 
 def build(

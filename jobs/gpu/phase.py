@@ -16,8 +16,7 @@ import torch
 
 from valle.jobs.gpu.card import Card
 from valle.jobs.gpu.plan import PHASES, SIZES
-from valle.jobs.gpu.record import Bench, Record
-from valle.jobs.gpu.samples import TINY
+from valle.jobs.gpu.record import TINY, Bench, Record
 from valle.model import config
 
 

@@ -20,6 +20,9 @@ import torch
 from valle.jobs.gpu.card import Card
 from valle.model.config import ModelConfig
 
+TINY = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.0)
+"""Size of the golden models, and of what runs quick."""
+
 
 class Record:
     """The result of one phase, in JSON at `path`, complete after every addition."""

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import valle
+from valle.jobs.gpu.record import TINY
 from valle.model.ar import AR
 from valle.model.config import Kind, ModelConfig
-from valle.model.filling import Filling
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sequence import Batch, collate
@@ -23,14 +23,10 @@ from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS, SAMPLE_RATE
 from valle.serve.request import Request
 
 GOLDEN = Path(valle.__file__).resolve().parent.parent / "tests" / "golden"
-TINY = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.0)
-"""Size of the golden models."""
-
 SPOKEN = Sampling(top_p=0.9, repetition_threshold=0.1)
 GUIDED = replace(SPOKEN, guidance_scale=1.5)
-FILLING = Filling(sampling=Sampling(temperature=0.0, guidance_scale=1.5), guided_levels=2)
-"""How sentences are spoken and filled in by default: `model.valle.Synthesis`, whose module needs
-packages for text that a bare machine lacks."""
+"""How sentences are spoken by default: `model.valle.Synthesis().ar`, whose module needs packages
+for text that a bare machine lacks."""
 
 SAMPLINGS = (
     Sampling(top_p=0.9, repetition_threshold=0.1, guidance_scale=1.5),
