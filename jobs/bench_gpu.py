@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if importlib.util.find_spec("valle") is None:
         # `python3 jobs/bench_gpu.py` where nothing is installed: as a module, from the root
-        return subprocess.call([sys.executable, "-m", MODULE, *arguments], cwd=ROOT)
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments])
     return bench(arguments)
 
 

@@ -99,11 +99,12 @@ def run(bench: Bench) -> None:
     judge(bench, speeds)
     hindrance = "only on a card" if not bench.on_card else compile_hindrance(bench.device)
     if hindrance is not None:
-        record.leave_out("compiled engines", hindrance)
+        record.leave_out("compiled engines", hindrance, required=bench.on_card)
         return
     first, *others = COMPILED
-    record.attempt(first.name, partial(engine, bench, task, first, models, speeds), 20)
-    record.attempt("compiled tokens", partial(same_tokens, bench, task), 20)
+    compiled = partial(engine, bench, task, first, models, speeds)
+    record.attempt(first.name, compiled, 20, required=True)
+    record.attempt("compiled tokens", partial(same_tokens, bench, task), 20, required=True)
     for case in others:
         record.attempt(case.name, partial(engine, bench, task, case, models, speeds), 10)
 
@@ -189,7 +190,7 @@ def engine(
                 launches_per_tick=launched.graphs / PROFILED,
             )  # fmt: skip
 
-    bench.record.attempt(f"{case.name}: a tick", kernels)
+    bench.record.attempt(f"{case.name}: a tick", kernels, required=case.compiled)
 
 
 def same_tokens(bench: Bench, task: Task) -> None:
