@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from models import random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 from valle.jobs import bench_gpu, gpu_wheels
-from valle.jobs.gpu import attention, filling, plan, report, samples, training, truth
+from valle.jobs.gpu import attention, card, filling, plan, report, samples, training, truth
 from valle.jobs.gpu.card import Card
 from valle.jobs.gpu.record import TINY, Bench, Record
 from valle.model.ar import AR
@@ -170,6 +171,34 @@ def test_a_phase_that_crashes_or_hangs_is_recorded(
     assert report.exit_code({"P1": crashed}) == report.exit_code({"P2": killed}) == report.FAILED
     values = {"phases_run": {"P1": crashed, "P2": killed}}
     assert "CRASHED P1" in report.table(values) and "KILLED P2" in report.table(values)
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_leaves_results_and_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "jobs/bench_gpu.py", "--device", "cpu", "--quick"]
+    command += ["--phases", "P2,P0", "--out", str(out)]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=bare(tmp_path / "bare"), stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None and "P2" in running.stdout.readline()
+    time.sleep(1)
+    (phase,) = psutil.Process(running.pid).children()
+    running.terminate()
+    assert "STOPPED P2" in running.communicate(timeout=30)[0]
+    values = json.loads((out / "gpu.json").read_text())
+    assert running.returncode == values["exit_code"] == report.FAILED
+    assert values["phases_run"]["P2"]["reason"] == "the command was told to stop: SIGTERM"
+    assert list(values["phases_run"]) == ["P2"] and not phase.is_running()
+
+
+def test_what_the_compiler_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(card.shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
+    assert card.compile_hindrance(device) is None
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    missing = card.compile_hindrance(device)
+    assert missing is not None and "needs a C compiler" in missing
 
 
 def test_exit_status_says_what_is_wrong(tmp_path: Path) -> None:
