@@ -36,8 +36,9 @@ class Card:
 
     @classmethod
     def measure(cls, device: torch.device, quick: bool) -> "Card":
-        """Takes about two seconds; quick, a fraction of one."""
-        size = 256 if quick else 8192
+        """Takes about two seconds; quick, or without a card, a fraction of one."""
+        small = quick or device.type == "cpu"
+        size = 256 if small else 8192
         rates = {
             "bf16": _product(device, size, torch.bfloat16),
             "tf32": _product(device, size // 2, torch.float32, tf32=True),
@@ -46,7 +47,7 @@ class Card:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return cls(
             name, rates["bf16"], rates["tf32"], rates["fp32"],
-            _copy(device, 2**22 if quick else 2**31), _launch(device),
+            _copy(device, 2**22 if small else 2**31), _launch(device),
         )  # fmt: skip
 
 
