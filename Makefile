@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 
-.PHONY: help venv demo test check serve format
+.PHONY: help venv demo test check serve format gpu gpu-wheels
 help:    ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 venv: .venv/.complete  ## make .venv and install everything, pinned (first time: several minutes)
 .venv/.complete: pyproject.toml constraints.txt
@@ -35,3 +35,13 @@ serve: venv  ## the endpoint with the registry's champion, on PORT
 format: venv  ## format and sort imports
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+gpu-wheels:  ## collect what `make gpu` needs on a bare machine: .whl, at most 64 MiB with the tree
+	@$(PYTHON) jobs/gpu_wheels.py
+
+gpu: .site/.complete  ## is it right and fast on this machine's card: gpu/gpu.json (ARGS="--phases all")
+	@PYTHONPATH=.site $(PYTHON) jobs/bench_gpu.py --out gpu $(ARGS)
+.site/.complete: $(wildcard .whl/*.whl)
+	@test -n "$^" || { echo "no wheels in .whl: \`make gpu-wheels\` where there is a network"; exit 1; }
+	@$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site $^
+	@touch $@

@@ -44,3 +44,8 @@ def read() -> Settings:
         or Path(env.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")).exists(),
         inside_ray_job="RAY_JOB_CONFIG_JSON_ENV_VAR" in env,
     )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process: this one's, with some variables set anew."""
+    return {**os.environ, **changes}

@@ -1,0 +1,356 @@
+"""The bench for a card, run on a CPU: its phases, what it says of failures, what it imports."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from models import random_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from valle.jobs import bench_gpu, gpu_wheels
+from valle.jobs.gpu import attention, card, filling, plan, report, samples, training, truth
+from valle.jobs.gpu.card import Card
+from valle.jobs.gpu.record import TINY, Bench, Record
+from valle.model.ar import AR
+from valle.model.training import Objective
+from valle.model.valle import Synthesis
+from valle.platform import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSENT = (
+    "ray", "mlflow", "soundfile", "soxr", "sentencex", "phonemizer", "num2words", "espeakng_loader",
+    "yaml", "docstring_parser", "fastapi", "librosa", "matplotlib", "boto3", "av", "torchaudio",
+    "scipy", "sklearn",
+)  # fmt: skip
+"""Not on a bare machine, or not to be counted on."""
+
+
+def bare(folder: Path, *also: str) -> dict[str, str]:
+    """The environment of a Python that cannot import what a bare machine lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(
+        f"""
+import sys
+from importlib.machinery import PathFinder
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.split(".")[0] in {(*ABSENT, *also)!r}
+        return None if absent else super().find_spec(name, path, target)
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+    )
+    return settings.environment(PYTHONPATH=f"{folder}:{ROOT}")
+
+
+def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tuple[int, Any]:
+    """Exit status and gpu.json of the command on a bare machine without a card."""
+    out = tmp_path / "out"
+    command = [sys.executable, "jobs/bench_gpu.py", "--device", "cpu", "--quick", *arguments]
+    command += ["--out", str(out), "--time-scale", "5"]
+    environment = bare(tmp_path / "bare", *lacking)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (out / "gpu.json").exists(), done.stdout + done.stderr
+    values = json.loads((out / "gpu.json").read_text())
+    assert values["exit_code"] == done.returncode
+    assert f"exit status {done.returncode}" in done.stdout
+    return done.returncode, values["phases_run"]
+
+
+def passed(result: dict[str, Any]) -> set[str]:
+    """Names of the checks of a phase, all of which must hold."""
+    assert result["status"] == "done", result
+    assert not result["errors"], result["errors"]
+    assert [check for check in result["checks"] if not check["passed"]] == []
+    return {check["name"] for check in result["checks"]}
+
+
+def a_bench(tmp_path: Path, **changes: Any) -> Bench:
+    record = Record(tmp_path / "record.json", time.time() + 60)
+    values = {
+        "device": torch.device("cpu"), "config": TINY, "quick": True, "record": record,
+        "scratch": tmp_path, "card": Card("test", 1e12, 1e12, 1e12, 1e12, 1e-6),
+    }  # fmt: skip
+    return Bench(**values | changes)
+
+
+def test_truth_on_a_bare_machine(tmp_path: Path) -> None:
+    status, phases = bench(tmp_path, "--phases", "P1")
+    assert status == 0 and list(phases) == ["P1"]
+    expected = {
+        "cached = uncached, group 2", "engine with four guided slots = generate, group 1",
+        "engine with four guided slots = generate, group 2", "NAR batched = plain",
+        "codec: codes equal to the CPU's, TF32 off", "codec: samples equal to the CPU's",
+    }  # fmt: skip
+    for kind in ("ar", "nar"):
+        expected |= {f"golden {kind}: {what}" for what in ("logits", "loss", "gradients")}
+        expected |= {f"golden {kind}: pinned logits"}
+    assert expected <= passed(phases["P1"])
+    checks = {check["name"]: check for check in phases["P1"]["checks"]}
+    # float32 against float64: equal to rounding, and not the same computation
+    assert 0 < checks["golden nar: logits"]["relative_error"] < 1e-5
+    assert checks["golden nar: gradients"]["parameters"] > 20
+    assert checks["engine with four guided slots = generate, group 2"]["frames"] > 50
+    assert checks["greedy speech = the CPU's, group 1"]["distinct"] > 2
+    assert "no module" in json.loads((tmp_path / "out/gpu.json").read_text())["picture"].lower()
+
+
+def test_a_failing_phase_does_not_stop_the_next(tmp_path: Path) -> None:
+    status, phases = bench(tmp_path, "--phases", "P6,P0", lacking=("cachetools",))
+    assert status == report.FAILED
+    assert phases["P6"]["status"] == "failed"
+    assert "No module named 'cachetools'" in phases["P6"]["errors"][0]["traceback"]
+    assert phases["P0"]["status"] == "done"
+    constants = phases["P0"]["measurements"][1]
+    assert constants["name"] == "constants" and constants["copy_gigabytes_per_second"] > 0.1
+
+
+@pytest.mark.slow
+def test_parallel_training_on_a_bare_machine(tmp_path: Path) -> None:
+    status, phases = bench(tmp_path, "--phases", "P2")
+    assert status == 0
+    names = passed(phases["P2"])
+    for way in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        for kind in ("ar", "nar"):
+            assert f"{way} {kind} fp32: weights = plain" in names
+            assert f"{way} {kind} bf16: losses follow float32" in names
+            assert f"{way} {kind} bf16: resumed = uninterrupted" in names
+    resumed = [c for c in phases["P2"]["checks"] if c["name"].endswith("resumed = uninterrupted")]
+    assert len(resumed) == 20 and all(check["to_the_bit"] for check in resumed)
+
+
+@pytest.mark.slow
+def test_speed_phases_on_a_bare_machine(tmp_path: Path) -> None:
+    status, phases = bench(tmp_path, "--phases", "P0,P3,P4,P5,P6")
+    assert status == 0
+    for result in phases.values():
+        passed(result)
+    found = {m["name"]: m for result in phases.values() for m in result["measurements"]}
+    assert found["ar 600 bf16"]["mfu"] > 0 and 0 < found["ar 600 bf16"]["padding"] < 0.5
+    assert 0 < found["nar 600 fp32"]["loader_share"] < 1
+    engine = found["engine 3 fp32, guided"]
+    assert 0 < engine["share_of_bound"] < 1 and engine["whole_run_frames_per_second"] > 0
+    assert found["engine 3 fp32, guided: a tick"]["kernels"] > 100
+    assert found["chunks of 15 frames"]["times_real_time"] > 0
+    assert found["NAR 3 bf16"]["milliseconds"] > 0
+    assert "engine tokens = generate's, float32" in passed(phases["P4"])
+    assert {f"memory as planned, {p}" for p in ("fp32", "bf16")} <= passed(phases["P6"])
+
+
+@pytest.mark.slow
+def test_no_card_is_said(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    arguments = Namespace(device="cuda", size="tiny", quick=True)
+    with (tmp_path / "log").open("wb") as log:
+        result = bench_gpu.run_phase("P0", arguments, None, 60, tmp_path, log)
+    assert result["status"] == "failed"
+    assert "torch sees no card here" in result["errors"][0]["traceback"]
+
+
+def test_a_phase_that_crashes_or_hangs_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        wrong = Namespace(device="cpu", size="nonsense", quick=True)
+        crashed = bench_gpu.run_phase("P1", wrong, None, 60, tmp_path, log)
+        monkeypatch.setattr(plan, "GRACE", 0.0)
+        slow = Namespace(device="cpu", size="tiny", quick=True)
+        killed = bench_gpu.run_phase("P2", slow, None, 0.2, tmp_path, log)
+    assert crashed["status"] == "crashed" and "invalid choice: 'nonsense'" in crashed["log"]
+    assert killed["status"] == "killed" and killed["wall_seconds"] < 5
+    assert report.exit_code({"P1": crashed}) == report.exit_code({"P2": killed}) == report.FAILED
+    values = {"phases_run": {"P1": crashed, "P2": killed}}
+    assert "CRASHED P1" in report.table(values) and "KILLED P2" in report.table(values)
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_leaves_results_and_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "jobs/bench_gpu.py", "--device", "cpu", "--quick"]
+    command += ["--phases", "P2,P0", "--out", str(out)]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=bare(tmp_path / "bare"), stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None and "P2" in running.stdout.readline()
+    time.sleep(1)
+    (phase,) = psutil.Process(running.pid).children()
+    running.terminate()
+    assert "STOPPED P2" in running.communicate(timeout=30)[0]
+    values = json.loads((out / "gpu.json").read_text())
+    assert running.returncode == values["exit_code"] == report.FAILED
+    assert values["phases_run"]["P2"]["reason"] == "the command was told to stop: SIGTERM"
+    assert list(values["phases_run"]) == ["P2"] and not phase.is_running()
+
+
+def test_what_the_compiler_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(card.shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
+    assert card.compile_hindrance(device) is None
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    missing = card.compile_hindrance(device)
+    assert missing is not None and "needs a C compiler" in missing
+
+
+def test_exit_status_says_what_is_wrong(tmp_path: Path) -> None:
+    def status(record: Record) -> int:
+        record.status = "done"
+        record.write()
+        return report.exit_code({"P1": json.loads((tmp_path / "r.json").read_text())})
+
+    def fresh(seconds: float = 60) -> Record:
+        return Record(tmp_path / "r.json", time.time() + seconds)
+
+    fine = fresh()
+    fine.check("a", True)
+    fine.floor("f", 2.0, 1.0)
+    fine.leave_out("not needed", "no time")
+    assert status(fine) == 0
+    fine.floor("g", 0.5, 1.0)
+    assert status(fine) == report.MISSED
+    fine.check("b", False)
+    assert status(fine) == report.FAILED
+
+    raised = fresh()
+    assert not raised.attempt("division", lambda: [1 / 0])
+    assert "ZeroDivisionError" in raised.errors[0]["traceback"]
+    assert raised.attempt("next", lambda: raised.check("c", True)), "what comes next is still done"
+    assert status(raised) == report.FAILED
+
+    late = fresh(seconds=5)
+    assert not late.attempt("long", lambda: None, 10)
+    assert status(late) == 0 and "no time" in late.left_out[0]["reason"]
+    assert not late.attempt("long", lambda: None, 10, required=True)
+    assert status(late) == report.FAILED
+
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    full = fresh()
+    assert not full.attempt("large", too_much) and not full.errors
+    assert full.left_out[0]["reason"] == "out of memory: CUDA out of memory. Tried to allocate"
+
+
+def test_truth_notices_a_wrong_model(tmp_path: Path) -> None:
+    """Each of logits, loss and gradients is a check that can fail."""
+    batch = random_batch(18, 25, 40)
+    for kind in ("ar", "nar"):
+        reference = truth.outcome(samples.golden(kind).double(), batch)
+        right = Record(tmp_path / "right.json", time.time() + 60)
+        truth.check_outcome(right, kind, truth.outcome(samples.golden(kind), batch), reference)
+        assert all(check["passed"] for check in right.checks)
+        other = samples.golden(kind)
+        samples.perturb(other, 0.01)
+        wrong = Record(tmp_path / "wrong.json", time.time() + 60)
+        truth.check_outcome(wrong, kind, truth.outcome(other, batch), reference)
+        assert not wrong.checks[0]["passed"] and not wrong.checks[2]["passed"]
+        worse = replace(reference, loss=reference.loss * 1.01)
+        truth.check_outcome(wrong, kind, worse, reference)
+        assert [check["passed"] for check in wrong.checks[3:]] == [True, False, True]
+        missing = copy.copy(reference.gradients)
+        missing.popitem()
+        truth.check_outcome(wrong, kind, replace(reference, gradients=missing), reference)
+        assert not wrong.checks[8]["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_model_flops_are_what_a_forward_pass_does(kind: str) -> None:
+    """PyTorch counts a causal matrix whole, and the NAR prompt's view of what it does not see."""
+    config = replace(TINY, width=32)
+    model = samples.build(kind, config, torch.device("cpu"))
+    batch = random_batch(30, 30)
+    level = torch.tensor([1, 2])
+    with FlopCounterMode(display=False) as counter:
+        Objective(model)(batch, level)
+    positions = batch.phoneme_lengths + batch.prompt_frames + batch.frames + 2
+    if isinstance(model, AR):
+        unseen = positions**2 / 2
+    else:
+        unseen = batch.prompt_frames * (positions - batch.prompt_frames)
+    masked = 12 * config.n_layers * config.width * float(unseen.sum())
+    expected = 3 * counter.get_total_flops()
+    assert training.model_flops(kind, config, batch) + masked == pytest.approx(expected)
+
+
+def test_memory_check_notices_a_wrong_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = a_bench(tmp_path)
+    load = filling.Load(slots=3, positions=50, prompts=2, prompt_frames=9)
+    planned = filling.planned
+    monkeypatch.setattr(
+        filling, "planned", lambda *given: {**planned(*given), "ar": planned(*given)["ar"] // 2}
+    )
+    filling.memory(bench, load, "fp32")
+    assert not bench.record.checks[0]["passed"]
+
+
+def test_varlen_attention_of_both_versions_is_told_to_be_causal() -> None:
+    def newer(query: object, *, scale: float | None = None, window_size: object = (-1, -1)) -> None:
+        """torch 2.11 and later."""
+
+    def older(query: object, is_causal: bool = False) -> None:
+        """torch 2.10."""
+
+    assert attention.causal_arguments(newer) == {"window_size": (-1, 0)}
+    assert attention.causal_arguments(older) == {"is_causal": True}
+    with pytest.raises(ValueError, match="neither window_size nor is_causal"):
+        attention.causal_arguments(lambda query: query)
+
+
+def test_made_inputs_are_those_of_the_rest() -> None:
+    assert Synthesis(ar=samples.GUIDED) == Synthesis()
+    assert Synthesis().filling == filling.FILLING
+    assert torch.equal(samples.random_batch(7, 9, seed=3).codes, random_batch(7, 9, seed=3).codes)
+
+
+def test_phases_fit_their_time() -> None:
+    seconds = {name: phase.seconds for name, phase in plan.PHASES.items()}
+    assert sum(seconds[name] for name in plan.DEFAULT) <= plan.DEFAULT_SECONDS
+    assert sum(seconds.values()) <= plan.ALL_SECONDS
+    assert plan.DEFAULT_SECONDS + plan.GRACE <= 5 * 60
+    assert plan.ALL_SECONDS + plan.GRACE <= 9 * 60
+
+
+def test_wrong_commands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        bench_gpu.parse(["--phases", "P1,P9"])
+    assert refused.value.code == 2 and "P9 is none of P0, P1" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        bench_gpu.parse(["--out", str(tmp_path / "file" / "below")])
+    assert "--out: cannot write there" in capsys.readouterr().err
+    everything = bench_gpu.parse(["--phases", "all", "--out", str(tmp_path)])
+    assert everything.phases == tuple(plan.PHASES)
+
+
+def test_the_picture_shows_training_and_decoding(tmp_path: Path) -> None:
+    measurements = {
+        "P3": [{"name": "ar", "mfu": 0.2}],
+        "P4": [{"name": "engine", "frames_per_second": 5.0, "limit_frames_per_second": 9.0}],
+    }
+    values = {"card": {"name": "made"}, "size": "full"} | {
+        "phases_run": {name: {"measurements": found} for name, found in measurements.items()}
+    }
+    report.draw(values, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wheels_are_pinned_and_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    pins = gpu_wheels.versions((ROOT / "constraints.txt").read_text())
+    names = (*gpu_wheels.BUILT, *gpu_wheels.DOWNLOADED)
+    assert len(gpu_wheels.pinned(names, pins)) == len(names)
+    with pytest.raises(ValueError, match=r"constraints.txt: no version of nothing"):
+        gpu_wheels.pinned(["nothing"], pins)
+    assert gpu_wheels.report({"a.whl": 2**20}, 2**20) == 0
+    assert gpu_wheels.report({"a.whl": 2**20}, gpu_wheels.LIMIT) == 1
+    assert "too large" in capsys.readouterr().err
+    assert gpu_wheels.tracked_bytes() < gpu_wheels.LIMIT
