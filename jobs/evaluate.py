@@ -265,6 +265,7 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
         "synthesis": asdict(chosen.synthesis),
         "precision": chosen.precision,
+        "accelerator": share.accelerator,
         "code_version": tracking.code_version(),
         "systems": scores.summarise(records, among),
         "identified_among": among,

@@ -276,18 +276,15 @@ def pipeline(
     # an eighth of the codec's actors keeps up with them
     phonemisers = max(1, share.count(chosen.workers, len(tables)) // 8)
     whole = {"batch_size": None, "batch_format": "pyarrow"}
-    shards = (
+    spoken = (
         ray.data.from_arrow(list(tables))
         .map_batches(Decode(chosen), **whole, num_cpus=0.5)
         .map_batches(
             Phonemise, fn_constructor_args=(chosen,), **whole, num_cpus=0.25,
             compute=ActorPoolStrategy(min_size=1, max_size=phonemisers),
         )
-        .map_batches(
-            Quantise, fn_constructor_args=(chosen,), **whole, **share.options,
-            compute=share.pool(chosen.workers, len(tables)),
-        )
     )  # fmt: skip
+    shards = share.map_blocks(spoken, Quantise, (chosen,), chosen.workers, len(tables))
     for row in shards.iter_rows():
         yield json.loads(row["result"])
 
@@ -339,6 +336,7 @@ def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
         "rejected": dict(reasons.most_common()),
         "utterances": manifest.utterances,
         "hours": manifest.hours,
+        "accelerator": share.accelerator,
         "speech_seconds": round(speech, 1),
         "codec_cpu_seconds": round(codec_seconds, 1),
         "wall_seconds": round(seconds, 1),

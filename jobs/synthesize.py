@@ -288,11 +288,13 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     totals = {"lines": 0, "errors": 0, "seconds": 0.0, "work_seconds": 0.0}
     with progress(total=len(missing), label="synthesize", unit="line") as bar:
         if parts:
-            results = ray.data.from_arrow(parts).map_batches(
-                Speak, batch_size=None, batch_format="pyarrow",
-                fn_constructor_args=(chosen, tracking_uri), **share.options,
-                compute=share.pool(chosen.workers, len(parts)),
-            )  # fmt: skip
+            results = share.map_blocks(
+                ray.data.from_arrow(parts),
+                Speak,
+                (chosen, tracking_uri),
+                chosen.workers,
+                len(parts),
+            )
             for row in results.iter_rows():
                 result = json.loads(row["result"])
                 totals = {key: totals[key] + result[key] for key in totals}
@@ -301,6 +303,7 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     report = {
         "out": chosen.out, "model": chosen.model, "lines": len(lines),
         "already_done": len(lines) - len(missing), "errors": totals["errors"],
+        "accelerator": share.accelerator,
         "speech_seconds": round(totals["seconds"], 1),
         "wall_seconds": round(wall, 1),
         "speech_seconds_per_second": round(totals["seconds"] / wall, 2),

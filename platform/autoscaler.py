@@ -6,7 +6,7 @@ with the cluster's configuration as a file: that is read here, on the head node 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,19 @@ class NodeType:
     most: int
     """How many of it there may be."""
 
+    labels: Mapping[str, str] = field(default_factory=dict)
+
     @classmethod
-    def of(cls, name: str, resources: Mapping[str, float], most: int) -> "NodeType":
-        """From Ray's resources."""
+    def of(
+        cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str], most: int
+    ) -> "NodeType":
+        """From Ray's resources and labels."""
         cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
-        return cls(name=name, cpus=cpus, gpus=gpus, most=most)
+        return cls(name=name, cpus=cpus, gpus=gpus, most=most, labels=labels)
+
+    def has(self, labels: Mapping[str, str]) -> bool:
+        """Whether it carries all of `labels`."""
+        return labels.items() <= self.labels.items()
 
     def holds(self, cpus: float, gpus: float) -> int:
         """Workers of so many cores and GPUs that fit on one such node: without a GPU one a core at
@@ -102,5 +110,5 @@ def parse(configuration: Mapping[str, Any]) -> Report:
     for name, node in configuration.get("available_node_types", {}).items():
         most = min(int(node.get("max_workers", limit)), limit)
         if name != configuration.get("head_node_type") and most > 0:
-            types.append(NodeType.of(name, node.get("resources", {}), most))
+            types.append(NodeType.of(name, node.get("resources", {}), node.get("labels", {}), most))
     return Report(node_types=tuple(types), max_nodes=limit)

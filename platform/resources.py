@@ -7,14 +7,15 @@ where a recipe asks for what the cluster will never have. A worker asks `device`
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from valle.platform import autoscaler, settings
 from valle.platform.autoscaler import NodeType
 
 if TYPE_CHECKING:
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, Dataset
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig
 
@@ -36,6 +37,10 @@ class Placement:
     cpus_per_worker: float | None = None
     """CPU cores that Ray sets aside for a worker, beside a GPU or without; None: what the job
     needs."""
+
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Only nodes with all of these labels, `{role: train}` for instance: keeps a job off the nodes
+    that others answer requests on. `cluster.yaml` gives its nodes such labels."""
 
     def __post_init__(self) -> None:
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -66,6 +71,14 @@ class Cluster:
 
     max_nodes: int = 0
     """Nodes, of all types together, that the autoscaler keeps at most beside the head."""
+
+    def labelled(self, labels: Mapping[str, str]) -> "Cluster":
+        """The part of it that has these labels."""
+        types = self.node_types
+        return replace(
+            self, nodes=tuple(node for node in self.nodes if node.has(labels)),
+            node_types=types and tuple(node for node in types if node.has(labels)),
+        )  # fmt: skip
 
     @property
     def has_gpus(self) -> bool:
@@ -116,10 +129,19 @@ class Share:
     most: int | None
     """Workers that fit once all is there that may be added; None: not known."""
 
+    labels: dict[str, str] = field(default_factory=dict)
+    """Of the nodes that will do."""
+
     @property
-    def options(self) -> dict[str, float]:
+    def accelerator(self) -> Accelerator:
+        """For reports: `gpu` or `cpu`."""
+        return "gpu" if self.gpus else "cpu"
+
+    @property
+    def options(self) -> dict[str, Any]:
         """For Ray's tasks and actors."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        selector = {"label_selector": self.labels} if self.labels else {}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
 
     def count(self, wanted: int | None, work: int) -> int:
         """How many workers to start at most: as many as `wanted` (None: as can be), but no more
@@ -134,6 +156,21 @@ class Share:
         largest = self.count(wanted, work)
         return ActorPoolStrategy(min_size=max(1, min(self.present, largest)), max_size=largest)
 
+    def map_blocks(
+        self, blocks: "Dataset", actor: type, arguments: tuple[Any, ...], workers: int | None,
+        work: int,
+    ) -> "Dataset":  # fmt: skip
+        """Each block of a dataset, whole and as an Arrow table, through an actor of a `pool`.
+
+        The public `map_batches` refuses whole blocks where GPUs are asked for, since their sizes
+        may vary; here a block is one piece of work, and its actor bounds its own batches.
+        """
+        mapped: Dataset = blocks.map_batches_internal(
+            actor, batch_size=None, batch_format="pyarrow", fn_constructor_args=arguments,
+            compute=self.pool(workers, work), **self.options,
+        )  # fmt: skip
+        return mapped
+
     def training(self, workers: int) -> "tuple[ScalingConfig, TorchConfig]":
         """Ray Train's settings for `workers` data-parallel workers."""
         from ray.train import ScalingConfig
@@ -144,7 +181,10 @@ class Share:
         whole = self.gpus >= 1 and not settings.read().logical_gpus
         return (
             ScalingConfig(
-                num_workers=workers, use_gpu=self.gpus > 0, resources_per_worker=resources
+                num_workers=workers,
+                use_gpu=self.gpus > 0,
+                resources_per_worker=resources,
+                label_selector=self.labels or None,
             ),
             TorchConfig(backend="nccl" if whole else "gloo"),
         )
@@ -157,7 +197,9 @@ def survey() -> Cluster:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     report = autoscaler.report(nodes)
     return Cluster(
-        nodes=tuple(NodeType.of(node["NodeName"], node["Resources"], 1) for node in nodes),
+        nodes=tuple(
+            NodeType.of(node["NodeName"], node["Resources"], node["Labels"], 1) for node in nodes
+        ),
         node_types=report.node_types, max_nodes=report.max_nodes,
     )  # fmt: skip
 
@@ -176,24 +218,28 @@ def resolve(
     open; `workers` those that have to be there at the same time. Raises ValueError, which names the
     field, what the cluster has and what to change, when the cluster will never have that.
     """
-    cluster = cluster or survey()
+    cluster = (cluster or survey()).labelled(chosen.node_labels)
     unknown = cluster.node_types is None
     cpus = chosen.cpus_per_worker or cpus
     wanted = chosen.accelerator == "gpu" or (chosen.accelerator == "auto" and cluster.has_gpus)
+    where = (
+        f"; nodes with {chosen.node_labels}: {cluster}" if chosen.node_labels else f": {cluster}"
+    )
     if wanted and not cluster.has_gpus and not unknown:
         raise ValueError(
-            f"{section}.placement.accelerator: gpu, but the cluster has none ({cluster}); add a "
-            f"node with a GPU, or set {section}.placement.accelerator to auto or cpu"
+            f"{section}.placement.accelerator: gpu, but the cluster has none{where}. Add a node "
+            f"with a GPU, or set {section}.placement.accelerator to auto or cpu"
         )
     gpus = chosen.gpus_per_worker if wanted else 0.0
     share = Share(
-        gpus=gpus, cpus=cpus, present=cluster.present(cpus, gpus), most=cluster.most(cpus, gpus)
-    )
+        gpus=gpus, cpus=cpus, present=cluster.present(cpus, gpus), most=cluster.most(cpus, gpus),
+        labels=chosen.node_labels,
+    )  # fmt: skip
     if share.most is not None and share.most < workers:
         raise ValueError(
             f"{section}.{'workers' if share.most else 'placement'}: {workers} worker(s) with "
-            f"{cpus:g} CPUs and {gpus:g} GPUs each were asked for, the cluster holds {share.most} "
-            f"({cluster}); lower {section}.workers, or a worker's share: "
+            f"{cpus:g} CPUs and {gpus:g} GPUs each were asked for, the cluster holds "
+            f"{share.most}{where}. Lower {section}.workers, or a worker's share: "
             f"{section}.placement.cpus_per_worker{' or gpus_per_worker' if gpus else ''}"
         )
     return share
