@@ -101,7 +101,7 @@ def test_work_goes_to_the_node_with_gpus_and_shares_them(
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:9000")
     write_dataset(str(home / "data"), tiny_codec)
-    with clusters.head(2) as head, clusters.joined(head, 4, 2), driver(head, monkeypatch):
+    with clusters.head(2) as head, clusters.joined(head, 3, 2), driver(head, monkeypatch):
         clusters.wait_for(lambda: ray.cluster_resources().get("GPU") == 2, 60, "the second node")
         there = gpu_node()
         report = prepare(preparation(home, tiny_codec_folder, "gpu"))
@@ -116,9 +116,9 @@ def test_work_goes_to_the_node_with_gpus_and_shares_them(
         assert placed(head, "RayTrainWorker") == [(there, 0.5)] * 3
 
         with pytest.raises(
-            ValueError, match="train.workers: 5 worker.*the cluster holds 4: 2 node"
+            ValueError, match="train.workers: 4 worker.*the cluster holds 3: 2 node"
         ):
-            fit(training(home, tiny_codec_folder, "data", half, workers=5), "ar")
+            fit(training(home, tiny_codec_folder, "data", half, workers=4), "ar")
         seen = ray.get(ray.remote(num_cpus=0)(settings.forwarded).remote())
         assert seen["AWS_ENDPOINT_URL"] == "http://storage:9000"
         assert seen["VALLE_HOME"] == str(home) == os.environ["VALLE_HOME"]
@@ -131,13 +131,13 @@ def test_a_job_brings_the_node_it_needs(
     """A head that takes no work, and an autoscaler that may add one node with GPUs: `auto` counts
     what is not there yet, and the autoscaler starts it because the job asks for it."""
     write_dataset(str(home / "data"), tiny_codec)
-    with clusters.autoscaled({"CPU": 4, "GPU": 2}, 1) as head, driver(head, monkeypatch):
+    with clusters.autoscaled({"CPU": 2, "GPU": 2}, 1) as head, driver(head, monkeypatch):
         cluster = resources.survey()
         assert [(node.cpus, node.gpus) for node in cluster.nodes] == [(0, 0)]
-        assert cluster.node_types == (NodeType(name="worker", cpus=4, gpus=2, most=1),)
+        assert cluster.node_types == (NodeType(name="worker", cpus=2, gpus=2, most=1),)
         share = resources.resolve(Placement(), "train", cpus=1, workers=2, cluster=cluster)
         assert (share.gpus, share.present, share.most) == (1.0, 0, 2)
-        with pytest.raises(ValueError, match="may be added: worker .4 CPUs, 2 GPUs; 1 at most"):
+        with pytest.raises(ValueError, match="may be added: worker .2 CPUs, 2 GPUs; 1 at most"):
             resources.resolve(Placement(), "train", cpus=1, workers=3, cluster=cluster)
 
         report = prepare(preparation(home, tiny_codec_folder, "auto"))
