@@ -59,11 +59,18 @@ def read() -> Settings:
 FORWARDED = ("AWS_", "MLFLOW_", "VALLE_")
 """How the names of variables begin that hold for a driver's workers as well."""
 
+FILES = ("_FILE", "_PROFILE", "_PATH")
+"""How those end that name a file, or a place in one, which only the driver's machine has."""
+
 
 def forwarded() -> dict[str, str]:
     """What the workers of a driver outside the cluster must know of its environment: where its
     relative paths start, and what was set of storage, tracking and this project's own variables."""
-    named = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    named = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(FORWARDED) and not name.endswith(FILES)
+    }
     here = read()
     if "VALLE_CACHE" in named:
         named["VALLE_CACHE"] = str(here.cache)

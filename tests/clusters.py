@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from valle.platform import settings
+
 NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
 """For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
 
@@ -37,9 +39,7 @@ def embedded(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
     ray.init(
         address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False,
         _temp_dir=folder, object_store_memory=300_000_000, log_to_driver=True,
-        runtime_env={"env_vars": {
-            "VALLE_CACHE": os.environ["VALLE_CACHE"], "VALLE_HOME": os.environ["VALLE_HOME"],
-        }},
+        runtime_env={"env_vars": settings.forwarded()},
     )  # fmt: skip
     try:
         yield
