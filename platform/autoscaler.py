@@ -31,25 +31,31 @@ class NodeType:
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    is_head: bool = False
+    """Whether it is the head node, of which there is one and which no autoscaler starts."""
+
     @classmethod
     def of(
         cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str], most: int
     ) -> "NodeType":
         """From Ray's resources and labels."""
         cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
-        return cls(name=name, cpus=cpus, gpus=gpus, most=most, labels=labels)
+        return cls(
+            name=name, cpus=cpus, gpus=gpus, most=most, labels=labels, is_head=HEAD in resources
+        )
 
     def has(self, labels: Mapping[str, str]) -> bool:
         """Whether it carries all of `labels`."""
         return labels.items() <= self.labels.items()
 
     def holds(self, cpus: float, gpus: float) -> int:
-        """Workers of so many cores and GPUs that fit on one such node: without a GPU one a core at
-        most; a fraction of a GPU never spans two."""
+        """Workers of so many cores and GPUs that fit on one such node; a fraction of a GPU never
+        spans two."""
+        by_cpu = int(self.cpus / cpus + 1e-6)
         if not gpus:
-            return int(self.cpus / max(1.0, cpus))
+            return by_cpu
         by_gpu = int(self.gpus) * int(1 / gpus + 1e-6) if gpus < 1 else int(self.gpus / gpus)
-        return min(by_gpu, int(self.cpus / cpus + 1e-6)) if cpus else by_gpu
+        return min(by_cpu, by_gpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,8 @@ class Cluster:
             count = min(room, node_type.most)
             added += count * node_type.holds(cpus, gpus)
             room -= count
-        return max(self.present(cpus, gpus), added)
+        head = sum(node.holds(cpus, gpus) for node in self.nodes if node.is_head)
+        return max(self.present(cpus, gpus), head + added)
 
     def __str__(self) -> str:
         """For messages: what there is and what may come."""
@@ -231,8 +232,10 @@ def resolve(
             f"with a GPU, or set {section}.placement.accelerator to auto or cpu"
         )
     gpus = chosen.gpus_per_worker if wanted else 0.0
+    # a job that books part of a core leaves the rest to what feeds it: still one worker a core
+    core = cpus if gpus or chosen.cpus_per_worker else max(1.0, cpus)
     share = Share(
-        gpus=gpus, cpus=cpus, present=cluster.present(cpus, gpus), most=cluster.most(cpus, gpus),
+        gpus=gpus, cpus=cpus, present=cluster.present(core, gpus), most=cluster.most(core, gpus),
         labels=chosen.node_labels,
     )  # fmt: skip
     if share.most is not None and share.most < workers:

@@ -44,14 +44,15 @@ def driver(head: clusters.Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def placed(head: clusters.Head, name: str) -> list[tuple[str, float]]:
-    """(node id, share of a GPU) of every actor whose class has `name` in it, dead ones included."""
+    """(node id, share of a GPU) of every actor whose class has `name` in it, dead ones included,
+    but not those that were never placed."""
     from ray.util.state import list_actors
 
     actors = list_actors(head.jobs, detail=True, limit=1000)
     return [
         (actor.node_id, gpu_share(actor.required_resources))
         for actor in actors
-        if name in actor.class_name
+        if name in actor.class_name and actor.node_id
     ]
 
 
@@ -130,6 +131,8 @@ def test_a_job_brings_the_node_it_needs(
 ) -> None:
     """A head that takes no work, and an autoscaler that may add one node with GPUs: `auto` counts
     what is not there yet, and the autoscaler starts it because the job asks for it."""
+    import ray
+
     write_dataset(str(home / "data"), tiny_codec)
     with clusters.autoscaled({"CPU": 2, "GPU": 2}, 1) as head, driver(head, monkeypatch):
         cluster = resources.survey()
@@ -143,6 +146,9 @@ def test_a_job_brings_the_node_it_needs(
         report = prepare(preparation(home, tiny_codec_folder, "auto"))
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
         assert set(placed(head, "Quantise")) == {(AUTOSCALED, 1.0)}
+        # asked from a node other than the head, it is the head that is looked at
+        remote = ray.remote(num_gpus=0.1)(resources.survey)
+        assert ray.get(remote.remote()).node_types == cluster.node_types
         fit(training(home, tiny_codec_folder, "data", Placement(), workers=2), "ar")
         assert placed(head, "RayTrainWorker") == [(AUTOSCALED, 1.0)] * 2
 
@@ -198,15 +204,23 @@ def test_shares_that_fit_on_a_node() -> None:
     assert GPU_NODE.holds(1, 0.25) == 8 and GPU_NODE.holds(2, 0.25) == 4
     assert GPU_NODE.holds(1, 0.4) == 4, "a share never spans two GPUs"
     assert GPU_NODE.holds(0.5, 0.1) == 16 and GPU_NODE.holds(0.1, 1 / 3) == 6
-    assert GPU_NODE.holds(0.5, 0) == 8, "without a GPU, one worker a core"
-    assert GPU_NODE.holds(3, 0) == 2
+    assert GPU_NODE.holds(0.5, 0) == 16 and GPU_NODE.holds(3, 0) == 2
+    cluster = resources.Cluster(nodes=(GPU_NODE,))
+    cpu = Placement(accelerator="cpu")
+    share = resources.resolve(cpu, "prepare", cpus=0.5, cluster=cluster)
+    assert (share.present, share.cpus) == (8, 0.5), "one worker a core, unless the recipe says"
+    halves = replace(cpu, cpus_per_worker=0.5)
+    assert resources.resolve(halves, "train", cpus=1, workers=16, cluster=cluster).most == 16
 
 
 def test_the_largest_cluster_that_is_permitted() -> None:
-    head = NodeType(name="head", cpus=0, gpus=0, most=1)
+    head = NodeType(name="head", cpus=3, gpus=0, most=1, is_head=True)
     spot = replace(GPU_NODE, name="spot", gpus=8, most=2)
     cluster = resources.Cluster(nodes=(head,), node_types=(GPU_NODE, spot), max_nodes=3)
     assert cluster.most(1, 1) == 8 + 8 + 2 and cluster.present(1, 1) == 0
+    assert cluster.most(1, 0) == 3 + 3 * 8 and cluster.present(1, 0) == 3
+    grown = replace(cluster, nodes=(head, GPU_NODE, spot, spot))
+    assert grown.most(1, 0) == 3 + 3 * 8, "what has been added is not counted twice"
     share = resources.resolve(Placement(), "train", cpus=1, cluster=cluster)
     assert share.count(None, 100) == 18 and share.count(4, 100) == 4 and share.count(None, 2) == 2
     pool = share.pool(None, 100)
