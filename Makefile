@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 
-.PHONY: help venv demo test check serve format gpu gpu-wheels
+.PHONY: help venv demo test check serve cluster format gpu gpu-wheels
 help:    ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -31,6 +31,9 @@ check: venv  ## format, lint, types and the fast tests
 
 serve: venv  ## the endpoint with the registry's champion, on PORT
 	@$(BIN)/python -m valle.serve.run --port $(PORT)
+
+cluster: venv  ## check cluster.yaml (AWS) without a network; what is still to be set
+	@$(BIN)/python -m valle.jobs.check_cluster cluster.yaml
 
 format: venv  ## format and sort imports
 	@$(BIN)/ruff format .

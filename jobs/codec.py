@@ -24,9 +24,10 @@ from valle.model import codec as codecs
 from valle.model.codec import CodecConfig
 from valle.model.codec_training import CodecLoss, CodecTrainee
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
-from valle.platform import recipe, storage
+from valle.platform import recipe, resources, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
+from valle.platform.resources import Placement
 
 INITIAL_CROPS: Final = 800
 """Crops from which convolutions, features and codebooks get their first values."""
@@ -82,7 +83,11 @@ class CodecRecipe:
     """Data-parallel workers."""
 
     threads: int = 2
-    """Torch threads per worker on a CPU."""
+    """Torch threads per worker on a CPU, and the cores that are set aside for it where
+    `placement.cpus_per_worker` does not say."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU, and how much of one each worker takes."""
 
     seed: int = 0
     """Crops, revival of codebook entries, initial weights."""
@@ -137,12 +142,11 @@ def learning_rate(chosen: CodecRecipe, step: int) -> float:
 def train(values: dict[str, Any]) -> None:
     """The loop of one worker; `values` is the recipe as a dictionary."""
     import ray.train
-    import ray.train.torch
     from torch.nn.parallel import DistributedDataParallel
 
     chosen = dacite.from_dict(CodecRecipe, values, dacite.Config(cast=[tuple, float]))
     rank = ray.train.get_context().get_world_rank()
-    device = ray.train.torch.get_device()
+    device = resources.train_device()
     if device.type == "cpu":
         torch.set_num_threads(chosen.threads)
     torch.manual_seed(chosen.seed)
@@ -239,14 +243,22 @@ def _report(
 
 
 def fit(chosen: CodecRecipe) -> None:
-    """Runs the training on the connected cluster."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    """Runs the training on the connected cluster.
+
+    Raises ValueError before anything starts when the cluster will never hold the workers.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
+    share = resources.resolve(
+        chosen.placement, "codec", cpus=chosen.threads, workers=chosen.workers
+    )
+    scaling, processes = share.training(chosen.workers)
     trainer = TorchTrainer(
         train,
         train_loop_config=asdict(chosen),
-        scaling_config=ScalingConfig(num_workers=chosen.workers, use_gpu=torch.cuda.is_available()),
+        scaling_config=scaling,
+        torch_config=processes,
         run_config=RunConfig(
             name=chosen.run,
             storage_path=storage.absolute("runs"),

@@ -22,9 +22,10 @@ from valle.model.codec import Codes, Wave
 from valle.model.filling import Filler, Unfilled, fill_in
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
-from valle.platform import audio, recipe, registry, settings, storage, tracking
+from valle.platform import audio, recipe, registry, resources, settings, storage, tracking
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
+from valle.platform.resources import Placement, Share
 from valle.platform.speech import SpeechFraction
 from valle.serve.precision import Precision, convert
 
@@ -82,7 +83,11 @@ class EvaluateRecipe:
     """Only the first so many items; 0 takes all."""
 
     workers: int = 2
-    """Actors at work at the same time, one core each."""
+    """Actors at work at the same time, at most: fewer where the cluster never holds so many."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU for the voice model, and how much of one each actor takes; the judges (whisper,
+    moonshine, Resemblyzer, DistillMOS, DNSMOS) compute on one core beside it."""
 
     champion: str | None = None
     """An earlier `report.json` to compare with."""
@@ -90,6 +95,8 @@ class EvaluateRecipe:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.systems) - {*SYSTEMS, CHUNKED}):
             raise ValueError(f"systems: {unknown[0]!r} is none of {(*SYSTEMS, CHUNKED)}")
+        if self.precision == "int8" and self.placement.accelerator == "gpu":
+            raise ValueError("precision: int8 is for CPUs; set placement.accelerator=cpu, or bf16")
 
 
 class Judge:
@@ -98,9 +105,10 @@ class Judge:
     def __init__(self, chosen: EvaluateRecipe, tracking_uri: str) -> None:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # of the judges, and of a model without a GPU
         # resolved here: the actor may run on another machine
-        self._voice: Voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri))
+        bundle = registry.resolve(chosen.model, tracking_uri)
+        self._voice: Voice = registry.load_voice(bundle, resources.device())
         convert(self._voice.ar, chosen.precision)
         convert(self._voice.nar, chosen.precision)
         self._filler = Filler(self._voice.nar)
@@ -211,13 +219,15 @@ class Judge:
         return record
 
 
-def judge_all(chosen: EvaluateRecipe, items: Sequence[EvaluationItem]) -> list[dict[str, Any]]:
-    """Records of all items, in the order of the set."""
+def judge_all(
+    chosen: EvaluateRecipe, items: Sequence[EvaluationItem], share: Share
+) -> list[dict[str, Any]]:
+    """Records of all items, in the order of the set. `share`: an actor's."""
     import ray
     from ray.util import ActorPool
 
-    actor = ray.remote(num_cpus=0.9)(Judge)
-    workers = min(chosen.workers, len(items))
+    actor = ray.remote(**share.options)(Judge)
+    workers = share.count(chosen.workers, len(items))
     tracking_uri = settings.read().tracking_uri
     pool = ActorPool([actor.remote(chosen, tracking_uri) for _ in range(workers)])
     bar = progress(total=len(items), label="evaluate", unit="item")
@@ -230,7 +240,13 @@ def judge_all(chosen: EvaluateRecipe, items: Sequence[EvaluationItem]) -> list[d
 
 
 def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
-    """Judges every item on the connected cluster; writes and returns the report."""
+    """Judges every item on the connected cluster; writes and returns the report.
+
+    Raises ValueError before anything starts when the cluster will never hold the actors.
+    """
+    if chosen.precision == "int8":
+        chosen = replace(chosen, placement=replace(chosen.placement, accelerator="cpu"))
+    share = resources.resolve(chosen.placement, "evaluate", cpus=0.9)
     chosen = replace(
         chosen, model=registry.absolute(chosen.model), out=storage.absolute(chosen.out),
         recordings=storage.absolute(chosen.recordings),
@@ -240,7 +256,7 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
     if chosen.training_data:
         check_unseen(items, storage.absolute(chosen.training_data))
     bundle = registry.resolve(chosen.model)  # a missing model is better noticed before Ray works
-    records = judge_all(chosen, items)
+    records = judge_all(chosen, items, share)
     content = {
         "model": chosen.model,
         "bundle": asdict(registry.describe(bundle)),
@@ -249,6 +265,7 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
         "judges": [chosen.recogniser, chosen.second_recogniser, chosen.speaker_encoder],
         "synthesis": asdict(chosen.synthesis),
         "precision": chosen.precision,
+        "accelerator": share.accelerator,
         "code_version": tracking.code_version(),
         "systems": scores.summarise(records, among),
         "identified_among": among,

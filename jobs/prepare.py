@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from valle.model import codec as codecs
 from valle.model import text as phonemes
 from valle.model.codec import CodecIdentity
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, dataset, recipe, settings, storage
+from valle.platform import audio, dataset, recipe, resources, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.progress import progress
+from valle.platform.resources import Placement, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,13 @@ class PrepareRecipe:
     """Padded audio that goes through the codec at once; default: 10 on a CPU, where more falls out
     of the cache (60 is half as fast), 120 on a GPU."""
 
-    quantisers: int | None = None
-    """Codec actors; default: one per GPU, or per CPU where there is none."""
+    workers: int | None = None
+    """Codec actors at most; None: as many as the cluster holds, nodes that join later included
+    (without a GPU: one a core)."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU for the codec, and how much of one each actor takes; reading and phonemes are
+    always the CPUs' work."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -156,9 +162,10 @@ class Phonemise:
 class Quantise:
     """Waveforms to codes, in batches of similar duration; writes the finished shard."""
 
-    def __init__(self, chosen: PrepareRecipe, device: str) -> None:
+    def __init__(self, chosen: PrepareRecipe) -> None:
         import torch
 
+        device = resources.device()
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core
         self._codec = codecs.load(chosen.codec, device=device, cache=settings.read().cache)
@@ -255,40 +262,41 @@ def group(items: Sequence[Item], size: int) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(rows, schema=_schema(["wave", "phonemes"]))
 
 
-def pipeline(tables: Sequence[pa.Table], chosen: PrepareRecipe) -> Iterator[dict[str, Any]]:
-    """Runs the stages on Ray Data; yields a result per shard as it is written."""
+def pipeline(
+    tables: Sequence[pa.Table], chosen: PrepareRecipe, share: Share
+) -> Iterator[dict[str, Any]]:
+    """Runs the stages on Ray Data; yields a result per shard as it is written. `share`: a codec
+    actor's."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts utterances
     context.target_max_block_size = None  # a shard travels as one block, never split
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    quantisers = min(chosen.quantisers or gpus or cpus, len(tables))
-    phonemisers = max(1, min(cpus // 8, len(tables)))
+    # an eighth of the codec's actors keeps up with them
+    phonemisers = max(1, share.count(chosen.workers, len(tables)) // 8)
     whole = {"batch_size": None, "batch_format": "pyarrow"}
-    shards = (
+    spoken = (
         ray.data.from_arrow(list(tables))
         .map_batches(Decode(chosen), **whole, num_cpus=0.5)
         .map_batches(
             Phonemise, fn_constructor_args=(chosen,), **whole, num_cpus=0.25,
-            compute=ActorPoolStrategy(size=phonemisers),
-        )
-        .map_batches(
-            Quantise, fn_constructor_args=(chosen, "cuda" if gpus else "cpu"), **whole,
-            # half a core in the books: decoding needs room beside it on a small machine
-            num_cpus=0.5, num_gpus=1 if gpus else 0,
-            compute=ActorPoolStrategy(size=quantisers),
+            compute=ActorPoolStrategy(min_size=1, max_size=phonemisers),
         )
     )  # fmt: skip
+    shards = share.map_blocks(spoken, Quantise, (chosen,), chosen.workers, len(tables))
     for row in shards.iter_rows():
         yield json.loads(row["result"])
 
 
 def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
-    """Does what is missing on the connected cluster; returns the report (`report.json`)."""
+    """Does what is missing on the connected cluster; returns the report (`report.json`).
+
+    Raises ValueError before anything starts when the cluster will never hold the codec's actors.
+    """
     started = time.perf_counter()
+    # half a core in the books: decoding needs room beside the codec on a small machine
+    share = resources.resolve(chosen.placement, "prepare", cpus=0.5)
     chosen = replace(chosen, out=storage.absolute(chosen.out))
     if Path(chosen.codec).exists():
         chosen = replace(chosen, codec=str(Path(chosen.codec).absolute()))
@@ -304,7 +312,7 @@ def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
     written = time.perf_counter()
     tables = list(group(missing, chosen.utterances_per_shard))
     with progress(total=len(missing), label="prepare", unit="utterance") as bar:
-        for result in pipeline(tables, chosen) if tables else ():
+        for result in pipeline(tables, chosen, share) if tables else ():
             bar.update(result["inputs"])
             reasons.update(reject["reason"].split(":")[0] for reject in result["rejects"])
             speech += result["speech_seconds"]
@@ -328,6 +336,7 @@ def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
         "rejected": dict(reasons.most_common()),
         "utterances": manifest.utterances,
         "hours": manifest.hours,
+        "accelerator": share.accelerator,
         "speech_seconds": round(speech, 1),
         "codec_cpu_seconds": round(codec_seconds, 1),
         "wall_seconds": round(seconds, 1),

@@ -25,9 +25,10 @@ from valle.model.codec import Codes
 from valle.model.sentences import join
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, sentence_ids
-from valle.platform import audio, recipe, registry, settings, storage
+from valle.platform import audio, recipe, registry, resources, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
+from valle.platform.resources import Placement
 from valle.serve.audio import Format, encode
 from valle.serve.offline import Offline
 from valle.serve.request import Request
@@ -61,7 +62,11 @@ class SynthesizeRecipe:
     """Sampling and limits; a line's own seed and language go before these."""
 
     workers: int | None = None
-    """Actors with a model each; default: one per GPU, or per CPU where there is none."""
+    """Actors at most, with a model each; None: as many as the cluster holds, nodes that join later
+    included (without a GPU: one a core)."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU, and how much of one each actor takes."""
 
     slots: int = 16
     """Sentences that one actor speaks at the same time."""
@@ -135,9 +140,10 @@ def _parsed(number: int, line: str) -> Any:
 class Speak:
     """A Ray Data actor: a model that speaks all lines of a part at the same time."""
 
-    def __init__(self, chosen: SynthesizeRecipe, tracking_uri: str, device: str) -> None:
+    def __init__(self, chosen: SynthesizeRecipe, tracking_uri: str) -> None:
         import torch
 
+        device = resources.device()
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core
         voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri), device)
@@ -258,11 +264,15 @@ def _again(row: Line, line: Line | None, retry: bool) -> bool:
 
 
 def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
-    """Says what is missing on the connected cluster; returns the report (`report.json`)."""
+    """Says what is missing on the connected cluster; returns the report (`report.json`).
+
+    Raises ValueError before anything starts when the cluster will never hold the actors.
+    """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import DataContext
 
     started = time.perf_counter()
+    share = resources.resolve(chosen.placement, "synthesize", cpus=0.5)
     chosen = replace(
         chosen, out=storage.absolute(chosen.out), recordings=storage.absolute(chosen.recordings),
         model=registry.pin(registry.absolute(chosen.model)),
@@ -274,18 +284,17 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts lines
     context.target_max_block_size = None  # a part travels as one block
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     tracking_uri = settings.read().tracking_uri
-    workers = min(chosen.workers or gpus or cpus, max(1, len(parts)))
     totals = {"lines": 0, "errors": 0, "seconds": 0.0, "work_seconds": 0.0}
     with progress(total=len(missing), label="synthesize", unit="line") as bar:
         if parts:
-            results = ray.data.from_arrow(parts).map_batches(
-                Speak, batch_size=None, batch_format="pyarrow",
-                fn_constructor_args=(chosen, tracking_uri, "cuda" if gpus else "cpu"),
-                num_cpus=0.5, num_gpus=1 if gpus else 0, compute=ActorPoolStrategy(size=workers),
-            )  # fmt: skip
+            results = share.map_blocks(
+                ray.data.from_arrow(parts),
+                Speak,
+                (chosen, tracking_uri),
+                chosen.workers,
+                len(parts),
+            )
             for row in results.iter_rows():
                 result = json.loads(row["result"])
                 totals = {key: totals[key] + result[key] for key in totals}
@@ -294,6 +303,7 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     report = {
         "out": chosen.out, "model": chosen.model, "lines": len(lines),
         "already_done": len(lines) - len(missing), "errors": totals["errors"],
+        "accelerator": share.accelerator,
         "speech_seconds": round(totals["seconds"], 1),
         "wall_seconds": round(wall, 1),
         "speech_seconds_per_second": round(totals["seconds"] / wall, 2),

@@ -27,7 +27,7 @@ from valle.model.training import (
     drop_conditions,
     seed_step,
 )
-from valle.platform import checkpoint, recipe, settings, storage, tracking
+from valle.platform import checkpoint, recipe, resources, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
@@ -57,13 +57,12 @@ def build_backend(
 def train(values: dict[str, Any]) -> None:
     """The loop of one worker. `values`: the recipe, the model's kind, the MLflow run."""
     import ray.train
-    import ray.train.torch
 
     chosen = dacite.from_dict(TrainRecipe, values["recipe"], dacite.Config(cast=[tuple, float]))
     kind: Kind = values["kind"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device = resources.train_device()
     if device.type == "cpu":
         torch.set_num_threads(chosen.threads)
     loader = Loader(
@@ -186,10 +185,17 @@ def _evaluate(
 
 
 def fit(chosen: TrainRecipe, kind: Kind) -> str:
-    """Trains one model on the connected cluster; returns the URI of its last checkpoint."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    """Trains one model on the connected cluster; returns the URI of its last checkpoint.
+
+    Raises ValueError before anything starts when the cluster will never hold the workers.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
+    share = resources.resolve(
+        chosen.placement, "train", cpus=chosen.threads, workers=chosen.workers
+    )
+    scaling, processes = share.training(chosen.workers)
     name = f"{chosen.run}-{kind}"
     with tracking.driver_run(name, asdict(chosen)) as run_id:
         trainer = TorchTrainer(
@@ -200,11 +206,8 @@ def fit(chosen: TrainRecipe, kind: Kind) -> str:
                 "run_id": run_id,
                 "tracking_uri": settings.read().tracking_uri,
             },
-            scaling_config=ScalingConfig(
-                num_workers=chosen.workers,
-                use_gpu=torch.cuda.is_available(),
-                resources_per_worker=None if torch.cuda.is_available() else {"CPU": chosen.threads},
-            ),
+            scaling_config=scaling,
+            torch_config=processes,
             run_config=RunConfig(
                 name=name,
                 storage_path=chosen.storage,

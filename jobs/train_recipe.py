@@ -6,6 +6,7 @@ from valle.jobs.validation import QuickCheck
 from valle.model.config import SIZES, Kind, ModelConfig
 from valle.model.training import Optimization
 from valle.platform import registry, storage
+from valle.platform.resources import Placement
 from valle.platform.sampler import Batching
 
 
@@ -115,10 +116,14 @@ class TrainRecipe:
     take a quarter less time on a CPU. Not run on a GPU."""
 
     workers: int = 1
-    """Data-parallel workers: one GPU each where there are any."""
+    """Data-parallel workers."""
 
     threads: int = 1
-    """Torch threads per worker on a CPU."""
+    """Torch threads per worker on a CPU, and the cores that are set aside for it where
+    `placement.cpus_per_worker` does not say."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU, and how much of one each worker takes."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; each comes with validation and samples."""
@@ -167,6 +172,12 @@ class TrainRecipe:
             raise ValueError(f"beginnings: {self.beginnings} is not in [0, 1)")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
+        shared = self.placement.gpus_per_worker < 1 and self.placement.accelerator != "cpu"
+        if self.backend == "deepspeed" and shared and self.workers > 1:
+            raise ValueError(
+                "placement.gpus_per_worker: DeepSpeed's workers need a whole GPU each, since NCCL "
+                "lets no two share one; set 1, or backend=ddp"
+            )
         if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):
             raise ValueError(f"warm_start: {unknown[0]!r} is none of ar, nar")
         for kind in self.models:

@@ -10,7 +10,7 @@ from valle.jobs.evaluation import EvaluationItem, item_seed, load_items
 from valle.jobs.judges import recogniser
 from valle.jobs.loader import Loader
 from valle.model.ar import AR
-from valle.model.codec import Codec, CodecIdentity, Wave
+from valle.model.codec import Codec, Wave
 from valle.model.filling import Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sequence import Batch
@@ -131,9 +131,7 @@ def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]
     if isinstance(model, AR) and chosen.partner is None:
         return {}
     partner = (
-        _load_partner(chosen.partner, codec.identity)
-        if isinstance(model, AR) and chosen.partner
-        else None
+        _load_partner(chosen.partner, codec) if isinstance(model, AR) and chosen.partner else None
     )
     reader = recogniser.Whisper()
     items = load_items(chosen.items)
@@ -142,11 +140,11 @@ def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]
     return {checkpoint.WORD_ERROR_RATE: recogniser.word_error_rate([i.text for i in items], heard)}
 
 
-def _load_partner(uri: str, codec: CodecIdentity) -> NAR:
-    model = checkpoint.load_from(storage.absolute(uri), codec)
+def _load_partner(uri: str, codec: Codec) -> NAR:
+    model = checkpoint.load_from(storage.absolute(uri), codec.identity)
     if not isinstance(model, NAR):
         raise ValueError(f"quick_check.partner: {uri} holds no NAR model")
-    return model
+    return model.to(codec.device)
 
 
 def _say(

@@ -93,8 +93,12 @@ class DeepSpeed:
     ) -> None:
         import deepspeed
         import deepspeed.ops
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         if device.type == "cpu":
+            # it would take any GPU that it sees, also on a node whose GPUs are not this worker's
+            set_accelerator(CPU_Accelerator())
             # otherwise compiled at every start (45 s); only inference uses it
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")

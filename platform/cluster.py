@@ -39,8 +39,11 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
         ray.init(num_cpus=num_cpus, **arguments)
     elif here.inside_ray_job:
         ray.init(**arguments)
-    else:  # a laptop driving a cluster: its workers get this checkout, not an installed copy
-        environment = {"working_dir": str(CODE_ROOT), "excludes": _NOT_SHIPPED}
+    else:  # a laptop driving a cluster: its workers get this checkout and its settings
+        environment = {
+            "working_dir": str(CODE_ROOT), "excludes": _NOT_SHIPPED,
+            "env_vars": settings.forwarded(),
+        }  # fmt: skip
         ray.init(address=here.ray_address, runtime_env=environment, **arguments)
     try:
         yield

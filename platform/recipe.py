@@ -53,10 +53,25 @@ def load(name: str, section: str, schema: type[Section], overrides: Sequence[str
         if get_origin(error.field_type) is Literal:
             wrong = f"{error.field_path}: {error.value!r} is none of {get_args(error.field_type)}"
         raise RecipeError(f"{path.name}, section {section}: {wrong}") from error
+    except dacite.UnexpectedDataError as error:
+        hint = "".join(_where(schema, key) for key in sorted(error.keys))
+        raise RecipeError(f"{path.name}, section {section}: {error}{hint}") from error
     except dacite.DaciteError as error:
         raise RecipeError(f"{path.name}, section {section}: {error}") from error
     except ValueError as error:
         raise RecipeError(f"{path.name}, section {section}: {error}") from error
+
+
+def _where(schema: type[Any], key: str) -> str:
+    """Where an unknown key would have been right: in a group of settings of this section."""
+    groups = [field for field in dataclasses.fields(schema) if dataclasses.is_dataclass(field.type)]
+    names = [
+        f"{group.name}.{field.name}"
+        for group in groups
+        for field in dataclasses.fields(group.type)  # type: ignore[arg-type]  # a dataclass
+        if field.name == key
+    ]
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _override(values: dict[str, Any], override: str) -> None:

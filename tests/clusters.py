@@ -1,5 +1,6 @@
 """Ray for tests: a cluster of one's own, stopped by the handle that started it."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,11 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+
+from valle.platform import settings
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
 """For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
@@ -25,18 +30,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def embedded(num_cpus: int = 4) -> Iterator[None]:
-    """Ray inside this process, with a temp-dir of its own."""
+def embedded(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
+    """Ray inside this process, with a temp-dir of its own; the GPUs are numbers."""
     import ray
 
     # the path of a unix socket has room for 107 characters: pytest's folders are too deep
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=folder,
-        object_store_memory=300_000_000, log_to_driver=True,
-        runtime_env={"env_vars": {
-            "VALLE_CACHE": os.environ["VALLE_CACHE"], "VALLE_HOME": os.environ["VALLE_HOME"],
-        }},
+        address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False,
+        _temp_dir=folder, object_store_memory=300_000_000, log_to_driver=True,
+        runtime_env={"env_vars": settings.forwarded()},
     )  # fmt: skip
     try:
         yield
@@ -45,9 +48,44 @@ def embedded(num_cpus: int = 4) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Head:
+    """A head node that was started here."""
+
+    jobs: str
+    """Address of its job server and of the state API."""
+
+    gcs: str
+    """What other nodes join."""
+
+
 @contextmanager
-def started(num_cpus: int = 4) -> Iterator[str]:
-    """A head started by `ray start`; yields the address of its job server."""
+def _started(
+    name: str, folder: str, options: Sequence[str], env: Mapping[str, str]
+) -> Iterator[None]:
+    """`ray start` with all it starts in a process group of its own."""
+    ray = Path(sys.executable).parent / "ray"
+    command = [str(ray), "start", "--block", "--disable-usage-stats", *options]
+    log = Path(folder) / f"{name}.log"
+    with log.open("wb") as output:
+        node = subprocess.Popen(
+            [*command, "--object-store-memory=300000000"], stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, env={**os.environ, **NO_AUTH, **env},
+        )  # fmt: skip
+    try:
+        # the job server answers before the autoscaler is there
+        wait_for(lambda: "Ray runtime started" in log.read_text(), 120, f"{log}")
+        yield
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        node.wait(timeout=60)
+
+
+@contextmanager
+def head(
+    num_cpus: int = 4, *, autoscaling: Mapping[str, Any] | None = None, **env: str
+) -> Iterator[Head]:
+    """A head started by `ray start`, without GPUs; `autoscaling`: its cluster configuration."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ports = [free_port() for _ in range(8)]
     names = (
@@ -56,25 +94,77 @@ def started(num_cpus: int = 4) -> Iterator[str]:
         "object-manager-port",
     )  # fmt: skip
     options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    ray = Path(sys.executable).parent / "ray"
-    with (Path(folder) / "head.log").open("wb") as log:
-        head = subprocess.Popen(
-            [
-                str(ray), "start", "--head", "--block", f"--num-cpus={num_cpus}",
-                f"--temp-dir={folder}", "--disable-usage-stats",
-                "--object-store-memory=300000000", *options,
-            ],
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | NO_AUTH,
-        )  # fmt: skip
-    address = f"http://127.0.0.1:{ports[1]}"
+    options += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={folder}"]
+    if autoscaling:
+        provider = {**autoscaling["provider"], "gcs_address": f"127.0.0.1:{ports[0]}"}
+        path = Path(folder) / "cluster.json"
+        path.write_text(json.dumps({**autoscaling, "provider": provider}))
+        options.append(f"--autoscaling-config={path}")
+    here = Head(f"http://127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[0]}")
     try:
-        wait_for(lambda: answers(f"{address}/api/version"), 120, "the job server")
-        yield address
+        with _started("head", folder, ["--head", *options], env):
+            wait_for(lambda: answers(f"{here.jobs}/api/version"), 120, "the job server")
+            yield here
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def joined(to: Head, num_cpus: int, num_gpus: int, **env: str) -> Iterator[None]:
+    """One more node on this machine; its GPUs are numbers."""
+    folder = tempfile.mkdtemp(prefix="valle-ray-")
+    options = [
+        f"--address={to.gcs}", f"--num-cpus={num_cpus}",
+        f"--num-gpus={num_gpus}", f"--temp-dir={folder}",
+    ]  # fmt: skip
+    try:
+        with _started("node", folder, options, env):
+            yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def autoscaled(resources: Mapping[str, float], most: int) -> Iterator[Head]:
+    """A head without CPUs, and Ray's autoscaler, whose fake provider may start up to `most` nodes
+    with these resources on this machine."""
+    identity = "f" * 51 + "00000"  # what the provider takes the head for
+    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    memory = {"object_store_memory": 300_000_000}
+    empty = (
+        "setup_commands", "head_setup_commands", "worker_setup_commands",
+        "initialization_commands", "head_start_ray_commands", "worker_start_ray_commands",
+        "cluster_synced_files",
+    )  # fmt: skip
+    configuration = {
+        "cluster_name": "fake", "max_workers": most, "idle_timeout_minutes": 5, "auth": {},
+        "upscaling_speed": 1.0,
+        "provider": {
+            "type": "external", "module": provider, "head_node_id": identity,
+            "launch_multiple": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {**resources, **memory}, "node_config": {}, "min_workers": 0,
+                "max_workers": most,
+            },
+        },
+        "head_node_type": "ray.head.default", "file_mounts": {}, **{name: [] for name in empty},
+    }  # fmt: skip
+    with head(
+        0, autoscaling=configuration, RAY_FAKE_CLUSTER="1", RAY_enable_autoscaler_v2="1",
+        RAY_CLOUD_INSTANCE_ID=identity, RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
+        AUTOSCALER_UPDATE_INTERVAL_S="1",
+    ) as here:  # fmt: skip
+        yield here
+
+
+@contextmanager
+def started(num_cpus: int = 4) -> Iterator[str]:
+    """A head started by `ray start`; yields the address of its job server."""
+    with head(num_cpus) as here:
+        yield here.jobs
 
 
 def slots_wanted() -> int:

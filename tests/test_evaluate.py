@@ -29,6 +29,7 @@ from valle.jobs.voices import Espeak
 from valle.model.codec import Codec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, registry, storage
+from valle.platform.resources import Placement
 
 
 def test_error_rates_compare_words_not_spelling() -> None:
@@ -170,8 +171,12 @@ def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
 
 
 @pytest.fixture
-def judged(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Iterator[PublishRecipe]:
-    """Untrained models and three items in two espeak voices, on a cluster of their own."""
+def judged(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[PublishRecipe]:
+    """Untrained models and three items in two espeak voices, on a cluster of their own, whose one
+    GPU is a number."""
+    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = 3.5
@@ -190,8 +195,9 @@ def judged(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Iterator[P
             | ({"reference": f"reference{number}.wav"} if number else {})
         )
     (home / "set.jsonl").write_text("\n".join(json.dumps(item) for item in items))
-    evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report")
-    with clusters.embedded():
+    evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report",
+                                placement=Placement(gpus_per_worker=0.5))  # fmt: skip
+    with clusters.embedded(num_gpus=1):
         yield PublishRecipe(
             ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
             sample_prompt="speech/prompt0.wav", evaluation=evaluation,
@@ -202,7 +208,8 @@ def judged(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> Iterator[P
 def test_evaluation_gate_and_rollback(
     judged: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Untrained models through the real judges: sharded = single, then promotion and rollback."""
+    """Untrained models through the real judges: shared out over two halves of a GPU = single on
+    the CPU, then promotion and rollback."""
     assert publish(judged) == 1
     assert registry.champion() == 1
     kept = registry.resolve(registry.CHAMPION)
@@ -216,7 +223,9 @@ def test_evaluation_gate_and_rollback(
     page = (home / "report/version-1/report.html").read_text()
     assert page.count("<audio") >= 8 and (home / "report/version-1/audio/codec/i1.wav").exists()
 
-    single = evaluate(replace(judged.evaluation, workers=1, out="single"))
+    on_cpu = Placement(accelerator="cpu")
+    single = evaluate(replace(judged.evaluation, workers=1, out="single", placement=on_cpu))
+    assert (first["accelerator"], single["accelerator"]) == ("gpu", "cpu")
     timing = {"synthesis_seconds"}
     for ours, theirs in zip(single["records"], first["records"], strict=True):
         assert {k: v for k, v in ours.items() if k not in timing} == {

@@ -16,7 +16,7 @@ from valle.jobs.train_recipe import TrainRecipe
 from valle.model.ar import AR
 from valle.model.codec import Codec
 from valle.model.training import Objective, Optimization, TrainState, build_optimizer
-from valle.platform import audio, checkpoint, recipe, storage
+from valle.platform import audio, checkpoint, recipe, settings, storage
 from valle.platform.recipe import RECIPES, RecipeError
 
 
@@ -129,6 +129,27 @@ def test_a_bad_recipe_names_the_field(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe.load(written(tmp_path, text), "corpus", Example, overrides)
+
+
+def test_a_field_of_a_group_is_pointed_out(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"did you mean inner.width\?"):
+        recipe.load(written(tmp_path, "corpus: {out: x, width: 3}"), "corpus", Example)
+
+
+def test_workers_know_what_the_driver_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "VALLE_HOME": "here", "VALLE_CACHE": "cache", "AWS_REGION": "eu-west-1",
+        "AWS_PROFILE": "mine", "AWS_SHARED_CREDENTIALS_FILE": "/mine", "SECRET": "s",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    told = settings.forwarded()
+    assert told["VALLE_HOME"] == str(tmp_path / "here"), "their folder is another one"
+    assert told["VALLE_CACHE"] == str(tmp_path / "cache")
+    assert told["AWS_REGION"] == "eu-west-1"
+    assert not {"AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "SECRET"} & told.keys()
 
 
 def test_unknown_recipe_lists_the_known_ones() -> None:

@@ -17,6 +17,7 @@ from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
 from valle.model.sentences import join
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, registry, storage
+from valle.platform.resources import Placement
 from valle.serve.audio import encode
 from valle.serve.offline import Offline
 from valle.serve.request import Request
@@ -55,8 +56,9 @@ def test_together_is_what_each_says_alone(voice: Voice) -> None:
 
 @pytest.mark.ray
 def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
-    voice: Voice, published: PublishRecipe, home: Path
+    voice: Voice, published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
     lines = [
         {"id": "a", "text": "Hello there. Good bye.", "prompt": "ann.wav", "seed": 7},
         {"id": "b", "text": "Hello there.", "prompt": "bob.wav"},
@@ -69,9 +71,12 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
         manifest=str(home / "lines.jsonl"), recordings="voices", out=str(home / "spoken"),
         synthesis=Synthesis(max_seconds=1.0), lines_per_part=2, format="wav",
     )  # fmt: skip
-    with clusters.embedded():
-        report = synthesize(chosen)
+    halves = Placement(gpus_per_worker=0.5)
+    with clusters.embedded(num_gpus=1):
+        report = synthesize(replace(chosen, placement=halves))
         assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
+        assert report["accelerator"] == "gpu"
+        chosen = replace(chosen, placement=Placement(accelerator="cpu"))
         (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
         blank = {"id": None, "language": None, "seed": None}
         table = pa.Table.from_pylist([{**blank, **line} for line in lines])

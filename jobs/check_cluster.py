@@ -1,0 +1,96 @@
+"""Reads a cluster launcher's file for AWS before `ray up` does, without a network.
+
+    python -m valle.jobs.check_cluster cluster.yaml
+
+Ray's own schema looks at nothing inside a `node_config`; here botocore compares it with the
+request that it becomes. Security groups, instance profiles, metadata and Ray's token are looked at
+too. What is still to be set (`EDIT`) is listed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from valle.platform import autoscaler
+from valle.platform.cluster import CODE_ROOT
+
+RAYS_OWN = {"SubnetIds"}
+"""Keys of a node_config that Ray takes out before it asks EC2 for nodes."""
+
+PLACEHOLDER = "EDIT"
+
+
+def problems(configuration: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong, one line each; nothing for a file that can be used."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    try:
+        # Ray fills in its defaults first, and changes what it is given
+        validate_config(prepare_config(yaml.safe_load(yaml.safe_dump(dict(configuration)))))
+    except Exception as error:  # jsonschema's, click's or a KeyError: Ray has no class for it
+        yield f"Ray refuses it: {str(error).splitlines()[0]}"
+        return
+    if "security_group" in configuration["provider"]:
+        yield "provider.security_group: Ray adds SSH from anywhere to a group that it makes"
+    for name, node in configuration["available_node_types"].items():
+        for problem in _of_node(node["node_config"]):
+            yield f"{name}: {problem}"
+    for place in ("head", "worker"):
+        start = configuration.get(f"{place}_start_ray_commands", [])
+        written = "\n".join([*configuration.get("setup_commands", []), *start])
+        if "RAY_AUTH_MODE=token" not in written:
+            yield f"{place}_start_ray_commands: without RAY_AUTH_MODE=token anyone may run code"
+
+
+def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    service = botocore.session.get_session().get_service_model("ec2")
+    request = {key: value for key, value in node_config.items() if key not in RAYS_OWN}
+    shape = service.operation_model("RunInstances").input_shape
+    found = ParamValidator().validate({**request, "MinCount": 1, "MaxCount": 1}, shape)
+    yield from str(found.generate_report()).splitlines()
+    if "IamInstanceProfile" not in node_config:
+        yield "IamInstanceProfile: missing; nodes have no other way to the bucket but keys"
+    if not node_config.get("SecurityGroupIds"):
+        yield "SecurityGroupIds: missing; Ray would make a group with SSH from anywhere"
+    if node_config.get("MetadataOptions", {}).get("HttpTokens") != "required":
+        yield "MetadataOptions.HttpTokens: not `required`; a request forged on a node gets its role"
+
+
+def unset(text: str) -> list[str]:
+    """Lines with a placeholder, numbered."""
+    return [
+        f"line {number}: {line.strip()}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if PLACEHOLDER in line and not line.lstrip().startswith("#")
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what is wrong, what is to be set, what may be started; the exit status is 1 if
+    something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=CODE_ROOT / "cluster.yaml")
+    text = parser.parse_args(argv).file.read_text()
+    configuration = yaml.safe_load(text)
+    wrong = list(problems(configuration))
+    for line in wrong:
+        print(f"wrong: {line}", file=sys.stderr)
+    for line in unset(text):
+        print(f"to set: {line}")
+    if not wrong:
+        report = autoscaler.parse(configuration)
+        for node in report.node_types or ():
+            print(f"may start: {node.most} x {node.name}, {node.cpus:g} CPUs, {node.gpus:g} GPUs")
+        print(f"          {report.max_nodes} nodes together at most, beside the head")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What Ray's autoscaler may add: its node types, read where it runs.
+
+Ray keeps the nodes that are there, but open-source Ray does not tell a driver which ones may come
+(only Anyscale's fills `ClusterConfig`). The autoscaler, a process on the head node, was started
+with the cluster's configuration as a file: that is read here, on the head node itself.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from valle.platform import settings
+
+HEAD = "node:__internal_head__"
+"""The resource that only the head node has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeType:
+    """A node, or a kind of node that may be started."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+    most: int
+    """How many of it there may be."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    is_head: bool = False
+    """Whether it is the head node, of which there is one and which no autoscaler starts."""
+
+    @classmethod
+    def of(
+        cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str], most: int
+    ) -> "NodeType":
+        """From Ray's resources and labels."""
+        cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
+        return cls(
+            name=name, cpus=cpus, gpus=gpus, most=most, labels=labels, is_head=HEAD in resources
+        )
+
+    def has(self, labels: Mapping[str, str]) -> bool:
+        """Whether it carries all of `labels`."""
+        return labels.items() <= self.labels.items()
+
+    def holds(self, cpus: float, gpus: float) -> int:
+        """Workers of so many cores and GPUs that fit on one such node; a fraction of a GPU never
+        spans two."""
+        by_cpu = int(self.cpus / cpus + 1e-6)
+        if not gpus:
+            return by_cpu
+        by_gpu = int(self.gpus) * int(1 / gpus + 1e-6) if gpus < 1 else int(self.gpus / gpus)
+        return min(by_cpu, by_gpu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What may be added to a cluster."""
+
+    node_types: tuple[NodeType, ...] | None
+    """Empty without an autoscaler; None when one may exist but keeps it to itself."""
+
+    max_nodes: int
+
+
+def report(nodes: Sequence[Mapping[str, Any]]) -> Report:
+    """What may be added to the connected cluster, whose living `nodes` `ray.nodes()` lists."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    context = ray.get_runtime_context()
+    head = next(node["NodeID"] for node in nodes if HEAD in node["Resources"])
+    if head == context.get_node_id():
+        return read(context.gcs_address)
+    where = NodeAffinitySchedulingStrategy(head, soft=False)
+    # no CPUs: a head that takes no work has none
+    task = ray.remote(num_cpus=0, scheduling_strategy=where)(read)
+    answer: Report = ray.get(task.remote(context.gcs_address))
+    return answer
+
+
+def read(gcs_address: str) -> Report:
+    """Read on the head node: the node types of the autoscaler that serves this cluster."""
+    import psutil
+
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    path = configuration_path(lines, gcs_address)
+    if path is not None:
+        return parse(yaml.safe_load(path.read_text()))  # JSON too
+    if settings.read().on_kuberay:  # the autoscaler is another container's process
+        return Report(node_types=None, max_nodes=0)
+    return Report(node_types=(), max_nodes=0)
+
+
+def configuration_path(command_lines: Iterable[Sequence[str]], gcs_address: str) -> Path | None:
+    """The file named by the autoscaler's command line, of the cluster with this address: several
+    clusters may share a machine, and then differ in their ports."""
+    port = gcs_address.rpartition(":")[2]
+    for line in command_lines:
+        options = dict(part.split("=", 1) for part in line if part.startswith("--") and "=" in part)
+        path = options.get("--autoscaling-config")
+        if path and options.get("--gcs-address", "").rpartition(":")[2] == port:
+            return Path(path).expanduser()
+    return None
+
+
+def parse(configuration: Mapping[str, Any]) -> Report:
+    """The worker types of a cluster launcher's configuration (`available_node_types`)."""
+    limit = int(configuration.get("max_workers", 2))  # the launcher's own default
+    types = []
+    for name, node in configuration.get("available_node_types", {}).items():
+        most = min(int(node.get("max_workers", limit)), limit)
+        if name != configuration.get("head_node_type") and most > 0:
+            types.append(NodeType.of(name, node.get("resources", {}), node.get("labels", {}), most))
+    return Report(node_types=tuple(types), max_nodes=limit)
