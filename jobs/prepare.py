@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from valle.jobs.sources import Item, Reject, Source, listing
-from valle.model import codec as codecs
 from valle.model import text as phonemes
 from valle.model.codec import CodecIdentity
+from valle.model.codecs import load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, recipe, resources, settings, storage
 from valle.platform.cluster import connect
@@ -41,7 +41,7 @@ class PrepareRecipe:
     """Roots of speech."""
 
     codec: str = "nano"
-    """nano, encodec-24khz, or a path to weights."""
+    """nano, nano2, encodec-24khz, or a path to weights."""
 
     min_seconds: float = 0.5
     """Shorter recordings are left out."""
@@ -168,7 +168,7 @@ class Quantise:
         device = resources.device()
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core
-        self._codec = codecs.load(chosen.codec, device=device, cache=settings.read().cache)
+        self._codec = load_codec(chosen.codec, device=device, cache=settings.read().cache)
         self._chosen = chosen
         self._batch_seconds = chosen.batch_seconds or (10.0 if device == "cpu" else 120.0)
 
@@ -300,7 +300,7 @@ def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
     chosen = replace(chosen, out=storage.absolute(chosen.out))
     if Path(chosen.codec).exists():
         chosen = replace(chosen, codec=str(Path(chosen.codec).absolute()))
-    identity = codecs.load(chosen.codec, cache=settings.read().cache).identity
+    identity = load_codec(chosen.codec, cache=settings.read().cache).identity
     items, unlisted = _list(chosen)
     found = survey(chosen.out, identity)
     missing = [item for item in items if item.id not in found.done]

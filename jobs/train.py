@@ -17,8 +17,8 @@ import torch
 from valle.jobs import validation
 from valle.jobs.loader import Loader
 from valle.jobs.train_recipe import TrainRecipe, warm_source
-from valle.model import codec as codecs
 from valle.model.codec import CodecIdentity
+from valle.model.codecs import load_codec
 from valle.model.config import Kind
 from valle.model.training import (
     TrainState,
@@ -173,7 +173,7 @@ def _evaluate(
     """Validation and samples of a checkpoint just written, as anyone would load it."""
     model, about = checkpoint.load(folder, str(device))
     metrics = validation.run(model, loader, chosen.batching, device)
-    codec = codecs.load(chosen.codec, device=str(device), cache=settings.read().cache)
+    codec = load_codec(chosen.codec, device=str(device), cache=settings.read().cache)
     if chosen.samples:
         run.samples(validation.samples(model, loader, codec, chosen.samples, device), state.step)
     check, last = chosen.quick_check, state.step == chosen.steps[about.kind]
@@ -241,7 +241,7 @@ def prepare_run(chosen: TrainRecipe) -> TrainRecipe:
     }
     chosen = replace(chosen, warm_start=absolute)
     if chosen.samples:
-        codec = codecs.load(chosen.codec, cache=settings.read().cache)
+        codec = load_codec(chosen.codec, cache=settings.read().cache)
         codec.identity.check(manifest.codec, f"the dataset {chosen.data}")
     return chosen
 

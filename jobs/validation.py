@@ -10,11 +10,12 @@ from valle.jobs.evaluation import EvaluationItem, item_seed, load_items
 from valle.jobs.judges import recogniser
 from valle.jobs.loader import Loader
 from valle.model.ar import AR
-from valle.model.codec import Codec, Wave
+from valle.model.codec import Wave
+from valle.model.codecs import SpeechCodec
 from valle.model.filling import Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sequence import Batch
-from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
+from valle.model.tokens import SAMPLE_RATE
 from valle.model.training import Loss, Objective
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, sampler, storage
@@ -96,7 +97,7 @@ def _with_text_of(batch: Batch, other: Batch) -> Batch:
 
 
 def samples(
-    model: AR | NAR, loader: Loader, codec: Codec, count: int, device: torch.device
+    model: AR | NAR, loader: Loader, codec: SpeechCodec, count: int, device: torch.device
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """Held-out sentences spoken by the model alone, beside their recordings' reconstruction.
 
@@ -125,7 +126,7 @@ def samples(
     return heard
 
 
-def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]:
+def words(model: AR | NAR, codec: SpeechCodec, chosen: QuickCheck) -> dict[str, float]:
     """Word error rate on the quick set, by whisper tiny.en; nothing for an AR model that has no
     partner to be heard through."""
     if isinstance(model, AR) and chosen.partner is None:
@@ -140,7 +141,7 @@ def words(model: AR | NAR, codec: Codec, chosen: QuickCheck) -> dict[str, float]
     return {checkpoint.WORD_ERROR_RATE: recogniser.word_error_rate([i.text for i in items], heard)}
 
 
-def _load_partner(uri: str, codec: Codec) -> NAR:
+def _load_partner(uri: str, codec: SpeechCodec) -> NAR:
     model = checkpoint.load_from(storage.absolute(uri), codec.identity)
     if not isinstance(model, NAR):
         raise ValueError(f"quick_check.partner: {uri} holds no NAR model")
@@ -148,7 +149,11 @@ def _load_partner(uri: str, codec: Codec) -> NAR:
 
 
 def _say(
-    model: AR | NAR, partner: NAR | None, codec: Codec, chosen: QuickCheck, item: EvaluationItem
+    model: AR | NAR,
+    partner: NAR | None,
+    codec: SpeechCodec,
+    chosen: QuickCheck,
+    item: EvaluationItem,
 ) -> Wave:
     """One item: by both models, or by the NAR model on the reference's first codebook."""
 
@@ -163,7 +168,7 @@ def _say(
     if item.reference is None:
         raise ValueError(f"quick_check.items: {item.id} has no reference")
     prompt, truth = codec.encode([read(item.prompt), read(item.reference)])
-    prompt = prompt[:, : int(how.prompt_seconds * FRAME_RATE)]
+    prompt = prompt[:, : codec.identity.frames(how.prompt_seconds)]
     unfilled = Unfilled(text_ids(item.text, item.language), prompt, truth[0])
     codes = fill_in(model, unfilled, how.filling)
     return codec.decode([codes])[0]

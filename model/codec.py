@@ -69,6 +69,15 @@ class CodecIdentity:
     frame_rate: int = FRAME_RATE
     sample_rate: int = SAMPLE_RATE
 
+    @property
+    def hop(self) -> int:
+        """Samples of a frame."""
+        return self.sample_rate // self.frame_rate
+
+    def frames(self, seconds: float) -> int:
+        """Whole frames in so many seconds."""
+        return int(seconds * self.frame_rate)
+
     def check(self, other: "CodecIdentity", what: str) -> None:
         """Raises ValueError unless `other`, found in `what`, is this codec."""
         if self != other:

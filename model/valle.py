@@ -10,12 +10,12 @@ import torch
 
 from valle.model import text as phonemes
 from valle.model.ar import AR
-from valle.model.codec import Codec, Codes, Wave
+from valle.model.codec import Codes, Wave
+from valle.model.codecs import SpeechCodec
 from valle.model.filling import Filling, Unfilled, fill_in
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sentences import split
-from valle.model.tokens import FRAME_RATE, HOP
 
 GUIDANCE_SCALE = 1.5
 """Of both models, unless told otherwise."""
@@ -81,7 +81,7 @@ class Voice:
 
     ar: AR
     nar: NAR
-    codec: Codec
+    codec: SpeechCodec
 
     def speak(self, text: str, prompt: Wave, how: Synthesis) -> Spoken:
         """Says `text` in the voice of `prompt` (24 kHz samples, no transcript needed).
@@ -94,7 +94,8 @@ class Voice:
         """Codes of the recording's first seconds."""
         if not len(prompt):
             raise ValueError("prompt: the recording is empty")
-        start = prompt[: int(how.prompt_seconds * FRAME_RATE) * HOP]
+        identity = self.codec.identity
+        start = prompt[: identity.frames(how.prompt_seconds) * identity.hop]
         return self.codec.encode([start])[0]
 
     def go_on(self, text: str, beginning: Wave, how: Synthesis) -> Spoken:
@@ -119,7 +120,8 @@ class Voice:
         said = None if prefix is None else torch.from_numpy(prefix).long().to(device)
         first = self.ar.generate(
             text, prompt_codes, sampling=how.ar, generator=generator,
-            max_frames=int(how.max_seconds * FRAME_RATE), prefix=None if said is None else said[0],
+            max_frames=self.codec.identity.frames(how.max_seconds),
+            prefix=None if said is None else said[0],
         )  # fmt: skip
         codes = first.codes.to("cpu", torch.int16).numpy()
         unfilled = Unfilled(ids, prompt, codes, spoken=prefix, ended=not first.hit_limit)

@@ -39,8 +39,6 @@ class Nano2:
         self.extractor = FeatureExtractor.load(VOCODER_WEIGHTS.parent).eval().to(self.device)
         self.vocoder = Vocoder.shipped().to(self.device)
         config = quantizer.config
-        self.hop = SAMPLE_RATE // config.frame_rate
-        """Samples of a frame."""
         self.identity = CodecIdentity(
             name="nano2", sha256=weights_hash(quantizer.state_dict()),
             n_codebooks=config.n_codebooks, frame_rate=config.frame_rate, sample_rate=SAMPLE_RATE,
@@ -69,7 +67,7 @@ class Nano2:
             present = torch.tensor([lengths[index] for index in group], device=self.device)
             codes = self.quantizer.encode(batch.to(self.device), present).to("cpu", torch.int16)
             for row, index in enumerate(group):
-                n_frames = -(-len(waves[index]) // self.hop)
+                n_frames = -(-len(waves[index]) // self.identity.hop)
                 result[index] = codes[row, :, :n_frames].numpy().copy()
         return result
 
@@ -89,7 +87,7 @@ class Nano2:
             features = self.features([codes[index] for index in group])
             waves = self.vocoder(features).cpu().numpy()
             for row, index in enumerate(group):
-                result[index] = waves[row, : frames[index] * self.hop].copy()
+                result[index] = waves[row, : frames[index] * self.identity.hop].copy()
         return result
 
     def features(self, codes: Sequence[Codes]) -> Tensor:
@@ -104,7 +102,7 @@ class Nano2:
             batch[row, :, : item.shape[1]] = torch.from_numpy(item.astype(np.int64))
         restored = self.quantizer.decode(batch.to(self.device), lengths.to(self.device))
         for row, length in enumerate(lengths.tolist()):
-            n_features = -(-length * self.hop // FEATURE_HOP)
+            n_features = -(-length * self.identity.hop // FEATURE_HOP)
             restored[row, n_features:] = restored[row, n_features - 1].clone()
         return restored
 
