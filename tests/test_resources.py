@@ -69,7 +69,7 @@ def gpu_node() -> str:
 
 
 def preparation(home: Path, codec: Path, accelerator: Accelerator) -> PrepareRecipe:
-    """Two shards of noise."""
+    """One shard of noise."""
     generator = np.random.default_rng(0)
     for number in range(8):
         path = home / "speech" / f"s{number % 2}" / f"{number}.wav"
@@ -77,7 +77,7 @@ def preparation(home: Path, codec: Path, accelerator: Accelerator) -> PrepareRec
         soundfile.write(path, generator.normal(0, 0.1, 14_000 + 500 * number), 24_000)
         path.with_suffix(".txt").write_text("one two three")
     return PrepareRecipe(
-        out="tokens", sources=(Source(path="speech"),), codec=str(codec), utterances_per_shard=4,
+        out="tokens", sources=(Source(path="speech"),), codec=str(codec), utterances_per_shard=8,
         placement=Placement(accelerator=accelerator),
     )  # fmt: skip
 
