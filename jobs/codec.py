@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # workers start in folders of their own: paths are fixed here, on the driver
     chosen = replace(chosen, data=storage.absolute(chosen.data), out=storage.absolute(chosen.out))
     split(chosen)  # a missing corpus is better noticed before Ray starts
-    with connect():
+    with recipe.reported(), connect():
         fit(chosen)
     print(f"codec: exported to {chosen.out}")
 

@@ -250,7 +250,7 @@ def _licences(lines: Sequence[Line]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.corpus --recipe demo`."""
     chosen = recipe.parse_arguments(argv, "corpus", CorpusRecipe, __doc__ or "")
-    with connect():
+    with recipe.reported(), connect():
         report = make(chosen)
     print(
         f"corpus: {report['made']} made ({report['made_seconds']} s of speech), "

@@ -280,7 +280,7 @@ def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.evaluate --recipe nano`."""
     chosen = recipe.parse_arguments(argv, "evaluate", EvaluateRecipe, __doc__ or "")
-    with connect():
+    with recipe.reported(), connect():
         content = evaluate(chosen)
     print(report.markdown_table(content))
     print(f"report: {storage.join(chosen.out, 'report.html')}")

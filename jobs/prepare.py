@@ -367,7 +367,7 @@ def _list(chosen: PrepareRecipe) -> tuple[list[Item], list[Reject]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.prepare --recipe demo`."""
     chosen = recipe.parse_arguments(argv, "prepare", PrepareRecipe, __doc__ or "")
-    with connect():
+    with recipe.reported(), connect():
         report = prepare(chosen)
     print(json.dumps(report, indent=2, ensure_ascii=False))
 

@@ -120,7 +120,7 @@ def publish(chosen: PublishRecipe) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.publish --recipe demo`."""
     chosen = recipe.parse_arguments(argv, "publish", PublishRecipe, __doc__ or "")
-    with connect() if chosen.evaluation else nullcontext():
+    with recipe.reported(), connect() if chosen.evaluation else nullcontext():
         try:
             version = publish(chosen)
         except GateError as error:

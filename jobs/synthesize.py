@@ -315,7 +315,7 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see above."""
     chosen = recipe.parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
-    with connect():
+    with recipe.reported(), connect():
         report = synthesize(chosen)
     print(json.dumps(report, indent=2, ensure_ascii=False))
 

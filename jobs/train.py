@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train --recipe demo`."""
     chosen = recipe.parse_arguments(argv, "train", TrainRecipe, __doc__ or "")
     chosen = prepare_run(chosen)
-    with connect():
+    with recipe.reported(), connect():
         for kind in chosen.models:
             print(f"{kind}: checkpoint at {fit(chosen, kind)}")
 

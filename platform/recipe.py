@@ -8,8 +8,10 @@ section; dots go deeper (`model.width=128`).
 
 import argparse
 import dataclasses
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -30,6 +32,16 @@ Section = TypeVar("Section")
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the field."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Inside, a recipe that cannot be run ends the program with the reason and status 2."""
+    try:
+        yield
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # for whoever typed the command
+        raise SystemExit(2) from error
 
 
 def load(name: str, section: str, schema: type[Section], overrides: Sequence[str] = ()) -> Section:

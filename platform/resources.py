@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from valle.platform import autoscaler, settings
 from valle.platform.autoscaler import NodeType
+from valle.platform.recipe import RecipeError
 
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy, Dataset
@@ -216,8 +217,8 @@ def resolve(
     """What each worker of a job gets on the connected cluster (or on `cluster`).
 
     `section` is the recipe's, for messages; `cpus` a worker's cores where the recipe leaves them
-    open; `workers` those that have to be there at the same time. Raises ValueError, which names the
-    field, what the cluster has and what to change, when the cluster will never have that.
+    open; `workers` those that have to be there at the same time. Raises RecipeError, which names
+    the field, what the cluster has and what to change, when the cluster will never have that.
     """
     cluster = (cluster or survey()).labelled(chosen.node_labels)
     unknown = cluster.node_types is None
@@ -227,7 +228,7 @@ def resolve(
         f"; nodes with {chosen.node_labels}: {cluster}" if chosen.node_labels else f": {cluster}"
     )
     if wanted and not cluster.has_gpus and not unknown:
-        raise ValueError(
+        raise RecipeError(
             f"{section}.placement.accelerator: gpu, but the cluster has none{where}. Add a node "
             f"with a GPU, or set {section}.placement.accelerator to auto or cpu"
         )
@@ -239,7 +240,7 @@ def resolve(
         labels=chosen.node_labels,
     )  # fmt: skip
     if share.most is not None and share.most < workers:
-        raise ValueError(
+        raise RecipeError(
             f"{section}.{'workers' if share.most else 'placement'}: {workers} worker(s) with "
             f"{cpus:g} CPUs and {gpus:g} GPUs each were asked for, the cluster holds "
             f"{share.most}{where}. Lower {section}.workers, or a worker's share: "

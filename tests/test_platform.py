@@ -175,13 +175,17 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    from valle.jobs import codec, corpus, evaluate, export, prepare, publish, synthesize
+    from valle.jobs import (
+        codec, corpus, evaluate, export, prepare, publish, quantizer, select_speakers, synthesize,
+    )  # fmt: skip
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
         "codec": codec.CodecRecipe, "train": TrainRecipe,
         "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
         "export": export.ExportRecipe, "synthesize": synthesize.SynthesizeRecipe,
+        "quantizer": quantizer.QuantizerRecipe,
+        "select_speakers": select_speakers.SelectionRecipe,
     }  # fmt: skip
     import yaml
 
@@ -263,3 +267,11 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, tiny_codec: Codec) -> N
     (tmp_path / "config.json").write_text(json.dumps({**values, "surprise": 1}))
     with pytest.raises(ValueError, match="surprise"):
         checkpoint.read(tmp_path)
+
+
+def test_a_recipe_that_cannot_run_is_reported_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"), recipe.reported():
+        raise RecipeError("train.workers: too many")
+    assert capsys.readouterr().err == "error: train.workers: too many\n"
+    with pytest.raises(ValueError, match="a fault of ours"), recipe.reported():
+        raise ValueError("a fault of ours")
