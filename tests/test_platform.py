@@ -176,7 +176,15 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     from valle.jobs import (
-        codec, corpus, evaluate, export, prepare, publish, quantizer, select_speakers, synthesize,
+        codec,
+        corpus,
+        evaluate,
+        export,
+        prepare,
+        publish,
+        quantizer,
+        select_speakers,
+        synthesize,
     )  # fmt: skip
 
     schemas = {
