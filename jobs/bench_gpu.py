@@ -28,7 +28,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from valle.jobs.gpu.plan import Schedule
+    from valle.jobs.gpu.report import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "valle.jobs.bench_gpu"
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(argv: Sequence[str]) -> int:
     """The command proper, once the package is importable."""
     from valle.jobs.gpu import report
-    from valle.jobs.gpu.plan import PHASES, schedule
+    from valle.jobs.gpu.plan import schedule
 
     arguments = parse(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,18 +72,16 @@ def bench(argv: Sequence[str]) -> int:
         (out / "gpu.log").open("wb") as log,
     ):
         scratch = Path(name)
-        for phase in phases:
-            limit = times.limit(phases, phase, ends - time.time())
-            if limit < 1:
-                result: dict[str, Any] = {"status": "skipped", "reason": "no time was left"}
-            else:
-                print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
-                show = partial(results.add, phase)
-                result = run_phase(phase, arguments, results.card, limit, scratch, log, show)
-            results.add(phase, result)
-            print(results.lines(phase), flush=True)
-            if result["status"] == "stopped":
-                break
+        try:
+            for phase in phases:
+                result = run_or_skip(phase, arguments, results, times, ends, scratch, log)
+                results.add(phase, result)
+                print(results.lines(phase), flush=True)
+                if result["status"] == "stopped":
+                    break
+        except Stopped as error:  # between two phases
+            for phase in [name for name in phases if name not in results.values["phases_run"]][:1]:
+                results.add(phase, {"status": "stopped", "reason": f"before it began: {error}"})
     results.finish()
     print(results.summary())
     return results.exit_code
@@ -118,6 +120,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--out: cannot write there ({error})")
     return arguments
+
+
+def run_or_skip(
+    phase: str, arguments: argparse.Namespace, results: "Results", times: "Schedule", ends: float,
+    scratch: Path, log: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A phase's result; what it has measured is in `results` before. `ends`: Unix time at which the
+    last phase is to be through."""
+    from valle.jobs.gpu.plan import PHASES
+
+    limit = times.limit(arguments.phases, phase, ends - time.time())
+    if limit < 1:
+        return {"status": "skipped", "reason": "no time was left"}
+    print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
+    show = partial(results.add, phase)
+    return run_phase(phase, arguments, results.card, limit, scratch, log, show)
 
 
 class Stopped(Exception):
