@@ -7,7 +7,7 @@
 For a machine with an NVIDIA card, Python 3.12, torch 2.11 or newer, numpy, safetensors and pyarrow,
 without Ray, network or installation; what else is imported is carried as wheels (`make
 gpu-wheels`, docs/gpu.md). Each phase is a process of its own with a limit of time, and its result
-is in OUT/gpu.json as soon as it ends; OUT/gpu.log has what the phases printed.
+is in OUT/gpu.json as it is measured; OUT/gpu.log has what the phases printed.
 
 Exit status: 0 when every check held; 1 when one failed, or a phase raised, broke off or ran out of
 time before its checks; 3 when all checks held and a floor of speed was missed; 2 for a wrong
@@ -25,9 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from valle.jobs.gpu.plan import Schedule
+    from valle.jobs.gpu.report import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "valle.jobs.bench_gpu"
@@ -46,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(argv: Sequence[str]) -> int:
     """The command proper, once the package is importable."""
     from valle.jobs.gpu import report
-    from valle.jobs.gpu.plan import ALL_SECONDS, DEFAULT, DEFAULT_SECONDS, PHASES
+    from valle.jobs.gpu.plan import schedule
 
     arguments = parse(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     phases: tuple[str, ...] = arguments.phases
-    seconds = DEFAULT_SECONDS if set(phases) <= set(DEFAULT) else ALL_SECONDS
-    ends = time.time() + seconds * arguments.time_scale
+    times = schedule(phases).scaled(arguments.time_scale)
+    ends = time.time() + times.total
     out: Path = arguments.out
     results = report.Results(
         out, about={
@@ -67,18 +72,18 @@ def bench(argv: Sequence[str]) -> int:
         (out / "gpu.log").open("wb") as log,
     ):
         scratch = Path(name)
-        for phase in phases:
-            limit = min(PHASES[phase].seconds * arguments.time_scale, ends - time.time())
-            if limit < 1:
-                result: dict[str, Any] = {"status": "skipped", "reason": "no time was left"}
-            else:
-                print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
-                result = run_phase(phase, arguments, results.card, limit, scratch, log)
-            results.add(phase, result)
-            if result["status"] == "stopped":
-                break
+        try:
+            for phase in phases:
+                result = run_or_skip(phase, arguments, results, times, ends, scratch, log)
+                results.add(phase, result)
+                print(results.lines(phase), flush=True)
+                if result["status"] == "stopped":
+                    break
+        except Stopped as error:  # between two phases
+            for phase in [name for name in phases if name not in results.values["phases_run"]][:1]:
+                results.add(phase, {"status": "stopped", "reason": f"before it began: {error}"})
     results.finish()
-    print(results.table())
+    print(results.summary())
     return results.exit_code
 
 
@@ -117,6 +122,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def run_or_skip(
+    phase: str, arguments: argparse.Namespace, results: "Results", times: "Schedule", ends: float,
+    scratch: Path, log: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A phase's result; what it has measured is in `results` before. `ends`: Unix time at which the
+    last phase is to be through."""
+    from valle.jobs.gpu.plan import PHASES
+
+    limit = times.limit(arguments.phases, phase, ends - time.time())
+    if limit < 1:
+        return {"status": "skipped", "reason": "no time was left"}
+    print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
+    show = partial(results.add, phase)
+    return run_phase(phase, arguments, results.card, limit, scratch, log, show)
+
+
 class Stopped(Exception):
     """The command was told to stop."""
 
@@ -127,9 +148,10 @@ def _stop(number: int, frame: object) -> None:
 
 def run_phase(
     phase: str, arguments: argparse.Namespace, card: dict[str, Any] | None, limit: float,
-    scratch: Path, log: Any,
+    scratch: Path, log: Any, show: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """A phase's result, whatever became of its process."""
+    """A phase's result, whatever became of its process; `show` is given what it has measured so
+    far, now and then: the machine may be taken away at any moment."""
     from valle.jobs.gpu.plan import GRACE, PHASES
 
     path = scratch / f"{phase}.json"
@@ -151,7 +173,7 @@ def run_phase(
         start_new_session=True,
     )  # fmt: skip
     try:
-        code = process.wait(limit + GRACE)
+        code = wait(process, started + limit + GRACE, path, show)
         status, reason = "crashed", f"the process ended with status {code}"
     except subprocess.TimeoutExpired:
         status, reason = "killed", f"it went on {GRACE:.0f} s after its time"
@@ -163,6 +185,24 @@ def run_phase(
     if status == "stopped" or result.get("status") not in ("done", "failed"):
         result |= {"status": status, "reason": reason, "log": log_tail(Path(log.name), begins)}
     return result | {"wall_seconds": round(time.time() - started, 1)}
+
+
+def wait(
+    process: "subprocess.Popen[bytes]", until: float, path: Path,
+    show: Callable[[dict[str, Any]], None], every: float = 1.0,
+) -> int:  # fmt: skip
+    """A phase's exit status; shows its file meanwhile, whenever there is a new one. Raises
+    TimeoutExpired when the process is still there at the Unix time `until`."""
+    seen = 0
+    while True:
+        try:
+            return process.wait(max(0.0, min(every, until - time.time())))
+        except subprocess.TimeoutExpired:
+            if path.exists() and (changed := path.stat().st_mtime_ns) != seen:
+                seen = changed
+                show(json.loads(path.read_text()))
+            if time.time() >= until:
+                raise
 
 
 def end_session(process: "subprocess.Popen[bytes]") -> None:

@@ -5,12 +5,13 @@ memory: a tick of the engine reads every matrix once, and the keys and values of
 to a guided stream); bytes by the bandwidth that P0 measured are the least a tick can take. Ticks
 are timed where all streams run and none is read in; frames a second of the whole run are beside.
 
-`compiled` promises CUDA graphs. Whether there were any is asserted in two ways: the compiler counts
-what it skipped, the profiler the launches of graphs.
+`compiled` promises CUDA graphs. Whether there are any is asserted by what the compiler counts as
+skipped, and by launches of graphs; first with a model of two layers, which compiles in seconds
+where twelve take a minute. Kernels are counted by a profiler, whose traces stay with the process:
+it comes when the eager engines have been timed.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -18,30 +19,28 @@ from typing import Final
 import numpy as np
 import torch
 
-from valle.jobs.gpu import samples, timing
-from valle.jobs.gpu.card import compile_hindrance
+from valle.jobs.gpu import agreement, compiling, samples, timing
 from valle.jobs.gpu.record import Bench
 from valle.jobs.gpu.streams import (
     PROFILED,
+    Measured,
     Task,
     add,
     drain,
-    make_engine,
+    engine_and_runner,
     measure,
     profile,
     tick_bytes,
     untrained,
 )
 from valle.model.ar import AR
+from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE
+from valle.serve.engine import Engine
 from valle.serve.precision import Precision
 
-STREAMS: Final = (1, 16, 64)
-PRECISIONS: Final[tuple[Precision, ...]] = ("bf16", "fp32")
-TIMES_ONE, TIMES_UNCACHED = 5.0, 20.0
-"""Floors: 16 streams against one, and 16 streams against decoding without a cache."""
-
-COMPARED_FRAMES = 60
+WARM_FRAMES = 10
+"""Before a clock."""
 
 
 @dataclass(frozen=True)
@@ -60,75 +59,115 @@ class Case:
         return f"engine {self.streams} {self.precision}{guided}{self.compiled * ', compiled'}"
 
 
-EAGER: Final = tuple(
-    Case(precision, streams, guided)
-    for guided in (False, True)
-    for precision in PRECISIONS
-    for streams in STREAMS
-)
-EAGER_QUICK: Final = (Case("fp32", 1, False), Case("fp32", 3, True), Case("bf16", 2, False))
+FIRST: Final = (
+    Case("bf16", 1, False), Case("bf16", 16, False), Case("bf16", 64, False),
+    Case("fp32", 16, False),
+)  # fmt: skip
+REST: Final = (
+    Case("bf16", 16, True), Case("bf16", 1, True), Case("bf16", 64, True),
+    Case("fp32", 1, False), Case("fp32", 64, False),
+    Case("fp32", 1, True), Case("fp32", 16, True), Case("fp32", 64, True),
+)  # fmt: skip
+QUICK: Final = (Case("fp32", 1, False), Case("fp32", 3, True), Case("bf16", 2, False))
 COMPILED: Final = tuple(
     Case("bf16", streams, guided, compiled=True)
     for guided, streams in ((True, 16), (True, 1), (True, 64), (False, 1), (False, 16), (False, 64))
 )
+COMPILED_QUICK: Final = (Case("bf16", 3, True, compiled=True),)
+
+FLOORS: Final = {
+    "16 streams by one, bf16": ("engine 16 bf16", "engine 1 bf16", 5.0),
+    "16 streams by uncached, fp32": ("engine 16 fp32", "uncached generate fp32", 20.0),
+}
+"""Frames a second of one way by another's, and how many times as many there must be."""
 
 
-class Speeds:
-    """Frames a second by name, and what was said."""
+@dataclass(frozen=True)
+class Decoding:
+    """What the cases share."""
 
-    def __init__(self) -> None:
-        self.frames_per_second: dict[str, float] = {}
-        self.codes: dict[str, list[int]] = {}
+    bench: Bench
+    task: Task
+    models: dict[Precision, AR]
+    """By precision, once used."""
+    speeds: dict[str, float]
+    """Frames a second by the name of what was measured."""
+    measured: dict[Case, Measured]
+
+    def model(self, precision: Precision) -> AR:
+        """The untrained model in a precision."""
+        if precision not in self.models:
+            self.models[precision] = untrained(self.bench, precision)
+        return self.models[precision]
 
 
 def run(bench: Bench) -> None:
-    """The reference with and without cache, engines, what tokens they say."""
+    """First whether it is right, then what says most about speed; a compilation of all layers is
+    begun where there is time for it."""
     timing.allow_tf32(matmul=False, convolution=False)
-    task, speeds, record = Task.of(bench.quick), Speeds(), bench.record
-    ways: tuple[tuple[str, Precision], ...] = (
-        ("cached", "fp32"), ("uncached", "fp32"), ("cached", "bf16"),
-    )  # fmt: skip
+    decoding = Decoding(bench, Task.of(bench.quick), {}, {}, {})
+    record = bench.record
+    for name, (_, _, floor) in FLOORS.items():
+        if not bench.quick:
+            record.expect_floor(name, floor)
+    missing = "only on a card" if not bench.on_card else compiling.missing(bench.device)
+    if missing is not None:
+        record.leave_out("compiled engines", missing, required=bench.on_card)
+    truths = [("engine beside the model", agreement.with_reference, 2.0)]
+    if missing is None:
+        truths.insert(0, ("compiled engine", agreement.compiled, compiling.QUICK_SECONDS))
+    for name, compare, seconds in truths:
+        record.attempt(name, partial(compare, bench, decoding.task), seconds, required=True)
+    speak(decoding, (("cached", "fp32"), ("uncached", "fp32")))
+    eager(decoding, QUICK if bench.quick else FIRST)
+    graphed = COMPILED_QUICK if bench.quick else COMPILED
+    if missing is None:
+        compiled(decoding, graphed[0], compiling.FIRST_SECONDS)
+    speak(decoding, (("cached", "bf16"),))
+    eager(decoding, () if bench.quick else REST)
+    for case in decoding.measured:
+        if not case.compiled:
+            record.attempt(f"{case.name}: a tick", partial(count_kernels, decoding, case), 2)
+    for case in graphed[1:] if missing is None else ():
+        compiled(decoding, case, compiling.AGAIN_SECONDS)
+
+
+def speak(decoding: Decoding, ways: tuple[tuple[str, Precision], ...]) -> None:
+    """Times `AR.generate` in some ways."""
     for way, precision in ways:
         name = f"{way} generate {precision}"
-        record.attempt(
-            name, partial(generate, bench, task, precision, way == "cached", name, speeds)
-        )
-    models: dict[Precision, AR] = {}
-    for case in EAGER_QUICK if bench.quick else EAGER:
-        record.attempt(case.name, partial(engine, bench, task, case, models, speeds), 3)
-    judge(bench, speeds)
-    hindrance = "only on a card" if not bench.on_card else compile_hindrance(bench.device)
-    if hindrance is not None:
-        record.leave_out("compiled engines", hindrance, required=bench.on_card)
-        return
-    first, *others = COMPILED
-    compiled = partial(engine, bench, task, first, models, speeds)
-    record.attempt(first.name, compiled, 20, required=True)
-    record.attempt("compiled tokens", partial(same_tokens, bench, task), 20, required=True)
-    for case in others:
-        record.attempt(case.name, partial(engine, bench, task, case, models, speeds), 10)
+        work = partial(measure_generate, decoding, name, precision, way == "cached")
+        decoding.bench.record.attempt(name, work, 3)
+        judge(decoding)
 
 
-def generate(
-    bench: Bench, task: Task, precision: Precision, use_cache: bool, name: str, speeds: Speeds
-) -> None:
+def eager(decoding: Decoding, cases: tuple[Case, ...]) -> None:
+    """Times some engines."""
+    for case in cases:
+        decoding.bench.record.attempt(case.name, partial(measure_engine, decoding, case), 5)
+        judge(decoding)
+
+
+def compiled(decoding: Decoding, case: Case, seconds: float) -> None:
+    """Times a compiled engine, with all that is known of its graphs."""
+    if decoding.bench.quick:
+        seconds = compiling.QUICK_SECONDS
+    decoding.bench.record.attempt(case.name, partial(measure_compiled, decoding, case), seconds)
+
+
+def measure_generate(decoding: Decoding, name: str, precision: Precision, use_cache: bool) -> None:
     """`AR.generate`, one sentence at a time."""
-    model, device = untrained(bench, precision), bench.device
-    text = torch.tensor(task.phonemes, device=device)
-    prompt = torch.from_numpy(task.prompt.astype(np.int64)).to(device)
-
-    def say(frames: int) -> list[int]:
-        codes = model.generate(
-            text, prompt, sampling=samples.SPOKEN, max_frames=frames, use_cache=use_cache,
-            generator=torch.Generator(device).manual_seed(0),
-        ).codes  # fmt: skip
-        return codes.tolist()
-
-    say(min(10, task.frames))
+    bench, task, model = decoding.bench, decoding.task, decoding.model(precision)
+    text = torch.tensor(task.phonemes, device=bench.device)
+    prompt = torch.from_numpy(task.prompt.astype(np.int64)).to(bench.device)
+    say = partial(
+        agreement.generate, model, text, prompt, samples.SPOKEN, use_cache=use_cache
+    )  # its codes come to the host, so that the clock stops when all is done
+    say(frames=WARM_FRAMES)
     started = time.perf_counter()
-    said = say(task.frames)
+    say(frames=task.frames)
     speed = task.frames / (time.perf_counter() - started)
-    speeds.frames_per_second[name], speeds.codes[name] = speed, said
+    decoding.speeds[name] = speed
     bytes_read = tick_bytes(bench.config, model, 1, task)
     limit = bench.card.bytes_per_second / bytes_read * bench.config.group
     bench.record.measurement(
@@ -137,29 +176,25 @@ def generate(
     )  # fmt: skip
 
 
-def engine(
-    bench: Bench, task: Task, case: Case, models: dict[Precision, AR], speeds: Speeds
-) -> None:
-    """Measures an engine: whole run, steady ticks, kernels of a tick, CUDA graphs."""
-    from torch._dynamo.utils import counters
+def measure_engine(decoding: Decoding, case: Case) -> Engine:
+    """Times an engine: a whole run, and its steady ticks; returns it, idle.
 
-    if case.precision not in models:
-        models[case.precision] = untrained(bench, case.precision)
-    model = models[case.precision]
-    sampling = samples.GUIDED if case.guided else samples.SPOKEN
-    counters.clear()
+    A compiled one says all of the task before the clock, so that every shape has been compiled and
+    captured; what else is slow at first is few ticks, of which the median takes no notice.
+    """
+    bench, task, model = decoding.bench, decoding.task, decoding.model(case.precision)
+    sampling = sampling_of(case)
     timing.reset_peak(bench.device)
     begun = time.perf_counter()
-    speaker = make_engine(model, task, case.streams, case.guided, case.compiled)
-    add(speaker, task, case.streams, sampling, min(10, task.frames))
+    speaker, _ = engine_and_runner(
+        model, task, case.streams, guided=case.guided, compiled=case.compiled
+    )
+    add(speaker, task, case.streams, sampling, task.frames if case.compiled else WARM_FRAMES)
     drain(speaker)
-    if case.compiled:  # every number of positions that comes later is compiled now
-        add(speaker, task, case.streams, sampling, task.frames)
-        drain(speaker)
     warm_seconds = time.perf_counter() - begun
     measured = measure(bench, speaker, task, case.streams, sampling)
-    speeds.frames_per_second[case.name] = measured.frames_per_second
-    speeds.codes[case.name] = measured.codes["0"]
+    decoding.measured[case] = measured
+    decoding.speeds[case.name] = measured.frames_per_second
     rows = case.streams * (2 if case.guided else 1)
     least = tick_bytes(bench.config, model, rows, task) / bench.card.bytes_per_second
     group = bench.config.group
@@ -169,77 +204,54 @@ def engine(
         case.name, frames_per_second=case.streams * group / measured.tick_seconds,
         limit_frames_per_second=case.streams * group / least,
         share_of_bound=least / measured.tick_seconds,
-        tick_milliseconds=1000 * measured.tick_seconds,
+        tick_milliseconds=1000 * measured.tick_seconds, ticks=measured.ticks,
         whole_run_frames_per_second=measured.frames_per_second,
         times_real_time=measured.frames_per_second / FRAME_RATE,
         peak_gigabytes=timing.peak_gigabytes(bench.device), warm_up_seconds=warm_seconds,
     )  # fmt: skip
+    return speaker
 
-    def kernels() -> None:
-        launched = profile(bench, speaker, task, case.streams, sampling)
-        bench.record.measurement(
-            f"{case.name}: a tick", kernels=launched.kernels / PROFILED,
-            card_busy=launched.busy_seconds / PROFILED / measured.tick_seconds,
-            graphs=launched.graphs / PROFILED,
+
+def measure_compiled(decoding: Decoding, case: Case) -> None:
+    """Times a compiled engine, counts its kernels, and checks that its ticks are CUDA graphs."""
+    with compiling.strict() as compilations:
+        speaker = measure_engine(decoding, case)
+        before = compilations.replays
+        add(speaker, decoding.task, case.streams, sampling_of(case), decoding.task.frames)
+        drain(speaker)
+        agreement.captured(
+            decoding.bench, case.name, compilations, compilations.replays - before,
+            decoding.measured[case].ticks,
         )  # fmt: skip
-        if case.compiled:
-            skipped = counters["inductor"]["cudagraph_skips"]
-            bench.record.check(
-                f"{case.name}: CUDA graphs were captured",
-                skipped == 0 and launched.graphs >= PROFILED, skipped=skipped,
-                launches_per_tick=launched.graphs / PROFILED,
-            )  # fmt: skip
-
-    bench.record.attempt(f"{case.name}: a tick", kernels, required=case.compiled)
+        count_kernels(decoding, case, speaker)
 
 
-def same_tokens(bench: Bench, task: Task) -> None:
-    """Checks that four guided streams say the same compiled and not, in float32."""
-    model = untrained(bench, "fp32")
-    said = []
-    for compiled in (False, True):
-        speaker = make_engine(model, task, 4, True, compiled)
-        add(speaker, task, 4, samples.GUIDED, min(COMPARED_FRAMES, task.frames))
-        said.append(drain(speaker))
-    check_tokens(bench, "compiled tokens = eager tokens", said[1], said[0])
+def sampling_of(case: Case) -> Sampling:
+    """How its streams are drawn."""
+    return samples.GUIDED if case.guided else samples.SPOKEN
 
 
-def check_tokens(
-    bench: Bench, name: str, found: dict[str, list[int]], expected: dict[str, list[int]]
-) -> None:
-    """Records whether streams say the same, and where the first of them departs."""
-    departures = {
-        stream: next(
-            (i for i, (a, b) in enumerate(zip(found[stream], codes, strict=True)) if a != b)
+def count_kernels(decoding: Decoding, case: Case, speaker: Engine | None = None) -> None:
+    """Kernels of a tick, and how busy they keep the card; of an engine of its own, unless there is
+    one that has been warmed up."""
+    bench, task = decoding.bench, decoding.task
+    if speaker is None:
+        model = decoding.model(case.precision)
+        speaker, _ = engine_and_runner(
+            model, task, case.streams, guided=case.guided, compiled=case.compiled
         )
-        for stream, codes in expected.items()
-        if found[stream] != codes
-    }
-    bench.record.check(
-        name, not departures, frames=sum(map(len, expected.values())), departs_at=departures
-    )
+    launched = profile(bench, speaker, task, case.streams, sampling_of(case))
+    bench.record.measurement(
+        f"{case.name}: a tick", kernels=launched.kernels / PROFILED,
+        card_busy=launched.busy_seconds / PROFILED / decoding.measured[case].tick_seconds,
+        graphs=launched.graphs / PROFILED,
+    )  # fmt: skip
 
 
-def judge(bench: Bench, speeds: Speeds) -> None:
-    """Floors, and one stream of the engine against the reference."""
-    reference, alone = "cached generate fp32", Case("fp32", 1, False).name
-    if reference in speeds.codes and alone in speeds.codes:
-        check_tokens(
-            bench, "engine tokens = generate's, float32", {"0": speeds.codes[alone]},
-            {"0": speeds.codes[reference]},
-        )  # fmt: skip
-    if bench.quick:
-        return
-    fast = speeds.frames_per_second
-    floors: Sequence[tuple[str, str, str, float]] = (
-        ("16 streams by one, bf16", "engine 16 bf16", "engine 1 bf16", TIMES_ONE),
-        (
-            "16 streams by uncached, fp32",
-            "engine 16 fp32",
-            "uncached generate fp32",
-            TIMES_UNCACHED,
-        ),
-    )
-    for name, over, under, floor in floors:
-        if over in fast and under in fast:
-            bench.record.floor(name, fast[over] / fast[under], floor)
+def judge(decoding: Decoding) -> None:
+    """Tells the record each floor as soon as both its figures are there."""
+    speeds, record = decoding.speeds, decoding.bench.record
+    waiting = {floor["name"] for floor in record.floors if floor["value"] is None}
+    for name, (over, under, _) in FLOORS.items():
+        if name in waiting and over in speeds and under in speeds:
+            record.floor(name, speeds[over] / speeds[under])

@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -71,4 +72,9 @@ def _bench(arguments: argparse.Namespace, record: Record) -> Bench:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: NCCL, CUDA graphs and compilers' workers can take long to end, or never do, and
+    # the time would be the next phase's
+    os._exit(status)

@@ -1,7 +1,7 @@
 """What a phase shows, written to a file as it is measured: a phase that is killed loses nothing.
 
 Checks are true or false and decide about the run; floors are figures with a bound that a first run
-may miss; measurements are figures; what was left out says why.
+may miss, and missed until measured; measurements are figures; what was left out says why.
 """
 
 import gc
@@ -44,10 +44,18 @@ class Record:
         self.checks.append({"name": name, "passed": bool(passed), **_plain(figures)})
         self.write()
 
-    def floor(self, name: str, value: float, at_least: float) -> None:
-        """A figure with a lower bound."""
-        met = value >= at_least
-        self.floors.append(_plain({"name": name, "value": value, "floor": at_least, "met": met}))
+    def expect_floor(self, name: str, at_least: float) -> None:
+        """Announces a figure with a lower bound, which counts as missed until `floor` is told it:
+        a run that ends before has not shown it."""
+        entry = {"name": name, "value": None, "floor": at_least, "met": False}
+        self.floors.append({**_plain(entry), "reason": "not measured"})
+        self.write()
+
+    def floor(self, name: str, value: float) -> None:
+        """The figure of a floor that is expected."""
+        (entry,) = (floor for floor in self.floors if floor["name"] == name)
+        del entry["reason"]
+        entry |= _plain({"value": value, "met": value >= entry["floor"]})
         self.write()
 
     def measurement(self, name: str, **figures: Any) -> None:
@@ -66,7 +74,7 @@ class Record:
         self.write()
 
     def attempt(
-        self, name: str, work: Callable[[], None], seconds: float = 0.0, *, required: bool = False
+        self, name: str, work: Callable[[], object], seconds: float = 0.0, *, required: bool = False
     ) -> bool:
         """Does `work` unless less than `seconds` are left; True when it went through.
 

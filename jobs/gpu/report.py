@@ -1,4 +1,4 @@
-"""The results of all phases: `gpu.json` after each, one picture and a table at the end.
+"""The results of all phases: `gpu.json` and lines as they come, one picture at the end.
 
 python3 -m valle.jobs.gpu.report gpu/gpu.json      draws the picture again, anywhere
 """
@@ -35,15 +35,17 @@ class Results:
         self._write()
 
     def finish(self) -> None:
-        """Writes the exit status, and the picture where matplotlib is there."""
+        """Writes the exit status, and the picture where it can be drawn."""
         self.values["exit_code"] = self.exit_code
+        self._write()  # whatever becomes of the picture
         try:
             draw(self.values, self._out / "gpu.png")
-        except ImportError as error:
+        except Exception as error:
             self.values["picture"] = (
-                f"none: {error}; python3 -m valle.jobs.gpu.report gpu.json draws it elsewhere"
+                f"none: {type(error).__name__}: {error}; "
+                "python3 -m valle.jobs.gpu.report gpu.json draws it elsewhere"
             )
-        self._write()
+            self._write()
 
     @property
     def exit_code(self) -> int:
@@ -55,13 +57,19 @@ class Results:
         part.write_text(json.dumps(self.values, indent=1) + "\n")
         os.replace(part, self._out / "gpu.json")
 
-    def table(self) -> str:
-        """All of it in lines for a terminal; what failed comes last."""
-        return table(self.values)
+    def lines(self, phase: str) -> str:
+        """What a phase has shown, for a terminal; what failed comes last."""
+        shown, wrong = phase_lines(phase, self.values["phases_run"][phase])
+        return "\n".join([*shown, *wrong])
+
+    def summary(self) -> str:
+        """What failed in any phase, all floors, and the exit status."""
+        return "\n".join(_ending(self.values))
 
 
 def exit_code(phases: dict[str, dict[str, Any]]) -> int:
-    """0, or why not: a phase without an end, an error or a failed check; a missed floor."""
+    """0, or why not: a phase without an end, an error or a failed check; a floor that was missed or
+    not measured."""
     for result in phases.values():
         checks = result.get("checks", [])
         missing = any(entry["required"] for entry in result.get("left_out", []))
@@ -74,29 +82,44 @@ def exit_code(phases: dict[str, dict[str, Any]]) -> int:
 
 
 def table(values: dict[str, Any]) -> str:
-    """Lines for a terminal."""
-    lines, wrong = [], []
-    for phase, result in values["phases_run"].items():
-        checks = result.get("checks", [])
-        passed = sum(check["passed"] for check in checks)
-        lines.append(
-            f"{phase}: {result['status']}, {passed} of {len(checks)} checks, "
-            f"{result.get('wall_seconds', 0)} s"
-        )
-        lines += [f"  {_line(m)}" for m in result.get("measurements", [])]
-        lines += [f"  left out: {o['name']}: {o['reason']}" for o in result.get("left_out", [])]
-        wrong += [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
-        wrong += [
-            f"{'met' if floor['met'] else 'MISSED'} {phase} {floor['name']}: {floor['value']:g}, "
-            f"floor {floor['floor']:g}"
-            for floor in result.get("floors", [])
-        ]
-        for error in result.get("errors", []):
-            last = error["traceback"].strip().splitlines()[-1]
-            wrong.append(f"ERROR {phase} {error['name']}: {last}")
-        if result["status"] not in ("done", "failed"):
-            wrong.append(f"{result['status'].upper()} {phase}: {result['reason']}")
-    return "\n".join([*lines, *wrong, f"exit status {exit_code(values['phases_run'])}"])
+    """All phases in lines for a terminal; what failed comes last."""
+    phases = values["phases_run"].items()
+    shown = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
+    return "\n".join([*shown, *_ending(values)])
+
+
+def _ending(values: dict[str, Any]) -> list[str]:
+    phases = values["phases_run"]
+    wrong = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
+    return [*wrong, f"exit status {exit_code(phases)}"]
+
+
+def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """A phase's results, and what failed of it with its floors."""
+    checks = result.get("checks", [])
+    passed = sum(check["passed"] for check in checks)
+    shown = [
+        f"{phase}: {result['status']}, {passed} of {len(checks)} checks, "
+        f"{result.get('wall_seconds', 0)} s"
+    ]
+    shown += [f"  {_line(m)}" for m in result.get("measurements", [])]
+    shown += [f"  left out: {o['name']}: {o['reason']}" for o in result.get("left_out", [])]
+    wrong = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
+    wrong += [
+        f"NOT SHOWN {phase} {o['name']}: {o['reason']}"
+        for o in result.get("left_out", [])
+        if o["required"]
+    ]
+    for floor in result.get("floors", []):
+        value = floor["reason"] if floor["value"] is None else _short(floor["value"])
+        met = "met" if floor["met"] else "MISSED"
+        wrong.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
+    for error in result.get("errors", []):
+        last = error["traceback"].strip().splitlines()[-1]
+        wrong.append(f"ERROR {phase} {error['name']}: {last}")
+    if result["status"] not in ("done", "failed"):
+        wrong.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
+    return shown, wrong
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Streams that decode: what they say, in which engine, and how long a tick of it takes."""
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -63,11 +64,13 @@ def tick_bytes(config: ModelConfig, model: AR, rows: int, task: Task) -> float:
     return matrices + 2.0 * config.n_layers * config.width * size * rows * positions
 
 
-def make_engine(model: AR, task: Task, streams: int, guided: bool, compiled: bool) -> Engine:
-    """An engine with room for so many streams of the task."""
+def engine_and_runner(
+    model: AR, task: Task, streams: int, *, guided: bool, compiled: bool
+) -> tuple[Engine, Runner]:
+    """An engine with room for so many streams of the task, and what computes in it."""
     positions = model.capacity(len(task.phonemes), task.prompt.shape[1], task.frames)
     runner = Runner(model, slots=streams, positions=positions, guided=guided, compiled=compiled)
-    return Engine(runner, Scheduler(streams))
+    return Engine(runner, Scheduler(streams)), runner
 
 
 def add(engine: Engine, task: Task, streams: int, sampling: Sampling, frames: int) -> None:
@@ -97,7 +100,9 @@ class Measured:
     frames_per_second: float
     """All frames by all seconds, reading in and ending included."""
     tick_seconds: float
-    """Of a tick in which all streams ran."""
+    """Median of the ticks in which all streams ran."""
+    ticks: int
+    """In which that was so."""
     codes: dict[str, list[int]]
 
 
@@ -122,7 +127,7 @@ def measure(
     seconds = time.perf_counter() - started
     assert steady, "no tick had all streams: too few frames for so many"
     frames = sum(len(said) for said in codes.values())
-    return Measured(frames / seconds, sum(steady) / len(steady), codes)
+    return Measured(frames / seconds, statistics.median(steady), len(steady), codes)
 
 
 def profile(

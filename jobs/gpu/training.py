@@ -9,8 +9,9 @@ the forward pass), per row of S positions, of which P are prompt and T response:
                         S^2 - P (S - P) where all but the prompt see everything (NAR)
     6 * D * V * T       the head over V classes
 
-against the bf16 matrix rate that P0 measured, in every precision: a float32 step at 5 % is that
-much of what the card can do. (P0's rate is about four fifths of an H100's data sheet.)
+against the bf16 matrix rate, in every precision: a float32 step at 5 % is that much of what the
+card can do. `mfu` refers to the rate that P0 measured, `mfu_data_sheet` to the manufacturer's, of
+which P0's is about four fifths.
 """
 
 import math
@@ -23,8 +24,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from valle.jobs.gpu import attention, samples, timing
-from valle.jobs.gpu.card import compile_hindrance
+from valle.jobs.gpu import attention, compiling, samples, timing
 from valle.jobs.gpu.parallel import CODEC
 from valle.jobs.gpu.record import Bench
 from valle.jobs.loader import Loader
@@ -46,14 +46,18 @@ from valle.platform.sampler import Batching
 KINDS: Final[tuple[Kind, ...]] = ("ar", "nar")
 MODES: Final = ("fp32", "TF32", "bf16", "bf16 + compile")
 TOKENS: Final = (4_000, 32_000, 64_000)
+FLOOR_TOKENS = 32_000
 CONDITION_DROPOUT, BEGINNINGS = 0.1, 0.25
 """As recipes have them."""
 
-FLOOR = 0.15
-"""MFU of the AR model in bf16, compiled, with 32,000 tokens."""
+FLOOR_NAME, FLOOR = "MFU of ar, bf16, compiled, 32,000 tokens", 0.15
+"""Against P0's rate."""
 
 WARM, MOST, LEAST_SECONDS = 3, 8, 3.0
 """Steps before the clock, steps under it, and the time after which fewer will do."""
+
+PRODUCTS_SHARE: Final = {"fp32": 0.8, "TF32": 0.3, "bf16": 0.15, "bf16 + compile": 0.2}
+"""Least share of the time that matrix products are expected to take, to know what a case needs."""
 
 
 @dataclass(frozen=True)
@@ -69,36 +73,65 @@ class Case:
         """For people."""
         return f"{self.kind} {self.tokens} {self.mode}"
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its blocks are."""
+        return self.mode.endswith("compile")
 
-def cases(quick: bool) -> list[Case]:
+    def seconds(self, bench: Bench) -> float:
+        """What it needs: twelve steps and a start; and compiling, which takes less where the same
+        model has been compiled before."""
+        card, config = bench.card, bench.config
+        peak = {"fp32": card.fp32_flops, "TF32": card.tf32_flops}.get(self.mode, card.bf16_flops)
+        flops = 12 * self.tokens * 80 * config.n_layers * config.width**2
+        needed = flops / (peak * PRODUCTS_SHARE[self.mode]) + 3
+        if not self.compiled:
+            return needed
+        if bench.quick:
+            return needed + compiling.QUICK_SECONDS
+        anew = self.tokens == FLOOR_TOKENS
+        return needed + (compiling.FIRST_SECONDS if anew else compiling.AGAIN_SECONDS)
+
+
+def cases(quick: bool, on_card: bool) -> list[Case]:
     """All combinations, those first that say most: time may end before they do."""
     if quick:
-        return [Case(kind, 600, mode) for kind in KINDS for mode in ("fp32", "bf16")]
-    first = [
-        Case("ar", 32_000, "bf16"), Case("ar", 32_000, "bf16 + compile"),
-        Case("ar", 4_000, "fp32"), Case("nar", 32_000, "bf16"), Case("ar", 4_000, "bf16"),
-        Case("nar", 32_000, "bf16 + compile"), Case("ar", 4_000, "bf16 + compile"),
-        Case("nar", 4_000, "fp32"), Case("ar", 64_000, "bf16"),
-        Case("ar", 64_000, "bf16 + compile"), Case("ar", 32_000, "TF32"),
-        Case("ar", 32_000, "fp32"),
-    ]  # fmt: skip
-    rest = [Case(kind, tokens, mode) for kind in KINDS for tokens in TOKENS for mode in MODES]
-    return first + [case for case in rest if case not in first]
+        eager = [Case(kind, 600, mode) for kind in KINDS for mode in ("fp32", "bf16")]
+        return [*eager, Case("ar", 600, "bf16 + compile")] if on_card else eager
+    small, middle, large = TOKENS
+    eager_modes, compiled = MODES[:-1], MODES[-1]
+    return [
+        Case("ar", middle, "bf16"),
+        Case("ar", middle, compiled),
+        *(
+            case
+            for mode in reversed(eager_modes)
+            for tokens in (middle, small)
+            for kind in KINDS
+            if (case := Case(kind, tokens, mode)) != Case("ar", middle, "bf16")
+        ),
+        Case("nar", middle, compiled),
+        *(Case(kind, small, compiled) for kind in KINDS),
+        *(Case(kind, large, mode) for mode in reversed(MODES) for kind in KINDS),
+    ]
 
 
 def run(bench: Bench) -> None:
-    """Packed attention, then all cases."""
+    """All cases; packed attention, whose kernel could break the card's context, after the first of
+    them."""
+    record = bench.record
+    if not bench.quick:
+        record.expect_floor(FLOOR_NAME, FLOOR)
     loader = make_loader(bench)
-    bench.record.attempt("varlen_attn", lambda: attention.compare(bench))
-    hindrance = compile_hindrance(bench.device)
-    for case in cases(bench.quick):
-        compiled = case.mode.endswith("compile")
-        if compiled and hindrance is not None:
-            bench.record.leave_out(case.name, hindrance)
+    todo = cases(bench.quick, bench.on_card)
+    missing = compiling.missing(bench.device) if any(case.compiled for case in todo) else None
+    for number, case in enumerate(todo):
+        if number == 2:
+            record.attempt("varlen_attn", partial(attention.compare, bench), 5)
+        if case.compiled and missing is not None:
+            record.leave_out(case.name, missing)
             continue
-        bench.record.attempt(
-            case.name, partial(measure, bench, loader, case), 30 if compiled else 5
-        )
+        record.attempt(case.name, partial(measure, bench, loader, case), case.seconds(bench))
 
 
 def make_loader(bench: Bench) -> Loader:
@@ -129,12 +162,23 @@ def make_loader(bench: Bench) -> Loader:
 
 
 def measure(bench: Bench, loader: Loader, case: Case) -> None:
+    """Steps of one case, compiled or not."""
+    if not case.compiled:
+        measure_steps(bench, loader, case)
+        return
+    with compiling.strict() as compilations:
+        measure_steps(bench, loader, case, compilations)
+
+
+def measure_steps(
+    bench: Bench, loader: Loader, case: Case, compilations: compiling.Compilations | None = None
+) -> None:
     """Steps of one case, and a last one in which waits are counted."""
     device, config = bench.device, bench.config
     timing.allow_tf32(matmul=case.mode == "TF32", convolution=False)
     timing.reset_peak(device)
     model = samples.build(case.kind, config, device)
-    if case.mode.endswith("compile"):
+    if case.compiled:
         model.transformer.compile(dynamic=True)
     backend = backends.DDP(model, Optimization(), device, case.mode.startswith("bf16"))
     model.train()
@@ -144,59 +188,69 @@ def measure(bench: Bench, loader: Loader, case: Case) -> None:
         take_step(backend, *next(stream), step)
     timing.synchronize(device)
     warm_seconds = time.perf_counter() - begun
-    clock = Clock()
-    timing.synchronize(device)
+    batches: list[Batch] = []
+    loader_seconds = 0.0
     started = time.perf_counter()
     for step in range(MOST):
         before = time.perf_counter()
         batch, level = next(stream)
-        clock.loader_seconds += time.perf_counter() - before
+        loader_seconds += time.perf_counter() - before
         loss = take_step(backend, batch, level, step)
-        clock.count(case.kind, config, batch)
+        batches.append(batch)
         if time.perf_counter() - started > LEAST_SECONDS and step >= 2:
             break
     timing.synchronize(device)
     seconds = time.perf_counter() - started
+    totals, steps = Totals.of(case.kind, config, batches), len(batches)
+    rate, data_sheet = totals.flops / seconds, bench.card.data_sheet
+    bench.record.measurement(
+        case.name, milliseconds=1000 * seconds / steps, mfu=rate / bench.card.bf16_flops,
+        mfu_data_sheet=None if data_sheet is None else rate / data_sheet,
+        tokens_per_second=totals.tokens / seconds, tokens_per_step=totals.tokens / steps,
+        rows_per_step=totals.rows / steps, peak_gigabytes=timing.peak_gigabytes(device),
+        padding=1 - totals.tokens / totals.padded, loader_share=loader_seconds / seconds,
+        steps=steps, warm_up_seconds=warm_seconds,
+        graphs_traced=None if compilations is None else compilations.graphs,
+    )  # fmt: skip
+    if case == Case("ar", FLOOR_TOKENS, "bf16 + compile"):
+        bench.record.floor(FLOOR_NAME, rate / bench.card.bf16_flops)
+    value = loss.item()
+    bench.record.check(f"{case.name}: the loss is a number", math.isfinite(value), loss=value)
     batch, level = next(stream)
     copies = timing.count_syncs(device, lambda: (batch.to(device), level.to(device)))
     syncs = timing.count_syncs(device, lambda: take_step(backend, batch, level, 0))
-    value = loss.item()
-    bench.record.check(f"{case.name}: the loss is a number", math.isfinite(value), loss=value)
-    mfu = clock.flops / seconds / bench.card.bf16_flops
     bench.record.measurement(
-        case.name, milliseconds=1000 * seconds / clock.steps, mfu=mfu,
-        tokens_per_second=clock.tokens / seconds, peak_gigabytes=timing.peak_gigabytes(device),
-        padding=1 - clock.tokens / clock.padded, syncs_per_step=syncs, of_these_copies=copies,
-        loader_share=clock.loader_seconds / seconds, steps=clock.steps,
-        warm_up_seconds=warm_seconds,
-    )  # fmt: skip
-    if case == Case("ar", 32_000, "bf16 + compile"):
-        bench.record.floor("MFU of ar, bf16, compiled, 32,000 tokens", mfu, FLOOR)
+        f"{case.name}: waits for the card", per_step=syncs, of_these_copies=copies
+    )
 
 
-@dataclass
-class Clock:
-    """Sums over the measured steps."""
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some batches."""
 
-    steps: int = 0
-    loader_seconds: float = 0.0
-    flops: float = 0.0
-    tokens: int = 0
-    padded: int = 0
+    flops: float
+    rows: int
+    tokens: int
+    padded: int
+    """Positions with padding."""
 
-    def count(self, kind: Kind, config: ModelConfig, batch: Batch) -> None:
-        """Adds a step's batch."""
-        self.steps += 1
-        self.flops += model_flops(kind, config, batch)
-        self.tokens += batch.n_tokens
-        self.padded += batch.n_padded
+    @classmethod
+    def of(cls, kind: Kind, config: ModelConfig, batches: list[Batch]) -> "Totals":
+        """Of a model's steps over them."""
+        return cls(
+            flops=sum(model_flops(kind, config, batch) for batch in batches),
+            rows=sum(len(batch.frames) for batch in batches),
+            tokens=sum(batch.n_tokens for batch in batches),
+            padded=sum(batch.n_padded for batch in batches),
+        )
 
 
 def prepared(
     loader: Loader, case: Case, config: ModelConfig
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Batches and levels on the CPU, as the training loop prepares them."""
-    batching = Batching(tokens=case.tokens)
+    # tokens alone bound a batch: a bound on rows would leave large ones half empty
+    batching = Batching(tokens=case.tokens, max_utterances=10**6)
     for _, number, batch in loader.batches(batching, TrainState(), 0, 1):
         key = f"bench/{number}"
         level = draw_levels(len(batch.frames), N_CODEBOOKS, key)

@@ -65,8 +65,8 @@ def run(bench: Bench) -> None:
             samples.perturb(wide, 0.02)
             attempt(f"wide {kind}", partial(compare, record, f"wide {kind}", wide, device))
     for group in (1, 2):
-        attempt(f"cached, group {group}", partial(cached, record, group, device))
-        attempt(f"engine, group {group}", partial(engine, record, group, device))
+        attempt(f"cached, group {group}", partial(compare_cached, record, group, device))
+        attempt(f"engine, group {group}", partial(compare_engine, record, group, device))
     attempt("filling", partial(filling, record, device))
     seconds = (0.4, 0.7) if bench.quick else (4.0, 7.0, 9.0)
     attempt("codec", partial(codec, record, device, seconds))
@@ -74,11 +74,15 @@ def run(bench: Bench) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model makes of a batch, on the CPU in float64."""
+    """What a model makes of a batch, on whichever device and in whichever precision it computed."""
 
     logits: Tensor
+    """Moved to the CPU, in float64; so are gradients."""
     loss: float
+    """Of float32 logits, also where the model is in float64: the loss function rounds them. Its
+    error is some 1e-7, a ten-thousandth of the tolerance."""
     gradients: dict[str, Tensor]
+    """By parameter."""
 
 
 def outcome(model: AR | NAR, batch: Batch) -> Outcome:
@@ -157,7 +161,7 @@ def golden_run(record: Record, kind: Kind, device: torch.device) -> None:
     )  # fmt: skip
 
 
-def cached(record: Record, group: int, device: torch.device) -> None:
+def compare_cached(record: Record, group: int, device: torch.device) -> None:
     """Checks `AR.generate` with its cache against itself without, and greedy speech against the
     CPU's."""
     model = samples.lively(group).to(device)
@@ -192,7 +196,7 @@ def cached(record: Record, group: int, device: torch.device) -> None:
     )  # fmt: skip
 
 
-def engine(record: Record, group: int, device: torch.device) -> None:
+def compare_engine(record: Record, group: int, device: torch.device) -> None:
     """Checks an engine of four guided slots against `generate`: more requests than slots, of
     unequal lengths, that come and go."""
     model = samples.lively(group).to(device)
