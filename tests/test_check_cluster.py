@@ -72,6 +72,20 @@ TRAIN = "available_node_types.train.node_config"
         (f"{TRAIN}.SecurityGroupIds", None, "train: SecurityGroupIds: missing"),
         ("provider.security_group", {"GroupName": "x"}, "provider.security_group: Ray adds SSH"),
         ("setup_commands", ["true"], "head_start_ray_commands: without RAY_AUTH_MODE=token"),
+        (
+            "setup_commands", ["cat > ~/valle.env <<'END'\n# export RAY_AUTH_MODE=token\nEND"],
+            "head_start_ray_commands: without RAY_AUTH_MODE=token",
+        ),
+        (
+            "worker_start_ray_commands", ["ray start --address=$RAY_HEAD_IP:6379"],
+            "worker_start_ray_commands: without RAY_AUTH_MODE=token",
+        ),
+        ("file_mounts", {"/home/ubuntu/pins/x": "x"}, "file_mounts: Ray's token"),
+        (
+            "head_start_ray_commands",
+            [". ~/valle.env; ulimit -n 65536; ray start --head --dashboard-host=0.0.0.0"],
+            "head_start_ray_commands: --dashboard-host=0.0.0.0 takes jobs",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(

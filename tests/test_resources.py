@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +13,28 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from conftest import write_dataset
 
+from valle.jobs import codec
+from valle.jobs import synthesize as synthesize_job
+from valle.jobs import train as train_job
 from valle.jobs.codec import CodecRecipe
 from valle.jobs.codec import fit as fit_codec
-from valle.jobs.evaluate import EvaluateRecipe, evaluate
+from valle.jobs.evaluate import EvaluateRecipe, evaluate, share_of
 from valle.jobs.prepare import PrepareRecipe, prepare
 from valle.jobs.prepare import share_of as prepare_share
+from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.sources import Source
 from valle.jobs.synthesize import SynthesizeRecipe, synthesize
 from valle.jobs.train import fit, prepare_run
 from valle.jobs.train_recipe import Size, TrainRecipe
 from valle.model.codec import Codec
-from valle.platform import checkpoint, resources, settings
+from valle.platform import checkpoint, recipe, resources, settings
 from valle.platform.autoscaler import NodeShape
 from valle.platform.capacity import Cluster, Need, survey
 from valle.platform.cluster import connect
-from valle.platform.resources import Accelerator, Placement
+from valle.platform.resources import Accelerator, Placement, Share
 from valle.platform.sampler import Batching
 
 AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
@@ -306,18 +311,18 @@ def test_codec_actors_leave_room_for_the_stages_that_feed_them(
     cpus: int, gpus: int, placement: dict[str, Any], workers: int
 ) -> None:
     node = NodeShape(name="only", cpus=cpus, gpus=gpus, most=1)
-    recipe = PrepareRecipe(
+    chosen = PrepareRecipe(
         out="x", sources=(Source(path="y"),), placement=Placement(**placement)
     )  # fmt: skip
-    share = prepare_share(recipe, Cluster(nodes=(node,)))
+    share = prepare_share(chosen, Cluster(nodes=(node,)))
     pool = share.pool(None, 100)
     assert (pool.min_size, pool.initial_size, pool.max_size) == (1, workers, workers)
     # the feeders go to a node without GPUs, where they displace nobody
     beside = NodeShape(name="other", cpus=1, gpus=0, most=1)
     if gpus:
-        assert prepare_share(recipe, Cluster(nodes=(node, beside))).fits_now == 8
+        assert prepare_share(chosen, Cluster(nodes=(node, beside))).fits_now == 8
     with pytest.raises(ValueError, match="prepare.placement: .* beside 0.75 CPUs for the stages"):
-        prepare_share(replace(recipe, placement=CPU), Cluster(nodes=(beside,)))
+        prepare_share(replace(chosen, placement=CPU), Cluster(nodes=(beside,)))
 
 
 def test_what_others_hold_is_not_asked_for_at_the_start() -> None:
@@ -384,6 +389,49 @@ def test_ray_data_keeps_to_the_labels_and_to_what_the_job_can_use() -> None:
         assert options.label_selector is None and options.is_resource_limits_default()
     finally:
         DataContext._set_current(before)
+
+
+SHARES: dict[str, tuple[type, Callable[[Any, Cluster], Share]]] = {
+    "codec": (CodecRecipe, codec.share_of),
+    "evaluate": (EvaluateRecipe, lambda chosen, cluster: share_of(chosen, cluster=cluster)),
+    "prepare": (PrepareRecipe, prepare_share),
+    "publish": (PublishRecipe, lambda chosen, cluster: share_of(
+        chosen.evaluation, "publish.evaluation", cluster)),
+    "synthesize": (SynthesizeRecipe, synthesize_job.share_of),
+    "train": (TrainRecipe, train_job.share_of),
+}  # fmt: skip
+SHIPPED = [
+    (path.stem, section)
+    for path in sorted(recipe.RECIPES.glob("*.yaml"))
+    for section in yaml.safe_load(path.read_text())
+    if section in SHARES
+]
+
+
+@pytest.mark.parametrize(("name", "section"), SHIPPED)
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_shipped_recipes_find_room_on_a_workstation(name: str, section: str, gpus: int) -> None:
+    schema, place = SHARES[section]
+    chosen = recipe.load(name, section, schema)
+    if section == "publish" and chosen.evaluation is None:
+        return
+    box = NodeShape(name="box", cpus=16, gpus=gpus, most=1)
+    share = place(chosen, Cluster(nodes=(box,)))
+    assert share.fits_now >= (chosen.workers if section in ("train", "codec") else 1)
+
+
+def test_a_version_is_not_registered_when_it_cannot_be_judged(home: Path) -> None:
+    """Nothing of the recipe exists but its placement, which is looked at first."""
+    judged = EvaluateRecipe(
+        items="quick", recordings="x", out="judged", placement=Placement(accelerator="gpu")
+    )
+    chosen = PublishRecipe(ar="no", nar="no", sample_prompt="no.wav", evaluation=judged)
+    box = Cluster(nodes=(NodeShape(name="box", cpus=16, gpus=0, most=1),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "survey", lambda: box)
+        with pytest.raises(ValueError, match="publish.evaluation.placement.accelerator: gpu, but"):
+            publish(chosen)
+    assert not (home / "mlflow.db").exists()
 
 
 def test_waiting_and_gpus_left_alone_are_said() -> None:
