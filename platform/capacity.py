@@ -94,23 +94,31 @@ class Cluster:
         """Workers that fit once all is there that may be added; None where that is not known."""
         if self.node_types is None:
             return None
-        largest = self._largest(need.gpus > 0, lambda node: need.fitting([(node, 1)]))
+        alone = replace(need, beside=0.0)  # what feeds the workers may be on nodes of another type
+        largest = self._largest(need.gpus > 0, lambda node: alone.fitting([(node, 1)]))
         return max(self.fits(need), need.fitting(largest))
 
     def limits(self, need: Need) -> tuple[float, float] | None:
-        """(CPUs, GPUs) that are there for a job once all is added, without what others have been
-        given; None where that is not known."""
+        """(CPUs, GPUs) for all stages of a job once all is added, without what others have been
+        given, but enough for one worker; None where that is not known.
+
+        What others give back later is not counted: a job that took it for its own while they have
+        it would fill the rest with workers, and leave nothing for the stages that feed them.
+        """
         if self.node_types is None:
             return None
-        cpus = self._largest(need.gpus > 0, lambda node: node.cpus)
-        gpus = self._largest(True, lambda node: node.gpus)
-        free = self.nodes if self.free is None else self.free
         return (
-            max(sum(count * node.cpus for node, count in cpus), total(self.nodes, "cpus"))
-            - (total(self.nodes, "cpus") - total(free, "cpus")),
-            max(sum(count * node.gpus for node, count in gpus), total(self.nodes, "gpus"))
-            - (total(self.nodes, "gpus") - total(free, "gpus")),
+            max(self._left(need.gpus > 0, "cpus"), need.cpus + need.beside),
+            max(self._left(True, "gpus"), need.gpus),
         )
+
+    def _left(self, with_gpus: bool, resource: Literal["cpus", "gpus"]) -> float:
+        """Of the largest cluster that is permitted, without what others have been given."""
+        largest = self._largest(with_gpus, lambda node: float(getattr(node, resource)))
+        there = total(self.nodes, resource)
+        free = there if self.free is None else total(self.free, resource)
+        most = sum(count * float(getattr(node, resource)) for node, count in largest)
+        return max(most, there) - (there - free)
 
     def _largest(
         self, with_gpus: bool, value: Callable[[NodeShape], float]

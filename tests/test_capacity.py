@@ -68,6 +68,9 @@ def test_codec_actors_leave_room_for_the_stages_that_feed_them(
     beside = NodeShape(name="other", cpus=1, gpus=0, most=1)
     if gpus:
         assert prepare_share(chosen, Cluster(nodes=(node, beside))).fits_now == 8
+        types = (replace(node, cpus=0.5, most=3), replace(beside, most=1))
+        started = Cluster(nodes=(), node_types=types, max_nodes=4)
+        assert prepare_share(chosen, started).fits_at_most == 3, "two types together"
     with pytest.raises(ValueError, match="prepare.placement: .* beside 0.75 CPUs for the stages"):
         prepare_share(replace(chosen, placement=CPU), Cluster(nodes=(beside,)))
 
@@ -80,6 +83,11 @@ def test_what_others_hold_is_not_asked_for_at_the_start() -> None:
     pool = share.pool(None, 100)
     assert (pool.min_size, pool.initial_size, pool.max_size) == (1, 3, 8)
     assert share.limits == (3.0, 0.5)
+    full = replace(free, cpus=0.0, gpus=0.0)
+    waits = resources.resolve(
+        Placement(), "prepare", cpus=0.5, beside=0.75, cluster=replace(cluster, free=(full,))
+    )
+    assert waits.limits == (1.25, 1.0), "when others end, one worker can begin"
     busy = resources.resolve(Placement(), "evaluate", cpus=1, cluster=cluster)
     assert (busy.fits_now, busy.fits_alone) == (0, 2)
     assert busy.pool(None, 100).initial_size == 1
