@@ -184,9 +184,9 @@ def test_a_job_brings_the_nodes_it_needs(
             resources.resolve(Placement(), "train", cpus=1, workers=3, cluster=cluster)
 
         share.bound_data()
-        blocks = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(16)])
-        rows = share.map_blocks(blocks, Slow, (), None, 16).take_all()
-        assert len(rows) == 16 and {row["node"] for row in rows} == AUTOSCALED
+        blocks = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(24)])
+        rows = share.map_blocks(blocks, Slow, (), None, 24).take_all()
+        assert len(rows) == 24 and {row["node"] for row in rows} == AUTOSCALED
         report = prepare(preparation(home, tiny_codec_folder, "auto"))
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
         ((node, gpus),) = set(placed(head, "Quantise"))
