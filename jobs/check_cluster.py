@@ -8,6 +8,8 @@ too. What is still to be set (`EDIT`) is listed.
 """
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,10 +42,44 @@ def problems(configuration: Mapping[str, Any]) -> Iterator[str]:
         for problem in _of_node(node["node_config"]):
             yield f"{name}: {problem}"
     for place in ("head", "worker"):
-        start = configuration.get(f"{place}_start_ray_commands", [])
-        written = "\n".join([*configuration.get("setup_commands", []), *start])
-        if "RAY_AUTH_MODE=token" not in written:
-            yield f"{place}_start_ray_commands: without RAY_AUTH_MODE=token anyone may run code"
+        yield from _of_start(configuration, place)
+
+
+_WRITTEN = re.compile(r"cat > (\S+) <<'?(\w+)'?\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
+"""A file that a command writes: its name, and what is in it."""
+
+_SOURCED = re.compile(r"(?:^|[;&|]\s*)(?:\.|source) +([^\s;&|]+)")
+"""A file that a command reads into its environment."""
+
+
+def _of_start(configuration: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Whether Ray, as it is started on the head or the workers, asks for a token and has one."""
+    setup = [
+        command
+        for key in ("setup_commands", f"{place}_setup_commands")
+        for command in configuration.get(key, [])
+    ]
+    files = {name: body for command in setup for name, _, body in _WRITTEN.findall(command)}
+    field = f"{place}_start_ray_commands"
+    for command in configuration.get(field, []):
+        if "ray start" not in command:
+            continue
+        before, _, options = command.partition("ray start")
+        read = [*(files.get(name, "") for name in _SOURCED.findall(before)), before]
+        environment = [
+            word
+            for line in "\n".join(read).splitlines()
+            for word in shlex.split(line, comments=True)
+        ]
+        if "RAY_AUTH_MODE=token" not in environment:
+            yield f"{field}: without RAY_AUTH_MODE=token anyone may run code"
+        if not any(
+            name.endswith("/.ray/auth_token") for name in configuration.get("file_mounts", {})
+        ):
+            yield f"file_mounts: Ray's token, ~/.ray/auth_token, is missing; the {place} needs it"
+        host = re.search(r"--dashboard-host[= ](\S+)", options)
+        if host and host[1] not in ("127.0.0.1", "localhost"):
+            yield f"{field}: --dashboard-host={host[1]} takes jobs from more than the head itself"
 
 
 def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:

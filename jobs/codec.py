@@ -25,9 +25,10 @@ from valle.model.codec import CodecConfig
 from valle.model.codec_training import CodecLoss, CodecTrainee
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
 from valle.platform import recipe, resources, storage
+from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
-from valle.platform.resources import Placement
+from valle.platform.resources import Placement, Share
 
 INITIAL_CROPS: Final = 800
 """Crops from which convolutions, features and codebooks get their first values."""
@@ -242,6 +243,13 @@ def _report(
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def share_of(chosen: CodecRecipe, cluster: Cluster | None = None) -> Share:
+    """A worker's share of the connected cluster, or of `cluster`."""
+    return resources.resolve(
+        chosen.placement, "codec", cpus=chosen.threads, workers=chosen.workers, cluster=cluster
+    )
+
+
 def fit(chosen: CodecRecipe) -> None:
     """Runs the training on the connected cluster.
 
@@ -250,9 +258,7 @@ def fit(chosen: CodecRecipe) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    share = resources.resolve(
-        chosen.placement, "codec", cpus=chosen.threads, workers=chosen.workers
-    )
+    share = share_of(chosen)
     scaling, processes = share.training(chosen.workers)
     trainer = TorchTrainer(
         train,

@@ -23,6 +23,7 @@ from valle.model.filling import Filler, Unfilled, fill_in
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, recipe, registry, resources, settings, storage, tracking
+from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 from valle.platform.resources import Placement, Share
@@ -239,14 +240,26 @@ def judge_all(
     return records
 
 
-def evaluate(chosen: EvaluateRecipe) -> dict[str, Any]:
-    """Judges every item on the connected cluster; writes and returns the report.
+def share_of(
+    chosen: EvaluateRecipe, section: str = "evaluate", cluster: Cluster | None = None
+) -> Share:
+    """An actor's share of the connected cluster, or of `cluster`; `section` is named in messages.
+
+    Raises RecipeError when the cluster will never hold an actor.
+    """
+    placement = chosen.placement
+    if chosen.precision == "int8":
+        placement = replace(placement, accelerator="cpu")
+    return resources.resolve(placement, section, cpus=0.9, cluster=cluster)
+
+
+def evaluate(chosen: EvaluateRecipe, share: Share | None = None) -> dict[str, Any]:
+    """Judges every item on the connected cluster; writes and returns the report. `share`: an
+    actor's, where it has been resolved before.
 
     Raises ValueError before anything starts when the cluster will never hold the actors.
     """
-    if chosen.precision == "int8":
-        chosen = replace(chosen, placement=replace(chosen.placement, accelerator="cpu"))
-    share = resources.resolve(chosen.placement, "evaluate", cpus=0.9)
+    share = share or share_of(chosen)
     chosen = replace(
         chosen, model=registry.absolute(chosen.model), out=storage.absolute(chosen.out),
         recordings=storage.absolute(chosen.recordings),

@@ -24,6 +24,7 @@ from valle.model.codec import CodecIdentity
 from valle.model.codecs import load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, recipe, resources, settings, storage
+from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.progress import progress
@@ -71,7 +72,7 @@ class PrepareRecipe:
 
     placement: Placement = field(default_factory=Placement)
     """CPU or GPU for the codec, and how much of one each actor takes; reading and phonemes are
-    always the CPUs' work."""
+    always the CPUs' work, on nodes with the same labels."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -262,26 +263,35 @@ def group(items: Sequence[Item], size: int) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(rows, schema=_schema(["wave", "phonemes"]))
 
 
+_DECODE_CPUS, _PHONEMISE_CPUS = 0.5, 0.25
+"""What Ray sets aside for a task that decodes, and for an actor that phonemises."""
+
+
+def share_of(chosen: PrepareRecipe, cluster: Cluster | None = None) -> Share:
+    """A codec actor's share of the connected cluster, or of `cluster`: half a core in the books,
+    since the stages before it need room on a small machine."""
+    return resources.resolve(
+        chosen.placement, "prepare", cpus=0.5, beside=_DECODE_CPUS + _PHONEMISE_CPUS,
+        cluster=cluster,
+    )  # fmt: skip
+
+
 def pipeline(
     tables: Sequence[pa.Table], chosen: PrepareRecipe, share: Share
 ) -> Iterator[dict[str, Any]]:
     """Runs the stages on Ray Data; yields a result per shard as it is written. `share`: a codec
     actor's."""
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts utterances
-    context.target_max_block_size = None  # a shard travels as one block, never split
-    # an eighth of the codec's actors keeps up with them
-    phonemisers = max(1, share.count(chosen.workers, len(tables)) // 8)
+    share.bound_data()
     whole = {"batch_size": None, "batch_format": "pyarrow"}
     spoken = (
         ray.data.from_arrow(list(tables))
-        .map_batches(Decode(chosen), **whole, num_cpus=0.5)
+        .map_batches(Decode(chosen), **whole, num_cpus=_DECODE_CPUS)
         .map_batches(
-            Phonemise, fn_constructor_args=(chosen,), **whole, num_cpus=0.25,
-            compute=ActorPoolStrategy(min_size=1, max_size=phonemisers),
+            Phonemise, fn_constructor_args=(chosen,), **whole, num_cpus=_PHONEMISE_CPUS,
+            compute=ActorPoolStrategy(min_size=1, max_size=len(tables)),
         )
     )  # fmt: skip
     shards = share.map_blocks(spoken, Quantise, (chosen,), chosen.workers, len(tables))
@@ -295,8 +305,7 @@ def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
     Raises ValueError before anything starts when the cluster will never hold the codec's actors.
     """
     started = time.perf_counter()
-    # half a core in the books: decoding needs room beside the codec on a small machine
-    share = resources.resolve(chosen.placement, "prepare", cpus=0.5)
+    share = share_of(chosen)
     chosen = replace(chosen, out=storage.absolute(chosen.out))
     if Path(chosen.codec).exists():
         chosen = replace(chosen, codec=str(Path(chosen.codec).absolute()))

@@ -20,6 +20,7 @@ from valle.jobs.gate import Bound, refusals
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, recipe, registry, storage, tracking
 from valle.platform.cluster import connect
+from valle.platform.resources import Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,11 @@ def register(chosen: PublishRecipe) -> int:
         return registry.publish(folder, {"ar": ar, "nar": nar})
 
 
-def judge(version: int, chosen: EvaluateRecipe) -> dict[str, Any]:
-    """Evaluates a version and keeps the report with it."""
+def judge(version: int, chosen: EvaluateRecipe, share: Share) -> dict[str, Any]:
+    """Evaluates a version with actors of this share, and keeps the report with it."""
     name = f"models:/{registry.NAME}/{version}"
     content = evaluate.evaluate(
-        replace(chosen, model=name, out=storage.join(chosen.out, f"version-{version}"))
+        replace(chosen, model=name, out=storage.join(chosen.out, f"version-{version}")), share
     )
     with tempfile.TemporaryDirectory() as folder:
         for file in ("report.json", "report.md"):
@@ -101,13 +102,17 @@ def champion_report() -> dict[str, Any] | None:
 def publish(chosen: PublishRecipe) -> int:
     """Registers, passes through the gate, promotes; returns the version.
 
-    Raises GateError when the gate refuses; the version then stays the candidate.
+    Raises GateError when the gate refuses; the version then stays the candidate. Raises RecipeError
+    before anything is registered when the cluster will never hold the evaluation's actors.
     """
-    version = register(chosen)
     if chosen.evaluation is None:
+        version = register(chosen)
         registry.promote(version, "the recipe has no evaluation")
         return version
-    reasons = "; ".join(refusals(judge(version, chosen.evaluation), chosen.gate, champion_report()))
+    share = evaluate.share_of(chosen.evaluation, "publish.evaluation")
+    version = register(chosen)
+    content = judge(version, chosen.evaluation, share)
+    reasons = "; ".join(refusals(content, chosen.gate, champion_report()))
     if reasons and chosen.force is None:
         raise GateError(f"version {version} stays a candidate: {reasons}")
     registry.promote(

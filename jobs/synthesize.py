@@ -26,9 +26,10 @@ from valle.model.sentences import join
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, sentence_ids
 from valle.platform import audio, recipe, registry, resources, settings, storage
+from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
-from valle.platform.resources import Placement
+from valle.platform.resources import Placement, Share
 from valle.serve.audio import Format, encode
 from valle.serve.offline import Offline
 from valle.serve.request import Request
@@ -263,16 +264,20 @@ def _again(row: Line, line: Line | None, retry: bool) -> bool:
     return (retry and row["error"] is not None) or any(row[key] != line[key] for key in line)
 
 
+def share_of(chosen: SynthesizeRecipe, cluster: Cluster | None = None) -> Share:
+    """An actor's share of the connected cluster, or of `cluster`."""
+    return resources.resolve(chosen.placement, "synthesize", cpus=0.5, cluster=cluster)
+
+
 def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     """Says what is missing on the connected cluster; returns the report (`report.json`).
 
     Raises ValueError before anything starts when the cluster will never hold the actors.
     """
     import ray
-    from ray.data import DataContext
 
     started = time.perf_counter()
-    share = resources.resolve(chosen.placement, "synthesize", cpus=0.5)
+    share = share_of(chosen)
     chosen = replace(
         chosen, out=storage.absolute(chosen.out), recordings=storage.absolute(chosen.recordings),
         model=registry.pin(registry.absolute(chosen.model)),
@@ -281,9 +286,7 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     done = _done(chosen, lines)
     missing = [line for line in lines if line["id"] not in done]
     parts = list(_parts(missing, chosen.model, chosen.lines_per_part))
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts lines
-    context.target_max_block_size = None  # a part travels as one block
+    share.bound_data()
     tracking_uri = settings.read().tracking_uri
     totals = {"lines": 0, "errors": 0, "seconds": 0.0, "work_seconds": 0.0}
     with progress(total=len(missing), label="synthesize", unit="line") as bar:

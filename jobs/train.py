@@ -29,9 +29,11 @@ from valle.model.training import (
 )
 from valle.platform import checkpoint, recipe, resources, settings, storage, tracking
 from valle.platform.backends import DDP, Backend, DeepSpeed
+from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
 from valle.platform.progress import progress
+from valle.platform.resources import Share
 
 UNMEASURED = 1e9
 """Word error rate of a checkpoint that no quick check has read: worse than any that was read."""
@@ -184,6 +186,13 @@ def _evaluate(
     return metrics
 
 
+def share_of(chosen: TrainRecipe, cluster: Cluster | None = None) -> Share:
+    """A worker's share of the connected cluster, or of `cluster`."""
+    return resources.resolve(
+        chosen.placement, "train", cpus=chosen.threads, workers=chosen.workers, cluster=cluster
+    )
+
+
 def fit(chosen: TrainRecipe, kind: Kind) -> str:
     """Trains one model on the connected cluster; returns the URI of its last checkpoint.
 
@@ -192,9 +201,7 @@ def fit(chosen: TrainRecipe, kind: Kind) -> str:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    share = resources.resolve(
-        chosen.placement, "train", cpus=chosen.threads, workers=chosen.workers
-    )
+    share = share_of(chosen)
     scaling, processes = share.training(chosen.workers)
     name = f"{chosen.run}-{kind}"
     with tracking.driver_run(name, asdict(chosen)) as run_id:

@@ -6,7 +6,7 @@ with the cluster's configuration as a file: that is read here, on the head node 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeType:
-    """A node, or a kind of node that may be started."""
+class NodeShape:
+    """What a living node, or each node of a kind that may be started, has."""
 
     name: str
     cpus: float
@@ -37,7 +37,7 @@ class NodeType:
     @classmethod
     def of(
         cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str], most: int
-    ) -> "NodeType":
+    ) -> "NodeShape":
         """From Ray's resources and labels."""
         cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
         return cls(
@@ -49,20 +49,25 @@ class NodeType:
         return labels.items() <= self.labels.items()
 
     def holds(self, cpus: float, gpus: float) -> int:
-        """Workers of so many cores and GPUs that fit on one such node; a fraction of a GPU never
-        spans two."""
+        """Workers of so many cores and GPUs (at most 1) that fit on one such node; a fraction of a
+        GPU never spans two."""
         by_cpu = int(self.cpus / cpus + 1e-6)
         if not gpus:
             return by_cpu
-        by_gpu = int(self.gpus) * int(1 / gpus + 1e-6) if gpus < 1 else int(self.gpus / gpus)
-        return min(by_cpu, by_gpu)
+        # of a GPU that is partly taken, what is left of it
+        whole, rest = divmod(self.gpus, 1)
+        return min(by_cpu, int(whole) * int(1 / gpus + 1e-6) + int(rest / gpus + 1e-6))
+
+    def without(self, cpus: float) -> "NodeShape":
+        """The same with so many cores less."""
+        return replace(self, cpus=max(0.0, self.cpus - cpus))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What may be added to a cluster."""
 
-    node_types: tuple[NodeType, ...] | None
+    node_types: tuple[NodeShape, ...] | None
     """Empty without an autoscaler; None when one may exist but keeps it to itself."""
 
     max_nodes: int
@@ -116,5 +121,7 @@ def parse(configuration: Mapping[str, Any]) -> Report:
     for name, node in configuration.get("available_node_types", {}).items():
         most = min(int(node.get("max_workers", limit)), limit)
         if name != configuration.get("head_node_type") and most > 0:
-            types.append(NodeType.of(name, node.get("resources", {}), node.get("labels", {}), most))
+            types.append(
+                NodeShape.of(name, node.get("resources", {}), node.get("labels", {}), most)
+            )
     return Report(node_types=tuple(types), max_nodes=limit)

@@ -7,12 +7,13 @@ where a recipe asks for what the cluster will never have. A worker asks `device`
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import sys
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from valle.platform import autoscaler, settings
-from valle.platform.autoscaler import NodeType
+from valle.platform import settings
+from valle.platform.capacity import Cluster, Need, survey, total
 from valle.platform.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ class Placement:
     GPU, even where there are any) or gpu (an error, before work starts, where there are none)."""
 
     gpus_per_worker: float = 1.0
-    """GPUs of a worker on a GPU; 0.25 lets four share one. Ray counts shares, it does not enforce
-    them: the workers' memory must fit together. Above 1, a whole number."""
+    """Share of a GPU for each worker, up to 1: a worker computes on one GPU; 0.25 lets four share
+    one. Ray counts shares, it does not enforce them: the workers' memory must fit together."""
 
     cpus_per_worker: float | None = None
-    """CPU cores that Ray sets aside for a worker, beside a GPU or without; None: what the job
+    """CPU cores that Ray sets aside for a worker, beside a GPU or without: how many workers find
+    room, not how many threads one runs (`threads` of `train` and `codec`). None: what the job
     needs."""
 
     node_labels: dict[str, str] = field(default_factory=dict)
@@ -48,72 +50,14 @@ class Placement:
             raise ValueError(
                 f"placement.accelerator: {self.accelerator!r} is none of auto, cpu, gpu"
             )
-        if self.gpus_per_worker <= 0 or (
-            self.gpus_per_worker > 1 and self.gpus_per_worker % 1 != 0
-        ):
+        if not 0 < self.gpus_per_worker <= 1:
             raise ValueError(
-                f"placement.gpus_per_worker: {self.gpus_per_worker:g} is neither a fraction above "
-                "0 nor a whole number; for workers without a GPU set placement.accelerator=cpu"
+                f"placement.gpus_per_worker: {self.gpus_per_worker:g} is not above 0 and at most "
+                "1: a worker computes on one GPU, more GPUs take more `workers`; for workers "
+                "without a GPU set placement.accelerator=cpu"
             )
         if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
             raise ValueError(f"placement.cpus_per_worker: {self.cpus_per_worker:g} is not above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """What a cluster has, and what its autoscaler may add."""
-
-    nodes: tuple[NodeType, ...]
-    """Living nodes, each with `most` 1."""
-
-    node_types: tuple[NodeType, ...] | None = ()
-    """What the autoscaler may start, the nodes of it that are there already counted in; empty
-    without an autoscaler; None where there is one that does not say (KubeRay)."""
-
-    max_nodes: int = 0
-    """Nodes, of all types together, that the autoscaler keeps at most beside the head."""
-
-    def labelled(self, labels: Mapping[str, str]) -> "Cluster":
-        """The part of it that has these labels."""
-        types = self.node_types
-        return replace(
-            self, nodes=tuple(node for node in self.nodes if node.has(labels)),
-            node_types=types and tuple(node for node in types if node.has(labels)),
-        )  # fmt: skip
-
-    @property
-    def has_gpus(self) -> bool:
-        """Whether there is a GPU on a node, or on one that may come."""
-        return any(node.gpus > 0 for node in (*self.nodes, *(self.node_types or ())))
-
-    def present(self, cpus: float, gpus: float) -> int:
-        """Workers of this share that the nodes hold that are there, if nothing else ran."""
-        return sum(node.holds(cpus, gpus) for node in self.nodes)
-
-    def most(self, cpus: float, gpus: float) -> int | None:
-        """The same with all that may be added; None where that is not known."""
-        if self.node_types is None:
-            return None
-        room, added = self.max_nodes, 0
-        # the types that hold most of them first: how many the largest permitted cluster holds
-        for node_type in sorted(self.node_types, key=lambda node: -node.holds(cpus, gpus)):
-            count = min(room, node_type.most)
-            added += count * node_type.holds(cpus, gpus)
-            room -= count
-        head = sum(node.holds(cpus, gpus) for node in self.nodes if node.is_head)
-        return max(self.present(cpus, gpus), head + added)
-
-    def __str__(self) -> str:
-        """For messages: what there is and what may come."""
-        cpus, gpus = (sum(getattr(node, key) for node in self.nodes) for key in ("cpus", "gpus"))
-        here = f"{len(self.nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
-        if self.node_types is None:
-            return f"{here}; what its autoscaler may add is not known here"
-        types = ", ".join(
-            f"{node.name} ({node.cpus:g} CPUs, {node.gpus:g} GPUs; {node.most} at most)"
-            for node in self.node_types
-        )
-        return f"{here}; " + (f"may be added: {types}" if types else "no autoscaler adds to them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +69,17 @@ class Share:
 
     cpus: float
 
-    present: int
-    """Workers that fit on the nodes that are there; 0 where nodes must be started first."""
+    fits_now: int
+    """Workers that can start at once; 0 where they wait for others to end, or for new nodes."""
 
-    most: int | None
+    fits_alone: int
+    """Workers that the nodes hold that are there, if nothing else ran."""
+
+    fits_at_most: int | None
     """Workers that fit once all is there that may be added; None: not known."""
+
+    limits: tuple[float, float] | None = None
+    """(CPUs, GPUs) that all of the job's stages together can ever have; None: not known."""
 
     labels: dict[str, str] = field(default_factory=dict)
     """Of the nodes that will do."""
@@ -138,6 +88,16 @@ class Share:
     def accelerator(self) -> Accelerator:
         """For reports: `gpu` or `cpu`."""
         return "gpu" if self.gpus else "cpu"
+
+    def __str__(self) -> str:
+        """For whoever started the job."""
+        share = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs" if self.gpus else f"{self.cpus:g} CPUs"
+        most = "as many as the autoscaler adds" if self.fits_at_most is None else self.fits_at_most
+        where = f", on nodes with {self.labels}" if self.labels else ""
+        return (
+            f"{share} for each worker{where}; workers that fit now: {self.fits_now}, "
+            f"at most: {most}"
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -148,15 +108,38 @@ class Share:
     def count(self, wanted: int | None, work: int) -> int:
         """How many workers to start at most: as many as `wanted` (None: as can be), but no more
         than there are pieces of work, nor than the cluster will ever hold."""
-        limits = [work, self.most or work, wanted or work]
+        limits = [work, self.fits_at_most or work, wanted or work]
         return max(1, min(limits))
 
     def pool(self, wanted: int | None, work: int) -> "ActorPoolStrategy":
-        """Ray Data's actors: what fits now, growing with the nodes that join later."""
+        """Ray Data's actors: at first what fits now, growing with the nodes that join later.
+
+        Only the first is waited for: others may have taken the rest meanwhile, and the stages
+        that feed the actors need room as well, which Ray Data keeps for them as the pool grows.
+        """
         from ray.data import ActorPoolStrategy
 
         largest = self.count(wanted, work)
-        return ActorPoolStrategy(min_size=max(1, min(self.present, largest)), max_size=largest)
+        return ActorPoolStrategy(
+            min_size=1, initial_size=max(1, min(self.fits_now, largest)), max_size=largest
+        )
+
+    def bound_data(self) -> None:
+        """Sets up Ray Data in this process for a dataset of the job: every stage on nodes with the
+        labels, new nodes asked for with these labels and only as far as the job can use them, a
+        block as one piece of work that is never split."""
+        from ray.data import DataContext, ExecutionOptions, ExecutionResources
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False  # the jobs count utterances and lines
+        context.target_max_block_size = None
+        cpus, gpus = self.limits or (None, None)
+        context.execution_options = ExecutionOptions(
+            resource_limits=ExecutionResources.for_limits(
+                cpu=cpus, gpu=gpus if self.gpus else None
+            ),
+            label_selector=self.labels or None,
+        )
 
     def map_blocks(
         self, blocks: "Dataset", actor: type, arguments: tuple[Any, ...], workers: int | None,
@@ -165,7 +148,8 @@ class Share:
         """Each block of a dataset, whole and as an Arrow table, through an actor of a `pool`.
 
         The public `map_batches` refuses whole blocks where GPUs are asked for, since their sizes
-        may vary; here a block is one piece of work, and its actor bounds its own batches.
+        may vary; here a block is one piece of work, and its actor bounds its own batches. So it is
+        Ray's developer API that is called, which may change with a version of Ray.
         """
         mapped: Dataset = blocks.map_batches_internal(
             actor, batch_size=None, batch_format="pyarrow", fn_constructor_args=arguments,
@@ -180,7 +164,8 @@ class Share:
 
         resources = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
         # NCCL refuses two ranks on one GPU, and needs one that is more than a number
-        whole = self.gpus >= 1 and not settings.read().logical_gpus
+        alone = self.gpus >= 1 or (self.gpus > 0 and workers == 1)
+        nccl = alone and not settings.read().logical_gpus
         return (
             ScalingConfig(
                 num_workers=workers,
@@ -188,65 +173,116 @@ class Share:
                 resources_per_worker=resources,
                 label_selector=self.labels or None,
             ),
-            TorchConfig(backend="nccl" if whole else "gloo"),
+            TorchConfig(backend="nccl" if nccl else "gloo"),
         )
 
 
-def survey() -> Cluster:
-    """The connected cluster as it is now."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    report = autoscaler.report(nodes)
-    return Cluster(
-        nodes=tuple(
-            NodeType.of(node["NodeName"], node["Resources"], node["Labels"], 1) for node in nodes
-        ),
-        node_types=report.node_types, max_nodes=report.max_nodes,
-    )  # fmt: skip
-
-
 def resolve(
-    chosen: Placement,
+    placement: Placement,
     section: str,
     *,
     cpus: float,
     workers: int = 1,
+    beside: float = 0.0,
     cluster: Cluster | None = None,
 ) -> Share:
-    """What each worker of a job gets on the connected cluster (or on `cluster`).
+    """What each worker of a job gets on the connected cluster, which is also printed; or on
+    `cluster`, without a word.
 
     `section` is the recipe's, for messages; `cpus` a worker's cores where the recipe leaves them
-    open; `workers` those that have to be there at the same time. Raises RecipeError, which names
-    the field, what the cluster has and what to change, when the cluster will never have that.
+    open; `workers` those that have to be there at the same time; `beside` the cores of the stages
+    that feed them. Raises RecipeError, which names the field, what the cluster has and what to
+    change, when the cluster will never have that.
     """
-    cluster = (cluster or survey()).labelled(chosen.node_labels)
-    unknown = cluster.node_types is None
-    cpus = chosen.cpus_per_worker or cpus
-    wanted = chosen.accelerator == "gpu" or (chosen.accelerator == "auto" and cluster.has_gpus)
-    where = (
-        f"; nodes with {chosen.node_labels}: {cluster}" if chosen.node_labels else f": {cluster}"
-    )
-    if wanted and not cluster.has_gpus and not unknown:
-        raise RecipeError(
-            f"{section}.placement.accelerator: gpu, but the cluster has none{where}. Add a node "
-            f"with a GPU, or set {section}.placement.accelerator to auto or cpu"
-        )
-    gpus = chosen.gpus_per_worker if wanted else 0.0
-    # a job that books part of a core leaves the rest to what feeds it: still one worker a core
-    core = cpus if gpus or chosen.cpus_per_worker else max(1.0, cpus)
+    if cluster is None:
+        return _announced(placement, section, cpus=cpus, workers=workers, beside=beside)
+    cluster = cluster.labelled(placement.node_labels)
+    need = _need(placement, section, cpus, beside, cluster)
     share = Share(
-        gpus=gpus, cpus=cpus, present=cluster.present(core, gpus), most=cluster.most(core, gpus),
-        labels=chosen.node_labels,
+        gpus=need.gpus, cpus=need.cpus, fits_now=cluster.fits_now(need),
+        fits_alone=cluster.fits(need), fits_at_most=cluster.fits_at_most(need),
+        limits=cluster.limits(need), labels=placement.node_labels,
     )  # fmt: skip
-    if share.most is not None and share.most < workers:
+    if share.fits_at_most is not None and share.fits_at_most < workers:
+        fed = f", beside {beside:g} CPUs for the stages that feed them" if beside else ""
         raise RecipeError(
-            f"{section}.{'workers' if share.most else 'placement'}: {workers} worker(s) with "
-            f"{cpus:g} CPUs and {gpus:g} GPUs each were asked for, the cluster holds "
-            f"{share.most}{where}. Lower {section}.workers, or a worker's share: "
-            f"{section}.placement.cpus_per_worker{' or gpus_per_worker' if gpus else ''}"
+            f"{section}.{'workers' if share.fits_at_most else 'placement'}: {workers} worker(s) "
+            f"with {need.cpus:g} CPUs and {need.gpus:g} GPUs each{fed} were asked for, the cluster "
+            f"holds {share.fits_at_most}{_where(placement, cluster)}. Lower {section}.workers, or "
+            f"a worker's share: {section}.placement.cpus_per_worker"
+            f"{' or gpus_per_worker' if need.gpus else ''}"
         )
     return share
+
+
+def _announced(
+    placement: Placement, section: str, *, cpus: float, workers: int, beside: float
+) -> Share:
+    """`resolve` on the connected cluster, with a line for whoever started the job."""
+    for attempt in range(5):
+        cluster = survey()
+        share = resolve(
+            placement, section, cpus=cpus, workers=workers, beside=beside, cluster=cluster
+        )
+        # what an earlier job of this driver had is given back within a second or two
+        if share.fits_now >= min(workers, share.fits_alone):
+            break
+        time.sleep(0.5 if attempt < 4 else 0)
+    for line in (f"placed: {share}", *remarks(share, placement, section, workers, cluster)):
+        print(f"{section}: {line}", file=sys.stderr)  # noqa: T201  # for whoever typed the command
+    return share
+
+
+def _need(placement: Placement, section: str, cpus: float, beside: float, cluster: Cluster) -> Need:
+    """A worker's share of `cluster`, the part of it with the labels. Raises RecipeError where a GPU
+    is asked for that will never be there."""
+    on_gpu = placement.accelerator == "gpu" or (
+        placement.accelerator == "auto" and cluster.has_gpus
+    )
+    if on_gpu and not cluster.has_gpus and cluster.node_types is not None:
+        raise RecipeError(
+            f"{section}.placement.accelerator: gpu, but the cluster has none"
+            f"{_where(placement, cluster)}. Add a node with a GPU, or set "
+            f"{section}.placement.accelerator to auto or cpu"
+        )
+    # without a GPU a worker computes on a core, also where the job books part of one and leaves
+    # the rest to what feeds it; a recipe that says how much it takes is believed
+    busy = 0.0 if on_gpu or placement.cpus_per_worker else 1.0
+    return Need(
+        cpus=placement.cpus_per_worker or cpus, gpus=placement.gpus_per_worker if on_gpu else 0.0,
+        busy_cpus=busy, beside=beside,
+    )  # fmt: skip
+
+
+def _where(placement: Placement, cluster: Cluster) -> str:
+    labels = placement.node_labels
+    return f"; nodes with {labels}: {cluster}" if labels else f": {cluster}"
+
+
+def remarks(
+    share: Share, placement: Placement, section: str, workers: int, cluster: Cluster
+) -> list[str]:
+    """What whoever started a job should know of its placement: that it waits, or that GPUs may
+    have been left alone. `workers`: those that have to be there at the same time."""
+    cluster = cluster.labelled(placement.node_labels)
+    field_name = f"{section}.placement.accelerator"
+    if cluster.node_types is None:
+        if share.gpus or placement.accelerator == "cpu":
+            return []
+        return [
+            f"{field_name}=auto became cpu: no node has a GPU now, and the autoscaler does not say "
+            f"whether it can add one; {field_name}=gpu asks for it"
+        ]
+    if share.fits_now >= workers or share.fits_at_most != share.fits_alone:
+        return []
+    resource: Literal["cpus", "gpus"] = "gpus" if share.gpus else "cpus"
+    there = total(cluster.nodes, resource)
+    free = total(cluster.nodes if cluster.free is None else cluster.free, resource)
+    return [
+        f"waiting: {there - free:g} of {there:g} {resource[:-1].upper()}s are in use, {workers} "
+        f"worker(s) are needed and no node can be added"
+        + (f"; {field_name}=cpu needs no GPU" if share.gpus else "")
+    ]
 
 
 def device() -> str:

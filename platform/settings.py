@@ -1,6 +1,8 @@
 """The only reader of environment variables."""
 
+import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,22 +63,37 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-FORWARDED = ("AWS_", "MLFLOW_", "VALLE_")
-"""How the names of variables begin that hold for a driver's workers as well."""
+FORWARDED = (
+    "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "VALLE_LOGICAL_GPUS",
+)  # fmt: skip
+"""Variables that hold for a driver's workers as well: where storage and tracking are. None is a
+credential, nor a fact about the driver's machine."""
 
-FILES = ("_FILE", "_PROFILE", "_PATH")
-"""How those end that name a file, or a place in one, which only the driver's machine has."""
+_WITH_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 
 
 def forwarded() -> dict[str, str]:
     """What the workers of a driver outside the cluster must know of its environment: where its
-    relative paths start, and what was set of storage, tracking and this project's own variables."""
-    named = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(FORWARDED) and not name.endswith(FILES)
-    }
-    here = read()
-    if "VALLE_CACHE" in named:
-        named["VALLE_CACHE"] = str(here.cache)
-    return {**named, "VALLE_HOME": str(here.home)}
+    relative paths start, where storage and tracking are, and what `VALLE_FORWARD` names.
+
+    Credentials are not among it: nodes have roles of their own, and Ray writes these values to the
+    logs of every node and shows them on its dashboard. `VALLE_FORWARD=AWS_ACCESS_KEY_ID,...` hands
+    on whatever it names all the same, which is warned of; so is a password inside an address.
+    Raises ValueError where it names what is not set, or `VALLE_CACHE`, which each node decides.
+    """
+    asked = [name for name in os.environ.get("VALLE_FORWARD", "").split(",") if name]
+    if "VALLE_CACHE" in asked:
+        raise ValueError("VALLE_FORWARD: VALLE_CACHE is a folder of each node's own; set it there")
+    if unset := [name for name in asked if name not in os.environ]:
+        raise ValueError(f"VALLE_FORWARD: {unset[0]} is not set")
+    values = {name: os.environ[name] for name in (*FORWARDED, *asked) if name in os.environ}
+    exposed = [
+        name for name, value in values.items() if name in asked or _WITH_PASSWORD.search(value)
+    ]
+    if exposed:
+        logging.getLogger(__name__).warning(
+            "handed to every node, and readable in Ray's logs and on its dashboard: %s",
+            ", ".join(exposed),
+        )
+    return {**values, "VALLE_HOME": str(read().home)}

@@ -110,12 +110,12 @@ def head(
 
 
 @contextmanager
-def joined(to: Head, num_cpus: int, num_gpus: int, **env: str) -> Iterator[None]:
-    """One more node on this machine; its GPUs are numbers."""
+def joined(to: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str) -> Iterator[None]:
+    """One more node on this machine, with labels such as `role=train`; its GPUs are numbers."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     options = [
         f"--address={to.gcs}", f"--num-cpus={num_cpus}",
-        f"--num-gpus={num_gpus}", f"--temp-dir={folder}",
+        f"--num-gpus={num_gpus}", f"--temp-dir={folder}", f"--labels={labels}",
     ]  # fmt: skip
     try:
         with _started("node", folder, options, env):

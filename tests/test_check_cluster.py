@@ -72,6 +72,20 @@ TRAIN = "available_node_types.train.node_config"
         (f"{TRAIN}.SecurityGroupIds", None, "train: SecurityGroupIds: missing"),
         ("provider.security_group", {"GroupName": "x"}, "provider.security_group: Ray adds SSH"),
         ("setup_commands", ["true"], "head_start_ray_commands: without RAY_AUTH_MODE=token"),
+        (
+            "setup_commands", ["cat > ~/valle.env <<'END'\n# export RAY_AUTH_MODE=token\nEND"],
+            "head_start_ray_commands: without RAY_AUTH_MODE=token",
+        ),
+        (
+            "worker_start_ray_commands", ["ray start --address=$RAY_HEAD_IP:6379"],
+            "worker_start_ray_commands: without RAY_AUTH_MODE=token",
+        ),
+        ("file_mounts", {"/home/ubuntu/pins/x": "x"}, "file_mounts: Ray's token"),
+        (
+            "head_start_ray_commands",
+            [". ~/valle.env; ulimit -n 65536; ray start --head --dashboard-host=0.0.0.0"],
+            "head_start_ray_commands: --dashboard-host=0.0.0.0 takes jobs",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(
@@ -130,7 +144,8 @@ def test_the_head_takes_no_work_and_the_others_start_from_nothing(
         assert markets == {"spot", "on demand"}
     for name, node in workers.items():
         assert ("InstanceMarketOptions" in node["node_config"]) is name.endswith("-spot")
-    assert workers["train-spot"]["priority"] > workers["train"]["priority"]
+    for role in ("train", "serve"):
+        assert workers[f"{role}-spot"]["priority"] > workers[role]["priority"]
     report = parse(configuration)  # what `accelerator: auto` sees of it
     assert report.max_nodes == configuration["max_workers"] and report.node_types
     assert {node.name for node in report.node_types if node.gpus} == {
@@ -151,7 +166,8 @@ def test_the_pins_are_those_of_the_repository(configuration: Configuration) -> N
     extras = set(re.findall(r"--extra (\w+)", install[0]))
     assert extras == {"train", "serve", "evaluate"}
     # no version is written here a second time, but for the installer's own
-    assert re.findall(r"\b(\w+)==", "\n".join(configuration["setup_commands"])) == ["uv"]
+    assert not re.findall(r"\b(\w+)==", "\n".join(configuration["setup_commands"]))
+    assert "https://astral.sh/uv/0.13.8/install.sh" in install[0]
 
 
 def test_ray_asks_for_its_token_on_every_node(configuration: Configuration) -> None:
@@ -189,21 +205,26 @@ def test_the_environment_is_written_as_it_is_read(
     assert asked.stdout == f"/mnt/nvme/valle token {tmp_path}/.ray/auth_token\n"
 
 
+FREE, MOUNTED, HELD = "{disk}\n", "{disk} /data ext4\n", "{disk}\nvg-data\n"
+
+
 @pytest.mark.parametrize(
     ("disks", "mounted", "expected"),
     [
         ([], [], []),
-        (["/dev/nvme1n1"], [], ["mkfs.ext4 -q /dev/nvme1n1", "mount /dev/nvme1n1 /mnt/nvme"]),
+        ([FREE], [], ["mkfs.ext4 -q /dev/nvme1n1", "mount /dev/nvme1n1 /mnt/nvme"]),
         (
-            ["/dev/nvme1n1", "/dev/nvme2n1"], [],
+            [FREE, FREE], [],
             [
                 "mdadm --create /dev/md0 --run --level=0 --raid-devices=2 "
                 "/dev/nvme1n1 /dev/nvme2n1",
                 "mkfs.ext4 -q /dev/md0", "mount /dev/md0 /mnt/nvme",
             ],
         ),
-        (["/dev/nvme1n1"], ["/opt/dlami/nvme"], ["mount --bind /opt/dlami/nvme /mnt/nvme"]),
-        (["/dev/nvme1n1"], ["/mnt/nvme"], []),
+        ([FREE], ["/opt/dlami/nvme"], ["mount --bind /opt/dlami/nvme /mnt/nvme"]),
+        ([FREE], ["/mnt/nvme"], []),
+        ([MOUNTED, FREE], [], ["mkfs.ext4 -q /dev/nvme2n1", "mount /dev/nvme2n1 /mnt/nvme"]),
+        ([HELD, HELD], [], []),
     ],
 )  # fmt: skip
 def test_the_node_s_disks_become_one(
@@ -211,10 +232,21 @@ def test_the_node_s_disks_become_one(
     expected: list[str],
 ) -> None:  # fmt: skip
     """The commands, run with stand-ins for those that need root and real disks."""
-    listed = "".join(f"{disk} Amazon EC2 NVMe Instance Storage\n" for disk in disks)
+    named = {f"/dev/nvme{number}n1": disk for number, disk in enumerate(disks, 1)}
+    listed = "".join(f"{name} Amazon EC2 NVMe Instance Storage\n" for name in named)
+    detail = "".join(
+        f'*" {name}") printf "{what.format(disk=name.rpartition("/")[2])}";;\n'
+        for name, what in named.items()
+    )
     programs = {
         "sudo": f'echo "$*" >> {tmp_path}/asked',
-        "lsblk": f"printf '/dev/nvme0n1 Amazon Elastic Block Store\n{listed}'",
+        "cloud-init": f'echo "cloud-init $*" >> {tmp_path}/waited; exit 2',
+        "systemctl": f'echo "systemctl $*" >> {tmp_path}/waited; exit 1',
+        "lsblk": (
+            f"test -s {tmp_path}/waited || exit 9\n"
+            f'case "$*" in\n{detail}*) printf \'/dev/nvme0n1 Amazon Elastic Block Store\n'
+            f"{listed}';; esac"
+        ),
         "mountpoint": f'case " {" ".join(mounted)} " in *" $2 "*) exit 0;; *) exit 1;; esac',
     }
     for name, body in programs.items():
@@ -223,6 +255,9 @@ def test_the_node_s_disks_become_one(
     (command,) = configuration["initialization_commands"]
     subprocess.run(["bash", "-c", command], check=True,
                    env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert (tmp_path / "waited").read_text().splitlines() == [
+        "cloud-init status --wait", "systemctl is-system-running --wait"
+    ]  # fmt: skip
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[0] == "mkdir -p /mnt/nvme"
     assert asked[1:-2] == expected
@@ -230,6 +265,31 @@ def test_the_node_s_disks_become_one(
         "mkdir -p /mnt/nvme/valle /mnt/nvme/ray",
         "chown -R ubuntu:ubuntu /mnt/nvme/valle /mnt/nvme/ray",
     ]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "torch_works", "status"),
+    [("0x10de", True, 0), ("0x10de", False, 1), ("0x1d0f", False, 0), (None, False, 0)],
+)
+def test_a_node_whose_gpu_torch_cannot_use_does_not_join(
+    configuration: Configuration, tmp_path: Path, vendor: str | None, torch_works: bool, status: int
+) -> None:
+    """Whether or not it has NVIDIA's driver; there is none where this runs in CI."""
+    command = configuration["setup_commands"][-1]
+    assert "torch.zeros(1).cuda()" in command and command.count("/sys/bus/pci") == 1
+    device = tmp_path / "bus" / "pci" / "devices" / "0000:00:1e.0"
+    device.mkdir(parents=True)
+    if vendor:
+        (device / "vendor").write_text(f"{vendor}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nexit {0 if torch_works else 1}\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", command.replace("/sys/bus/pci", f"{tmp_path}/bus/pci")], check=False,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.returncode == status
 
 
 @pytest.fixture
@@ -246,15 +306,18 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
     with mock_aws():
         ec2, iam = boto3.client("ec2", "us-west-2"), boto3.client("iam", "us-west-2")
         vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
-        subnet = ec2.create_subnet(
-            VpcId=vpc, CidrBlock="10.0.1.0/24", AvailabilityZone="us-west-2a"
-        )["Subnet"]["SubnetId"]
-        ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
+        subnets = {}
+        for number, zone in enumerate("ab"):
+            subnet = ec2.create_subnet(
+                VpcId=vpc, CidrBlock=f"10.0.{number}.0/24", AvailabilityZone=f"us-west-2{zone}"
+            )["Subnet"]["SubnetId"]
+            ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
+            subnets[f"subnet-EDIT-{zone}"] = subnet
         group = ec2.create_security_group(VpcId=vpc, GroupName="valle", Description="closed")
         for name in ("valle-head", "valle-worker"):
             iam.create_instance_profile(InstanceProfileName=name)
         yield {
-            "sg-EDIT": group["GroupId"], "subnet-EDIT": subnet, "iam::EDIT": "iam::123456789012",
+            "sg-EDIT": group["GroupId"], **subnets, "iam::EDIT": "iam::123456789012",
         }  # fmt: skip
 
 
@@ -285,6 +348,10 @@ def test_ray_starts_such_nodes_and_opens_nothing(text: str, aws: dict[str, str])
     started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
     assert len(started) == len(nodes) == 6
     assert sum(i.get("InstanceLifecycle") == "spot" for i in started) == 3
+    for node in nodes.values():
+        assert set(node["node_config"]["SubnetIds"]) == {
+            aws["subnet-EDIT-a"], aws["subnet-EDIT-b"]
+        }, "a zone that is full has another beside it"  # fmt: skip
     for instance in started:
         assert instance["MetadataOptions"]["HttpTokens"] == "required"
         assert [g["GroupId"] for g in instance["SecurityGroups"]] == [aws["sg-EDIT"]]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -136,20 +137,45 @@ def test_a_field_of_a_group_is_pointed_out(tmp_path: Path) -> None:
         recipe.load(written(tmp_path, "corpus: {out: x, width: 3}"), "corpus", Example)
 
 
-def test_workers_know_what_the_driver_was_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_know_where_things_are_but_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in {
-        "VALLE_HOME": "here", "VALLE_CACHE": "cache", "AWS_REGION": "eu-west-1",
-        "AWS_PROFILE": "mine", "AWS_SHARED_CREDENTIALS_FILE": "/mine", "SECRET": "s",
-    }.items():  # fmt: skip
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "VALLE_"))]:
+        monkeypatch.delenv(name)
+    shared = {
+        "AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL": "http://s3:9000", "AWS_ENDPOINT_URL_S3": "http://s3:9000",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_S3_ENDPOINT_URL": "http://s3:9000",
+        "VALLE_LOGICAL_GPUS": "1",
+    }  # fmt: skip
+    kept = (
+        "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
+        "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_BEARER_TOKEN",
+        "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+        "VALLE_CACHE", "VALLE_SOMETHING_NEW", "SECRET",
+    )  # fmt: skip
+    for name, value in {"VALLE_HOME": "here", **shared, **dict.fromkeys(kept, "mine")}.items():
         monkeypatch.setenv(name, value)
-    told = settings.forwarded()
-    assert told["VALLE_HOME"] == str(tmp_path / "here"), "their folder is another one"
-    assert told["VALLE_CACHE"] == str(tmp_path / "cache")
-    assert told["AWS_REGION"] == "eu-west-1"
-    assert not {"AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "SECRET"} & told.keys()
+    # their folder is another one: paths are absolute
+    assert settings.forwarded() == {**shared, "VALLE_HOME": str(tmp_path / "here")}
+    assert not caplog.records
+
+    monkeypatch.setenv("VALLE_FORWARD", "AWS_SECRET_ACCESS_KEY")
+    assert settings.forwarded()["AWS_SECRET_ACCESS_KEY"] == "mine"
+    assert "readable in Ray's logs and on its dashboard: AWS_SECRET_ACCESS_KEY" in caplog.text
+    monkeypatch.delenv("VALLE_FORWARD")
+    caplog.clear()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    settings.forwarded()
+    assert caplog.text.rstrip().endswith("dashboard: MLFLOW_TRACKING_URI")
+    for name, message in (
+        ("VALLE_CACHE", "each node's own"), ("NOT_THERE", "NOT_THERE is not set"),
+    ):  # fmt: skip
+        monkeypatch.setenv("VALLE_FORWARD", name)
+        with pytest.raises(ValueError, match=message):
+            settings.forwarded()
 
 
 def test_unknown_recipe_lists_the_known_ones() -> None:

@@ -1,11 +1,11 @@
 """Where work is placed: GPUs that Ray only counts, on nodes other than the head, present or not."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import clusters
 import numpy as np
@@ -24,13 +24,14 @@ from valle.jobs.train import fit, prepare_run
 from valle.jobs.train_recipe import Size, TrainRecipe
 from valle.model.codec import Codec
 from valle.platform import checkpoint, resources, settings
-from valle.platform.autoscaler import NodeType
+from valle.platform.autoscaler import NodeShape
+from valle.platform.capacity import survey
 from valle.platform.cluster import connect
 from valle.platform.resources import Accelerator, Placement
 from valle.platform.sampler import Batching
 
-AUTOSCALED = "f" * 51 + "00001"
-"""The id that Ray's fake provider gives to the first node it adds."""
+AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
+"""The ids that Ray's fake provider gives to the first two nodes it adds."""
 
 
 @contextmanager
@@ -61,6 +62,14 @@ def gpu_share(required: dict[str, float]) -> float:
     return max((share for key, share in required.items() if key.startswith("GPU")), default=0.0)
 
 
+def ran(head: clusters.Head, name: str) -> set[str]:
+    """Nodes that ran a task whose name has `name` in it."""
+    from ray.util.state import list_tasks
+
+    tasks = list_tasks(head.jobs, detail=True, limit=1000)
+    return {task.node_id for task in tasks if name in task.name and task.node_id}
+
+
 def gpu_node() -> str:
     import ray
 
@@ -68,8 +77,10 @@ def gpu_node() -> str:
     return str(node)
 
 
-def preparation(home: Path, codec: Path, accelerator: Accelerator) -> PrepareRecipe:
-    """One shard of noise."""
+def preparation(
+    home: Path, codec: Path, accelerator: Accelerator, shards: int = 1
+) -> PrepareRecipe:
+    """Eight recordings of noise."""
     generator = np.random.default_rng(0)
     for number in range(8):
         path = home / "speech" / f"s{number % 2}" / f"{number}.wav"
@@ -77,8 +88,8 @@ def preparation(home: Path, codec: Path, accelerator: Accelerator) -> PrepareRec
         soundfile.write(path, generator.normal(0, 0.1, 14_000 + 500 * number), 24_000)
         path.with_suffix(".txt").write_text("one two three")
     return PrepareRecipe(
-        out="tokens", sources=(Source(path="speech"),), codec=str(codec), utterances_per_shard=8,
-        placement=Placement(accelerator=accelerator),
+        out="tokens", sources=(Source(path="speech"),), codec=str(codec),
+        utterances_per_shard=8 // shards, placement=Placement(accelerator=accelerator),
     )  # fmt: skip
 
 
@@ -94,21 +105,35 @@ def training(home: Path, codec: Path, data: str, placement: Placement, workers: 
 
 
 @pytest.mark.ray
-def test_work_goes_to_the_node_with_gpus_and_shares_them(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A head without a GPU, a node with two: `gpu` and `auto` alike leave the head alone."""
+def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A head without a GPU, a node with two: `gpu` and `auto` alike leave the head alone, and with
+    labels every stage does, also those that need no GPU."""
     import ray
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     write_dataset(str(home / "data"), tiny_codec)
-    with clusters.head(2) as head, clusters.joined(head, 3, 2), driver(head, monkeypatch):
+    with (
+        clusters.head(4) as head, clusters.joined(head, 3, 2, "role=train"),
+        driver(head, monkeypatch),
+    ):  # fmt: skip
         clusters.wait_for(lambda: ray.cluster_resources().get("GPU") == 2, 60, "the second node")
         there = gpu_node()
-        report = prepare(preparation(home, tiny_codec_folder, "gpu"))
+        labels = {"role": "train"}
+        chosen = preparation(home, tiny_codec_folder, "gpu", shards=2)
+        chosen = replace(chosen, placement=replace(chosen.placement, node_labels=labels))
+        report = prepare(chosen)
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
         assert set(placed(head, "Quantise")) == {(there, 1.0)}
-        assert {share for _, share in placed(head, "Phonemise")} == {0.0}
+        assert set(placed(head, "Phonemise")) == {(there, 0.0)}
+        assert ran(head, "Decode") == {there}
+        assert (
+            "prepare: placed: 0.5 CPUs and 1 GPUs for each worker, on nodes with {'role': 'train'};"
+            " workers that fit now: 2, at most: 2" in capsys.readouterr().err
+        )
 
         # three halves on two GPUs: at least two of them are one GPU's
         half = Placement(accelerator="auto", gpus_per_worker=0.5)
@@ -120,37 +145,67 @@ def test_work_goes_to_the_node_with_gpus_and_shares_them(
             ValueError, match="train.workers: 4 worker.*the cluster holds 3: 2 node"
         ):
             fit(training(home, tiny_codec_folder, "data", half, workers=4), "ar")
+        assert ray.util.placement_group([{"GPU": 1}] * 2).wait(60)
+        capsys.readouterr()
+        share = resources.resolve(Placement(), "evaluate", cpus=0.9)
+        assert (share.fits_now, share.fits_at_most) == (0, 2)
+        assert "evaluate: waiting: 2 of 2 GPUs are in use" in capsys.readouterr().err
         seen = ray.get(ray.remote(num_cpus=0)(settings.forwarded).remote())
         assert seen["AWS_ENDPOINT_URL"] == "http://storage:9000"
         assert seen["VALLE_HOME"] == str(home) == os.environ["VALLE_HOME"]
+        shipped = ray.get_runtime_context().runtime_env["env_vars"]
+        assert "planted" not in shipped.values()
 
 
 @pytest.mark.ray
-def test_a_job_brings_the_node_it_needs(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_brings_the_nodes_it_needs(
+    home: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head that takes no work, and an autoscaler that may add one node with GPUs: `auto` counts
-    what is not there yet, and the autoscaler starts it because the job asks for it."""
+    """A head that takes no work, and an autoscaler that may add two nodes with a GPU: `auto` counts
+    what is not there yet, and the autoscaler starts it because the job asks for it. A pool of
+    actors that has begun on the first node goes on to the second."""
+    import pyarrow as pa
     import ray
 
-    write_dataset(str(home / "data"), tiny_codec)
-    with clusters.autoscaled({"CPU": 2, "GPU": 2}, 1) as head, driver(head, monkeypatch):
-        cluster = resources.survey()
+    class Slow:
+        """A piece of work that is worth another node."""
+
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            time.sleep(2)
+            return pa.table({"node": [ray.get_runtime_context().get_node_id()]})
+
+    with clusters.autoscaled({"CPU": 2, "GPU": 1}, 2) as head, driver(head, monkeypatch):
+        cluster = survey()
         assert [(node.cpus, node.gpus) for node in cluster.nodes] == [(0, 0)]
-        assert cluster.node_types == (NodeType(name="worker", cpus=2, gpus=2, most=1),)
+        assert cluster.node_types == (NodeShape(name="worker", cpus=2, gpus=1, most=2),)
         share = resources.resolve(Placement(), "train", cpus=1, workers=2, cluster=cluster)
-        assert (share.gpus, share.present, share.most) == (1.0, 0, 2)
-        with pytest.raises(ValueError, match="may be added: worker .2 CPUs, 2 GPUs; 1 at most"):
+        assert (share.gpus, share.fits_now, share.fits_at_most) == (1.0, 0, 2)
+        with pytest.raises(ValueError, match="may be added: worker .2 CPUs, 1 GPUs; 2 at most"):
             resources.resolve(Placement(), "train", cpus=1, workers=3, cluster=cluster)
 
+        share.bound_data()
+        blocks = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(24)])
+        rows = share.map_blocks(blocks, Slow, (), None, 24).take_all()
+        assert len(rows) == 24 and {row["node"] for row in rows} == AUTOSCALED
         report = prepare(preparation(home, tiny_codec_folder, "auto"))
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
-        assert set(placed(head, "Quantise")) == {(AUTOSCALED, 1.0)}
+        ((node, gpus),) = set(placed(head, "Quantise"))
+        assert node in AUTOSCALED and gpus == 1.0
         # asked from a node other than the head, it is the head that is looked at
-        remote = ray.remote(num_gpus=0.1)(resources.survey)
+        remote = ray.remote(num_gpus=0.1)(survey)
         assert ray.get(remote.remote()).node_types == cluster.node_types
-        fit(training(home, tiny_codec_folder, "data", Placement(), workers=2), "ar")
-        assert placed(head, "RayTrainWorker") == [(AUTOSCALED, 1.0)] * 2
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(90)
+def test_shares_of_a_core_leave_room_for_what_feeds_them(
+    home: Path, tiny_codec_folder: Path
+) -> None:
+    """Four actors of half a core would take both cores, and nothing would ever be decoded."""
+    half = Placement(accelerator="cpu", cpus_per_worker=0.5)
+    chosen = replace(preparation(home, tiny_codec_folder, "cpu", shards=8), placement=half)
+    with clusters.embedded(num_cpus=2):
+        assert prepare(chosen)["prepared"] == 8
 
 
 @pytest.mark.ray
@@ -180,9 +235,12 @@ def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
 
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use it")
-def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number() -> None:
+def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path
+) -> None:
     """A node whose driver is broken must not train on its CPU without a word."""
     import ray
+    from ray.train import TrainingFailedError
 
     def ask(gpus: float, **env: str) -> str:
         task = ray.remote(num_gpus=gpus, runtime_env={"env_vars": env})(resources.device)
@@ -194,130 +252,9 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number() ->
         assert ask(0.5, VALLE_LOGICAL_GPUS="1") == "cpu"
         with pytest.raises(RuntimeError, match="Ray gave this worker GPU 0 of node .*, but torch"):
             ask(0.5)
-
-
-GPU_NODE = NodeType(name="gpu", cpus=8, gpus=2, most=4)
-
-
-def test_shares_that_fit_on_a_node() -> None:
-    assert GPU_NODE.holds(1, 1) == 2 and GPU_NODE.holds(1, 2) == 1 and GPU_NODE.holds(1, 4) == 0
-    assert GPU_NODE.holds(1, 0.25) == 8 and GPU_NODE.holds(2, 0.25) == 4
-    assert GPU_NODE.holds(1, 0.4) == 4, "a share never spans two GPUs"
-    assert GPU_NODE.holds(0.5, 0.1) == 16 and GPU_NODE.holds(0.1, 1 / 3) == 6
-    assert GPU_NODE.holds(0.5, 0) == 16 and GPU_NODE.holds(3, 0) == 2
-    cluster = resources.Cluster(nodes=(GPU_NODE,))
-    cpu = Placement(accelerator="cpu")
-    share = resources.resolve(cpu, "prepare", cpus=0.5, cluster=cluster)
-    assert (share.present, share.cpus) == (8, 0.5), "one worker a core, unless the recipe says"
-    halves = replace(cpu, cpus_per_worker=0.5)
-    assert resources.resolve(halves, "train", cpus=1, workers=16, cluster=cluster).most == 16
-
-
-def test_the_largest_cluster_that_is_permitted() -> None:
-    head = NodeType(name="head", cpus=3, gpus=0, most=1, is_head=True)
-    spot = replace(GPU_NODE, name="spot", gpus=8, most=2)
-    cluster = resources.Cluster(nodes=(head,), node_types=(GPU_NODE, spot), max_nodes=3)
-    assert cluster.most(1, 1) == 8 + 8 + 2 and cluster.present(1, 1) == 0
-    assert cluster.most(1, 0) == 3 + 3 * 8 and cluster.present(1, 0) == 3
-    grown = replace(cluster, nodes=(head, GPU_NODE, spot, spot))
-    assert grown.most(1, 0) == 3 + 3 * 8, "what has been added is not counted twice"
-    share = resources.resolve(Placement(), "train", cpus=1, cluster=cluster)
-    assert share.count(None, 100) == 18 and share.count(4, 100) == 4 and share.count(None, 2) == 2
-    pool = share.pool(None, 100)
-    assert (pool.min_size, pool.max_size) == (1, 18)
-    here = resources.Cluster(nodes=(GPU_NODE, GPU_NODE), node_types=())
-    pool = resources.resolve(Placement(), "prepare", cpus=1, cluster=here).pool(None, 100)
-    assert (pool.min_size, pool.max_size) == (4, 4)
-
-
-@pytest.mark.parametrize(
-    ("placement", "gpus"),
-    [({}, 1.0), ({"accelerator": "cpu"}, 0.0), ({"gpus_per_worker": 0.25}, 0.25)],
-)
-def test_cpu_never_takes_a_gpu(placement: dict[str, Any], gpus: float) -> None:
-    cluster = resources.Cluster(nodes=(GPU_NODE,))
-    share = resources.resolve(Placement(**placement), "train", cpus=1, cluster=cluster)
-    assert share.options == {"num_cpus": 1, "num_gpus": gpus}
-    scaling, processes = share.training(1)
-    assert scaling.use_gpu is (gpus > 0)
-    assert scaling.resources_per_worker == {"CPU": 1, **({"GPU": gpus} if gpus else {})}
-    assert processes.backend == ("nccl" if gpus == 1 else "gloo")
-
-
-def test_an_autoscaler_that_does_not_say_what_it_may_add_is_believed() -> None:
-    """KubeRay's node types are not to be seen from a job."""
-    head = NodeType(name="head", cpus=2, gpus=0, most=1)
-    cluster = resources.Cluster(nodes=(head,), node_types=None)
-    asked = resources.resolve(
-        Placement(accelerator="gpu"), "train", cpus=1, workers=9, cluster=cluster
-    )
-    assert (asked.gpus, asked.most, asked.count(None, 5)) == (1.0, None, 5)
-    assert resources.resolve(Placement(), "train", cpus=1, cluster=cluster).gpus == 0
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"accelerator": "cuda"}, "placement.accelerator: 'cuda' is none of auto, cpu, gpu"),
-        ({"gpus_per_worker": 0}, "placement.gpus_per_worker: 0 is neither a fraction above 0"),
-        ({"gpus_per_worker": 1.5}, "placement.gpus_per_worker: 1.5 is neither"),
-        ({"cpus_per_worker": 0}, "placement.cpus_per_worker: 0 is not above 0"),
-    ],
-)
-def test_a_bad_placement_names_the_field(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Placement(**fields)
-
-
-def test_only_nodes_with_the_labels_are_taken() -> None:
-    trains = replace(GPU_NODE, labels={"role": "train", "zone": "a"})
-    answers = replace(GPU_NODE, labels={"role": "serve"})
-    cluster = resources.Cluster(nodes=(trains, answers), node_types=(trains,), max_nodes=2)
-    placement = Placement(node_labels={"role": "train"})
-    share = resources.resolve(placement, "train", cpus=1, cluster=cluster)
-    assert (share.present, share.most) == (2, 4)
-    assert share.options["label_selector"] == {"role": "train"}
-    assert share.training(1)[0].label_selector == {"role": "train"}
-    elsewhere = Placement(node_labels={"role": "train", "zone": "b"})
-    with pytest.raises(ValueError, match="train.placement: .*; nodes with {'role'"):
-        resources.resolve(elsewhere, "train", cpus=1, cluster=cluster)
-
-
-def test_what_no_node_holds_is_refused() -> None:
-    cluster = resources.Cluster(nodes=(GPU_NODE,))
-    with pytest.raises(ValueError, match="train.placement: 1 worker.s. with 1 CPUs and 4 GPUs"):
-        resources.resolve(Placement(gpus_per_worker=4), "train", cpus=1, cluster=cluster)
-    with pytest.raises(ValueError, match="16 CPUs and 0 GPUs .*Lower train.workers, or a worker's"):
-        resources.resolve(Placement(accelerator="cpu"), "train", cpus=16, cluster=cluster)
-    with pytest.raises(ValueError, match="DeepSpeed's workers need a whole GPU each"):
-        TrainRecipe(
-            data="x", run="y", workers=2, backend="deepspeed",
-            placement=Placement(gpus_per_worker=0.5),
-        )  # fmt: skip
-
-
-def test_the_configuration_is_that_of_this_cluster_s_autoscaler(tmp_path: Path) -> None:
-    from valle.platform.autoscaler import configuration_path, parse
-
-    lines = [
-        ["ray", "start", "--head", "--autoscaling-config=/not/a/monitor"],
-        ["python", "monitor.py", "--gcs-address=10.0.0.1:7000", "--autoscaling-config=/other"],
-        ["python", "monitor.py", "--gcs-address=10.0.0.1:6379", "--autoscaling-config=/this"],
-    ]
-    assert configuration_path(lines, "10.0.0.1:6379") == Path("/this")
-    assert configuration_path(lines[:2], "10.0.0.1:6379") is None
-    found = parse(
-        {
-            "max_workers": 5, "head_node_type": "head",
-            "available_node_types": {
-                "head": {"resources": {"CPU": 2}, "max_workers": 0},
-                "gpu": {"resources": {"CPU": 8, "GPU": 1}, "min_workers": 0, "max_workers": 9},
-                "cpu": {"resources": {"CPU": 16}},
-                "off": {"resources": {"CPU": 16}, "max_workers": 0},
-            },
-        }
-    )  # fmt: skip
-    assert found.max_nodes == 5
-    assert found.node_types == (
-        NodeType(name="gpu", cpus=8, gpus=1, most=5), NodeType(name="cpu", cpus=16, gpus=0, most=5)
-    )  # fmt: skip
+        # a worker of Ray Train has its GPU by a placement group
+        write_dataset(str(home / "data"), tiny_codec)
+        half = Placement(accelerator="gpu", gpus_per_worker=0.5)  # gloo: this torch has no NCCL
+        chosen = training(home, tiny_codec_folder, "data", half, workers=2)
+        with pytest.raises(TrainingFailedError, match="Ray gave this worker GPU 0 of node"):
+            fit(replace(chosen, max_failures=0), "ar")
