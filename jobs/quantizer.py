@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from valle.model.codecs import storage as codec_storage
 from valle.model.codecs.quantizer import FEATURE_RATE, Quantizer, QuantizerConfig
+from valle.model.codecs.storage import load_quantizer, save_quantizer
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.vocoder.features import FeatureExtractor
 from valle.model.vocoder.weights import SHIPPED
@@ -48,6 +48,10 @@ class QuantizerRecipe:
 
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """Rates and sizes."""
+
+    warm_start: str | None = None
+    """Folder of weights to begin with, of the same sizes; the features' mean and deviation are
+    kept, and no step leaves quantisation out. None: from nothing."""
 
     steps: int = 3000
     """Optimizer steps."""
@@ -167,10 +171,7 @@ def train(settings: QuantizerRecipe) -> dict[str, Any]:
         n: f for n, f in recordings.items() if n.split("/")[0] in settings.held_out_speakers
     }
     crops = Crops({n: f for n, f in recordings.items() if n not in held_out}, settings)
-    quantizer = Quantizer(settings.quantizer)
-    everything = np.concatenate([f for n, f in recordings.items() if n not in held_out])
-    quantizer.mean.copy_(torch.from_numpy(everything.mean(0))[:, None])
-    quantizer.deviation.copy_(torch.from_numpy(everything.std(0))[:, None])
+    quantizer = _begin(settings, [f for n, f in recordings.items() if n not in held_out])
     weights = error_weights(quantizer.deviation, settings)
     optimizer = torch.optim.AdamW(quantizer.parameters(), settings.learning_rate, betas=(0.9, 0.99))
     validation = None
@@ -198,15 +199,32 @@ def train(settings: QuantizerRecipe) -> dict[str, Any]:
                     "step": done, "codebooks": n_codebooks, "error": round(error.item(), 4),
                     "seconds": round(time.perf_counter() - started),
                 }  # fmt: skip
-                if validation is not None and done > settings.unquantised_steps:
+                if validation is not None and n_codebooks is not None:
                     line["held_out"] = _validate(quantizer, validation, weights)
                 lines.append(line)
             if done % settings.save_every == 0 or done == settings.steps:
-                codec_storage.save_quantizer(quantizer, Path(settings.out))
+                save_quantizer(quantizer, Path(settings.out))
                 log = "".join(json.dumps(line) + "\n" for line in lines)
                 storage.write_bytes(storage.join(settings.out, "training.jsonl"), log.encode())
     storage.write_json(storage.join(settings.out, "recipe.json"), asdict(settings))
     return lines[-1]
+
+
+def _begin(settings: QuantizerRecipe, recordings: Sequence[NDArray[np.float32]]) -> Quantizer:
+    """The quantiser before the first step. Raises ValueError for weights of other sizes."""
+    if settings.warm_start is None:
+        quantizer = Quantizer(settings.quantizer)
+        everything = np.concatenate(recordings)
+        quantizer.mean.copy_(torch.from_numpy(everything.mean(0))[:, None])
+        quantizer.deviation.copy_(torch.from_numpy(everything.std(0))[:, None])
+        return quantizer
+    quantizer = load_quantizer(Path(storage.absolute(settings.warm_start)))
+    if quantizer.config != settings.quantizer:
+        raise ValueError(
+            f"warm_start: {settings.warm_start} holds {quantizer.config}, the recipe asks for "
+            f"{settings.quantizer}"
+        )
+    return quantizer.requires_grad_(True)
 
 
 def _plan(settings: QuantizerRecipe, crops: Crops) -> Iterator[tuple[int, Tensor, int | None]]:
@@ -217,7 +235,8 @@ def _plan(settings: QuantizerRecipe, crops: Crops) -> Iterator[tuple[int, Tensor
         most = settings.quantizer.n_codebooks
         few = generator.random() >= settings.all_codebooks
         n_codebooks = int(generator.integers(min(2, most), most + 1)) if few else most
-        yield step, batch, None if step < settings.unquantised_steps else n_codebooks
+        latent = settings.warm_start is None and step < settings.unquantised_steps
+        yield step, batch, None if latent else n_codebooks
 
 
 def _generator(settings: QuantizerRecipe, step: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """nano 2's quantiser: batched = single, streamed = whole, trained, saved and read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +123,24 @@ def test_training_learns_and_is_repeatable(trained: QuantizerRecipe) -> None:
     log = (Path(trained.out) / "training.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
     assert [line["step"] for line in lines] == [20, 40, 60]
-    assert lines[-1]["held_out"]["3"] < lines[-1]["held_out"]["2"] < 3
+    assert lines[-1]["error"] < 0.7 * lines[0]["error"]
+    assert lines[-1]["held_out"]["3"] < lines[1]["held_out"]["3"]
     first = load_quantizer(Path(trained.out)).state_dict()
     train(trained)
     again = load_quantizer(Path(trained.out)).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_training_goes_on_from_weights(trained: QuantizerRecipe, tmp_path: Path) -> None:
+    first = json.loads((Path(trained.out) / "training.jsonl").read_text().splitlines()[-1])
+    further = replace(trained, warm_start=trained.out, out=str(tmp_path), steps=40)
+    last = train(further)
+    assert last["held_out"][3] < first["held_out"]["3"] * 1.1
+    lines = (tmp_path / "training.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["codebooks"] for line in lines)  # none without quantisation
+    other = replace(further, quantizer=QuantizerConfig(width=24))
+    with pytest.raises(ValueError, match="warm_start: .* holds .*width=16.* asks for .*width=24"):
+        train(other)
 
 
 def test_saved_is_read_back(tmp_path: Path) -> None:

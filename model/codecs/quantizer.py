@@ -14,7 +14,7 @@ W width, D dimension of the quantised space.
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from valle.model.codec import ensure_torchaudio
+
+if TYPE_CHECKING:
+    from encodec.quantization.core_vq import EuclideanCodebook
 
 N_FEATURES: Final = 20
 FEATURE_RATE: Final = 100
@@ -264,6 +267,10 @@ class Quantizer(nn.Module):
         self.register_buffer("deviation", torch.ones(N_FEATURES, 1))
         self.mean: Tensor
         self.deviation: Tensor
+
+    def codebooks(self) -> "list[EuclideanCodebook]":
+        """The residual codebooks, the first one first."""
+        return [layer._codebook for layer in self.books.layers]
 
     def forward(
         self, features: Float[Tensor, "B S F"], n_codebooks: int | None

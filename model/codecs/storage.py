@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
@@ -40,8 +39,9 @@ def load_quantizer(folder: Path) -> Quantizer:
     missing = [name for name in missing if not name.endswith(_TRAINING_ONLY)]
     if missing or unexpected:
         raise ValueError(f"codec weights do not fit: missing {missing}, unexpected {unexpected}")
-    for name, buffer in quantizer.named_buffers():
-        if name.endswith("inited"):
-            buffer.fill_(1)
-    with torch.no_grad():
-        return quantizer.eval().requires_grad_(False)
+    for book in quantizer.codebooks():
+        book.inited.fill_(1)
+        # averages over one vector an entry: training may go on from them
+        book.embed_avg.copy_(book.embed)
+        book.cluster_size.fill_(1)
+    return quantizer.eval().requires_grad_(False)
