@@ -176,9 +176,10 @@ def work(
     task = Task.of(bench.quick)
     count = 3 if bench.quick else SENTENCES[-1]
     engine = Engine(runner, Scheduler(load.slots))
-    add(engine, task, load.slots, samples.GUIDED, load.slots + 10)
+    add(engine, task, load.slots, samples.GUIDED, task.frames)
     while engine.running < load.slots:
         engine.step()
+        assert not engine.idle, "the first ended before the last had been read"
     timing.reset_peak(device)
     engine.step()
     tick = timing.peak_gigabytes(device)

@@ -137,6 +137,7 @@ def profile(
     add(speaker, task, streams, sampling, task.frames)
     while speaker.running < streams:
         speaker.step()
+        assert not speaker.idle, "the first ended before the last had been read"
     speaker.step()
 
     def ticks() -> None:
