@@ -86,6 +86,9 @@ class QuantizerRecipe:
     save_every: int = 1000
     """Steps between weights written to `out`."""
 
+    device: str = "cpu"
+    """Where this process computes: cpu or cuda (not run on a GPU yet)."""
+
     threads: int = 2
     """Torch threads."""
 
@@ -164,6 +167,11 @@ def reconstruction_error(
 
 def train(settings: QuantizerRecipe) -> dict[str, Any]:
     """Trains from nothing and writes `out`; returns the last line of the log."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise recipe.RecipeError(
+            "quantizer.device: cuda, but torch has no GPU here; this job computes where it is "
+            "started, on no other node: run it on a GPU node, or set quantizer.device=cpu"
+        )
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     recordings = read_features(settings)
@@ -172,11 +180,14 @@ def train(settings: QuantizerRecipe) -> dict[str, Any]:
     }
     crops = Crops({n: f for n, f in recordings.items() if n not in held_out}, settings)
     quantizer = _begin(settings, [f for n, f in recordings.items() if n not in held_out])
+    quantizer.to(settings.device)
     weights = error_weights(quantizer.deviation, settings)
     optimizer = torch.optim.AdamW(quantizer.parameters(), settings.learning_rate, betas=(0.9, 0.99))
     validation = None
     if held_out:
-        validation = Crops(held_out, settings).draw(64, np.random.default_rng(1))
+        validation = (
+            Crops(held_out, settings).draw(64, np.random.default_rng(1)).to(settings.device)
+        )
 
     lines: list[dict[str, Any]] = []
     started = time.perf_counter()
@@ -185,6 +196,7 @@ def train(settings: QuantizerRecipe) -> dict[str, Any]:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * max(0.01, 1 - step / settings.steps)
             quantizer.train()
+            batch = batch.to(settings.device)
             restored, commitment = quantizer(batch, n_codebooks)
             error = reconstruction_error(restored, batch, quantizer.deviation, weights)
             loss = error + settings.commitment * commitment
@@ -259,7 +271,8 @@ def _validate(quantizer: Quantizer, batch: Tensor, weights: Tensor) -> dict[int,
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.quantizer --recipe nano2`."""
     settings = recipe.parse_arguments(argv, "quantizer", QuantizerRecipe, __doc__ or "")
-    print(json.dumps(train(settings)))
+    with recipe.reported():
+        print(json.dumps(train(settings)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from valle.jobs.quantizer import QuantizerRecipe, reconstruction_error, train
 from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
 from valle.model.codecs.storage import load_quantizer, save_quantizer
 from valle.platform import audio
+from valle.platform.recipe import RecipeError
 
 RATES = (100, 75, 50, 25)
 
@@ -141,6 +142,14 @@ def test_training_goes_on_from_weights(trained: QuantizerRecipe, tmp_path: Path)
     other = replace(further, quantizer=QuantizerConfig(width=24))
     with pytest.raises(ValueError, match="warm_start: .* holds .*width=16.* asks for .*width=24"):
         train(other)
+
+
+def test_a_gpu_that_is_not_here_is_refused(
+    trained: QuantizerRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="quantizer.device: cuda, but torch has no GPU here"):
+        train(replace(trained, device="cuda"))
 
 
 def test_saved_is_read_back(tmp_path: Path) -> None:
