@@ -1,0 +1,260 @@
+"""Where work is placed: GPUs that Ray only counts, on nodes other than the head, present or not."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import clusters
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import write_dataset
+
+from valle.jobs.codec import CodecRecipe
+from valle.jobs.codec import fit as fit_codec
+from valle.jobs.evaluate import EvaluateRecipe, evaluate
+from valle.jobs.prepare import PrepareRecipe, prepare
+from valle.jobs.sources import Source
+from valle.jobs.synthesize import SynthesizeRecipe, synthesize
+from valle.jobs.train import fit, prepare_run
+from valle.jobs.train_recipe import Size, TrainRecipe
+from valle.model.codec import Codec
+from valle.platform import checkpoint, resources, settings
+from valle.platform.autoscaler import NodeShape
+from valle.platform.capacity import survey
+from valle.platform.cluster import connect
+from valle.platform.resources import Accelerator, Placement
+from valle.platform.sampler import Batching
+
+AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
+"""The ids that Ray's fake provider gives to the first two nodes it adds."""
+
+
+@contextmanager
+def driver(head: clusters.Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a driver outside the cluster, as a laptop would be."""
+    monkeypatch.setenv("RAY_ADDRESS", head.gcs)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
+    with connect():
+        yield
+
+
+def placed(head: clusters.Head, name: str) -> list[tuple[str, float]]:
+    """(node id, share of a GPU) of every actor whose class has `name` in it, dead ones included,
+    but not those that were never placed."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(head.jobs, detail=True, limit=1000)
+    return [
+        (actor.node_id, gpu_share(actor.required_resources))
+        for actor in actors
+        if name in actor.class_name and actor.node_id
+    ]
+
+
+def gpu_share(required: dict[str, float]) -> float:
+    """In a placement group a GPU is called `GPU_group_0_...`."""
+    return max((share for key, share in required.items() if key.startswith("GPU")), default=0.0)
+
+
+def ran(head: clusters.Head, name: str) -> set[str]:
+    """Nodes that ran a task whose name has `name` in it."""
+    from ray.util.state import list_tasks
+
+    tasks = list_tasks(head.jobs, detail=True, limit=1000)
+    return {task.node_id for task in tasks if name in task.name and task.node_id}
+
+
+def gpu_node() -> str:
+    import ray
+
+    (node,) = (n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU"))
+    return str(node)
+
+
+def preparation(
+    home: Path, codec: Path, accelerator: Accelerator, shards: int = 1
+) -> PrepareRecipe:
+    """Eight recordings of noise."""
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        path = home / "speech" / f"s{number % 2}" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, generator.normal(0, 0.1, 14_000 + 500 * number), 24_000)
+        path.with_suffix(".txt").write_text("one two three")
+    return PrepareRecipe(
+        out="tokens", sources=(Source(path="speech"),), codec=str(codec),
+        utterances_per_shard=8 // shards, placement=Placement(accelerator=accelerator),
+    )  # fmt: skip
+
+
+def training(home: Path, codec: Path, data: str, placement: Placement, workers: int) -> TrainRecipe:
+    return prepare_run(
+        TrainRecipe(
+            data=data, run="placed", codec=str(codec), workers=workers, models=("ar",),
+            model=Size(width=16, n_heads=2, n_layers=1), steps={"ar": 2}, samples=0,
+            batching=Batching(tokens=300), prompt_seconds=0.3, validation_utterances=3,
+            checkpoint_every=2, placement=placement,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A head without a GPU, a node with two: `gpu` and `auto` alike leave the head alone, and with
+    labels every stage does, also those that need no GPU."""
+    import ray
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    write_dataset(str(home / "data"), tiny_codec)
+    with (
+        clusters.head(4) as head, clusters.joined(head, 3, 2, "role=train"),
+        driver(head, monkeypatch),
+    ):  # fmt: skip
+        clusters.wait_for(lambda: ray.cluster_resources().get("GPU") == 2, 60, "the second node")
+        there = gpu_node()
+        labels = {"role": "train"}
+        chosen = preparation(home, tiny_codec_folder, "gpu", shards=2)
+        chosen = replace(chosen, placement=replace(chosen.placement, node_labels=labels))
+        report = prepare(chosen)
+        assert report["prepared"] == 8 and report["accelerator"] == "gpu"
+        assert set(placed(head, "Quantise")) == {(there, 1.0)}
+        assert set(placed(head, "Phonemise")) == {(there, 0.0)}
+        assert ran(head, "Decode") == {there}
+        assert (
+            "prepare: placed: 0.5 CPUs and 1 GPUs for each worker, on nodes with {'role': 'train'};"
+            " workers that fit now: 2, at most: 2" in capsys.readouterr().err
+        )
+
+        # three halves on two GPUs: at least two of them are one GPU's
+        half = Placement(accelerator="auto", gpus_per_worker=0.5)
+        uri = fit(training(home, tiny_codec_folder, "data", half, workers=3), "ar")
+        assert checkpoint.load_state(Path(uri)).step == 2
+        assert placed(head, "RayTrainWorker") == [(there, 0.5)] * 3
+
+        with pytest.raises(
+            ValueError, match="train.workers: 4 worker.*the cluster holds 3: 2 node"
+        ):
+            fit(training(home, tiny_codec_folder, "data", half, workers=4), "ar")
+        assert ray.util.placement_group([{"GPU": 1}] * 2).wait(60)
+        capsys.readouterr()
+        share = resources.resolve(Placement(), "evaluate", cpus=0.9)
+        assert (share.fits_now, share.fits_at_most) == (0, 2)
+        assert "evaluate: waiting: 2 of 2 GPUs are in use" in capsys.readouterr().err
+        seen = ray.get(ray.remote(num_cpus=0)(settings.forwarded).remote())
+        assert seen["AWS_ENDPOINT_URL"] == "http://storage:9000"
+        assert seen["VALLE_HOME"] == str(home) == os.environ["VALLE_HOME"]
+        shipped = ray.get_runtime_context().runtime_env["env_vars"]
+        assert "planted" not in shipped.values()
+
+
+@pytest.mark.ray
+def test_a_job_brings_the_nodes_it_needs(
+    home: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that takes no work, and an autoscaler that may add two nodes with a GPU: `auto` counts
+    what is not there yet, and the autoscaler starts it because the job asks for it. A pool of
+    actors that has begun on the first node goes on to the second."""
+    import pyarrow as pa
+    import ray
+
+    class Slow:
+        """A piece of work that is worth another node."""
+
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            time.sleep(2)
+            return pa.table({"node": [ray.get_runtime_context().get_node_id()]})
+
+    with clusters.autoscaled({"CPU": 2, "GPU": 1}, 2) as head, driver(head, monkeypatch):
+        cluster = survey()
+        assert [(node.cpus, node.gpus) for node in cluster.nodes] == [(0, 0)]
+        assert cluster.node_types == (NodeShape(name="worker", cpus=2, gpus=1, most=2),)
+        share = resources.resolve(Placement(), "train", cpus=1, workers=2, cluster=cluster)
+        assert (share.gpus, share.fits_now, share.fits_at_most) == (1.0, 0, 2)
+        with pytest.raises(ValueError, match="may be added: worker .2 CPUs, 1 GPUs; 2 at most"):
+            resources.resolve(Placement(), "train", cpus=1, workers=3, cluster=cluster)
+
+        share.bound_data()
+        blocks = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(24)])
+        rows = share.map_blocks(blocks, Slow, (), None, 24).take_all()
+        assert len(rows) == 24 and {row["node"] for row in rows} == AUTOSCALED
+        report = prepare(preparation(home, tiny_codec_folder, "auto"))
+        assert report["prepared"] == 8 and report["accelerator"] == "gpu"
+        ((node, gpus),) = set(placed(head, "Quantise"))
+        assert node in AUTOSCALED and gpus == 1.0
+        # asked from a node other than the head, it is the head that is looked at
+        remote = ray.remote(num_gpus=0.1)(survey)
+        assert ray.get(remote.remote()).node_types == cluster.node_types
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(90)
+def test_shares_of_a_core_leave_room_for_what_feeds_them(
+    home: Path, tiny_codec_folder: Path
+) -> None:
+    """Four actors of half a core would take both cores, and nothing would ever be decoded."""
+    half = Placement(accelerator="cpu", cpus_per_worker=0.5)
+    chosen = replace(preparation(home, tiny_codec_folder, "cpu", shards=8), placement=half)
+    with clusters.embedded(num_cpus=2):
+        assert prepare(chosen)["prepared"] == 8
+
+
+@pytest.mark.ray
+def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path
+) -> None:
+    write_dataset(str(home / "data"), tiny_codec)
+    gpu = Placement(accelerator="gpu")
+    with clusters.embedded(num_cpus=2):
+        for section, job in (
+            ("prepare", lambda: prepare(preparation(home, tiny_codec_folder, "gpu"))),
+            ("train", lambda: fit(training(home, tiny_codec_folder, "data", gpu, 1), "ar")),
+            ("codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
+            ("synthesize", lambda: synthesize(
+                SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu))),
+            ("evaluate", lambda: evaluate(EvaluateRecipe(
+                items="quick", recordings="x", out="judged", placement=gpu))),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=f"{section}.placement.accelerator: gpu, but") as e:
+                job()
+            assert "1 node(s) with 2 CPUs and 0 GPUs in all; no autoscaler" in str(e.value)
+            assert f"set {section}.placement.accelerator to auto or cpu" in str(e.value)
+        assert not [name for name in ("tokens", "runs", "spoken", "judged", "codec", "mlflow.db")
+                    if (home / name).exists()]  # fmt: skip
+        assert resources.resolve(Placement(), "train", cpus=1).gpus == 0
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use it")
+def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
+    home: Path, tiny_codec: Codec, tiny_codec_folder: Path
+) -> None:
+    """A node whose driver is broken must not train on its CPU without a word."""
+    import ray
+    from ray.train import TrainingFailedError
+
+    def ask(gpus: float, **env: str) -> str:
+        task = ray.remote(num_gpus=gpus, runtime_env={"env_vars": env})(resources.device)
+        answer: str = ray.get(task.remote())
+        return answer
+
+    with clusters.embedded(num_cpus=2, num_gpus=1):
+        assert ask(0) == "cpu"
+        assert ask(0.5, VALLE_LOGICAL_GPUS="1") == "cpu"
+        with pytest.raises(RuntimeError, match="Ray gave this worker GPU 0 of node .*, but torch"):
+            ask(0.5)
+        # a worker of Ray Train has its GPU by a placement group
+        write_dataset(str(home / "data"), tiny_codec)
+        half = Placement(accelerator="gpu", gpus_per_worker=0.5)  # gloo: this torch has no NCCL
+        chosen = training(home, tiny_codec_folder, "data", half, workers=2)
+        with pytest.raises(TrainingFailedError, match="Ray gave this worker GPU 0 of node"):
+            fit(replace(chosen, max_failures=0), "ar")
