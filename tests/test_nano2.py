@@ -78,8 +78,11 @@ def test_fewer_codebooks_and_bad_codes(codec: Nano2, waves: list[Wave]) -> None:
 
 def test_loading_by_name_or_folder(tmp_path: Path, tiny_codec_folder: Path) -> None:
     loaded = load_codec(str(folder_of(50, tmp_path)))
+    assert isinstance(loaded, Nano2)
     assert loaded.identity == Nano2.load(tmp_path).identity
     assert (loaded.identity.name, loaded.identity.frame_rate) == ("nano2", 50)
+    loaded.quantizer.codebooks()[0].cluster_size.fill_(7)  # of training, no part of the codec
+    assert Nano2(loaded.quantizer).identity == loaded.identity
     assert isinstance(load_codec(str(tiny_codec_folder)), Codec)
     with pytest.raises(ValueError, match="codec mismatch"):
         load_codec(str(tiny_codec_folder)).identity.check(loaded.identity, "a dataset")

@@ -21,7 +21,7 @@ import valle
 from valle.model.batches import by_length
 from valle.model.codec import CodecIdentity, Codes, Wave, weights_hash
 from valle.model.codecs.quantizer import FEATURE_RATE, N_FEATURES, Quantizer
-from valle.model.codecs.storage import load_quantizer
+from valle.model.codecs.storage import inference_weights, load_quantizer
 from valle.model.vocoder.features import FeatureExtractor
 from valle.model.vocoder.vocoder import HOP as FEATURE_HOP
 from valle.model.vocoder.vocoder import SAMPLE_RATE, Vocoder
@@ -40,7 +40,7 @@ class Nano2:
         self.vocoder = Vocoder.shipped().to(self.device)
         config = quantizer.config
         self.identity = CodecIdentity(
-            name="nano2", sha256=weights_hash(quantizer.state_dict()),
+            name="nano2", sha256=weights_hash(inference_weights(quantizer)),
             n_codebooks=config.n_codebooks, frame_rate=config.frame_rate, sample_rate=SAMPLE_RATE,
         )  # fmt: skip
 

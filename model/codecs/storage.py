@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
 
@@ -12,14 +13,19 @@ _TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
 """Running averages of the codebooks, needed to go on training only."""
 
 
-def save_quantizer(quantizer: Quantizer, folder: Path) -> None:
-    """Writes `model.safetensors` and `config.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {
-        name: value.half().contiguous()
+def inference_weights(quantizer: Quantizer) -> dict[str, Tensor]:
+    """All that encoding and decoding read, in float32: what the codec's identity is a hash of."""
+    return {
+        name: value
         for name, value in quantizer.state_dict().items()
         if not name.endswith(_TRAINING_ONLY)
     }
+
+
+def save_quantizer(quantizer: Quantizer, folder: Path) -> None:
+    """Writes `model.safetensors` and `config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.half().contiguous() for name, value in inference_weights(quantizer).items()}
     save_file(kept, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(quantizer.config), indent=2) + "\n")
 
