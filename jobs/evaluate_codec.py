@@ -55,15 +55,15 @@ def load_recordings(
 
 def versions(codec: SpeechCodec, n_codebooks: Sequence[int]) -> Versions:
     """The recording, the vocoder's copy where the codec has a vocoder, and the codec's."""
-    made: Versions = {"recording": lambda waves: waves}
+    makers: Versions = {"recording": lambda waves: waves}
     if isinstance(codec, Nano2):
         vocoded = codec.unquantised
-        made["unquantised"] = lambda waves: [vocoded(wave) for wave in waves]
+        makers["unquantised"] = lambda waves: [vocoded(wave) for wave in waves]
 
     def coded(count: int) -> Callable[[list[audio.Wave]], list[audio.Wave]]:
         return lambda waves: codec.decode([codes[:count] for codes in codec.encode(waves)])
 
-    return made | {f"{count} codebooks": coded(count) for count in n_codebooks}
+    return makers | {f"{count} codebooks": coded(count) for count in n_codebooks}
 
 
 class Judges:
