@@ -30,6 +30,7 @@ check: venv  ## format, lint, types and the fast tests
 	@$(BIN)/python -m pytest -q -m "not ray and not slow"
 
 serve: venv  ## the endpoint with the registry's champion, on PORT
+	@$(BIN)/python -m valle.jobs.starter_voices
 	@$(BIN)/python -m valle.serve.run --port $(PORT)
 
 cluster: venv  ## check cluster.yaml (AWS) without a network; what is still to be set
@@ -40,10 +41,10 @@ format: venv  ## format and sort imports
 	@$(BIN)/ruff check --fix .
 
 gpu-wheels:  ## collect what `make gpu` needs on a bare machine: .whl, at most 64 MiB with the tree
-	@$(PYTHON) jobs/gpu_wheels.py
+	@$(PYTHON) jobs/bench/gpu/wheels.py
 
 gpu: .site/.complete  ## is it right and fast on this machine's card: gpu/gpu.json (ARGS="--phases all")
-	@PYTHONPATH=.site $(PYTHON) jobs/bench_gpu.py --out gpu $(ARGS)
+	@PYTHONPATH=.site $(PYTHON) jobs/bench/gpu/run.py --out gpu $(ARGS)
 .site/.complete: $(wildcard .whl/*.whl)
 	@test -n "$^" || { echo "no wheels in .whl: \`make gpu-wheels\` where there is a network"; exit 1; }
 	@$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site $^

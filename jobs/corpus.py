@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from valle.jobs import texts
-from valle.jobs.voices import ENGINES, LICENCES, pitch
-from valle.jobs.voices.asterisk import asterisk_prompts
+from valle.jobs.speakers import ENGINES, LICENCES, pitch, texts
+from valle.jobs.speakers.asterisk import asterisk_prompts
+from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, recipe, storage
-from valle.platform.audio import Wave
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 
@@ -44,7 +43,7 @@ class Source:
     an engine that is not cheap, almost free."""
 
     sentences: tuple[str, ...] = ()
-    """Lists in `jobs/sentences` to draw from, or `wordnet`; none given takes the language's own
+    """Lists in `jobs/speakers/sentences` to draw from, or `wordnet`; default: those of the language
     (en, fr, ...)."""
 
     def __post_init__(self) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
-from valle.jobs.train_recipe import TrainRecipe
+from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, recipe, registry, settings, storage, tracking
+from valle.platform import audio, recipe, registry, settings, storage
 from valle.platform.cluster import connect
+from valle.platform.spectrogram import spectrogram
 
 Report = dict[str, Any]
 FIGURES = {
@@ -51,7 +52,7 @@ def request(port: int, out: Path) -> float:
         data = answer.read()
     wave = audio.read(data, max_seconds=120)
     out.with_suffix(".wav").write_bytes(data)
-    out.with_suffix(".png").write_bytes(tracking.spectrogram(wave, TEXT))
+    out.with_suffix(".png").write_bytes(spectrogram(wave, TEXT))
     return len(wave) / SAMPLE_RATE
 
 
@@ -128,7 +129,7 @@ def serve_and_request(prompt: str, port: int, out: Path) -> float:
     from ray import serve
 
     from valle.serve.app import build_app
-    from valle.serve.schema import AppArgs
+    from valle.serve.web.schema import AppArgs
 
     voices = settings.read().home / "data" / "voices"
     recording = storage.read_bytes(prompt)

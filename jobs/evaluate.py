@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from valle.jobs import report, scores
-from valle.jobs.evaluation import EvaluationItem, check_unseen, item_seed, load_items
-from valle.jobs.judges import likeness, quality, recogniser
-from valle.jobs.judges.likeness import Embedding
+from valle.jobs.evaluation import report, scores
+from valle.jobs.evaluation.items import EvaluationItem, check_unseen, item_seed, load_items
+from valle.jobs.evaluation.metrics import likeness, quality, recogniser
+from valle.jobs.evaluation.metrics.likeness import Embedding
 from valle.model.chunks import Chunking, fill_in_chunks
-from valle.model.codec import Codes, Wave
-from valle.model.filling import Filler, Unfilled, fill_in
+from valle.model.codec.interface import Codes, Wave
+from valle.model.nar_decoding import Filler, Unfilled, fill_in
+from valle.model.precision import Precision, convert
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, recipe, registry, resources, settings, storage, tracking
@@ -27,8 +28,7 @@ from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 from valle.platform.resources import Placement, Share
-from valle.platform.speech import SpeechFraction
-from valle.serve.precision import Precision, convert
+from valle.platform.vad import SpeechFraction
 
 SYSTEMS = ("recording", "codec", "nar", "cross", "continuation")
 CHUNKED = "chunked"
@@ -43,7 +43,7 @@ class EvaluateRecipe:
     """What to judge, on what, by whom."""
 
     items: str
-    """Name of a set in `jobs/evaluation`, or path or URI of a JSONL file."""
+    """Name of a set in `jobs/evaluation/sets`, or path or URI of a JSONL file."""
 
     recordings: str
     """Folder or URI that the items' recordings lie under."""

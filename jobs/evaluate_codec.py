@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from valle.jobs.codec import codebook_use
-from valle.jobs.judges.likeness import SpeakerEncoder, load_encoder
-from valle.jobs.judges.quality import DistillMos
-from valle.jobs.judges.recogniser import Recogniser, load_recogniser, word_error_rate
-from valle.model import codec as encodec
-from valle.model.codecs import SpeechCodec, load_codec, nano2
-from valle.model.codecs.nano2 import Nano2
+from valle.jobs.evaluation.metrics.likeness import SpeakerEncoder, load_encoder
+from valle.jobs.evaluation.metrics.quality import DistillMos
+from valle.jobs.evaluation.metrics.recogniser import Recogniser, load_recogniser, word_error_rate
+from valle.jobs.train_codec import codebook_use
+from valle.model.codec import encodec, nano2
+from valle.model.codec.interface import SpeechCodec, Wave
+from valle.model.codec.loading import load_codec
+from valle.model.codec.nano2 import Nano2
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage
 from valle.platform.progress import progress
@@ -32,19 +33,17 @@ from valle.platform.progress import progress
 MAX_SECONDS = 20.0
 """Longer recordings are skipped: a recogniser's habits, not the codec's, would decide."""
 
-Versions = dict[str, Callable[[list[audio.Wave]], list[audio.Wave]]]
+Versions = dict[str, Callable[[list[Wave]], list[Wave]]]
 """Name of a version to what makes it of the recordings."""
 
 
-def load_recordings(
-    folder: str, count: int, min_seconds: float
-) -> tuple[list[str], list[audio.Wave]]:
+def load_recordings(folder: str, count: int, min_seconds: float) -> tuple[list[str], list[Wave]]:
     """Transcripts and waveforms of `count` recordings, the same ones every time."""
     root = storage.absolute(folder)
     names = list(storage.list_files(root, (".wav",)))
     random.Random(0).shuffle(names)
     texts: list[str] = []
-    waves: list[audio.Wave] = []
+    waves: list[Wave] = []
     for name in names:
         wave = audio.read(storage.read_bytes(storage.join(root, name)), max_seconds=600)
         if min_seconds <= len(wave) / SAMPLE_RATE <= MAX_SECONDS and len(waves) < count:
@@ -60,7 +59,7 @@ def versions(codec: SpeechCodec, n_codebooks: Sequence[int]) -> Versions:
         vocoded = codec.unquantised
         makers["unquantised"] = lambda waves: [vocoded(wave) for wave in waves]
 
-    def coded(count: int) -> Callable[[list[audio.Wave]], list[audio.Wave]]:
+    def coded(count: int) -> Callable[[list[Wave]], list[Wave]]:
         return lambda waves: codec.decode([codes[:count] for codes in codec.encode(waves)])
 
     return makers | {f"{count} codebooks": coded(count) for count in n_codebooks}
@@ -73,7 +72,7 @@ class Judges:
         self._recogniser, self._encoder, self._mos = recogniser, encoder, DistillMos()
 
     def figures(
-        self, texts: list[str], recordings: list[audio.Wave], waves: list[audio.Wave]
+        self, texts: list[str], recordings: list[Wave], waves: list[Wave]
     ) -> dict[str, float]:
         """Means over one version of the recordings."""
         scores, cosines, hypotheses = [], [], []
@@ -96,7 +95,7 @@ class Judges:
 def evaluate(
     codec: SpeechCodec,
     texts: list[str],
-    recordings: list[audio.Wave],
+    recordings: list[Wave],
     judges: Judges,
     n_codebooks: Sequence[int],
 ) -> dict[str, Any]:

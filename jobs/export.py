@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from valle.platform import checkpoint, quantize, recipe, registry, settings, storage
+from valle.model import quantize
+from valle.platform import checkpoint, recipe, registry, settings, storage
 
 
 @dataclass(frozen=True, kw_only=True)

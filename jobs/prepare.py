@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from valle.jobs.sources import Item, Reject, Source, listing
+from valle.jobs.ingest.layouts import Item, Reject, Source, listing
 from valle.model import text as phonemes
-from valle.model.codec import CodecIdentity
-from valle.model.codecs import load_codec
+from valle.model.codec.interface import CodecIdentity
+from valle.model.codec.loading import load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, recipe, resources, settings, storage
 from valle.platform.capacity import Cluster

@@ -16,11 +16,12 @@ from typing import Any
 
 from valle.jobs import evaluate
 from valle.jobs.evaluate import EvaluateRecipe
-from valle.jobs.gate import Bound, refusals
+from valle.jobs.evaluation.gate import Bound, refusals
 from valle.model.valle import Synthesis
-from valle.platform import audio, checkpoint, recipe, registry, storage, tracking
+from valle.platform import audio, checkpoint, recipe, registry, storage
 from valle.platform.cluster import connect
 from valle.platform.resources import Share
+from valle.platform.spectrogram import spectrogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def register(chosen: PublishRecipe) -> int:
         how = replace(Synthesis(), max_seconds=chosen.sample_seconds)
         spoken = registry.load_voice(folder).speak(chosen.sample_text, prompt, how)
         (folder / "sample.wav").write_bytes(audio.wav_bytes(spoken.wave))
-        (folder / "sample.png").write_bytes(tracking.spectrogram(spoken.wave, chosen.sample_text))
+        (folder / "sample.png").write_bytes(spectrogram(spoken.wave, chosen.sample_text))
         return registry.publish(folder, {"ar": ar, "nar": nar})
 
 

@@ -13,8 +13,8 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.judges.likeness import load_encoder
-from valle.jobs.judges.quality import DistillMos
+from valle.jobs.evaluation.metrics.likeness import load_encoder
+from valle.jobs.evaluation.metrics.quality import DistillMos
 from valle.platform import audio, recipe, storage
 from valle.platform.progress import progress
 

@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from valle.platform import audio, storage, tracking
+from valle.platform import audio, storage
+from valle.platform.spectrogram import spectrograms
 
 LONGEST = 60.0
 """Seconds of a recording that are drawn at most; a longer one is refused."""
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    arguments.out.write_bytes(tracking.spectrograms(waves))
+    arguments.out.write_bytes(spectrograms(waves))
     print(arguments.out)
 
 

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from valle.model.codec import Codes
+from valle.model.codec.interface import Codes
 from valle.model.sentences import join
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Spoken, Synthesis, sentence_ids
@@ -30,9 +30,9 @@ from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress
 from valle.platform.resources import Placement, Share
-from valle.serve.audio import Format, encode
-from valle.serve.offline import Offline
-from valle.serve.request import Request
+from valle.serve.engine.offline import Offline
+from valle.serve.engine.request import Request
+from valle.serve.web.audio import Format, encode
 
 ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
 

@@ -14,22 +14,22 @@ from typing import Any
 import dacite
 import torch
 
-from valle.jobs import validation
-from valle.jobs.loader import Loader
-from valle.jobs.train_recipe import TrainRecipe, warm_source
-from valle.model.codec import CodecIdentity
-from valle.model.codecs import load_codec
-from valle.model.config import Kind
-from valle.model.training import (
-    TrainState,
+from valle.jobs.training import validation
+from valle.jobs.training.backends import DDP, Backend, DeepSpeed
+from valle.jobs.training.loader import Loader
+from valle.jobs.training.objective import (
     cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
 )
+from valle.jobs.training.recipe import TrainRecipe, warm_source
+from valle.model.codec.interface import CodecIdentity
+from valle.model.codec.loading import load_codec
+from valle.model.config import Kind
 from valle.platform import checkpoint, recipe, resources, settings, storage, tracking
-from valle.platform.backends import DDP, Backend, DeepSpeed
 from valle.platform.capacity import Cluster
+from valle.platform.checkpoint import TrainState
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
 from valle.platform.progress import progress

@@ -8,8 +8,8 @@ spoken stay as they are: the new ones follow what was heard.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from valle.model.codec import Codes
-from valle.model.filling import Unfilled
+from valle.model.codec.interface import Codes
+from valle.model.nar_decoding import Unfilled
 from valle.model.tokens import FRAME_RATE
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from valle.model.ar import CodeEmbedding
 from valle.model.config import ModelConfig
 from valle.model.layers import Transformer
-from valle.model.nar_prompt import Before, Notes, ReadPrompt
+from valle.model.prompt import Before, Notes, ReadPrompt
 from valle.model.sampling import Sampling, guide, sample
 from valle.model.sequence import (
     Batch,

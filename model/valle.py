@@ -10,10 +10,9 @@ import torch
 
 from valle.model import text as phonemes
 from valle.model.ar import AR
-from valle.model.codec import Codes, Wave
-from valle.model.codecs import SpeechCodec
-from valle.model.filling import Filling, Unfilled, fill_in
+from valle.model.codec.interface import Codes, SpeechCodec, Wave
 from valle.model.nar import NAR
+from valle.model.nar_decoding import Filling, Unfilled, fill_in
 from valle.model.sampling import Sampling
 from valle.model.sentences import split
 

@@ -8,13 +8,9 @@ import io
 import numpy as np
 import soundfile
 import soxr
-from numpy.typing import NDArray
 
+from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
-
-Wave = NDArray[np.float32]
-"""Mono samples in [-1, 1], shape [samples]."""
-
 
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
 """Samples a second of a file."""

@@ -23,13 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from valle.model.ar import AR
-from valle.model.codec import CodecIdentity
+from valle.model.codec.interface import CodecIdentity
 from valle.model.config import Kind, ModelConfig
 from valle.model.nar import NAR
+from valle.model.quantize import from_int8
 from valle.model.text import INVENTORY
-from valle.model.training import TrainState
 from valle.platform import storage
-from valle.platform.quantize import from_int8
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -41,6 +40,24 @@ prompt sees only itself. AR models are the same in both."""
 
 WORD_ERROR_RATE = "validation/wer"
 """Name of the metric that decides which checkpoint of a run is the best."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is: all that a checkpoint needs besides weights and optimizer."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    epoch: int = 0
+    """Pass over the data; the batch plan is a function of it."""
+
+    batch: int = 0
+    """Batches of this epoch already used by each worker."""
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

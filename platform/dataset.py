@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from valle.model.codec import CodecIdentity, Codes
+from valle.model.codec.interface import CodecIdentity, Codes
 from valle.model.text import INVENTORY
 from valle.platform import storage
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import dacite
 from filelock import FileLock
 
-from valle.model import codec as codecs
 from valle.model.ar import AR
-from valle.model.codec import CodecIdentity
+from valle.model.codec import encodec
+from valle.model.codec.interface import CodecIdentity
 from valle.model.nar import NAR
 from valle.model.valle import Voice
 from valle.platform import checkpoint, settings, storage, tracking
@@ -56,7 +56,7 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     """Gathers two checkpoints and a codec in `folder`; checks that they belong together."""
     checkpoint.fetch(ar, folder / "ar")
     checkpoint.fetch(nar, folder / "nar")
-    identity = codecs.load(codec, cache=settings.read().cache).identity
+    identity = encodec.load(codec, cache=settings.read().cache).identity
     for part, kind in (("ar", "ar"), ("nar", "nar")):
         description = checkpoint.read(folder / part)
         if description.kind != kind:
@@ -64,7 +64,7 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
         identity.check(description.codec, f"the {part.upper()} checkpoint")
     official = codec == "encodec-24khz"
     if not official:
-        source = codecs.NANO_FOLDER if codec == "nano" else Path(codec)
+        source = encodec.NANO_FOLDER if codec == "nano" else Path(codec)
         (folder / "codec").mkdir()
         for name in ("model.safetensors", "config.json"):
             shutil.copy(source / name, folder / "codec" / name)
@@ -291,11 +291,11 @@ def load_nar(folder: Path, device: str = "cpu") -> NAR:
     return model
 
 
-def load_codec(folder: Path, device: str = "cpu") -> codecs.Codec:
+def load_codec(folder: Path, device: str = "cpu") -> encodec.Codec:
     """The codec of a bundle. Raises ValueError when its weights are not those it was made with."""
     bundle = describe(folder)
     source = "encodec-24khz" if bundle.official_codec else str(folder / "codec")
-    codec = codecs.load(source, device=device, cache=settings.read().cache)
+    codec = encodec.load(source, device=device, cache=settings.read().cache)
     codec.identity.check(bundle.codec, "the bundle")
     return codec
 

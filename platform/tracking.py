@@ -9,17 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from valle import __version__
-from valle.model.tokens import SAMPLE_RATE
+from valle.model.codec.interface import Wave
 from valle.platform import audio, settings
 from valle.platform.cluster import CODE_ROOT
+from valle.platform.spectrogram import spectrogram
 
 EXPERIMENT = "valle"
-
-Wave = NDArray[np.float32]
 
 
 def code_version() -> str:
@@ -191,32 +187,3 @@ def _artifact(client: Any, run_id: str, path: str) -> Iterator[io.BufferedWriter
 def worker_run(run_id: str | None, uri: str) -> WorkerRun:
     """The run to log to; None gives one that ignores everything."""
     return NullRun() if run_id is None else MlflowRun(run_id, uri)
-
-
-def spectrogram(wave: Wave, title: str = "") -> bytes:
-    """A PNG of the log-mel spectrogram, 0 to 12 kHz."""
-    return spectrograms({title: wave})
-
-
-def spectrograms(waves: Mapping[str, Wave]) -> bytes:
-    """A PNG with the log-mel spectrogram of each wave, by title, one below the other."""
-    import librosa
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3 * len(waves)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(waves), squeeze=False)[:, 0]
-    for axes, (title, wave) in zip(grid, waves.items(), strict=True):
-        padded = np.pad(wave, (0, max(0, 1024 - len(wave))))  # a window is the least there can be
-        mel = librosa.feature.melspectrogram(
-            y=padded, sr=SAMPLE_RATE, n_fft=1024, hop_length=256, n_mels=96
-        )
-        axes.imshow(
-            librosa.power_to_db(mel, ref=np.max, top_db=70), origin="lower", aspect="auto",
-            extent=(0.0, len(wave) / SAMPLE_RATE, 0.0, 96.0), cmap="magma",
-        )  # fmt: skip
-        axes.set(xlabel="seconds", ylabel="mel band", title=title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

@@ -13,10 +13,10 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
 from valle.platform import registry, settings, storage
-from valle.serve.api import create_api
-from valle.serve.deployments import TOGETHER, ARDeployment, CodecDeployment, NARDeployment
-from valle.serve.keys import read_keys
-from valle.serve.schema import AppArgs
+from valle.serve.deployments.models import TOGETHER, ARDeployment, CodecDeployment, NARDeployment
+from valle.serve.web.api import create_api
+from valle.serve.web.keys import read_keys
+from valle.serve.web.schema import AppArgs
 
 
 def build_app(args: AppArgs) -> Application:
@@ -41,7 +41,8 @@ def build_app(args: AppArgs) -> Application:
         """`together`: requests that a replica may hold at the same time; `slots`: how many of them
         fill it, so that another is wanted."""
         policy = AutoscalingPolicy(
-            policy_function="valle.serve.scaling:BySlots", policy_kwargs={"slots": slots}
+            policy_function="valle.serve.deployments.scaling:BySlots",
+            policy_kwargs={"slots": slots},
         )
         options: dict[str, Any] = {
             "name": name,

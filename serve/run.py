@@ -6,28 +6,10 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from valle.platform import audio, registry, storage
+from valle.platform import registry, storage
 from valle.platform.cluster import connect
 from valle.serve.app import build_app
-from valle.serve.schema import AppArgs
-
-STARTER_TEXT = "The early train was late again, so we walked along the river and talked."
-
-
-def make_starter_voices(folder: str) -> None:
-    """Recordings to speak like, by voices that installed packages carry, where there are none."""
-    if any(True for _ in storage.list_files(folder, (".wav",))):
-        return
-    try:
-        from valle.jobs.voices import Heart, Joe
-
-        engines = (("joe", Joe()), ("heart", Heart()))
-    except ImportError as error:  # a `valle[serve]` without `valle[train]`
-        logging.warning("no voices in %s and none can be made (%s): put a wav there", folder, error)
-        return
-    for name, engine in engines:
-        wave = engine.speak(STARTER_TEXT, name, "en-us")
-        storage.write_bytes(storage.join(folder, f"{name}.wav"), audio.wav_bytes(wave))
+from valle.serve.web.schema import AppArgs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         registry.resolve(arguments.model)  # a missing model is better noticed before Ray starts
     except FileNotFoundError as error:
         parser.exit(2, f"error: {error}\n")
-    make_starter_voices(storage.absolute(arguments.voices))
+    voices = storage.absolute(arguments.voices)
+    if not any(True for _ in storage.list_files(voices, (".wav",))):
+        logging.warning("no voices in %s: put a wav there, or `valle.jobs.starter_voices`", voices)
     from ray import serve
 
     stop = threading.Event()
@@ -52,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     with connect():
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        app = build_app(AppArgs(model=arguments.model, voices=arguments.voices))
+        app = build_app(AppArgs(model=arguments.model, voices=voices))
         serve.run(app, name="valle")
         url = f"http://{arguments.host}:{arguments.port}"
         logging.getLogger("ray.serve").warning(
             "POST %s/v1/audio/speech with a voice of %s, documentation at %s/docs, Ctrl-C stops",
-            url, storage.absolute(arguments.voices), url,
+            url, voices, url,
         )  # fmt: skip
         stop.wait()
         serve.shutdown()

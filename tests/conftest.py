@@ -3,21 +3,18 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
 import torch
-from models import TINY, tiny_ar, tiny_nar
+from helpers import clusters
+from helpers.tiny_models import TINY, TINY_CODEC, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.model import codec as codecs
-from valle.model.codec import Codec, CodecConfig
+from valle.model.codec import encodec
+from valle.model.codec.encodec import Codec
 from valle.model.tokens import EOS
-from valle.platform import audio, checkpoint, dataset, storage
-from valle.platform.dataset import Statistics
-from valle.serve.schema import AppArgs
-
-TINY_CODEC = CodecConfig(name="tiny", n_filters=2, dimension=8, lstm=0, n_codebooks=8)
+from valle.platform import audio, checkpoint, storage
+from valle.serve.web.schema import AppArgs
 
 
 @pytest.fixture(autouse=True)
@@ -34,50 +31,16 @@ def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a very narrow EnCodec: noise in, noise out, but all the plumbing is real."""
     folder = tmp_path_factory.mktemp("codec")
     torch.manual_seed(0)
-    model = codecs.build(TINY_CODEC)
+    model = encodec.build(TINY_CODEC)
     for layer in model.quantizer.vq.layers:
         torch.nn.init.normal_(layer._codebook.embed, std=0.05)
-    codecs.save(model, TINY_CODEC, folder)
+    encodec.save(model, TINY_CODEC, folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_codec(tiny_codec_folder: Path) -> Codec:
-    return codecs.load(str(tiny_codec_folder))
-
-
-def random_rows(count: int, seed: int = 0) -> list[dict[str, object]]:
-    """Utterances of three speakers with random codes and phonemes."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        frames = int(generator.integers(20, 60))
-        rows.append(
-            {
-                "id": f"u{number:04d}",
-                "speaker": f"s{number * 3 // count}",
-                "language": "en-us",
-                "text": f"sentence {number}",
-                "phonemes": generator.integers(2, 100, size=frames // 4).tolist(),
-                "codes": generator.integers(0, 1024, size=(8, frames)).astype(np.int16),
-                "frames": frames,
-                "source": f"/corpus/{number}.wav",
-            }
-        )
-    return rows
-
-
-def write_dataset(uri: str, codec: Codec, count: int = 60, per_shard: int = 25) -> list[dict]:
-    """A token dataset of `random_rows` in a few shards."""
-    rows = random_rows(count)
-    statistics = Statistics()
-    shards = []
-    for start in range(0, count, per_shard):
-        table = dataset.table(rows[start : start + per_shard])
-        statistics.add(table)
-        shards.append(dataset.write_shard(uri, f"part{start:04d}", table))
-    dataset.write_manifest(uri, codec.identity, shards, statistics)
-    return rows
+    return encodec.load(str(tiny_codec_folder))
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ import psutil
 import pytest
 import torch
 
-from valle.jobs import bench_gpu, gpu_wheels
-from valle.jobs.gpu import (
-    plan,
-    report,
-)
-from valle.jobs.gpu.record import Record
+from valle.jobs.bench.gpu import plan, report
+from valle.jobs.bench.gpu import run as bench_gpu
+from valle.jobs.bench.gpu import wheels as gpu_wheels
+from valle.jobs.bench.gpu.record import Record
 from valle.platform import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +49,7 @@ sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.m
 def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tuple[int, Any]:
     """Exit status and gpu.json of the command on a bare machine without a card."""
     out = tmp_path / "out"
-    command = [sys.executable, "jobs/bench_gpu.py", "--device", "cpu", "--quick", *arguments]
+    command = [sys.executable, "jobs/bench/gpu/run.py", "--device", "cpu", "--quick", *arguments]
     command += ["--out", str(out), "--time-scale", "5"]
     environment = bare(tmp_path / "bare", *lacking)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -162,7 +160,7 @@ def test_a_phase_that_crashes_or_hangs_is_recorded(
 @pytest.mark.slow
 def test_who_is_told_to_stop_leaves_results_and_no_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "jobs/bench_gpu.py", "--device", "cpu", "--quick"]
+    command = [sys.executable, "jobs/bench/gpu/run.py", "--device", "cpu", "--quick"]
     command += ["--phases", "P2,P0", "--out", str(out)]
     running = subprocess.Popen(
         command, cwd=ROOT, env=bare(tmp_path / "bare"), stdout=subprocess.PIPE, text=True

@@ -8,26 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import random_batch
+from helpers.tiny_models import random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
-from valle.jobs.gpu import (
-    agreement,
-    attention,
-    compiling,
-    filling,
-    samples,
-    training,
-    truth,
-)
-from valle.jobs.gpu.card import Card
-from valle.jobs.gpu.record import TINY, Bench, Record
-from valle.jobs.gpu.streams import Task, add, engine_and_runner
+from valle.jobs.bench.gpu import agreement, attention, compiling, filling, samples, training, truth
+from valle.jobs.bench.gpu.card import Card
+from valle.jobs.bench.gpu.record import TINY, Bench, Record
+from valle.jobs.bench.gpu.streams import Task, add, engine_and_runner
+from valle.jobs.training.objective import Objective
 from valle.model.ar import AR
 from valle.model.config import SIZES
-from valle.model.training import Objective
 from valle.model.valle import Synthesis
-from valle.serve.runner import SlotCache
+from valle.serve.engine.runner import SlotCache
 
 
 def a_bench(tmp_path: Path, **changes: Any) -> Bench:

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import yaml
 
-from valle.jobs import codec
 from valle.jobs import synthesize as synthesize_job
 from valle.jobs import train as train_job
-from valle.jobs.codec import CodecRecipe
+from valle.jobs import train_codec
 from valle.jobs.evaluate import EvaluateRecipe, share_of
+from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe
 from valle.jobs.prepare import share_of as prepare_share
 from valle.jobs.publish import PublishRecipe, publish
-from valle.jobs.sources import Source
 from valle.jobs.synthesize import SynthesizeRecipe
-from valle.jobs.train_recipe import TrainRecipe
+from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.training.recipe import TrainRecipe
 from valle.platform import recipe, resources
 from valle.platform.autoscaler import NodeShape
 from valle.platform.capacity import Cluster, Need
@@ -147,7 +147,7 @@ def test_ray_data_keeps_to_the_labels_and_to_what_the_job_can_use() -> None:
 
 
 SHARES: dict[str, tuple[type, Callable[[Any, Cluster], Share]]] = {
-    "codec": (CodecRecipe, codec.share_of),
+    "codec": (CodecRecipe, train_codec.share_of),
     "evaluate": (EvaluateRecipe, lambda chosen, cluster: share_of(chosen, cluster=cluster)),
     "prepare": (PrepareRecipe, prepare_share),
     "publish": (PublishRecipe, lambda chosen, cluster: share_of(

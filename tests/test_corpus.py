@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
-import clusters
 import numpy as np
 import pytest
 import soundfile
+from helpers import clusters
 
 from valle.jobs.corpus import CorpusRecipe, Source, Speaker, make, plan
-from valle.jobs.judges.quality import DistillMos
-from valle.jobs.judges.recogniser import Whisper, word_error_rate
-from valle.jobs.texts import FOLDER, wordnet
-from valle.jobs.voices import Asterisk, Espeak, Heart, Joe, Kokoro, asterisk, kokoro, pitch
-from valle.jobs.voices.asterisk import asterisk_prompts
+from valle.jobs.evaluation.metrics.quality import DistillMos
+from valle.jobs.evaluation.metrics.recogniser import Whisper, word_error_rate
+from valle.jobs.speakers import Asterisk, Espeak, Heart, Joe, Kokoro, asterisk, kokoro, pitch
+from valle.jobs.speakers.asterisk import asterisk_prompts
+from valle.jobs.speakers.texts import FOLDER, wordnet
 from valle.platform import recipe
 from valle.platform.audio import AudioError, trim
 

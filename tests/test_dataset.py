@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import random_rows, write_dataset
+from helpers.token_datasets import random_rows, write_dataset
 
-from valle.model.codec import Codec
+from valle.model.codec.encodec import Codec
 from valle.platform import dataset, storage
 from valle.platform.dataset import SCHEMA, Statistics, TokenDataset
 

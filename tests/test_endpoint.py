@@ -17,34 +17,35 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import httpx
 import numpy as np
 import openai
 import pytest
 import soundfile
 import yaml
-from models import TINY, tiny_ar, tiny_nar
+from helpers import clusters
+from helpers.tiny_models import TINY, tiny_ar, tiny_nar
 from ray import serve
 
+from valle.jobs.bench.replicas import replicas
 from valle.jobs.publish import PublishRecipe, publish
-from valle.jobs.replicas import replicas
-from valle.jobs.voices import Joe
+from valle.jobs.speakers import Joe
 from valle.model.chunks import Chunking, fill_in_chunks
-from valle.model.filling import Unfilled, fill_in
+from valle.model.codec.interface import Wave
+from valle.model.nar_decoding import Unfilled, fill_in
 from valle.model.sentences import PAUSE
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Voice, text_ids
 from valle.platform import audio, checkpoint, registry
 from valle.serve.app import build_app
-from valle.serve.audio import encode
-from valle.serve.schema import AppArgs
-from valle.serve.voices import read_about
+from valle.serve.web.audio import encode
+from valle.serve.web.schema import AppArgs
+from valle.serve.web.voices import read_about
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+def check_streams(endpoint: str, voice: Voice, prompt: Wave) -> None:
     """Two sentences through OpenAI's client: what comes in pieces is what each says alone."""
     text = "Hello there. Good bye."
     parts, limited = [], False
@@ -90,7 +91,7 @@ def check_streams(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
             speech.create(model="valle", voice="bob", input=text)
 
 
-def check_chunks(endpoint: str, voice: Voice, prompt: audio.Wave) -> None:
+def check_chunks(endpoint: str, voice: Voice, prompt: Wave) -> None:
     """A sentence in chunks: the NAR model's codes so far, each frame's when it was ready, decoded
     as one."""
     text = "A sentence that is said before it is done, which takes a while."

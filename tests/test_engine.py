@@ -5,69 +5,16 @@ from dataclasses import replace
 import jaxtyping
 import numpy as np
 import pytest
-import torch
-from models import TINY, random_items, tiny_ar
-from test_models import perturb
+from helpers.engines import alone, build, collect, lively_ar, request
 
-from valle.model.ar import AR
+from valle.model.precision import Precision, convert
 from valle.model.sampling import Sampling
 from valle.model.tokens import EOS
-from valle.serve.cache import Move, Slots
-from valle.serve.engine import Engine
-from valle.serve.precision import Precision, convert
-from valle.serve.request import Event, Finish, Request
-from valle.serve.runner import Runner
-from valle.serve.scheduler import Scheduler
-
-SAMPLINGS = [
-    Sampling(top_p=0.9, repetition_threshold=0.1), Sampling(temperature=0.0),
-    Sampling(temperature=0.7, top_k=20), Sampling(repetition_threshold=0.2, repetition_window=4),
-    Sampling(top_p=0.9, guidance_scale=1.5), Sampling(temperature=0.0, guidance_scale=3.0),
-]  # fmt: skip
-
-
-def lively_ar(group: int) -> AR:
-    """A model of random weights that stops somewhere between a frame and a few dozen."""
-    model = tiny_ar(config=replace(TINY, group=group))
-    perturb(model, 0.5)
-    model.head.bias.data[EOS] += 6.5
-    return model
-
-
-def request(number: int, max_frames: int = 40) -> Request:
-    phonemes, prompt, _ = random_items(12 + 3 * number, seed=number)[0]
-    return Request(
-        id=f"r{number}", phonemes=phonemes.tolist(), prompt=prompt.numpy().astype(np.int16),
-        sampling=SAMPLINGS[number % len(SAMPLINGS)], max_frames=max_frames, seed=number,
-    )  # fmt: skip
-
-
-def build(
-    model: AR, slots: int, *, guided: bool = True, compiled: bool = False, piece: int = 16
-) -> Engine:
-    """Texts and prompts of the tests are 14 to 44 positions: most are read in several pieces."""
-    runner = Runner(
-        model, slots=slots, positions=400, guided=guided, compiled=compiled, piece=piece
-    )
-    return Engine(runner, Scheduler(slots))
-
-
-def alone(model: AR, asked: Request) -> tuple[list[int], Finish]:
-    """The slow twin: `generate`, one request at a time."""
-    said = model.generate(
-        torch.tensor(asked.phonemes), torch.from_numpy(asked.prompt.astype(np.int64)),
-        sampling=asked.sampling, max_frames=asked.max_frames,
-        generator=torch.Generator().manual_seed(asked.seed),
-    )  # fmt: skip
-    return said.codes.tolist(), Finish.LENGTH if said.hit_limit else Finish.STOP
-
-
-def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Finish]) -> None:
-    for event in events:
-        assert event.id not in ends, "an event after the last one"
-        codes.setdefault(event.id, []).extend(event.codes)
-        if event.finish is not None:
-            ends[event.id] = event.finish
+from valle.serve.engine.engine import Engine
+from valle.serve.engine.request import Finish
+from valle.serve.engine.runner import Runner
+from valle.serve.engine.scheduler import Scheduler
+from valle.serve.engine.slots import Move, Slots
 
 
 @pytest.mark.parametrize(

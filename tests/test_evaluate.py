@@ -5,28 +5,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
-from conftest import write_dataset
-from models import TINY, tiny_ar, tiny_nar
+from helpers import clusters
+from helpers.tiny_models import TINY, tiny_ar, tiny_nar
+from helpers.token_datasets import write_dataset
 
-from valle.jobs import champion as champion_job
-from valle.jobs import scores
+from valle.jobs import registry as registry_job
 from valle.jobs.evaluate import EvaluateRecipe, evaluate
-from valle.jobs.evaluation import (
-    FOLDER,
-    EvaluationItem,
-    check_unseen,
-    item_seed,
-    load_items,
-)
-from valle.jobs.gate import Bound, refusals
-from valle.jobs.judges.likeness import equal_error_rate, load_encoder
-from valle.jobs.judges.recogniser import compare, load_recogniser, word_error_rate
+from valle.jobs.evaluation import scores
+from valle.jobs.evaluation.gate import Bound, refusals
+from valle.jobs.evaluation.items import FOLDER, EvaluationItem, check_unseen, item_seed, load_items
+from valle.jobs.evaluation.metrics.likeness import equal_error_rate, load_encoder
+from valle.jobs.evaluation.metrics.recogniser import compare, load_recogniser, word_error_rate
 from valle.jobs.publish import GateError, PublishRecipe, publish
-from valle.jobs.voices import Espeak
-from valle.model.codec import Codec
+from valle.jobs.speakers import Espeak
+from valle.model.codec.encodec import Codec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.resources import Placement
@@ -154,8 +148,8 @@ def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec:
 
 
 def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
-    from valle.jobs import texts
-    from valle.jobs.judges.recogniser import normalise
+    from valle.jobs.evaluation.metrics.recogniser import normalise
+    from valle.jobs.speakers import texts
 
     trained = {
         normalise(line)
@@ -238,7 +232,7 @@ def test_evaluation_gate_and_rollback(
     assert registry.champion() == 1
     assert publish(replace(strict, force="a rehearsal")) == 3
     assert registry.champion() == 3
-    champion_job.main(["rollback", "--reason", "rehearsed"])
+    registry_job.main(["rollback", "--reason", "rehearsed"])
     assert registry.champion() == 1
     shown = capsys.readouterr().out
     assert "forced: a rehearsal (refused for: cross/wer is" in shown
@@ -257,5 +251,5 @@ def test_every_item_has_its_own_seed() -> None:
 def test_unknown_judges_are_named() -> None:
     with pytest.raises(ValueError, match="nothing.here:Judge: no such class"):
         load_recogniser("nothing.here:Judge")
-    with pytest.raises(ValueError, match="valle.jobs.gate:Judge: no such class"):
-        load_encoder("valle.jobs.gate:Judge")
+    with pytest.raises(ValueError, match="valle.jobs.evaluation.gate:Judge: no such class"):
+        load_encoder("valle.jobs.evaluation.gate:Judge")

@@ -13,16 +13,16 @@ from http.client import HTTPResponse
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import clusters
 import httpx
 import numpy as np
 import pytest
 import soundfile
+from helpers import clusters
 from ray import serve
 
-from valle.jobs.replicas import replicas
+from valle.jobs.bench.replicas import replicas
 from valle.platform import audio
-from valle.serve.request import Request
+from valle.serve.engine.request import Request
 
 LONG = {"input": "And on it goes. " * 120, "voice": "ann", "response_format": "pcm"}
 """Two minutes in pieces, more than sockets hold."""

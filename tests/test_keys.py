@@ -9,10 +9,10 @@ import pytest
 import yaml
 from starlette.types import Receive, Scope, Send
 
-from valle.serve import keys
-from valle.serve.api import create_api
-from valle.serve.keys import Guard, Key, read_keys
-from valle.serve.schema import AppArgs
+from valle.serve.web import keys
+from valle.serve.web.api import create_api
+from valle.serve.web.keys import Guard, Key, read_keys
+from valle.serve.web.schema import AppArgs
 
 
 def key(name: str, secret: str, **limits: int) -> Key:

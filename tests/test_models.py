@@ -5,25 +5,17 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
-from models import TINY, random_batch, random_items, tiny_ar, tiny_nar
+from helpers.tiny_models import TINY, perturb, random_batch, random_items, tiny_ar, tiny_nar
 
+from valle.jobs.training.objective import ar_loss, nar_loss
 from valle.model.ar import AR, single
 from valle.model.config import ModelConfig
 from valle.model.layers import KVCache, rotate, rotation
-from valle.model.nar import NAR
 from valle.model.sampling import Sampling, guide
 from valle.model.sequence import collate
 from valle.model.tokens import EOS
-from valle.model.training import ar_loss, nar_loss
 
 GREEDY = Sampling(temperature=0.0)
-
-
-def perturb(model: AR | NAR, size: float = 0.05) -> None:
-    """Fresh models have zero modulation: give every parameter a say."""
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from valle.jobs.evaluate_codec import Judges, evaluate
-from valle.jobs.judges.likeness import load_encoder
-from valle.jobs.judges.recogniser import load_recogniser
-from valle.jobs.voices import Heart, Joe
-from valle.model.codec import Codec
-from valle.model.codecs import load_codec
-from valle.model.codecs.nano2 import Nano2
-from valle.model.codecs.quantizer import Quantizer, QuantizerConfig
-from valle.model.codecs.storage import save_quantizer
-from valle.platform.audio import Wave
+from valle.jobs.evaluation.metrics.likeness import load_encoder
+from valle.jobs.evaluation.metrics.recogniser import load_recogniser
+from valle.jobs.speakers import Heart, Joe
+from valle.model.codec.encodec import Codec
+from valle.model.codec.interface import Wave
+from valle.model.codec.loading import load_codec
+from valle.model.codec.nano2 import Nano2
+from valle.model.codec.quantizer import Quantizer, QuantizerConfig
+from valle.model.codec.storage import save_quantizer
 
 
 def folder_of(rate: int, folder: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from playwright.sync_api import Page, expect, sync_playwright
 
-from valle.jobs.voices import Joe
+from valle.jobs.speakers import Joe
 from valle.platform.audio import wav_bytes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

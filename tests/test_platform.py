@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from models import TINY, random_batch, tiny_ar, tiny_nar
+from helpers.tiny_models import TINY, random_batch, tiny_ar, tiny_nar
 
-from valle.jobs.train_recipe import TrainRecipe
+from valle.jobs.training.objective import Objective, Optimization, build_optimizer
+from valle.jobs.training.recipe import TrainRecipe
 from valle.model.ar import AR
-from valle.model.codec import Codec
-from valle.model.training import Objective, Optimization, TrainState, build_optimizer
+from valle.model.codec.encodec import Codec
 from valle.platform import audio, checkpoint, recipe, settings, storage
+from valle.platform.checkpoint import TrainState
 from valle.platform.recipe import RECIPES, RecipeError
 
 
@@ -202,23 +203,23 @@ def test_a_bad_command_line_ends_with_the_reason(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     from valle.jobs import (
-        codec,
         corpus,
         evaluate,
         export,
         prepare,
         publish,
-        quantizer,
         select_speakers,
         synthesize,
+        train_codec,
+        train_quantizer,
     )  # fmt: skip
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
-        "codec": codec.CodecRecipe, "train": TrainRecipe,
+        "codec": train_codec.CodecRecipe, "train": TrainRecipe,
         "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
         "export": export.ExportRecipe, "synthesize": synthesize.SynthesizeRecipe,
-        "quantizer": quantizer.QuantizerRecipe,
+        "quantizer": train_quantizer.QuantizerRecipe,
         "select_speakers": select_speakers.SelectionRecipe,
     }  # fmt: skip
     import yaml

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import random_batch, tiny_ar, tiny_nar
-from test_models import perturb
+from helpers.tiny_models import perturb, random_batch, tiny_ar, tiny_nar
 from torch import nn
 
 from valle.model.config import ModelConfig
-from valle.platform.quantize import from_int8, to_int8
-from valle.serve.precision import Int8Linear, convert
-from valle.serve.schema import AppArgs
+from valle.model.precision import Int8Linear, convert
+from valle.model.quantize import from_int8, to_int8
+from valle.serve.web.schema import AppArgs
 
 
 @pytest.mark.parametrize("bias", [True, False])

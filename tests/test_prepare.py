@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import clusters
 import numpy as np
 import psutil
 import pytest
 import soundfile
 import yaml
+from helpers import clusters
 from pyarrow import parquet
 
 from valle.jobs import prepare as prepare_module
+from valle.jobs.ingest.layouts import Item, Reject, Source, listing, speaker_pattern
 from valle.jobs.prepare import PrepareRecipe, group, prepare
-from valle.jobs.sources import Item, Reject, Source, listing, speaker_pattern
-from valle.model import codec as codecs
 from valle.model import text
+from valle.model.codec import encodec
 from valle.platform import audio, dataset
 from valle.platform.dataset import TokenDataset
 
@@ -114,7 +114,7 @@ def test_good_and_bad_recordings(
         assert found[name].startswith(reason), (name, found[name])
 
     # sharded and batched = one file at a time
-    codec = codecs.load(str(tiny_codec_folder))
+    codec = encodec.load(str(tiny_codec_folder))
     opened = TokenDataset(chosen.out, tmp_path / "cache")
     assert len(opened) == 9
     for number in range(9):
@@ -139,8 +139,8 @@ def test_good_and_bad_recordings(
 
     with pytest.raises(ValueError, match="codec mismatch: the dataset"):
         other = tmp_path / "other codec"
-        codecs.save(
-            codecs.build(codecs.CodecConfig(**_tiny())), codecs.CodecConfig(**_tiny()), other
+        encodec.save(
+            encodec.build(encodec.CodecConfig(**_tiny())), encodec.CodecConfig(**_tiny()), other
         )
         prepare(replace(chosen, codec=str(other)))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from valle.jobs.judges import wespeaker
-from valle.jobs.judges.likeness import load_encoder
-from valle.jobs.judges.wespeaker import WeSpeaker, filterbank
+from valle.jobs.evaluation.metrics import wespeaker
+from valle.jobs.evaluation.metrics.likeness import load_encoder
+from valle.jobs.evaluation.metrics.wespeaker import WeSpeaker, filterbank
 from valle.jobs.select_speakers import Measured, SelectionRecipe, measure, select
-from valle.jobs.voices import Heart, Joe
+from valle.jobs.speakers import Heart, Joe
 from valle.platform import audio
 
 SETTINGS = SelectionRecipe(corpus="unused", out="unused", min_distillmos=3.0, max_similarity=0.5)

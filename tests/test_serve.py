@@ -10,18 +10,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
+from helpers import clusters
 
 from valle.__main__ import main as speak_main
 from valle.__main__ import read_reference
 from valle.jobs.export import ExportRecipe, export
 from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.starter_voices import make_starter_voices
+from valle.model.quantize import to_int8
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, registry, storage, tracking
-from valle.platform.quantize import to_int8
-from valle.serve.run import make_starter_voices
 
 
 def test_publish_registers_plain_files_and_moves_the_alias(

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from helpers import clusters
 
 from valle.platform.cluster import CODE_ROOT
 

@@ -5,12 +5,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from helpers import clusters
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
@@ -18,9 +18,9 @@ from valle.model.sentences import join
 from valle.model.valle import Spoken, Synthesis, Voice, text_ids
 from valle.platform import audio, registry, storage
 from valle.platform.resources import Placement
-from valle.serve.audio import encode
-from valle.serve.offline import Offline
-from valle.serve.request import Request
+from valle.serve.engine.offline import Offline
+from valle.serve.engine.request import Request
+from valle.serve.web.audio import encode
 
 
 @pytest.fixture

@@ -6,29 +6,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import psutil
 import pytest
 import torch
-from conftest import write_dataset
+from helpers import clusters
+from helpers.token_datasets import write_dataset
 
-from valle.jobs.loader import Loader
 from valle.jobs.train import build_backend, fit, prepare_run
-from valle.jobs.train_recipe import Size, TrainRecipe
-from valle.jobs.validation import QuickCheck
-from valle.model.codec import Codec
-from valle.model.sequence import Batch
-from valle.model.training import (
+from valle.jobs.training.loader import Loader
+from valle.jobs.training.objective import (
     Optimization,
-    TrainState,
     cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
 )
+from valle.jobs.training.recipe import Size, TrainRecipe
+from valle.jobs.training.sampler import Batching
+from valle.jobs.training.validation import QuickCheck
+from valle.model.codec.encodec import Codec
+from valle.model.sequence import Batch
 from valle.platform import checkpoint, tracking
+from valle.platform.checkpoint import TrainState
 from valle.platform.dataset import TokenDataset
-from valle.platform.sampler import Batching
 
 
 @pytest.fixture

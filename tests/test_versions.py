@@ -9,8 +9,8 @@ import pytest
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.platform import registry
-from valle.serve.scaling import BySlots
-from valle.serve.versions import Followed, Versioned
+from valle.serve.deployments.scaling import BySlots
+from valle.serve.deployments.versions import Followed, Versioned
 
 
 class Shelf:

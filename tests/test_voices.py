@@ -6,25 +6,26 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import clusters
 import httpx
 import numpy as np
 import pytest
 from botocore.config import Config
 from fastapi import Response
 from fastapi.responses import StreamingResponse
+from helpers import clusters
 from starlette.types import Message
 
-from valle.jobs.voices import Joe
-from valle.model.codec import Codec, Codes
+from valle.jobs.speakers import Joe
+from valle.model.codec.encodec import Codec
+from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP, SAMPLE_RATE
-from valle.platform.audio import AudioError, Wave, flac_bytes, read, wav_bytes
-from valle.serve.api import create_api
-from valle.serve.prompts import PROMPT_FRAMES, Prompts
-from valle.serve.schema import AppArgs, SpeechRequest
-from valle.serve.speech import Speaker
-from valle.serve.versions import Followed
-from valle.serve.voices import About, VoiceError, VoiceStore, pack, read_about
+from valle.platform.audio import AudioError, flac_bytes, read, wav_bytes
+from valle.serve.deployments.versions import Followed
+from valle.serve.web.api import create_api
+from valle.serve.web.prompts import PROMPT_FRAMES, Prompts
+from valle.serve.web.schema import AppArgs, SpeechRequest
+from valle.serve.web.service import Speaker
+from valle.serve.web.voices import About, VoiceError, VoiceStore, pack, read_about
 
 TEXT = "The early train was late again, so we walked along the river and talked."
 

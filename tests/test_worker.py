@@ -4,12 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from test_engine import alone, build, lively_ar, request
+from helpers.engines import alone, build, lively_ar, request
 
 from valle.model.ar import AR
-from valle.serve.engine import Engine
-from valle.serve.request import Event, Request
-from valle.serve.worker import EngineError, EngineWorker
+from valle.serve.engine.engine import Engine
+from valle.serve.engine.request import Event, Request
+from valle.serve.engine.worker import EngineError, EngineWorker
 
 
 @pytest.fixture(scope="module")

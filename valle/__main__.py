@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from valle.model.codec import Wave
+from valle.model.codec.interface import Wave
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import GUIDANCE_SCALE, Synthesis, Voice
 from valle.platform import audio, checkpoint, registry
@@ -19,13 +19,13 @@ def load(arguments: argparse.Namespace) -> Voice:
     """The networks named on the command line."""
     if not arguments.ar_ckpt and not arguments.nar_ckpt:
         return registry.load_voice(registry.resolve(arguments.model), arguments.device)
-    from valle.model import codec as codecs
     from valle.model.ar import AR
+    from valle.model.codec import encodec
     from valle.model.nar import NAR
 
     if not (arguments.ar_ckpt and arguments.nar_ckpt):
         raise ValueError("--ar-ckpt and --nar-ckpt go together")
-    codec = codecs.load(arguments.codec, device=arguments.device)
+    codec = encodec.load(arguments.codec, device=arguments.device)
     ar, about_ar = checkpoint.load(arguments.ar_ckpt, arguments.device)
     nar, about_nar = checkpoint.load(arguments.nar_ckpt, arguments.device)
     if not isinstance(ar, AR) or not isinstance(nar, NAR):

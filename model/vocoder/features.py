@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from valle.model import batches
+from valle.model.codec.interface import Wave
 from valle.model.vocoder import pitch, prediction
 from valle.model.vocoder.pitch import PitchNet
 from valle.model.vocoder.prediction import HOP, ORDER
 
-Wave = NDArray[np.float32]
 """Mono samples in [-1, 1], shape [samples]."""
 Features = NDArray[np.float32]
 """Shape [T, 20]."""

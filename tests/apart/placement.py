@@ -7,28 +7,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import clusters
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import write_dataset
+from helpers import clusters
+from helpers.token_datasets import write_dataset
 
-from valle.jobs.codec import CodecRecipe
-from valle.jobs.codec import fit as fit_codec
 from valle.jobs.evaluate import EvaluateRecipe, evaluate
+from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe, prepare
-from valle.jobs.sources import Source
 from valle.jobs.synthesize import SynthesizeRecipe, synthesize
 from valle.jobs.train import fit, prepare_run
-from valle.jobs.train_recipe import Size, TrainRecipe
-from valle.model.codec import Codec
+from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_codec import fit as fit_codec
+from valle.jobs.training.recipe import Size, TrainRecipe
+from valle.jobs.training.sampler import Batching
+from valle.model.codec.encodec import Codec
 from valle.platform import checkpoint, resources, settings
 from valle.platform.autoscaler import NodeShape
 from valle.platform.capacity import survey
 from valle.platform.cluster import connect
 from valle.platform.resources import Accelerator, Placement
-from valle.platform.sampler import Batching
 
 AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
 """The ids that Ray's fake provider gives to the first two nodes it adds."""

@@ -1,0 +1,1 @@
+"""Benchmarks, each `python -m valle.jobs.bench.NAME`; contenders are timed side by side."""

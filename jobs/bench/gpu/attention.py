@@ -1,0 +1,123 @@
+"""Attention over packed sequences, `torch.nn.attention.varlen.varlen_attn`, beside padded SDPA.
+
+torch 2.11 and 2.13 say `causal` by a window, (-1, 0); 2.10 had a flag. 2.13 adds `seqused_k`,
+`block_table` and `num_splits`, which keys and values in pages need: what is there is written down.
+"""
+
+import inspect
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from valle.jobs.bench.gpu import timing
+from valle.jobs.bench.gpu.record import Bench
+from valle.jobs.bench.gpu.truth import relative
+from valle.model.sequence import mask
+
+TOLERANCE = 1e-2
+"""Relative norm of bf16 outputs' and gradients' differences: bf16 keeps three digits."""
+
+PAGED = ("seqused_k", "block_table", "num_splits")
+
+
+def causal_arguments(function: Callable[..., object]) -> dict[str, Any]:
+    """How a version of `varlen_attn` is told to be causal. Raises ValueError for an unknown one."""
+    names = inspect.signature(function).parameters
+    if "window_size" in names:
+        return {"window_size": (-1, 0)}
+    if "is_causal" in names:
+        return {"is_causal": True}
+    raise ValueError(f"varlen_attn: neither window_size nor is_causal among {', '.join(names)}")
+
+
+def compare(bench: Bench) -> None:
+    """Checks packed attention against each sequence alone, and times it against padding."""
+    record, device = bench.record, bench.device
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        record.leave_out("varlen_attn", f"this torch has none: {error}")
+        return
+    names = inspect.signature(varlen_attn).parameters
+    record.measurement(
+        "varlen_attn", torch=torch.__version__, causal=str(causal_arguments(varlen_attn)),
+        paged=[name for name in PAGED if name in names],
+    )  # fmt: skip
+    if not bench.on_card:
+        record.leave_out("varlen_attn = SDPA", "its kernel is CUDA's only")
+        return
+    lengths = torch.tensor([900, 1250, 640, 1100, 1400, 800, 1000, 1200, 300, 1500, 700, 1250])
+    for causal in (True, False):
+        _compare(bench, varlen_attn, lengths, causal, device)
+
+
+def _compare(
+    bench: Bench, varlen_attn: Callable[..., Any], lengths: Tensor, causal: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """One of the two masks, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    total, longest = int(lengths.sum()), int(lengths.max())
+    heads, width = 16, 64
+    packed = [
+        torch.randn(total, heads, width, generator=generator)
+        .to(device, torch.bfloat16)
+        .requires_grad_()
+        for _ in range(3)
+    ]
+    toward = torch.randn(total, heads, width, generator=generator).to(device, torch.bfloat16)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+    arguments = causal_arguments(varlen_attn) if causal else {}
+
+    def together() -> Tensor:
+        output: Tensor = varlen_attn(*packed, starts, starts, longest, longest, **arguments)
+        return output
+
+    def alone() -> Tensor:
+        parts = zip(*(part.split(lengths.tolist()) for part in packed), strict=True)
+        return torch.cat(
+            [sdpa([x.transpose(0, 1)[None] for x in part], None, causal)[0] for part in parts], 1
+        ).transpose(0, 1)
+
+    found, expected = (gradients(run, packed, toward) for run in (together, alone))
+    error = max(relative(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+    name = "causal" if causal else "all to all"
+    bench.record.check(f"varlen_attn = SDPA, {name}", error <= TOLERANCE, relative_error=error)
+
+    padded = [
+        torch.randn(len(lengths), heads, longest, width, device=device, dtype=torch.bfloat16)
+        .requires_grad_()
+        for _ in range(3)
+    ]  # fmt: skip
+    visible = None if causal else mask(lengths.to(device), longest)[:, None, None]
+    padded_toward = torch.randn_like(padded[0])
+
+    def with_padding() -> Tensor:
+        return sdpa(padded, visible, causal)
+
+    def time(run: Callable[[], Tensor], inputs: list[Tensor], towards: Tensor) -> float:
+        times = timing.seconds(device, lambda: gradients(run, inputs, towards), 13)[3:]
+        return statistics.median(times)
+
+    fast, slow = time(together, packed, toward), time(with_padding, padded, padded_toward)
+    bench.record.measurement(
+        f"varlen_attn, {name}, forward and backward", milliseconds=1000 * fast,
+        padded_sdpa_milliseconds=1000 * slow, times_faster=slow / fast,
+        padding=1 - total / (longest * len(lengths)),
+    )  # fmt: skip
+
+
+def sdpa(parts: Sequence[Tensor], visible: Tensor | None, causal: bool) -> Tensor:
+    """The twin: queries, keys and values `[B, H, S, K]`."""
+    query, key, value = parts
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal)
+
+
+def gradients(run: Callable[[], Tensor], inputs: list[Tensor], toward: Tensor) -> list[Tensor]:
+    """The output and the gradients of its product with `toward`."""
+    output = run()
+    return [output.detach(), *torch.autograd.grad(output, inputs, toward)]

@@ -1,0 +1,164 @@
+"""P0, the card: its matrix rates and copy bandwidth, the constants of every share below."""
+
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from valle.jobs.bench.gpu import compiling, timing
+
+if TYPE_CHECKING:
+    from valle.jobs.bench.gpu.record import Bench
+
+PACKAGES = ("torch", "triton", "numpy", "pyarrow", "safetensors", "deepspeed", "encodec", "ninja")
+
+DATA_SHEET: Final = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
+    "B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
+}  # fmt: skip
+"""bf16 TFLOP/s by a part of the card's name, the longer names of a family first."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card can do at most, as measured on it."""
+
+    name: str
+    bf16_flops: float
+    """Floating-point operations a second of a large bf16 matrix product."""
+    tf32_flops: float
+    fp32_flops: float
+    bytes_per_second: float
+    """Of a device-to-device copy, bytes read plus bytes written."""
+    launch_seconds: float
+    """Host time of a kernel launch through PyTorch's dispatcher."""
+
+    @property
+    def data_sheet(self) -> float | None:
+        """Operations a second in bf16, dense, by NVIDIA's data sheet; None for a card not listed.
+        What cards measure is about four fifths of it."""
+        for part, teraflops in DATA_SHEET.items():
+            if part in self.name:
+                return teraflops * 1e12
+        return None
+
+    @classmethod
+    def measure(cls, device: torch.device, quick: bool) -> "Card":
+        """Takes about two seconds; quick, or without a card, a fraction of one."""
+        small = quick or device.type == "cpu"
+        size = 256 if small else 8192
+        rates = {
+            "bf16": _product(device, size, torch.bfloat16),
+            "tf32": _product(device, size // 2, torch.float32, tf32=True),
+            "fp32": _product(device, size // 2, torch.float32),
+        }
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return cls(
+            name, rates["bf16"], rates["tf32"], rates["fp32"],
+            _copy(device, 2**22 if small else 2**31), _launch(device),
+        )  # fmt: skip
+
+
+def _product(device: torch.device, size: int, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Operations a second of a square product; random factors, because zeros run faster."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    target = torch.empty_like(left)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        times = timing.seconds(device, lambda: torch.mm(left, right, out=target), 13)[3:]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return float(2 * size**3 / statistics.median(times))
+
+
+def _copy(device: torch.device, n_bytes: int) -> float:
+    source = torch.randint(255, (n_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = timing.seconds(device, lambda: target.copy_(source), 13)[3:]
+    return 2 * n_bytes / statistics.median(times)
+
+
+def _launch(device: torch.device) -> float:
+    value = torch.zeros(8, device=device)
+
+    def many() -> None:
+        for _ in range(1000):
+            value.add_(1)
+
+    return statistics.median(timing.seconds(device, many, 5)) / 1000
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, and what is known of what `torch.compile` needs."""
+    about: dict[str, Any] = {
+        "python": platform.python_version(),
+        "cpu_threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "to_compile": compiling.explain(),
+    }
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        about |= {
+            "name": of.name, "capability": f"{of.major}.{of.minor}",
+            "multiprocessors": of.multi_processor_count,
+            "gigabytes": round(of.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()), "driver": _driver(),
+        }  # fmt: skip
+    return about
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    """The driver's version, or why it is not known."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+
+
+def run(bench: "Bench") -> None:
+    """The constants, a check that the card reports them in a plausible order, and whether
+    `torch.compile` works."""
+    card, record = bench.card, bench.record
+    record.measurement("machine", **describe(bench.device))
+    record.measurement(
+        "constants", bf16_tflops=card.bf16_flops / 1e12, tf32_tflops=card.tf32_flops / 1e12,
+        fp32_tflops=card.fp32_flops / 1e12, copy_gigabytes_per_second=card.bytes_per_second / 1e9,
+        launch_microseconds=card.launch_seconds * 1e6,
+        data_sheet_bf16_tflops=None if card.data_sheet is None else card.data_sheet / 1e12,
+    )  # fmt: skip
+    if not bench.on_card:
+        return
+    if not bench.quick:  # a product of width 256 takes as long as its launch, however exact
+        record.check(
+            "tensor cores are used: bf16 > TF32 > fp32",
+            card.bf16_flops > card.tf32_flops > card.fp32_flops,
+        )
+    record.attempt("torch.compile", lambda: _compile(bench))
+
+
+def _compile(bench: "Bench") -> None:
+    """Where it does not work, the phases that need it say so again: here comes why."""
+    started = time.perf_counter()
+    reason = compiling.missing(bench.device)
+    if reason is None:
+        taken = time.perf_counter() - started
+        bench.record.measurement("torch.compile, two lines", seconds=taken)
+    else:
+        bench.record.leave_out("torch.compile", reason)

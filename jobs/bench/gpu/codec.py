@@ -1,0 +1,97 @@
+"""P5, EnCodec: encoding and decoding in batches of growing size, and a stream in chunks.
+
+The network has the official size and random weights: speed does not depend on them. TF32 in its
+convolutions, which PyTorch allows unless told otherwise, is measured both ways.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from valle.jobs.bench.gpu import samples, timing
+from valle.jobs.bench.gpu.record import Bench
+from valle.model.codec import encodec
+from valle.model.codec.encodec import Codec, CodecConfig
+from valle.model.codec.encodec_stream import DecoderState, decode_next
+from valle.model.codec.interface import CodecIdentity, Codes
+from valle.model.tokens import FRAME_RATE, N_CODEBOOKS
+
+BATCHES = (60, 480, 120, 1920)
+"""Seconds of padded audio that go through the network at once."""
+
+ITEM_SECONDS = 10
+CHUNK_FRAMES = 15
+SMALL = CodecConfig(name="small", n_filters=4, dimension=16, lstm=1, n_codebooks=8)
+
+
+def run(bench: Bench) -> None:
+    """Batches, then a stream."""
+    codec = build(bench)
+    sizes, item = ((2, 4), 1) if bench.quick else (BATCHES, ITEM_SECONDS)
+    for tf32 in (True, False):
+        timing.allow_tf32(matmul=False, convolution=tf32)
+        for seconds in sizes if tf32 else sizes[:2]:
+            name = f"{seconds} s a batch, TF32 {'on' if tf32 else 'off'}"
+            bench.record.attempt(name, partial(batch, bench, codec, name, seconds, item), 3)
+    timing.allow_tf32(matmul=False, convolution=False)
+    bench.record.attempt("stream", lambda: stream(bench, codec, item * 2), 2)
+
+
+def build(bench: Bench) -> Codec:
+    """A codec of random weights."""
+    config = SMALL if bench.quick else CodecConfig()
+    torch.manual_seed(0)
+    model = encodec.build(config)
+    for layer in model.quantizer.vq.layers:
+        torch.nn.init.normal_(layer._codebook.embed, std=0.05)
+    identity = CodecIdentity(name=config.name, sha256="0" * 64)
+    return Codec(model, identity, str(bench.device))
+
+
+def batch(bench: Bench, codec: Codec, name: str, seconds: int, item: int) -> None:
+    """One batch of so many seconds, encoded and decoded."""
+    wave = samples.recording(item)
+    waves = [np.roll(wave, 1000 * number) for number in range(seconds // item)]
+    device = bench.device
+    codes: list[Codes] = codec.encode(waves, seconds)
+    codec.decode(codes, seconds)
+    peaks = []
+    times = []
+    for work in (lambda: codec.encode(waves, seconds), lambda: codec.decode(codes, seconds)):
+        timing.reset_peak(device)
+        times.append(min(timing.seconds(device, work, 1 if bench.quick else 3)))
+        peaks.append(timing.peak_gigabytes(device))
+    encode, decode = times
+    bench.record.measurement(
+        name, encode_times_real_time=seconds / encode, decode_times_real_time=seconds / decode,
+        encode_milliseconds=1000 * encode, decode_milliseconds=1000 * decode,
+        encode_peak_gigabytes=peaks[0], decode_peak_gigabytes=peaks[1],
+    )  # fmt: skip
+
+
+def stream(bench: Bench, codec: Codec, seconds: int) -> None:
+    """Chunks in turn, as the endpoint decodes a sentence that is still being said; their samples
+    are those of decoding all at once."""
+    codes = samples.random_codes(np.random.default_rng(0), N_CODEBOOKS, seconds * FRAME_RATE)
+    state: DecoderState | None = None
+    waves = []
+    chunks = range(0, codes.shape[1], CHUNK_FRAMES)
+    times = []
+    for start in chunks:
+        chunk = codes[:, start : start + CHUNK_FRAMES]
+
+        def work(chunk: Codes = chunk) -> None:
+            nonlocal state
+            wave, state = decode_next(codec, chunk, state)
+            waves.append(wave)
+
+        times += timing.seconds(bench.device, work)
+    taken = sum(times[1:])
+    whole = codec.decode([codes], seconds + 1)[0]
+    error = float(np.abs(np.concatenate(waves) - whole).max() / np.abs(whole).max())
+    bench.record.check("chunks = decoded at once", error <= 1e-3, relative_error=error)
+    bench.record.measurement(
+        f"chunks of {CHUNK_FRAMES} frames", milliseconds=1000 * taken / len(times[1:]),
+        times_real_time=len(times[1:]) * CHUNK_FRAMES / FRAME_RATE / taken,
+    )  # fmt: skip

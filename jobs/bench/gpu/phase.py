@@ -1,0 +1,80 @@
+"""One phase in a process of its own: `python -m valle.jobs.bench.gpu.phase P1 --result FILE ...`.
+
+`jobs/bench/gpu/run.py` starts it. A phase that breaks the card's context, or hangs, so ends alone.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from valle.jobs.bench.gpu.card import Card
+from valle.jobs.bench.gpu.plan import PHASES, SIZES
+from valle.jobs.bench.gpu.record import TINY, Bench, Record
+from valle.model import config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the phase; returns 1 when it raised. The result is in the file either way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--deadline", type=float, required=True, help="Unix time")
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--card", default="", help="constants that P0 measured, as JSON")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args(argv)
+    record = Record(arguments.result, arguments.deadline)
+    try:
+        bench = _bench(arguments, record)
+        record.card = asdict(bench.card)
+        importlib.import_module(f"valle.jobs.bench.gpu.{PHASES[arguments.phase].module}").run(bench)
+    except Exception:
+        record.error(arguments.phase)
+        record.status = "failed"
+    else:
+        record.status = "done"
+    record.write()
+    print(f"{arguments.phase}: {record.status} at {time.strftime('%H:%M:%S')}", flush=True)
+    return 0 if record.status == "done" else 1
+
+
+def _bench(arguments: argparse.Namespace, record: Record) -> Bench:
+    """What the phase is given. Raises RuntimeError where the device is not there."""
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "--device cuda: torch sees no card here (`python3 -c 'import torch; "
+                "print(torch.cuda.is_available())'`); --device cpu runs without one"
+            )
+        device = torch.device("cuda", 0)
+    elif arguments.quick:
+        torch.set_num_threads(1)
+    if arguments.card:
+        card = Card(**json.loads(arguments.card))
+    else:
+        card = Card.measure(device, arguments.quick)
+    size = TINY if arguments.size == "tiny" else config.SIZES[arguments.size]
+    return Bench(
+        device=device, config=replace(size, dropout=0.1), quick=arguments.quick, record=record,
+        scratch=arguments.scratch, card=card,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: NCCL, CUDA graphs and compilers' workers can take long to end, or never do, and
+    # the time would be the next phase's
+    os._exit(status)

@@ -1,0 +1,188 @@
+"""The results of all phases: `gpu.json` and lines as they come, one picture at the end.
+
+python3 -m valle.jobs.bench.gpu.report gpu/gpu.json      draws the picture again, anywhere
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FAILED, MISSED = 1, 3
+"""Exit statuses: a check failed; only a floor of speed was missed."""
+
+
+class Results:
+    """What has been shown so far."""
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self._out = out
+        self.card: dict[str, Any] | None = None
+        """Constants of the first phase that measured them."""
+        self.values: dict[str, Any] = {**about, "card": None, "phases_run": {}}
+        self._write()
+
+    def add(self, phase: str, result: dict[str, Any]) -> None:
+        """Takes in a phase's result and writes the file."""
+        self.card = self.card or result.pop("card", None)
+        result.pop("card", None)
+        self.values["card"] = self.card
+        self.values["phases_run"][phase] = result
+        self._write()
+
+    def finish(self) -> None:
+        """Writes the exit status, and the picture where it can be drawn."""
+        self.values["exit_code"] = self.exit_code
+        self._write()  # whatever becomes of the picture
+        try:
+            draw(self.values, self._out / "gpu.png")
+        except Exception as error:
+            self.values["picture"] = (
+                f"none: {type(error).__name__}: {error}; "
+                "python3 -m valle.jobs.bench.gpu.report gpu.json draws it elsewhere"
+            )
+            self._write()
+
+    @property
+    def exit_code(self) -> int:
+        """See `jobs/bench/gpu/run.py`."""
+        return exit_code(self.values["phases_run"])
+
+    def _write(self) -> None:
+        part = self._out / "gpu.json.part"
+        part.write_text(json.dumps(self.values, indent=1) + "\n")
+        os.replace(part, self._out / "gpu.json")
+
+    def lines(self, phase: str) -> str:
+        """What a phase has shown, for a terminal; what failed comes last."""
+        shown, wrong = phase_lines(phase, self.values["phases_run"][phase])
+        return "\n".join([*shown, *wrong])
+
+    def summary(self) -> str:
+        """What failed in any phase, all floors, and the exit status."""
+        return "\n".join(_ending(self.values))
+
+
+def exit_code(phases: dict[str, dict[str, Any]]) -> int:
+    """0, or why not: a phase without an end, an error or a failed check; a floor that was missed or
+    not measured."""
+    for result in phases.values():
+        checks = result.get("checks", [])
+        missing = any(entry["required"] for entry in result.get("left_out", []))
+        if result["status"] != "done" or result["errors"] or missing:
+            return FAILED
+        if not all(check["passed"] for check in checks):
+            return FAILED
+    floors = [floor for result in phases.values() for floor in result["floors"]]
+    return 0 if all(floor["met"] for floor in floors) else MISSED
+
+
+def table(values: dict[str, Any]) -> str:
+    """All phases in lines for a terminal; what failed comes last."""
+    phases = values["phases_run"].items()
+    shown = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
+    return "\n".join([*shown, *_ending(values)])
+
+
+def _ending(values: dict[str, Any]) -> list[str]:
+    phases = values["phases_run"]
+    wrong = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
+    return [*wrong, f"exit status {exit_code(phases)}"]
+
+
+def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """A phase's results, and what failed of it with its floors."""
+    checks = result.get("checks", [])
+    passed = sum(check["passed"] for check in checks)
+    shown = [
+        f"{phase}: {result['status']}, {passed} of {len(checks)} checks, "
+        f"{result.get('wall_seconds', 0)} s"
+    ]
+    shown += [f"  {_line(m)}" for m in result.get("measurements", [])]
+    shown += [f"  left out: {o['name']}: {o['reason']}" for o in result.get("left_out", [])]
+    wrong = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
+    wrong += [
+        f"NOT SHOWN {phase} {o['name']}: {o['reason']}"
+        for o in result.get("left_out", [])
+        if o["required"]
+    ]
+    for floor in result.get("floors", []):
+        value = floor["reason"] if floor["value"] is None else _short(floor["value"])
+        met = "met" if floor["met"] else "MISSED"
+        wrong.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
+    for error in result.get("errors", []):
+        last = error["traceback"].strip().splitlines()[-1]
+        wrong.append(f"ERROR {phase} {error['name']}: {last}")
+    if result["status"] not in ("done", "failed"):
+        wrong.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
+    return shown, wrong
+
+
+def _line(entry: dict[str, Any]) -> str:
+    figures = [f"{k} {_short(v)}" for k, v in entry.items() if k not in ("name", "passed")]
+    return f"{entry['name']}: {', '.join(figures)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(values: dict[str, Any], path: Path) -> None:
+    """One picture: MFU of training steps, and decoding against the memory bound."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    training, decoding = figure.subplots(1, 2)
+    steps = _measurements(values, "P3", "mfu")
+    training.barh([m["name"] for m in steps], [100 * m["mfu"] for m in steps])
+    training.set(xlabel="model-FLOPs utilisation, % of the bf16 matrix rate", title="training")
+    speeds = _measurements(values, "P4", "frames_per_second")
+    names = [m["name"] for m in speeds]
+    decoding.barh(
+        names, [m["limit_frames_per_second"] for m in speeds], color="0.85", label="bound"
+    )
+    decoding.barh(names, [m["frames_per_second"] for m in speeds], height=0.5, label="measured")
+    decoding.set(xlabel="frames a second", title="decoding, against the memory bound")
+    for axis in (training, decoding):
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+    if speeds:
+        decoding.set_xscale("log")
+        decoding.legend()
+    card = (values["card"] or {}).get("name", "no card measured")
+    figure.suptitle(f"{card}, models of size {values['size']}")
+    figure.savefig(path, dpi=110)
+
+
+def _measurements(values: dict[str, Any], phase: str, with_figure: str) -> list[dict[str, Any]]:
+    found = values["phases_run"].get(phase, {}).get("measurements", [])
+    return [m for m in found if m.get(with_figure) is not None]
+
+
+def source_hash(root: Path) -> str:
+    """SHA-256 over all Python files: which code it was, where there is no git."""
+    digest = hashlib.sha256()
+    for folder in ("jobs", "model", "platform", "serve"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws the picture beside a `gpu.json`, and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="a gpu.json")
+    path = parser.parse_args(argv).results
+    values = json.loads(path.read_text())
+    draw(values, path.with_suffix(".png"))
+    sys.stdout.write(table(values) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What this repository does on a card with CUDA: is it right, and how fast is it?
+
+    python3 jobs/bench/gpu/run.py --out gpu            P0, P1, P3, P4 in five minutes
+    python3 jobs/bench/gpu/run.py --phases all --out gpu                in nine
+    python3 jobs/bench/gpu/run.py --device cpu --quick --out gpu   the code, not the speed
+
+For a machine with an NVIDIA card, Python 3.12, torch 2.11 or newer, numpy, safetensors and pyarrow,
+without Ray, network or installation; what else is imported is carried as wheels (`make
+gpu-wheels`, docs/gpu.md). Each phase is a process of its own with a limit of time, and its result
+is in OUT/gpu.json as it is measured; OUT/gpu.log has what the phases printed.
+
+Exit status: 0 when every check held; 1 when one failed, or a phase raised, broke off or ran out of
+time before its checks; 3 when all checks held and a floor of speed was missed; 2 for a wrong
+command.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from valle.jobs.bench.gpu.plan import Schedule
+    from valle.jobs.bench.gpu.report import Results
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "valle.jobs.bench.gpu.run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the phases in turn; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("valle") is None:
+        # `python3 jobs/bench/gpu/run.py` where nothing is installed: as a module, from the root
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments])
+    return bench(arguments)
+
+
+def bench(argv: Sequence[str]) -> int:
+    """The command proper, once the package is importable."""
+    from valle.jobs.bench.gpu import report
+    from valle.jobs.bench.gpu.plan import schedule
+
+    arguments = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    phases: tuple[str, ...] = arguments.phases
+    times = schedule(phases).scaled(arguments.time_scale)
+    ends = time.time() + times.total
+    out: Path = arguments.out
+    results = report.Results(
+        out, about={
+            "device": arguments.device, "size": arguments.size, "quick": arguments.quick,
+            "phases": list(phases), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "source_sha256": report.source_hash(ROOT),
+        },
+    )  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="valle-gpu-", ignore_cleanup_errors=True) as name,
+        (out / "gpu.log").open("wb") as log,
+    ):
+        scratch = Path(name)
+        try:
+            for phase in phases:
+                result = run_or_skip(phase, arguments, results, times, ends, scratch, log)
+                results.add(phase, result)
+                print(results.lines(phase), flush=True)
+                if result["status"] == "stopped":
+                    break
+        except Stopped as error:  # between two phases
+            for phase in [name for name in phases if name not in results.values["phases_run"]][:1]:
+                results.add(phase, {"status": "stopped", "reason": f"before it began: {error}"})
+    results.finish()
+    print(results.summary())
+    return results.exit_code
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, with defaults filled in."""
+    from valle.jobs.bench.gpu.plan import DEFAULT, PHASES, SIZES
+
+    parser = argparse.ArgumentParser(
+        prog="bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--phases", default=",".join(DEFAULT), help=f"of {', '.join(PHASES)}; `all` (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--size", choices=SIZES, help="of the models whose speed is measured (full; quick: tiny)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: the code, not the speed")
+    parser.add_argument(
+        "--time-scale", type=float, default=1.0, help="factor on all limits of time (%(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    names = list(PHASES) if arguments.phases == "all" else arguments.phases.split(",")
+    unknown = [name for name in names if name not in PHASES]
+    if unknown:
+        parser.error(f"--phases: {', '.join(unknown)} is none of {', '.join(PHASES)}, all")
+    arguments.phases = tuple(dict.fromkeys(names))
+    arguments.size = arguments.size or ("tiny" if arguments.quick else "full")
+    arguments.out = arguments.out.absolute()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu.log").touch()
+    except OSError as error:
+        parser.error(f"--out: cannot write there ({error})")
+    return arguments
+
+
+def run_or_skip(
+    phase: str, arguments: argparse.Namespace, results: "Results", times: "Schedule", ends: float,
+    scratch: Path, log: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A phase's result; what it has measured is in `results` before. `ends`: Unix time at which the
+    last phase is to be through."""
+    from valle.jobs.bench.gpu.plan import PHASES
+
+    limit = times.limit(arguments.phases, phase, ends - time.time())
+    if limit < 1:
+        return {"status": "skipped", "reason": "no time was left"}
+    print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
+    show = partial(results.add, phase)
+    return run_phase(phase, arguments, results.card, limit, scratch, log, show)
+
+
+class Stopped(Exception):
+    """The command was told to stop."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+def run_phase(
+    phase: str, arguments: argparse.Namespace, card: dict[str, Any] | None, limit: float,
+    scratch: Path, log: Any, show: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A phase's result, whatever became of its process; `show` is given what it has measured so
+    far, now and then: the machine may be taken away at any moment."""
+    from valle.jobs.bench.gpu.plan import GRACE, PHASES
+
+    path = scratch / f"{phase}.json"
+    started = time.time()
+    command = [
+        sys.executable, "-m", "valle.jobs.bench.gpu.phase", phase, "--result", str(path),
+        "--deadline", str(started + limit), "--device", arguments.device,
+        "--size", arguments.size, "--scratch", str(scratch),
+    ]  # fmt: skip
+    command += ["--card", json.dumps(card)] if card else []
+    command += ["--quick"] if arguments.quick else []
+    log.write(f"==> {phase}\n".encode())
+    log.flush()
+    begins = log.tell()
+    # a session of its own: what it starts (compilers' workers) ends with it
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        env={**phase_environment(arguments.device, scratch), **PHASES[phase].environment},
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        code = wait(process, started + limit + GRACE, path, show)
+        status, reason = "crashed", f"the process ended with status {code}"
+    except subprocess.TimeoutExpired:
+        status, reason = "killed", f"it went on {GRACE:.0f} s after its time"
+    except Stopped as error:
+        status, reason = "stopped", f"the command was told to stop: {error}"
+    finally:
+        end_session(process)
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if status == "stopped" or result.get("status") not in ("done", "failed"):
+        result |= {"status": status, "reason": reason, "log": log_tail(Path(log.name), begins)}
+    return result | {"wall_seconds": round(time.time() - started, 1)}
+
+
+def wait(
+    process: "subprocess.Popen[bytes]", until: float, path: Path,
+    show: Callable[[dict[str, Any]], None], every: float = 1.0,
+) -> int:  # fmt: skip
+    """A phase's exit status; shows its file meanwhile, whenever there is a new one. Raises
+    TimeoutExpired when the process is still there at the Unix time `until`."""
+    seen = 0
+    while True:
+        try:
+            return process.wait(max(0.0, min(every, until - time.time())))
+        except subprocess.TimeoutExpired:
+            if path.exists() and (changed := path.stat().st_mtime_ns) != seen:
+                seen = changed
+                show(json.loads(path.read_text()))
+            if time.time() >= until:
+                raise
+
+
+def end_session(process: "subprocess.Popen[bytes]") -> None:
+    """Kills what is left of a phase's own process group, which is never this one."""
+    with contextlib.suppress(ProcessLookupError):  # all of it had ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def phase_environment(device: str, scratch: Path) -> dict[str, str]:
+    """Caches in a folder that can be written, and one worker for torch.distributed."""
+    from valle.platform import settings
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return settings.environment(
+        VALLE_HOME=str(scratch), VALLE_CACHE=str(scratch / "cache"),
+        TORCHINDUCTOR_CACHE_DIR=str(scratch / "inductor"), TRITON_CACHE_DIR=str(scratch / "triton"),
+        TORCH_EXTENSIONS_DIR=str(scratch / "extensions"), MPLCONFIGDIR=str(scratch / "matplotlib"),
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        NCCL_SOCKET_IFNAME="lo", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR=device,
+        PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1",
+    )  # fmt: skip
+
+
+def log_tail(path: Path, begins: int, n_bytes: int = 4000) -> str:
+    """The end of what a phase printed, of which the first byte is number `begins` of the file."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(begins, size - n_bytes))
+        return file.read().decode(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

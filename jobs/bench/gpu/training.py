@@ -1,0 +1,284 @@
+"""P3, training steps as `jobs/train.py` makes them: how fast, and where the time goes.
+
+A made dataset goes through the real loader; a step is the real backend's. Utilisation counts the
+operations that the model needs for its content, padding left out, forward and backward (three times
+the forward pass), per row of S positions, of which P are prompt and T response:
+
+    6 * 12 N D^2 * S    matrices of N layers of width D: query, key, value 3, out 1, feed-forward 8
+    12 N D * pairs      scores and mixtures; pairs that see each other: S^2 / 2 where causal (AR),
+                        S^2 - P (S - P) where all but the prompt see everything (NAR)
+    6 * D * V * T       the head over V classes
+
+against the bf16 matrix rate, in every precision: a float32 step at 5 % is that much of what the
+card can do. `mfu` refers to the rate that P0 measured, `mfu_data_sheet` to the manufacturer's, of
+which P0's is about four fifths.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import torch
+
+from valle.jobs.bench.gpu import attention, compiling, samples, timing
+from valle.jobs.bench.gpu.parallel import CODEC
+from valle.jobs.bench.gpu.record import Bench
+from valle.jobs.training import backends
+from valle.jobs.training.loader import Loader
+from valle.jobs.training.objective import (
+    Optimization,
+    cut_responses,
+    draw_levels,
+    drop_conditions,
+    seed_step,
+)
+from valle.jobs.training.sampler import Batching
+from valle.model.config import Kind, ModelConfig
+from valle.model.sequence import Batch
+from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, N_CODEBOOKS
+from valle.platform import dataset
+from valle.platform.checkpoint import TrainState
+from valle.platform.dataset import Statistics, TokenDataset
+
+KINDS: Final[tuple[Kind, ...]] = ("ar", "nar")
+MODES: Final = ("fp32", "TF32", "bf16", "bf16 + compile")
+TOKENS: Final = (4_000, 32_000, 64_000)
+FLOOR_TOKENS = 32_000
+CONDITION_DROPOUT, BEGINNINGS = 0.1, 0.25
+"""As recipes have them."""
+
+FLOOR_NAME, FLOOR = "MFU of ar, bf16, compiled, 32,000 tokens", 0.15
+"""Against P0's rate."""
+
+WARM, MOST, LEAST_SECONDS = 3, 8, 3.0
+"""Steps before the clock, steps under it, and the time after which fewer will do."""
+
+PRODUCTS_SHARE: Final = {"fp32": 0.8, "TF32": 0.3, "bf16": 0.15, "bf16 + compile": 0.2}
+"""Least share of the time that matrix products are expected to take, to know what a case needs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement."""
+
+    kind: Kind
+    tokens: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.kind} {self.tokens} {self.mode}"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its blocks are."""
+        return self.mode.endswith("compile")
+
+    def seconds(self, bench: Bench) -> float:
+        """What it needs: twelve steps and a start; and compiling, which takes less where the same
+        model has been compiled before."""
+        card, config = bench.card, bench.config
+        peak = {"fp32": card.fp32_flops, "TF32": card.tf32_flops}.get(self.mode, card.bf16_flops)
+        flops = 12 * self.tokens * 80 * config.n_layers * config.width**2
+        needed = flops / (peak * PRODUCTS_SHARE[self.mode]) + 3
+        if not self.compiled:
+            return needed
+        if bench.quick:
+            return needed + compiling.QUICK_SECONDS
+        anew = self.tokens == FLOOR_TOKENS
+        return needed + (compiling.FIRST_SECONDS if anew else compiling.AGAIN_SECONDS)
+
+
+def cases(quick: bool, on_card: bool) -> list[Case]:
+    """All combinations, those first that say most: time may end before they do."""
+    if quick:
+        eager = [Case(kind, 600, mode) for kind in KINDS for mode in ("fp32", "bf16")]
+        return [*eager, Case("ar", 600, "bf16 + compile")] if on_card else eager
+    small, middle, large = TOKENS
+    eager_modes, compiled = MODES[:-1], MODES[-1]
+    return [
+        Case("ar", middle, "bf16"),
+        Case("ar", middle, compiled),
+        *(
+            case
+            for mode in reversed(eager_modes)
+            for tokens in (middle, small)
+            for kind in KINDS
+            if (case := Case(kind, tokens, mode)) != Case("ar", middle, "bf16")
+        ),
+        Case("nar", middle, compiled),
+        *(Case(kind, small, compiled) for kind in KINDS),
+        *(Case(kind, large, mode) for mode in reversed(MODES) for kind in KINDS),
+    ]
+
+
+def run(bench: Bench) -> None:
+    """All cases; packed attention, whose kernel could break the card's context, after the first of
+    them."""
+    record = bench.record
+    if not bench.quick:
+        record.expect_floor(FLOOR_NAME, FLOOR)
+    loader = make_loader(bench)
+    todo = cases(bench.quick, bench.on_card)
+    missing = compiling.missing(bench.device) if any(case.compiled for case in todo) else None
+    for number, case in enumerate(todo):
+        if number == 2:
+            record.attempt("varlen_attn", partial(attention.compare, bench), 5)
+        if case.compiled and missing is not None:
+            record.leave_out(case.name, missing)
+            continue
+        record.attempt(case.name, partial(measure, bench, loader, case), case.seconds(bench))
+
+
+def make_loader(bench: Bench) -> Loader:
+    """The training job's loader over utterances like LibriTTS's: two to twenty seconds, eleven on
+    average, a phoneme for four frames."""
+    generator = np.random.default_rng(0)
+    count, scale = (60, 0.05) if bench.quick else (1000, 1.0)
+    seconds = np.clip(generator.lognormal(np.log(10), 0.4, count), 2, 20) * scale
+    rows = []
+    for number, frames in enumerate((seconds * FRAME_RATE).astype(int).tolist()):
+        rows.append(
+            {
+                "id": f"u{number:05d}", "speaker": f"s{number // 20}", "language": "en-us",
+                "text": "", "phonemes": generator.integers(2, 100, max(1, frames // 4)).tolist(),
+                "codes": samples.random_codes(generator, N_CODEBOOKS, frames), "frames": frames,
+                "source": "made",
+            }
+        )  # fmt: skip
+    uri, statistics, shards = str(bench.scratch / "tokens"), Statistics(), []
+    for start in range(0, count, 250):
+        table = dataset.table(rows[start : start + 250])
+        statistics.add(table)
+        shards.append(dataset.write_shard(uri, f"part{start}", table))
+    dataset.write_manifest(uri, CODEC, shards, statistics)
+    return Loader(
+        TokenDataset(uri, bench.scratch / "cache"), prompt_seconds=3.0 * scale, held_out=10, seed=0
+    )
+
+
+def measure(bench: Bench, loader: Loader, case: Case) -> None:
+    """Steps of one case, compiled or not."""
+    if not case.compiled:
+        measure_steps(bench, loader, case)
+        return
+    with compiling.strict() as compilations:
+        measure_steps(bench, loader, case, compilations)
+
+
+def measure_steps(
+    bench: Bench, loader: Loader, case: Case, compilations: compiling.Compilations | None = None
+) -> None:
+    """Steps of one case, and a last one in which waits are counted."""
+    device, config = bench.device, bench.config
+    timing.allow_tf32(matmul=case.mode == "TF32", convolution=False)
+    timing.reset_peak(device)
+    model = samples.build(case.kind, config, device)
+    if case.compiled:
+        model.transformer.compile(dynamic=True)
+    backend = backends.DDP(model, Optimization(), device, case.mode.startswith("bf16"))
+    model.train()
+    stream = prepared(loader, case, config)
+    begun = time.perf_counter()
+    for step in range(WARM):
+        take_step(backend, *next(stream), step)
+    timing.synchronize(device)
+    warm_seconds = time.perf_counter() - begun
+    batches: list[Batch] = []
+    loader_seconds = 0.0
+    started = time.perf_counter()
+    for step in range(MOST):
+        before = time.perf_counter()
+        batch, level = next(stream)
+        loader_seconds += time.perf_counter() - before
+        loss = take_step(backend, batch, level, step)
+        batches.append(batch)
+        if time.perf_counter() - started > LEAST_SECONDS and step >= 2:
+            break
+    timing.synchronize(device)
+    seconds = time.perf_counter() - started
+    totals, steps = Totals.of(case.kind, config, batches), len(batches)
+    rate, data_sheet = totals.flops / seconds, bench.card.data_sheet
+    bench.record.measurement(
+        case.name, milliseconds=1000 * seconds / steps, mfu=rate / bench.card.bf16_flops,
+        mfu_data_sheet=None if data_sheet is None else rate / data_sheet,
+        tokens_per_second=totals.tokens / seconds, tokens_per_step=totals.tokens / steps,
+        rows_per_step=totals.rows / steps, peak_gigabytes=timing.peak_gigabytes(device),
+        padding=1 - totals.tokens / totals.padded, loader_share=loader_seconds / seconds,
+        steps=steps, warm_up_seconds=warm_seconds,
+        graphs_traced=None if compilations is None else compilations.graphs,
+    )  # fmt: skip
+    if case == Case("ar", FLOOR_TOKENS, "bf16 + compile"):
+        bench.record.floor(FLOOR_NAME, rate / bench.card.bf16_flops)
+    value = loss.item()
+    bench.record.check(f"{case.name}: the loss is a number", math.isfinite(value), loss=value)
+    batch, level = next(stream)
+    copies = timing.count_syncs(device, lambda: (batch.to(device), level.to(device)))
+    syncs = timing.count_syncs(device, lambda: take_step(backend, batch, level, 0))
+    bench.record.measurement(
+        f"{case.name}: waits for the card", per_step=syncs, of_these_copies=copies
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some batches."""
+
+    flops: float
+    rows: int
+    tokens: int
+    padded: int
+    """Positions with padding."""
+
+    @classmethod
+    def of(cls, kind: Kind, config: ModelConfig, batches: list[Batch]) -> "Totals":
+        """Of a model's steps over them."""
+        return cls(
+            flops=sum(model_flops(kind, config, batch) for batch in batches),
+            rows=sum(len(batch.frames) for batch in batches),
+            tokens=sum(batch.n_tokens for batch in batches),
+            padded=sum(batch.n_padded for batch in batches),
+        )
+
+
+def prepared(
+    loader: Loader, case: Case, config: ModelConfig
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Batches and levels on the CPU, as the training loop prepares them."""
+    # tokens alone bound a batch: a bound on rows would leave large ones half empty
+    batching = Batching(tokens=case.tokens, max_utterances=10**6)
+    for _, number, batch in loader.batches(batching, TrainState(), 0, 1):
+        key = f"bench/{number}"
+        level = draw_levels(len(batch.frames), N_CODEBOOKS, key)
+        batch = drop_conditions(batch, key, CONDITION_DROPOUT)
+        if case.kind == "nar":
+            batch = cut_responses(batch, key, BEGINNINGS, config.frames_per_phoneme)
+        yield batch, level
+
+
+def take_step(
+    backend: backends.Backend, batch: Batch, level: torch.Tensor, step: int
+) -> torch.Tensor:
+    """One update; returns the loss, still on the device."""
+    device = next(backend.model.parameters()).device
+    seed_step(f"bench/{step}")
+    loss, _ = backend.step(batch.to(device), level.to(device), 1e-5)
+    return loss.loss.detach()
+
+
+def model_flops(kind: Kind, config: ModelConfig, batch: Batch) -> float:
+    """Floating-point operations of a step; the formula is above."""
+    group = config.group if kind == "ar" else 1
+    prompt = (batch.prompt_frames // group).double()
+    response = batch.frames.double()
+    positions = batch.phoneme_lengths + prompt + batch.frames // group + 2
+    matrices = 6 * 12 * config.n_layers * config.width**2 * positions
+    pairs = positions**2 / 2 if kind == "ar" else positions**2 - prompt * (positions - prompt)
+    classes = CODEBOOK_SIZE + 1 if kind == "ar" else CODEBOOK_SIZE
+    head = 6 * config.width * classes * (response + 1 if kind == "ar" else response)
+    return float((matrices + 12 * config.n_layers * config.width * pairs + head).sum())

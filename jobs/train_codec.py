@@ -1,0 +1,296 @@
+"""Trains a narrow EnCodec on a folder of speech, on Ray Train.
+
+Resumable: the same run goes on from its last checkpoint. At the end (and at each checkpoint) the
+codec is exported to `out`, ready for `prepare`.
+"""
+
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import dacite
+import numpy as np
+import torch
+from torch import Tensor
+
+from valle.model.codec import encodec
+from valle.model.codec.encodec import CodecConfig
+from valle.model.codec.encodec_training import CodecLoss, CodecTrainee
+from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
+from valle.platform import recipe, resources, storage
+from valle.platform.capacity import Cluster
+from valle.platform.cluster import connect
+from valle.platform.progress import progress
+from valle.platform.resources import Placement, Share
+
+INITIAL_CROPS: Final = 800
+"""Crops from which convolutions, features and codebooks get their first values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecRecipe:
+    """One training run of a codec."""
+
+    data: str
+    """Local folder of 24 kHz wavs, one folder per speaker (what `corpus` makes)."""
+
+    out: str
+    """Folder for the exported codec (`model.safetensors`, `config.json`)."""
+
+    run: str = "codec"
+    """Name of the run; the same name resumes it."""
+
+    held_out_speakers: tuple[str, ...] = ()
+    """Folders never trained on."""
+
+    held_out_every: int = 10
+    """Of the other speakers, each n-th recording is kept for validation."""
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """Size of the network."""
+
+    loss: CodecLoss = field(default_factory=CodecLoss)
+    """Loss terms and quantiser."""
+
+    steps: int = 20_000
+    """Optimizer steps in all."""
+
+    batch: int = 8
+    """Crops per step and worker."""
+
+    crop_seconds: float = 1.0
+    """Length of a crop."""
+
+    learning_rate: float = 1e-3
+    """Peak of AdamW's rate: linear warm-up, then cosine to zero."""
+
+    warmup: int = 200
+    """Steps of warm-up."""
+
+    clip: float = 1.0
+    """Bound on the gradient's norm."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints, validation and export."""
+
+    workers: int = 1
+    """Data-parallel workers."""
+
+    threads: int = 2
+    """Torch threads per worker on a CPU, and the cores that are set aside for it where
+    `placement.cpus_per_worker` does not say."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU, and how much of one each worker takes."""
+
+    seed: int = 0
+    """Crops, revival of codebook entries, initial weights."""
+
+
+class Crops:
+    """Random crops from a list of wav files, the same for the same (seed, step, rank)."""
+
+    def __init__(self, files: Sequence[Path], seconds: float) -> None:
+        import soundfile
+
+        self._files = files
+        self._frames = [soundfile.info(file).frames for file in files]
+        self._length = int(seconds * SAMPLE_RATE)
+
+    def batch(self, size: int, seed: str) -> Tensor:
+        """`[size, samples]`; long recordings are drawn more often, short ones padded."""
+        import soundfile
+
+        chosen = random.Random(seed)
+        waves = torch.zeros(size, self._length)
+        for row, index in enumerate(chosen.choices(range(len(self._files)), self._frames, k=size)):
+            start = chosen.randint(0, max(0, self._frames[index] - self._length))
+            crop, _ = soundfile.read(
+                self._files[index], frames=self._length, start=start, dtype="float32"
+            )
+            waves[row, : len(crop)] = torch.from_numpy(crop) * chosen.uniform(0.6, 1.0)
+        return waves
+
+
+def split(chosen: CodecRecipe) -> tuple[list[Path], list[Path]]:
+    """Training and validation files."""
+    root = Path(chosen.data)
+    files = [
+        root / name
+        for name in storage.list_files(str(root), (".wav",))
+        if name.split("/")[0] not in chosen.held_out_speakers
+    ]
+    if len(files) < chosen.held_out_every:
+        raise ValueError(f"data: only {len(files)} wav files below {root}")
+    validation = files[:: chosen.held_out_every]
+    return sorted(set(files) - set(validation)), validation
+
+
+def learning_rate(chosen: CodecRecipe, step: int) -> float:
+    """Linear warm-up, cosine to zero."""
+    warm = min(1.0, (step + 1) / chosen.warmup)
+    progressed = min(1.0, step / chosen.steps)
+    return chosen.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progressed))
+
+
+def train(values: dict[str, Any]) -> None:
+    """The loop of one worker; `values` is the recipe as a dictionary."""
+    import ray.train
+    from torch.nn.parallel import DistributedDataParallel
+
+    chosen = dacite.from_dict(CodecRecipe, values, dacite.Config(cast=[tuple, float]))
+    rank = ray.train.get_context().get_world_rank()
+    device = resources.train_device()
+    if device.type == "cpu":
+        torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
+    training, validation = split(chosen)
+    crops, held_out = (Crops(files, chosen.crop_seconds) for files in (training, validation))
+
+    trainee = CodecTrainee(encodec.build(chosen.codec), chosen.loss).to(device)
+    start = 0
+    optimizer = torch.optim.AdamW(
+        trainee.model.parameters(), chosen.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
+        trainee.load_state_dict(state["trainee"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = int(state["step"])
+    else:
+        sample = crops.batch(INITIAL_CROPS, f"{chosen.seed}/init").to(device)
+        per_step = chosen.workers * chosen.batch * int(chosen.crop_seconds * FRAME_RATE)
+        trainee.initialise(sample, per_step, chosen.seed)
+    # DDP averages gradients; codebooks are buffers, kept equal by the quantiser itself
+    module = (
+        DistributedDataParallel(trainee, forward_sync_buffers=False)
+        if ray.train.get_context().get_world_size() > 1
+        else trainee
+    )
+
+    bar = progress(total=chosen.steps, label="codec", unit="step", initial=start, shown=rank == 0)
+    averages: dict[str, float] = {}
+    begun = time.monotonic()
+    for step in range(start, chosen.steps):
+        key = f"{chosen.seed}/{step}"
+        waves = crops.batch(chosen.batch, f"{key}/{rank}").to(device)
+        generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(chosen, step)
+        loss, terms = module(waves, step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), chosen.clip)
+        optimizer.step()
+
+        for name, value in terms.items():
+            averages[name] = 0.99 * averages.get(name, value.item()) + 0.01 * value.item()
+        bar.update()
+        if (step + 1) % chosen.checkpoint_every == 0 or step + 1 == chosen.steps:
+            metrics = {name: round(value, 4) for name, value in averages.items()}
+            metrics |= {"step": step + 1, "minutes": round((time.monotonic() - begun) / 60, 1)}
+            metrics["validation_mel"] = round(validate(trainee, held_out, chosen), 4)
+            _report(trainee, optimizer, chosen, metrics, rank)
+
+
+@torch.no_grad()
+def validate(trainee: CodecTrainee, held_out: Crops, chosen: CodecRecipe) -> float:
+    """Mel distance through the quantiser on crops never trained on."""
+    model = trainee.model
+    total = 0.0
+    for number in range(4):
+        waves = held_out.batch(chosen.batch, f"validation/{number}")
+        z = model.encoder(waves[:, None].to(next(model.parameters()).device))
+        z = model.quantizer.vq.decode(model.quantizer.vq.encode(z))
+        total += trainee.mel(model.decoder(z)[:, 0], waves.to(z.device)).item()
+    return total / 4
+
+
+def _report(
+    trainee: CodecTrainee,
+    optimizer: torch.optim.Optimizer,
+    chosen: CodecRecipe,
+    metrics: dict[str, Any],
+    rank: int,
+) -> None:
+    """Checkpoint (rank 0 writes), export, and one line of JSON in the training log."""
+    import ray.train
+    from ray.train import Checkpoint
+
+    if rank > 0:
+        ray.train.report(metrics)
+        return
+    out = Path(chosen.out)
+    encodec.save(trainee.model, chosen.codec, out)
+    with (out / "training.jsonl").open("a") as log:
+        log.write(json.dumps(metrics) + "\n")
+    folder = tempfile.mkdtemp()
+    state = {
+        "trainee": trainee.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": metrics["step"],
+    }
+    torch.save(state, Path(folder) / "state.pt")
+    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def share_of(chosen: CodecRecipe, cluster: Cluster | None = None) -> Share:
+    """A worker's share of the connected cluster, or of `cluster`."""
+    return resources.resolve(
+        chosen.placement, "codec", cpus=chosen.threads, workers=chosen.workers, cluster=cluster
+    )
+
+
+def fit(chosen: CodecRecipe) -> None:
+    """Runs the training on the connected cluster.
+
+    Raises ValueError before anything starts when the cluster will never hold the workers.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
+
+    share = share_of(chosen)
+    scaling, processes = share.training(chosen.workers)
+    trainer = TorchTrainer(
+        train,
+        train_loop_config=asdict(chosen),
+        scaling_config=scaling,
+        torch_config=processes,
+        run_config=RunConfig(
+            name=chosen.run,
+            storage_path=storage.absolute("runs"),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    )
+    trainer.fit()
+
+
+def codebook_use(codes: Sequence[np.ndarray]) -> list[float]:
+    """Share of the 1024 entries that a set of codes touches, per codebook."""
+    stacked = np.concatenate(codes, axis=1)
+    return [len(np.unique(book)) / CODEBOOK_SIZE for book in stacked]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `python -m valle.jobs.train_codec --recipe codec`."""
+    chosen = recipe.parse_arguments(argv, "codec", CodecRecipe, __doc__ or "")
+    # workers start in folders of their own: paths are fixed here, on the driver
+    chosen = replace(chosen, data=storage.absolute(chosen.data), out=storage.absolute(chosen.out))
+    split(chosen)  # a missing corpus is better noticed before Ray starts
+    with recipe.reported(), connect():
+        fit(chosen)
+    print(f"codec: exported to {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What a training run is told: the fields of a recipe's `train` section, checked."""
+
+from dataclasses import asdict, dataclass, field, replace
+
+from valle.jobs.training.objective import Optimization
+from valle.jobs.training.sampler import Batching
+from valle.jobs.training.validation import QuickCheck
+from valle.model.config import SIZES, Kind, ModelConfig
+from valle.platform import registry, storage
+from valle.platform.resources import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A preset and what differs from it."""
+
+    size: str = "nano"
+    """nano (256 wide, 6 layers), quarter, half or full (12 layers; 256, 512, 1024 wide)."""
+
+    width: int | None = None
+    """Instead of the preset's."""
+
+    n_heads: int | None = None
+    """Instead of the preset's."""
+
+    n_layers: int | None = None
+    """Instead of the preset's."""
+
+    dropout: float | None = None
+    """Instead of the preset's."""
+
+    group: int | None = None
+    """Frames per step of the AR model, instead of 1; the NAR model takes no notice of it."""
+
+    frames_per_phoneme: float | None = None
+    """Instead of the preset's 4, which is about right at 75 frames a second."""
+
+    def resolve(self) -> ModelConfig:
+        """The architecture."""
+        if self.size not in SIZES:
+            raise ValueError(f"model.size: {self.size!r} is none of {sorted(SIZES)}")
+        changes = {k: v for k, v in asdict(self).items() if k != "size" and v is not None}
+        return replace(SIZES[self.size], **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """One training run."""
+
+    data: str
+    """Folder or URI of the token dataset."""
+
+    run: str
+    """Name of the run. The same name resumes; the models are kept as `{run}-ar` and `{run}-nar`."""
+
+    storage: str = "runs"
+    """Folder or URI for checkpoints."""
+
+    models: tuple[Kind, ...] = ("ar", "nar")
+    """What to train, in this order."""
+
+    model: Size = field(default_factory=Size)
+    """Architecture of both."""
+
+    steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
+    """Optimizer steps of each model."""
+
+    warm_start: dict[str, str] = field(default_factory=dict)
+    """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with, or
+    `nano`, the shipped model. Optimizer state is not taken over: the schedule warms up again."""
+
+    optimization: Optimization = field(default_factory=Optimization)
+    """AdamW and its schedule."""
+
+    batching: Batching = field(default_factory=Batching)
+    """Token budget per worker."""
+
+    prompt_seconds: float = 3.0
+    """Longest prompt; each utterance gets a random piece of another one by its speaker."""
+
+    shortest_prompt: float | None = None
+    """The length of a batch's prompts is drawn between this and `prompt_seconds`, so that the
+    models know short ones and cost less to train; None: always `prompt_seconds`."""
+
+    utterances_per_speaker: int | None = None
+    """An epoch takes at most so many of a speaker, others each time, so that a few who said most
+    of it do not stand for everyone; None: all."""
+
+    level_emphasis: float = 0.0
+    """How much more often the NAR model is asked for low codebooks, which carry the words: level k
+    is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
+
+    condition_dropout: float = 0.1
+    """Share of the utterances that are learnt without text and prompt, for a model that is to be
+    spoken with a `guidance_scale` above 1; the paper has none."""
+
+    beginnings: float = 0.25
+    """Share of the utterances of which the NAR model is shown, and asked for, only the beginning:
+    for streaming inside a sentence (`chunked`); the paper has none. Batches stay as wide as they
+    were planned, so that `train/padding` rises with it."""
+
+    validation_utterances: int = 64
+    """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
+
+    backend: str = "ddp"
+    """ddp or deepspeed."""
+
+    zero_stage: int = 1
+    """DeepSpeed's: 1 shards optimizer states, 2 gradients too, 3 weights too."""
+
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast with ddp)."""
+
+    compile: bool = False
+    """torch.compile for the transformer: a minute at the start and a C++ compiler, for steps that
+    take a quarter less time on a CPU. Not run on a GPU."""
+
+    workers: int = 1
+    """Data-parallel workers."""
+
+    threads: int = 1
+    """Torch threads per worker on a CPU, and the cores that are set aside for it where
+    `placement.cpus_per_worker` does not say."""
+
+    placement: Placement = field(default_factory=Placement)
+    """CPU or GPU, and how much of one each worker takes."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; each comes with validation and samples."""
+
+    log_every: int = 20
+    """Steps between training metrics."""
+
+    keep_checkpoints: int = 2
+    """Older ones are deleted; with a quick check, all but the best and the last."""
+
+    samples: int = 2
+    """Validation sentences spoken at each checkpoint (codes of the data stand in for the model
+    that is not being trained)."""
+
+    codec: str = "nano"
+    """Decodes the samples; must be the dataset's codec."""
+
+    quick_check: QuickCheck | None = None
+    """A few sentences spoken and read back at some checkpoints; the best by word error rate is
+    kept, and `publish` takes it."""
+
+    max_failures: int = 2
+    """Worker losses survived before the run gives up."""
+
+    seed: int = 0
+    """Initial weights, order of the data, prompts, levels, hidden conditions, dropout."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("backend", self.backend, ("ddp", "deepspeed")),
+            ("precision", self.precision, ("fp32", "bf16")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is none of {known}")
+        if self.shortest_prompt is not None and not 0 < self.shortest_prompt <= self.prompt_seconds:
+            raise ValueError(
+                f"shortest_prompt: {self.shortest_prompt} is not in (0, {self.prompt_seconds}]"
+            )
+        if self.utterances_per_speaker is not None and self.utterances_per_speaker < 1:
+            raise ValueError(f"utterances_per_speaker: {self.utterances_per_speaker} is below 1")
+        if self.level_emphasis < 0:
+            raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout: {self.condition_dropout} is not in [0, 1)")
+        if not 0 <= self.beginnings < 1:
+            raise ValueError(f"beginnings: {self.beginnings} is not in [0, 1)")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
+        shared = self.placement.gpus_per_worker < 1 and self.placement.accelerator != "cpu"
+        if self.backend == "deepspeed" and shared and self.workers > 1:
+            raise ValueError(
+                "placement.gpus_per_worker: DeepSpeed's workers need a whole GPU each, since NCCL "
+                "lets no two share one; set 1, or backend=ddp"
+            )
+        if unknown := sorted(set(self.warm_start) - {"ar", "nar"}):
+            raise ValueError(f"warm_start: {unknown[0]!r} is none of ar, nar")
+        for kind in self.models:
+            if kind not in ("ar", "nar") or self.steps.get(kind, 0) < 1:
+                raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
+        if self.quick_check and self.quick_check.every % self.checkpoint_every:
+            raise ValueError("quick_check.every: must be a multiple of checkpoint_every")
+        self.model.resolve()
+
+
+def warm_source(chosen: TrainRecipe, kind: Kind) -> str:
+    """Where the weights come from that a new run begins with; `nano` comes with the code."""
+    source = chosen.warm_start[kind]
+    return str(registry.SHIPPED / kind) if source == "nano" else storage.absolute(source)

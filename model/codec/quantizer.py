@@ -1,0 +1,333 @@
+"""nano 2's quantiser: vocoder features to residual codes and back.
+
+A recording's features (20 values every 10 ms: Bark cepstra, pitch, voicing) go through an encoder
+of convolutions, a residual vector quantiser at the codec's frame rate, and a decoder of
+convolutions back to features, which the vocoder makes audible. Neighbouring frames help each
+other, so that eight codebooks keep what independent frames would need far more for.
+
+The encoder sees the whole recording. The decoder is causal but for `lookahead` frames, so that it
+runs while codes are still being made; its state between calls is a value (`DecoderState`).
+
+Shapes: B batch, S features (100 a second), T frames (`frame_rate` a second), Q codebooks,
+W width, D dimension of the quantised space.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from valle.model.codec.encodec import ensure_torchaudio
+
+if TYPE_CHECKING:
+    from encodec.quantization.core_vq import EuclideanCodebook
+
+N_FEATURES: Final = 20
+FEATURE_RATE: Final = 100
+"""Feature vectors a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """Rates and sizes of a quantiser."""
+
+    frame_rate: int = 50
+    """Frames a second: 100, 75, 50 or 25."""
+
+    n_codebooks: int = 8
+    """Residual codebooks; fewer may be used, the first ones."""
+
+    codebook_size: int = 1024
+    """Entries of each."""
+
+    dimension: int = 48
+    """Width of the quantised space."""
+
+    width: int = 192
+    """Channels of the convolutions."""
+
+    blocks: int = 2
+    """Residual blocks before and after each change of rate, in encoder and decoder."""
+
+    lookahead: int = 1
+    """Frames that the decoder sees beyond the one it decodes."""
+
+    def __post_init__(self) -> None:
+        if self.frame_rate not in (100, 75, 50, 25):
+            raise ValueError(f"frame_rate: {self.frame_rate} is none of 100, 75, 50, 25")
+        if not 0 <= self.lookahead < KERNEL:
+            raise ValueError(f"lookahead: {self.lookahead} is not in 0 .. {KERNEL - 1}")
+
+    @property
+    def features_per_block(self) -> int:
+        """Features that become one block of frames: the smallest whole ratio of the rates."""
+        return Fraction(FEATURE_RATE, self.frame_rate).numerator
+
+    @property
+    def frames_per_block(self) -> int:
+        """Frames of a block: 1, but 3 at 75 a second."""
+        return Fraction(FEATURE_RATE, self.frame_rate).denominator
+
+
+KERNEL: Final = 5
+"""Taps of every convolution."""
+
+
+class Convolution(nn.Module):
+    """A convolution over time whose output sees `ahead` of its taps in the future."""
+
+    def __init__(self, inputs: int, outputs: int, ahead: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.taps = nn.Conv1d(inputs, outputs, KERNEL, dilation=dilation)
+        self.padding = ((KERNEL - 1 - ahead) * dilation, ahead * dilation)
+        """Frames before and after the input."""
+
+    def forward(self, x: Float[Tensor, "B C T"]) -> Float[Tensor, "B D T"]:
+        """The whole input at once, silence (zeros) around it."""
+        return self.taps(F.pad(x, self.padding))
+
+    def advance(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next frames `[B, C, n]` of a stream: outputs that are due, and what to keep.
+
+        `past` is None at the start. The first call yields fewer outputs by the taps ahead.
+        """
+        if past is None:
+            past = x.new_zeros(x.shape[0], x.shape[1], self.padding[0])
+        seen = torch.cat([past, x], 2)
+        reach = sum(self.padding)
+        if seen.shape[2] <= reach:
+            return x.new_zeros(x.shape[0], self.taps.out_channels, 0), seen
+        return self.taps(seen), seen[:, :, seen.shape[2] - reach :]
+
+
+class Pointwise(nn.Conv1d):
+    """A convolution of one tap, which takes pieces of a stream that hold no frame as well."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Float[Tensor, "B C T"]) -> Float[Tensor, "B D T"]:
+        """Each frame by itself."""
+        if x.shape[2] == 0:
+            return x.new_zeros(x.shape[0], self.out_channels, 0)
+        return super().forward(x)
+
+
+class ResidualBlock(nn.Module):
+    """Norm over channels, convolution, GELU, pointwise convolution, added to the input."""
+
+    def __init__(self, width: int, ahead: int, dilation: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width, 1))
+        self.mix = Convolution(width, width, ahead, dilation)
+        self.out = Pointwise(width, width)
+
+    def forward(self, x: Float[Tensor, "B W T"]) -> Float[Tensor, "B W T"]:
+        """The whole input at once."""
+        return x + self.out(F.gelu(self.mix(self._normed(x))))
+
+    def advance(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next frames of a stream; causal blocks only: as many come out as go in."""
+        mixed, kept = self.mix.advance(self._normed(x), past)
+        return x + self.out(F.gelu(mixed)), kept
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * self.scale
+
+
+class Encoder(nn.Module):
+    """Features of a whole recording to latents at the frame rate."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self._config = config
+        ahead, width = (KERNEL - 1) // 2, config.width
+        dilations = [2**i for i in range(config.blocks)]
+        self.first = Convolution(N_FEATURES, width, ahead)
+        self.fine = nn.ModuleList(ResidualBlock(width, ahead, d) for d in dilations)
+        self.join = nn.Linear(width * config.features_per_block, width * config.frames_per_block)
+        self.coarse = nn.ModuleList(ResidualBlock(width, ahead, d) for d in dilations)
+        self.last = Pointwise(width, config.dimension)
+
+    def forward(
+        self, features: Float[Tensor, "B F S"], present: Bool[Tensor, "B 1 S"]
+    ) -> Float[Tensor, "B D T"]:
+        """Latents of normalised features; S is whole blocks, absent features are zeros.
+
+        The mask is applied before every convolution, so that what stands behind the end of a
+        recording is the same whatever it is batched with.
+        """
+        x = self.first(features * present)
+        for block in self.fine:
+            x = block(x * present)
+        batch, width, length = (x * present).shape
+        blocks = length // self._config.features_per_block
+        grouped = (x * present).transpose(1, 2).reshape(batch, blocks, -1)
+        x = self.join(grouped).reshape(batch, -1, width).transpose(1, 2)
+        kept = self._frames_present(present)
+        for block in self.coarse:
+            x = block(x * kept)
+        return self.last(x * kept)
+
+    def _frames_present(self, present: Tensor) -> Tensor:
+        """`[B, 1, T]`: frames whose block holds at least one feature."""
+        first = present[:, :, :: self._config.features_per_block]
+        return first.repeat_interleave(self._config.frames_per_block, dim=2)
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What each convolution keeps of a stream, in the order in which they run, and frames of a
+    block that is not whole yet."""
+
+    past: tuple[Tensor | None, ...]
+    waiting: Tensor | None
+
+
+class Decoder(nn.Module):
+    """Quantised latents to normalised features, causal but for the look-ahead."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self._config = config
+        width = config.width
+        dilations = [2**i for i in range(config.blocks)]
+        self.first = Convolution(config.dimension, width, config.lookahead)
+        self.coarse = nn.ModuleList(ResidualBlock(width, 0, d) for d in dilations)
+        self.split = nn.Linear(width * config.frames_per_block, width * config.features_per_block)
+        self.fine = nn.ModuleList(ResidualBlock(width, 0, d) for d in dilations)
+        self.last = Pointwise(width, N_FEATURES)
+
+    def forward(self, latents: Float[Tensor, "B D T"]) -> Float[Tensor, "B F S"]:
+        """Features of whole blocks of frames."""
+        x = self.first(latents)
+        for block in self.coarse:
+            x = block(x)
+        x = self._finer(x)
+        for block in self.fine:
+            x = block(x)
+        return self.last(x)
+
+    def start(self) -> DecoderState:
+        """The state before the first frame of a stream."""
+        return DecoderState((None,) * (1 + len(self.coarse) + len(self.fine)), None)
+
+    def advance(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Features `[B, F, s]` that the next latents `[B, D, n]` make known, and the new state.
+
+        They lag by the look-ahead; `Quantizer.flush` brings out the rest.
+        """
+        past = iter(state.past)
+        kept: list[Tensor | None] = []
+        x, left = self.first.advance(latents, next(past))
+        kept.append(left)
+        for block in self.coarse:
+            assert isinstance(block, ResidualBlock)
+            x, left = block.advance(x, next(past))
+            kept.append(left)
+        if state.waiting is not None:
+            x = torch.cat([state.waiting, x], 2)
+        whole = x.shape[2] - x.shape[2] % self._config.frames_per_block
+        x, waiting = self._finer(x[:, :, :whole]), x[:, :, whole:]
+        for block in self.fine:
+            assert isinstance(block, ResidualBlock)
+            x, left = block.advance(x, next(past))
+            kept.append(left)
+        return self.last(x), DecoderState(tuple(kept), waiting)
+
+    def _finer(self, x: Tensor) -> Tensor:
+        batch, width, length = x.shape
+        blocks = length // self._config.frames_per_block
+        grouped = x.transpose(1, 2).reshape(batch, blocks, width * self._config.frames_per_block)
+        features = self.split(grouped).reshape(batch, -1, width)
+        return features.transpose(1, 2)
+
+
+class Quantizer(nn.Module):
+    """Features to codes and back: encoder, residual codebooks, decoder."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        ensure_torchaudio()
+        from encodec.quantization.core_vq import ResidualVectorQuantization
+
+        self.config = config
+        self.encoder = Encoder(config)
+        self.books = ResidualVectorQuantization(
+            num_quantizers=config.n_codebooks, dim=config.dimension,
+            codebook_size=config.codebook_size, decay=0.98, kmeans_init=True, kmeans_iters=10,
+            threshold_ema_dead_code=0.05,
+        )  # fmt: skip
+        self.decoder = Decoder(config)
+        self.register_buffer("mean", torch.zeros(N_FEATURES, 1))
+        self.register_buffer("deviation", torch.ones(N_FEATURES, 1))
+        self.mean: Tensor
+        self.deviation: Tensor
+
+    def codebooks(self) -> "list[EuclideanCodebook]":
+        """The residual codebooks, the first one first."""
+        return [layer._codebook for layer in self.books.layers]
+
+    def forward(
+        self, features: Float[Tensor, "B S F"], n_codebooks: int | None
+    ) -> tuple[Float[Tensor, "B S F"], Tensor]:
+        """Features as they come back, for training, and the commitment loss (a scalar).
+
+        S is whole blocks. The first `n_codebooks` are used; None leaves quantisation out.
+        """
+        x = self._normalised(features)
+        latents = self.encoder(x, torch.ones_like(x[:, :1], dtype=torch.bool))
+        loss = latents.new_zeros(())
+        if n_codebooks is not None:
+            latents, _, losses = self.books(latents, n_codebooks)
+            loss = losses.sum()
+        return self._restored(self.decoder(latents)), loss
+
+    def encode(
+        self, features: Float[Tensor, "B S F"], lengths: Int[Tensor, " B"]
+    ) -> Int[Tensor, "B Q T"]:
+        """Codes of recordings of `lengths` features each, padded to whole blocks together."""
+        positions = torch.arange(features.shape[1], device=features.device)
+        present = (positions < lengths[:, None])[:, None]
+        latents = self.encoder(self._normalised(features), present)
+        return self.books.encode(latents).transpose(0, 1)
+
+    def latents(self, codes: Int[Tensor, "B Q T"]) -> Float[Tensor, "B D T"]:
+        """The codebooks' entries, summed over the codebooks given."""
+        return self.books.decode(codes.transpose(0, 1))
+
+    def decode(
+        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B S F"]:
+        """Features of all blocks that the frames begin; rows have `lengths` frames, or all T."""
+        latents = self.latents(codes)
+        if lengths is not None:  # the look-ahead must see nothing behind a row's end
+            positions = torch.arange(codes.shape[2], device=codes.device)
+            latents = latents * (positions < lengths[:, None])[:, None]
+        missing = -latents.shape[2] % self.config.frames_per_block
+        return self._restored(self.decoder(F.pad(latents, (0, missing))))
+
+    def advance(
+        self, codes: Int[Tensor, "B Q n"], state: DecoderState
+    ) -> tuple[Float[Tensor, "B s F"], DecoderState]:
+        """Features that the next codes of a stream make known; see `Decoder.advance`."""
+        features, state = self.decoder.advance(self.latents(codes), state)
+        return self._restored(features), state
+
+    def flush(self, state: DecoderState) -> Float[Tensor, "B s F"]:
+        """The features still due when a stream has ended, up to those of its last block."""
+        first = state.past[0]
+        assert first is not None, "a stream that ends has begun"
+        n_frames = self.config.lookahead + self.config.frames_per_block - 1
+        behind = first.new_zeros(first.shape[0], first.shape[1], n_frames)
+        return self._restored(self.decoder.advance(behind, state)[0])
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        return (features.transpose(1, 2) - self.mean) / self.deviation
+
+    def _restored(self, features: Tensor) -> Tensor:
+        return (features * self.deviation + self.mean).transpose(1, 2)

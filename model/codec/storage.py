@@ -1,0 +1,53 @@
+"""Weights of nano 2's quantiser: safetensors in half precision and a JSON of its sizes."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from valle.model.codec.quantizer import Quantizer, QuantizerConfig
+
+_TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
+"""Running averages of the codebooks, needed to go on training only."""
+
+
+def inference_weights(quantizer: Quantizer) -> dict[str, Tensor]:
+    """All that encoding and decoding read, in float32: what the codec's identity is a hash of."""
+    return {
+        name: value
+        for name, value in quantizer.state_dict().items()
+        if not name.endswith(_TRAINING_ONLY)
+    }
+
+
+def save_quantizer(quantizer: Quantizer, folder: Path) -> None:
+    """Writes `model.safetensors` and `config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.half().contiguous() for name, value in inference_weights(quantizer).items()}
+    save_file(kept, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(quantizer.config), indent=2) + "\n")
+
+
+def load_quantizer(folder: Path) -> Quantizer:
+    """The quantiser in `folder`, in float32, ready to encode and decode.
+
+    Raises FileNotFoundError or ValueError when the folder holds none.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"codec: no config.json in {folder}")
+    quantizer = Quantizer(QuantizerConfig(**json.loads((folder / "config.json").read_text())))
+    weights = {
+        name: value.float() for name, value in load_file(folder / "model.safetensors").items()
+    }
+    missing, unexpected = quantizer.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith(_TRAINING_ONLY)]
+    if missing or unexpected:
+        raise ValueError(f"codec weights do not fit: missing {missing}, unexpected {unexpected}")
+    for book in quantizer.codebooks():
+        book.inited.fill_(1)
+        # averages over one vector an entry: training may go on from them
+        book.embed_avg.copy_(book.embed)
+        book.cluster_size.fill_(1)
+    return quantizer.eval().requires_grad_(False)

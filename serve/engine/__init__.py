@@ -1,0 +1,1 @@
+"""The decoding engine: many AR streams at once. Knows neither Ray nor HTTP."""

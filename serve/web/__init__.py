@@ -1,0 +1,1 @@
+"""The HTTP border: requests, voices, keys, audio formats, metrics."""

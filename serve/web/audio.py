@@ -1,0 +1,135 @@
+"""Speech out: samples, whole or in pieces, to the formats that OpenAI's clients ask for (ffmpeg).
+
+`speed` stretches time and keeps the pitch (ffmpeg's `atempo`).
+"""
+
+import io
+from typing import Any, Literal, get_args
+
+import av
+import numpy as np
+
+from valle.model.codec.interface import Wave
+from valle.model.tokens import SAMPLE_RATE
+
+Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+MEDIA_TYPES = {
+    "mp3": "audio/mpeg", "opus": "audio/ogg", "aac": "audio/aac", "flac": "audio/flac",
+    "wav": "audio/wav", "pcm": "audio/pcm",
+}  # fmt: skip
+
+_CONTAINERS = {
+    "mp3": "mp3", "opus": "ogg", "aac": "adts", "flac": "flac", "wav": "wav", "pcm": "s16le",
+}  # fmt: skip
+_CODECS = {
+    "mp3": "libmp3lame", "opus": "libopus", "aac": "aac", "flac": "flac", "wav": "pcm_s16le",
+    "pcm": "pcm_s16le",
+}  # fmt: skip
+_BIT_RATE = 64_000
+"""Of the lossy formats: transparent for one voice at 24 kHz."""
+
+
+class Encoder:
+    """Takes samples in pieces and gives the bytes of a file in pieces.
+
+    Nothing is ever written twice, so the pieces can be sent as they come. Headers that would hold
+    the length say that it is unknown; `encode` has it and says so.
+    """
+
+    def __init__(self, format: Format, speed: float = 1.0) -> None:
+        self._pipe = _Pipe()
+        self._writer = _Writer(self._pipe, format, speed)
+
+    def add(self, wave: Wave) -> bytes:
+        """Bytes that are ready once `wave` is in; often none, since codecs work in blocks."""
+        self._writer.add(wave)
+        return self._pipe.take()
+
+    def finish(self) -> bytes:
+        """The rest of the file."""
+        self._writer.finish()
+        return self._pipe.take()
+
+
+def encode(wave: Wave, format: Format, speed: float = 1.0) -> bytes:
+    """A whole recording as a file, with its length in the header where the format has one."""
+    buffer = io.BytesIO()
+    writer = _Writer(buffer, format, speed)
+    writer.add(wave)
+    writer.finish()
+    return buffer.getvalue()
+
+
+class _Pipe:
+    """A file that can only be written to, and read once."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self._parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        taken, self._parts = b"".join(self._parts), []
+        return taken
+
+
+class _Writer:
+    """Samples through `atempo` and a codec into a container."""
+
+    def __init__(self, file: Any, format: Format, speed: float) -> None:
+        self._container = av.open(file, "w", format=_CONTAINERS[format])
+        self._stream = self._container.add_stream(_CODECS[format], rate=SAMPLE_RATE)
+        self._stream.codec_context.layout = "mono"
+        if format not in ("flac", "wav", "pcm"):
+            self._stream.codec_context.bit_rate = _BIT_RATE
+        self._tempo = None if speed == 1.0 else _tempo(speed)
+        self._samples = 0
+
+    def add(self, wave: Wave) -> None:
+        if not len(wave):
+            return
+        whole = (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        frame.pts = self._samples
+        self._samples += len(wave)
+        if self._tempo is None:
+            self._mux(frame)
+        else:
+            self._tempo.push(frame)
+            self._drain()
+
+    def finish(self) -> None:
+        if self._tempo is not None:
+            self._tempo.push(None)
+            self._drain()
+        self._mux(None)
+        self._container.close()
+
+    def _drain(self) -> None:
+        assert self._tempo is not None
+        while True:
+            try:
+                self._mux(self._tempo.pull())
+            except (av.BlockingIOError, av.EOFError):  # nothing more for now, or for ever
+                return
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+
+
+def _tempo(speed: float) -> av.filter.Graph:
+    """A filter that speaks `speed` times as fast; one `atempo` alone begins at a half."""
+    graph = av.filter.Graph()
+    source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="s16", layout="mono")
+    steps = [0.5, speed / 0.5] if speed < 0.5 else [speed]
+    chain = [source, *(graph.add("atempo", str(step)) for step in steps)]
+    chain.append(graph.add("abuffersink"))
+    graph.link_nodes(*chain).configure()
+    return graph

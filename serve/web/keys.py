@@ -1,0 +1,137 @@
+"""Who may ask, how often, and for how much at the same time.
+
+    python -m valle.serve.web.keys web    # makes a key, prints it once and the line for the file
+
+The file (`api_keys=` of `build_app`) is YAML, a list of keys; it holds their SHA-256, so reading
+it gives nobody a key. Limits are counted by each ingress replica. Without a file all may ask.
+"""
+
+import argparse
+import hashlib
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dacite
+import limits
+import yaml
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from valle.platform import storage
+from valle.serve.web.schema import ErrorDetail, error_response
+
+OPEN = re.compile(r"/|/health/(live|ready)|/ui/[a-z]+\.(css|js|svg)")
+"""Paths that need no key: probes and the page, which asks its user for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One line of the file."""
+
+    name: str
+    """For logs; tells keys apart."""
+
+    sha256: str
+    """Of the key, in hexadecimal."""
+
+    requests_per_minute: int = 60
+    """More are refused until the minute is over."""
+
+    concurrent: int = 8
+    """More at the same time are refused."""
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise ValueError(f"{self.name}: sha256 must be 64 digits of lower-case hexadecimal")
+        if self.requests_per_minute < 1 or self.concurrent < 1:
+            raise ValueError(f"{self.name}: limits must be above 0")
+
+
+def read_keys(uri: str) -> list[Key]:
+    """The keys of a file. Raises ValueError that names what is wrong."""
+    rows = yaml.safe_load(storage.read_bytes(uri))
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"api_keys: {uri} must be a list of keys, and not an empty one")
+    try:
+        keys = [dacite.from_dict(Key, row, dacite.Config(strict=True)) for row in rows]
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        raise ValueError(f"api_keys: {uri}: {error}") from error
+    for field in ("name", "sha256"):
+        if len({getattr(key, field) for key in keys}) < len(keys):
+            raise ValueError(f"api_keys: {uri}: two keys have the same {field}")
+    return keys
+
+
+class Guard:
+    """ASGI middleware: lets through what has a key and is within its limits; health is open."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+        self._app = app
+        self._keys = {key.sha256: key for key in keys}
+        self._window = limits.strategies.MovingWindowRateLimiter(limits.storage.MemoryStorage())
+        self._running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts a request as running until its last byte is sent, or its client has gone."""
+        # whatever is not known to be open is closed; under a route prefix the path still holds it
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or OPEN.fullmatch(path):
+            await self._app(scope, receive, send)
+            return
+        key = self._key(Headers(scope=scope).get("authorization", ""))
+        if key is None:
+            detail = ErrorDetail(
+                message="give a valid key as `Authorization: Bearer KEY`", code="invalid_api_key"
+            )
+            headers = {"WWW-Authenticate": "Bearer"}
+            await error_response(401, detail, headers)(scope, receive, send)
+            return
+        if wait := self._wait(key):
+            detail = ErrorDetail(
+                message=f"key {key.name}: {key.requests_per_minute} requests a minute and "
+                f"{key.concurrent} at the same time are allowed",
+                type="rate_limit_error", code="rate_limit_exceeded",
+            )  # fmt: skip
+            await error_response(429, detail, {"Retry-After": str(wait)})(scope, receive, send)
+            return
+        self._running[key.name] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running[key.name] -= 1
+
+    def _key(self, authorization: str) -> Key | None:
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        return self._keys.get(hashlib.sha256(given.strip().encode()).hexdigest())
+
+    def _wait(self, key: Key) -> int:
+        """Seconds to come back in; 0: now is fine, and counted."""
+        if self._running[key.name] >= key.concurrent:
+            return 1
+        allowed = limits.RateLimitItemPerMinute(key.requests_per_minute)
+        if self._window.hit(allowed, key.name):
+            return 0
+        reset = self._window.get_window_stats(allowed, key.name).reset_time
+        return max(1, round(reset - time.time() + 0.5))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: see above."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="whose key it is")
+    arguments = parser.parse_args(argv)
+    key = secrets.token_urlsafe(32)
+    line = [{"name": arguments.name, "sha256": hashlib.sha256(key.encode()).hexdigest()}]
+    print(f"key, shown only now: {key}\nline for the file of keys:\n{yaml.safe_dump(line)}", end="")
+
+
+if __name__ == "__main__":
+    main()

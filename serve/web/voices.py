@@ -1,0 +1,155 @@
+"""The voices a server knows: recordings in a folder or on S3, shared by all replicas.
+
+An uploaded voice is one file, `{id}.flac`: what was said about it, and the prompt that the codec
+made of it, are in the header, so that two uploads of a name cannot mix one's consent with the
+other's recording, and nothing is left when the file is gone. A `{id}.wav` put there by hand is a
+voice too.
+"""
+
+import base64
+import json
+import re
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+from dacite import DaciteError, from_dict
+
+from valle.model.codec.interface import Codes, Wave
+from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
+from valle.platform import audio, storage
+from valle.platform.vad import SpeechFraction
+
+SHORTEST, LONGEST = 2.0, 30.0
+"""Seconds of an uploaded recording."""
+QUIETEST = -45.0
+"""dB of full scale, below which a recording is more room than voice."""
+LEAST_SPEECH = 0.4
+"""Share of a recording that has to be speech."""
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+SUFFIXES = (".flac", ".wav")
+
+
+class VoiceError(ValueError):
+    """A voice that cannot be had, and why; `code` is for programs."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is kept with an uploaded recording."""
+
+    seconds: float
+    """Of sound, silence at both ends cut away."""
+
+    consent: str
+    """Who agreed that this voice may be used, in the words of whoever uploaded it."""
+
+    created: int
+    """Seconds since 1970."""
+
+    text: str | None = None
+    """What is said in it."""
+
+    prompt: str = ""
+    """Codes `[8, P]` of its first seconds: 16-bit little endian, in base64."""
+
+    codec: str = ""
+    """Hash of the weights that made them: they mean nothing to another codec."""
+
+    def prompt_codes(self) -> Codes:
+        """`prompt`, unpacked."""
+        stored = np.frombuffer(base64.b64decode(self.prompt), "<i2")
+        return stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
+
+
+def pack(prompt: Codes) -> str:
+    """Codes for `About.prompt`."""
+    return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
+
+
+def read_about(data: bytes) -> About | None:
+    """What was said about an uploaded voice, from its file; None for one put there by hand, whose
+    comment may say anything, or nothing."""
+    try:
+        said = json.loads(audio.comment(data))
+        return from_dict(About, said) if isinstance(said, dict) else None
+    except (audio.AudioError, ValueError, DaciteError):  # no sound, no JSON, or not ours
+        return None
+
+
+class VoiceStore:
+    """Reads, adds and deletes voices."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._detector: SpeechFraction | None = None
+        self._lock = threading.Lock()  # the detector keeps state while it listens
+
+    def ids(self) -> list[str]:
+        """Names of all voices, sorted."""
+        found = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
+        here = {path.stem for path in found if len(path.parts) == 1 and path.suffix in SUFFIXES}
+        return sorted(name for name in here if ID.fullmatch(name))
+
+    def read(self, name: str) -> bytes:
+        """A voice's recording. Raises VoiceError where there is none."""
+        for path in self._paths(name):
+            with suppress(FileNotFoundError):
+                return storage.read_bytes(path)
+        raise VoiceError(f"no voice {name!r}", "voice_not_found")
+
+    def check(self, name: str, data: bytes) -> Wave:
+        """A sound file as it would be kept: trimmed, and rounded as in its file.
+
+        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
+        """
+        self._check_free(name)
+        wave = audio.trim(audio.read(data, max_seconds=LONGEST))
+        seconds = len(wave) / SAMPLE_RATE
+        if seconds < SHORTEST:
+            raise audio.AudioError(f"too short: {seconds:.1f} s of sound, at least {SHORTEST:g} s")
+        if (level := audio.loudness(wave)) < QUIETEST:
+            raise audio.AudioError(f"too quiet: {level:.0f} dB, at least {QUIETEST:.0f} dB")
+        if (share := self._speech(wave)) < LEAST_SPEECH:
+            raise audio.AudioError(
+                f"{share:.0%} of it is speech, at least {LEAST_SPEECH:.0%} has to be"
+            )
+        return audio.read(audio.wav_bytes(wave), max_seconds=LONGEST)
+
+    def add(self, name: str, wave: Wave, about: About) -> None:
+        """Keeps a recording that `check` has returned. Raises VoiceError for a name that has been
+        taken meanwhile; of two that come in the same instant, the later one is kept."""
+        self._check_free(name)
+        comment = json.dumps(asdict(about), ensure_ascii=False)
+        storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
+
+    def delete(self, name: str) -> None:
+        """Removes a voice with all that is known of it. Raises VoiceError where there is none."""
+        there = [path for path in self._paths(name) if storage.exists(path)]
+        if not there:
+            raise VoiceError(f"no voice {name!r}", "voice_not_found")
+        for path in there:
+            storage.delete(path)
+
+    def _paths(self, name: str) -> list[str]:
+        """Where a recording may be. Raises VoiceError for a name that could leave the folder."""
+        if not ID.fullmatch(name):
+            message = f"{name[:100]!r} is no name: a-z, A-Z, 0-9, _ and -, 100 at most"
+            raise VoiceError(message, "invalid_name")
+        return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]
+
+    def _check_free(self, name: str) -> None:
+        if any(map(storage.exists, self._paths(name))):
+            raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
+
+    def _speech(self, wave: Wave) -> float:
+        with self._lock:
+            self._detector = self._detector or SpeechFraction()
+            return self._detector.score(wave)

@@ -1,0 +1,209 @@
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import TINY_CODEC
+
+from valle.model.codec import encodec
+from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec_training import (
+    CodecLoss,
+    CodecTrainee,
+    Teacher,
+    init_codebooks,
+    init_from_data,
+    quantise,
+)
+from valle.model.codec.interface import CodecIdentity
+from valle.model.tokens import HOP
+
+
+def waves(*lengths: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.normal(0, 0.1, n).astype(np.float32) for n in lengths]
+
+
+def test_batched_encode_equals_one_by_one(tiny_codec: Codec) -> None:
+    recordings = waves(24_000, 7_777, 48_001, 640, 12_345)
+    together = tiny_codec.encode(recordings)
+    for recording, codes in zip(recordings, together, strict=True):
+        assert codes.dtype == np.int16
+        assert codes.shape == (8, -(-len(recording) // HOP))
+        np.testing.assert_array_equal(codes, tiny_codec.encode([recording])[0])
+    # any split into groups gives the same
+    for codes, grouped in zip(together, tiny_codec.encode(recordings, 1.0), strict=True):
+        np.testing.assert_array_equal(codes, grouped)
+
+
+def test_batched_decode_equals_one_by_one(tiny_codec: Codec) -> None:
+    codes = tiny_codec.encode(waves(24_000, 7_777, 3_200))
+    for item, wave in zip(codes, tiny_codec.decode(codes), strict=True):
+        assert wave.shape == (item.shape[1] * HOP,)
+        np.testing.assert_allclose(wave, tiny_codec.decode([item])[0], atol=1e-5)
+
+
+def test_folded_weights_equal_the_packages_own_model(tiny_codec_folder: Path) -> None:
+    """The slow twin: EncodecModel.encode/decode with weight normalisation left in place."""
+    model = encodec.build(TINY_CODEC).eval()
+    model.load_state_dict(encodec.load_file(tiny_codec_folder / "model.safetensors"), strict=False)
+    model.set_target_bandwidth(6.0)
+    wave = waves(9_600)[0]
+    with torch.inference_mode():
+        codes, _ = model.encode(torch.from_numpy(wave)[None, None])[0]
+        decoded = model.decode([(codes, None)])[0, 0].numpy()
+    ours = encodec.load(str(tiny_codec_folder))
+    np.testing.assert_array_equal(ours.encode([wave])[0], codes[0].numpy())
+    np.testing.assert_allclose(ours.decode([codes[0].short().numpy()])[0], decoded, atol=1e-5)
+
+
+def test_decode_refuses_what_is_not_codes(tiny_codec: Codec) -> None:
+    with pytest.raises(ValueError, match=r"codes\[0\]: values must lie in 0 .. 1023"):
+        tiny_codec.decode([np.full((8, 4), 1024, np.int16)])
+    with pytest.raises(ValueError, match=r"codes\[1\]: expected \[1..8, T\]"):
+        tiny_codec.decode([np.zeros((8, 4), np.int16), np.zeros((9, 4), np.int16)])
+
+
+def test_identity_follows_the_weights(tiny_codec_folder: Path, tmp_path: Path) -> None:
+    first = encodec.load(str(tiny_codec_folder)).identity
+    assert encodec.load(str(tiny_codec_folder)).identity == first
+    weights = encodec.load_file(tiny_codec_folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    encodec.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_codec_folder / "config.json").read_text())
+    other = encodec.load(str(tmp_path)).identity
+    with pytest.raises(ValueError, match="codec mismatch: the dataset was made with tiny"):
+        first.check(other, "the dataset")
+
+
+def test_official_checkpoint_loads_from_a_path(tmp_path: Path) -> None:
+    """The official file is a state dict of exactly this architecture; here with random weights."""
+    model = encodec.build(encodec.CodecConfig())
+    path = tmp_path / "encodec_24khz-d7cc33bc.th"
+    torch.save(model.state_dict(), path)
+    codec = encodec.load(str(path))
+    assert codec.identity.name == "encodec-24khz"
+    assert codec.encode(waves(6_400))[0].shape == (8, 20)
+
+
+def test_official_checkpoint_without_a_network_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(FileNotFoundError, match="on a closed network put the file at"):
+        encodec.load("encodec-24khz", cache=tmp_path)
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = tmp_path / "served.th"
+    served.write_bytes(b"not the checkpoint")
+    monkeypatch.setattr(encodec, "OFFICIAL_URL", f"file://{served}")
+    with pytest.raises(RuntimeError, match="invalid hash value"):
+        encodec.load("encodec-24khz", cache=tmp_path / "cache")
+
+
+def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="give nano, encodec-24khz, a folder"):
+        encodec.load(str(tmp_path / "nothing"))
+
+
+def test_nano_ships_and_is_small() -> None:
+    codec = encodec.load("nano")
+    assert codec.identity == CodecIdentity(name="nano", sha256=codec.identity.sha256)
+    assert (encodec.NANO_FOLDER / "model.safetensors").stat().st_size < 8_000_000
+    config = json.loads((encodec.NANO_FOLDER / "config.json").read_text())
+    assert config["n_codebooks"] == 8
+
+
+def test_initialisation_from_data_gives_unit_deviation() -> None:
+    torch.manual_seed(0)
+    model = encodec.build(TINY_CODEC)
+    audio = torch.randn(4, 9_600) * 0.1
+    before = model.encoder(audio[:, None]).detach().std()
+    init_from_data(model, audio)
+    after = model.encoder(audio[:, None]).detach().std()
+    assert before < 0.5
+    assert after == pytest.approx(1.0, rel=1e-3)
+
+
+def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
+    teacher = Teacher(TINY_CODEC.dimension)
+    time = torch.arange(8 * HOP) / 24_000
+    audio = torch.cat([torch.zeros(8 * HOP), 0.3 * torch.sin(2 * torch.pi * 440 * time)])[None]
+    features = teacher(audio)
+    assert features.shape == (1, TINY_CODEC.dimension, 16)
+    torch.testing.assert_close(features[..., :8], features[..., :1].expand(-1, -1, 8))
+    assert features[0, :, 8].max() > features[0, :, 7].max() + 1
+    loud, quiet = (teacher(audio * gain)[0, :, 12].mean() for gain in (1.0, 0.1))
+    assert loud > quiet
+
+
+def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(TINY_CODEC.dimension)
+    audio = torch.randn(4, 30 * HOP) * torch.tensor([0.01, 0.1, 0.3, 0.5])[:, None]
+    teacher.fit(audio)
+    features = teacher(audio)
+    assert features.mean((0, 2)).abs().max() < 1e-5
+    assert features.square().mean() == pytest.approx(1.0, rel=1e-4)
+
+
+# whether an entry or two stays empty depends on the number of threads
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_codebooks_start_where_the_vectors_are() -> None:
+    """Each book takes up what the ones before it left, and every entry is in use."""
+    torch.manual_seed(0)
+    model = encodec.build(TINY_CODEC)
+    vectors = torch.randn(4_000, TINY_CODEC.dimension)
+    init_codebooks(model, vectors, per_step=600)
+    left = [vectors.square().mean()]
+    residual = vectors
+    for layer in model.quantizer.vq.layers:
+        index = layer._codebook.quantize(residual)
+        assert len(index.unique()) > 900
+        assert layer._codebook.cluster_size.sum() == pytest.approx(600, rel=1e-3)
+        residual = residual - layer._codebook.embed[index]
+        left.append(residual.square().mean())
+    assert all(after < 0.9 * before for before, after in itertools.pairwise(left))
+
+
+def test_quantiser_revives_dead_entries() -> None:
+    """The package's own rule leaves one entry in use here; ours gives most vectors their own."""
+    torch.manual_seed(0)
+    model = encodec.build(TINY_CODEC)
+    loss = CodecLoss()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(8, TINY_CODEC.dimension, 75)
+    for _ in range(20):
+        quantised, codes, _ = quantise(model, z, loss, generator)
+    assert len(codes[0].unique()) > 300
+    assert torch.nn.functional.mse_loss(quantised, z) < 0.05
+
+
+@pytest.mark.parametrize("taught_steps", [0, 100], ids=["joined", "taught"])
+def test_training_lowers_the_loss(taught_steps: int) -> None:
+    torch.manual_seed(0)
+    trainee = CodecTrainee(encodec.build(TINY_CODEC), CodecLoss(taught_steps=taught_steps))
+    time = torch.arange(38 * HOP) / 24_000
+    pitch = torch.linspace(110, 440, 128)[:, None]
+    audio = 0.3 * torch.sin(2 * torch.pi * pitch * time) + 0.01 * torch.randn(128, len(time))
+    trainee.initialise(audio, per_step=16 * 38, seed=0)
+    optimizer = torch.optim.AdamW(trainee.model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, list[float]] = {"mel": [], "teacher": []}
+    for step in range(30):
+        total, terms = trainee(audio[::8], step, generator)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        for name, values in seen.items():
+            values.append(terms[name].item())
+    assert seen["mel"][-1] < 0.8 * seen["mel"][0]
+    if taught_steps:
+        assert seen["teacher"][-1] < 0.8 * seen["teacher"][0]

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from valle.jobs.training.sampler import Batching, Prompts, balance, batches, plan
+
+LENGTHS = np.random.default_rng(0).integers(100, 1600, 3000)
+
+
+def test_plan_uses_every_utterance_once() -> None:
+    used = np.concatenate(plan(LENGTHS, Batching(), seed=0, epoch=0))
+    assert sorted(used) == list(range(len(LENGTHS)))
+
+
+def test_padding_is_at_most_five_percent_and_the_budget_holds() -> None:
+    batching = Batching(tokens=8000)
+    batches = plan(LENGTHS, batching, seed=0, epoch=0)
+    padded = sum(LENGTHS[b].max() * len(b) for b in batches)
+    assert all(LENGTHS[b].max() * len(b) <= 8000 for b in batches)
+    assert 1 - LENGTHS.sum() / padded <= 0.05
+
+
+def test_too_long_an_utterance_gets_a_batch_of_its_own() -> None:
+    lengths = np.array([50, 60, 5000, 70])
+    alone = [b for b in plan(lengths, Batching(tokens=200), seed=0, epoch=0) if 2 in b]
+    assert [list(b) for b in alone] == [[2]]
+
+
+def test_plan_is_a_function_of_seed_and_epoch() -> None:
+    def flat(seed: int, epoch: int) -> list[int]:
+        return [int(i) for b in plan(LENGTHS, Batching(), seed=seed, epoch=epoch) for i in b]
+
+    assert flat(1, 2) == flat(1, 2)
+    assert flat(1, 2) != flat(1, 3)
+    assert flat(1, 2) != flat(2, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_a_plan_in_equal_parts(world_size: int) -> None:
+    """Sharded = single process: the ranks' slices together are the whole plan, less a remainder."""
+    whole = plan(LENGTHS, Batching(), seed=0, epoch=0, world_size=world_size)
+    assert len(whole) % world_size == 0
+    full = plan(LENGTHS, Batching(), seed=0, epoch=0)
+    assert len(full) - len(whole) < world_size
+    slices = [whole[rank::world_size] for rank in range(world_size)]
+    assert len({len(part) for part in slices}) == 1
+
+
+def test_too_few_batches_for_the_workers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="too few for 8 workers; lower batching.tokens"):
+        plan(np.array([100, 100]), Batching(), seed=0, epoch=0, world_size=8)
+
+
+def test_an_epoch_takes_so_many_of_a_speaker_and_others_in_the_next() -> None:
+    speakers = np.array([0] * 500 + [1, 2] * 5 + [3])
+    taken = [balance(speakers, 5, seed=0, epoch=epoch) for epoch in range(100)]
+    for numbers in taken:
+        assert len(set(numbers)) == len(numbers)
+        assert np.bincount(speakers[numbers]).tolist() == [5, 5, 5, 1]
+    assert len({n for numbers in taken for n in numbers if n < 500}) > 250  # of 5 a time
+    assert (taken[3] == balance(speakers, 5, seed=0, epoch=3)).all()
+
+
+@pytest.mark.parametrize("at_most", [None, 30])
+def test_resumed_position_repeats_the_rest(at_most: int | None) -> None:
+    speakers = np.repeat([0, 1, 2], [150, 40, 10])
+
+    def take(epoch: int, batch: int, count: int) -> list[tuple[int, int, list[int]]]:
+        stream = batches(
+            LENGTHS[:200], speakers, Batching(), at_most=at_most, seed=0, epoch=epoch, batch=batch,
+            rank=1, world_size=2,
+        )  # fmt: skip
+        return [
+            (e, n, next_.tolist()) for _, (e, n, next_) in zip(range(count), stream, strict=False)
+        ]
+
+    whole = take(0, 0, 60)
+    assert whole[-1][0] > 0  # crosses an epoch
+    epoch, batch, _ = whole[24]
+    assert take(epoch, batch + 1, 35) == whole[25:]
+    first = [speakers[n] for e, _, numbers in whole for n in numbers if e == 0]
+    assert at_most is None or np.bincount(first).max() <= at_most
+
+
+def test_prompts_come_from_the_same_speaker() -> None:
+    speakers = np.array([2, 0, 1, 0, 2, 2, 0])
+    prompts = Prompts(speakers)
+    generator = np.random.default_rng(0)
+    for number, speaker in enumerate(speakers):
+        drawn = {prompts.draw(number, generator) for _ in range(60)}
+        others = {i for i, s in enumerate(speakers) if s == speaker and i != number}
+        assert drawn == (others or {number})
+
+
+def test_a_tiny_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens: 10 is too small"):
+        Batching(tokens=10)

@@ -1,0 +1,44 @@
+"""Serve configurations are read strictly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from valle.serve.web.validate_config import main, problems
+
+CONFIG = Path(__file__).resolve().parent.parent / "serve" / "config.yaml"
+
+
+def test_ours_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(CONFIG)]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("proxy", "x", "proxy: no such key"),
+        ("http_options.prt", 1, "http_options.prt: no such key"),
+        ("applications.0.routeprefix", "/", "applications.0.routeprefix: no such key"),
+        ("applications.0.args.modl", "x", "applications.0.args.modl: Extra inputs"),
+        ("applications.0.args.slots", 0, "applications.0.args.slots: Input should be greater"),
+        (
+            "applications.0.deployments",
+            [{"name": "AR", "max_queud_requests": 3}],
+            "applications.0.deployments.0.max_queud_requests: no such key",
+        ),
+        ("http_options.port", "many", "http_options.port: Input should be a valid integer"),
+    ],
+)
+def test_what_is_wrong_is_named(path: str, value: object, problem: str) -> None:
+    content: Any = yaml.safe_load(CONFIG.read_text())
+    *outer, last = path.split(".")
+    place = content
+    for part in outer:
+        place = place[int(part) if part.isdigit() else part]
+    place[last] = value
+    found = list(problems(content))
+    assert any(line.startswith(problem) for line in found), found
+    assert list(problems([])) == ["not a mapping"]
