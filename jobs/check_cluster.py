@@ -20,7 +20,7 @@ import yaml
 from valle.platform import autoscaler
 from valle.platform.cluster import CODE_ROOT
 
-RAYS_OWN = {"SubnetIds"}
+RAY_ONLY_KEYS = {"SubnetIds"}
 """Keys of a node_config that Ray takes out before it asks EC2 for nodes."""
 
 PLACEHOLDER = "EDIT"
@@ -65,10 +65,10 @@ def _of_start(configuration: Mapping[str, Any], place: str) -> Iterator[str]:
         if "ray start" not in command:
             continue
         before, _, options = command.partition("ray start")
-        read = [*(files.get(name, "") for name in _SOURCED.findall(before)), before]
+        sources = [*(files.get(name, "") for name in _SOURCED.findall(before)), before]
         environment = [
             word
-            for line in "\n".join(read).splitlines()
+            for line in "\n".join(sources).splitlines()
             for word in shlex.split(line, comments=True)
         ]
         if "RAY_AUTH_MODE=token" not in environment:
@@ -87,10 +87,10 @@ def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:
     from botocore.validate import ParamValidator
 
     service = botocore.session.get_session().get_service_model("ec2")
-    request = {key: value for key, value in node_config.items() if key not in RAYS_OWN}
+    request = {key: value for key, value in node_config.items() if key not in RAY_ONLY_KEYS}
     shape = service.operation_model("RunInstances").input_shape
-    found = ParamValidator().validate({**request, "MinCount": 1, "MaxCount": 1}, shape)
-    yield from str(found.generate_report()).splitlines()
+    report = ParamValidator().validate({**request, "MinCount": 1, "MaxCount": 1}, shape)
+    yield from str(report.generate_report()).splitlines()
     if "IamInstanceProfile" not in node_config:
         yield "IamInstanceProfile: missing; nodes have no other way to the bucket but keys"
     if not node_config.get("SecurityGroupIds"):
@@ -99,7 +99,7 @@ def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:
         yield "MetadataOptions.HttpTokens: not `required`; a request forged on a node gets its role"
 
 
-def unset(text: str) -> list[str]:
+def placeholders(text: str) -> list[str]:
     """Lines with a placeholder, numbered."""
     return [
         f"line {number}: {line.strip()}"
@@ -115,17 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=CODE_ROOT / "cluster.yaml")
     text = parser.parse_args(argv).file.read_text()
     configuration = yaml.safe_load(text)
-    wrong = list(problems(configuration))
-    for line in wrong:
+    errors = list(problems(configuration))
+    for line in errors:
         print(f"wrong: {line}", file=sys.stderr)
-    for line in unset(text):
+    for line in placeholders(text):
         print(f"to set: {line}")
-    if not wrong:
-        report = autoscaler.parse(configuration)
-        for node in report.node_types or ():
-            print(f"may start: {node.most} x {node.name}, {node.cpus:g} CPUs, {node.gpus:g} GPUs")
-        print(f"          {report.max_nodes} nodes together at most, beside the head")
-    return 1 if wrong else 0
+    if not errors:
+        limits = autoscaler.parse_limits(configuration)
+        for node in limits.node_types or ():
+            print(
+                f"may start: {node.max_count} x {node.name}, {node.cpus:g} CPUs, {node.gpus:g} GPUs"
+            )
+        print(f"          {limits.max_nodes} nodes together at most, beside the head")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from valle.jobs.speakers import ENGINES, LICENCES, pitch, texts
-from valle.jobs.speakers.asterisk import asterisk_prompts
+from valle.jobs.speakers import LICENSES, TTS_ENGINES, speed_perturbation, texts
+from valle.jobs.speakers.asterisk import asterisk_recordings
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, recipe, storage
+from valle.platform import audio, storage
 from valle.platform.cluster import connect
-from valle.platform.progress import progress
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import exit_on_error, formerly, parse_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SpeakerSet:
     """Some utterances by one engine."""
 
     engine: str
@@ -38,7 +39,7 @@ class Source:
     utterances: int = 0
     """How many each voice says; 0 takes all there are (asterisk)."""
 
-    also: tuple[str, ...] = ()
+    speed_factors: tuple[str, ...] = field(default=(), metadata=formerly("also"))
     """Each utterance once more, that much higher (`x1.1`) or lower, as a speaker of its own: for
     an engine that is not cheap, almost free."""
 
@@ -47,12 +48,12 @@ class Source:
     (en, fr, ...)."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine: {self.engine!r} is none of {sorted(ENGINES)}")
+        if self.engine not in TTS_ENGINES:
+            raise ValueError(f"engine: {self.engine!r} is none of {sorted(TTS_ENGINES)}")
         if self.engine != "asterisk" and self.utterances < 1:
             raise ValueError(f"utterances: {self.engine} needs a number above 0")
-        for by in self.also:
-            pitch.factor(by)
+        for factor in self.speed_factors:
+            speed_perturbation.parse_factor(factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class CorpusRecipe:
     out: str
     """Folder or URI of the corpus."""
 
-    sources: tuple[Source, ...] = field(default_factory=tuple)
+    speakers: tuple[SpeakerSet, ...] = field(default=(), metadata=formerly("sources"))
     """The engines with their voices."""
 
     seed: int = 0
@@ -73,7 +74,7 @@ class CorpusRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class CorpusUtterance:
     """One utterance of the plan."""
 
     engine: str
@@ -82,135 +83,150 @@ class Line:
     speaker: str
     id: str
     text: str
-    also: tuple[str, ...] = ()
+    speed_factors: tuple[str, ...] = ()
 
-    def targets(self) -> dict[str, str]:
-        """Path below the corpus, without suffix, by what the voice is raised by ("": not)."""
-        raised = {by: f"{self.speaker}-{by}/{self.id}" for by in self.also}
-        return {"": f"{self.speaker}/{self.id}", **raised}
+    def output_paths(self) -> dict[str, str]:
+        """Path below the corpus, without suffix, by speed factor ("": unchanged)."""
+        copies = {factor: f"{self.speaker}-{factor}/{self.id}" for factor in self.speed_factors}
+        return {"": f"{self.speaker}/{self.id}", **copies}
 
 
-def plan(chosen: CorpusRecipe) -> list[Line]:
+def plan(recipe: CorpusRecipe) -> list[CorpusUtterance]:
     """Every utterance of the corpus, in the order of the recipe.
 
     Raises ValueError when two of them would be the same file.
     """
-    lines: list[Line] = []
-    for source in chosen.sources:
-        maker = _recorded if source.engine == "asterisk" else _synthesised
-        lines += maker(source, chosen.seed)
-    files = Counter(target for line in lines for target in line.targets().values())
-    if twice := [target for target, count in files.items() if count > 1]:
+    utterances: list[CorpusUtterance] = []
+    for speaker_set in recipe.speakers:
+        expand = _recorded if speaker_set.engine == "asterisk" else _synthesized
+        utterances += expand(speaker_set, recipe.seed)
+    files = Counter(path for u in utterances for path in u.output_paths().values())
+    if duplicates := [path for path, count in files.items() if count > 1]:
         raise ValueError(
-            f"sources: {twice[0]} is made twice; a speaker needs a source, a voice and a copy "
-            "(also) of its own"
+            f"speakers: {duplicates[0]} is made twice; a speaker needs an engine, a voice "
+            "and a copy (speed_factors) of its own"
         )
-    return lines
+    return utterances
 
 
-def _synthesised(source: Source, seed: int) -> Iterator[Line]:
+def _synthesized(speaker_set: SpeakerSet, seed: int) -> Iterator[CorpusUtterance]:
     sentences: list[str] = []
-    for name in source.sentences or (source.language.split("-")[0],):
-        sentences += texts.sentences(name)
-    for voice in (voice for name in source.voices for voice in _numbered(name)):
-        speaker = source.engine if voice == source.engine else f"{source.engine}-{voice}"
+    for name in speaker_set.sentences or (speaker_set.language.split("-")[0],):
+        sentences += texts.load_sentences(name)
+    for voice in (voice for name in speaker_set.voices for voice in _numbered(name)):
+        speaker = (
+            speaker_set.engine if voice == speaker_set.engine else f"{speaker_set.engine}-{voice}"
+        )
         order = sentences.copy()
         random.Random(f"{seed}/{speaker}").shuffle(order)
-        for number in range(source.utterances):
+        for number in range(speaker_set.utterances):
             # past the end of the list, lines of two and more sentences
             lap, index = divmod(number, len(order))
             parts = [order[(index + 7 * step) % len(order)] for step in range(lap + 1)]
             text = " ".join(parts)
-            yield Line(
-                engine=source.engine, voice=voice, language=source.language,
-                speaker=speaker, id=f"{number:05d}", text=text, also=source.also,
+            yield CorpusUtterance(
+                engine=speaker_set.engine, voice=voice, language=speaker_set.language,
+                speaker=speaker, id=f"{number:05d}", text=text,
+                speed_factors=speaker_set.speed_factors,
             )  # fmt: skip
 
 
 def _numbered(voice: str) -> list[str]:
     """`mix-1..3` as `mix-1`, `mix-2`, `mix-3`; any other name as it is."""
-    found = re.fullmatch(r"(.*-)(\d+)\.\.(\d+)", voice)
-    if found is None:
+    match = re.fullmatch(r"(.*-)(\d+)\.\.(\d+)", voice)
+    if match is None:
         return [voice]
-    return [f"{found[1]}{number}" for number in range(int(found[2]), int(found[3]) + 1)]
+    return [f"{match[1]}{number}" for number in range(int(match[2]), int(match[3]) + 1)]
 
 
-def _recorded(source: Source, seed: int) -> Iterator[Line]:
-    prompts = sorted(asterisk_prompts(source.language).items())
-    if not prompts:
+def _recorded(speaker_set: SpeakerSet, seed: int) -> Iterator[CorpusUtterance]:
+    recordings = sorted(asterisk_recordings(speaker_set.language).items())
+    if not recordings:
         print(
-            f"asterisk {source.language}: Debian's recordings are not installed, skipped "
+            f"asterisk {speaker_set.language}: Debian's recordings are not installed, skipped "
             "(apt-get install asterisk-core-sounds-XX asterisk-core-sounds-XX-g722)"
         )
-    random.Random(seed).shuffle(prompts)
-    speaker = f"asterisk-{source.language.split('-')[0]}"
-    for name, recording in prompts[: source.utterances or None]:
-        yield Line(
-            engine="asterisk", voice=name, language=source.language,
+    random.Random(seed).shuffle(recordings)
+    speaker = f"asterisk-{speaker_set.language.split('-')[0]}"
+    for name, recording in recordings[: speaker_set.utterances or None]:
+        yield CorpusUtterance(
+            engine="asterisk", voice=name, language=speaker_set.language,
             speaker=speaker, id=name, text=recording.text,
         )  # fmt: skip
 
 
-class Speaker:
-    """A Ray actor that speaks lines and stores them. Engines load on first use."""
+def _perturb(wave: Wave, factor: str) -> Wave:
+    return speed_perturbation.perturb_speed(
+        wave, SAMPLE_RATE, speed_perturbation.parse_factor(factor)
+    )
+
+
+class CorpusWorker:
+    """A Ray actor that synthesizes utterances and stores them. Engines load on first use."""
 
     def __init__(self, out: str) -> None:
         self._out = out
         self._engines = {}  # type: ignore[var-annotated]
 
-    def speak(self, line: Line) -> dict[str, object]:
+    def process(self, utterance: CorpusUtterance) -> dict[str, object]:
         """Makes one utterance, and its copies; what went wrong comes back as the `reason`."""
         seconds = 0.0
         try:
-            wave = self._wave(line)
-            for by, target in line.targets().items():
-                raised = pitch.raise_by(wave, SAMPLE_RATE, pitch.factor(by)) if by else wave
-                self._store(target, line.text, raised)
-                seconds += len(raised) / SAMPLE_RATE
-        except Exception as error:  # one bad line must not stop a corpus; it is reported
+            wave = self._wave(utterance)
+            for factor, path in utterance.output_paths().items():
+                copy = _perturb(wave, factor) if factor else wave
+                self._store(path, utterance.text, copy)
+                seconds += len(copy) / SAMPLE_RATE
+        except Exception as error:  # one bad utterance must not stop a corpus; it is reported
             reason = f"{type(error).__name__}: {error}"
-            return {**asdict(line), "seconds": seconds, "reason": reason}
-        return {**asdict(line), "seconds": seconds, "reason": None}
+            return {**asdict(utterance), "seconds": seconds, "reason": reason}
+        return {**asdict(utterance), "seconds": seconds, "reason": None}
 
-    def _wave(self, line: Line) -> Wave:
+    def _wave(self, utterance: CorpusUtterance) -> Wave:
         """The utterance itself; of one whose copies alone are missing, as it was stored, unless
         an older plan had another text for it."""
-        path = storage.join(self._out, line.targets()[""])
+        path = storage.join(self._out, utterance.output_paths()[""])
         if (
             storage.exists(f"{path}.wav")
             and storage.exists(f"{path}.txt")
-            and storage.read_bytes(f"{path}.txt").decode().strip() == line.text
+            and storage.read_bytes(f"{path}.txt").decode().strip() == utterance.text
         ):
             return audio.read(storage.read_bytes(f"{path}.wav"), max_seconds=600)
-        if line.engine not in self._engines:
-            self._engines[line.engine] = ENGINES[line.engine]()
-        return self._engines[line.engine].speak(line.text, line.voice, line.language)
+        if utterance.engine not in self._engines:
+            self._engines[utterance.engine] = TTS_ENGINES[utterance.engine]()
+        return self._engines[utterance.engine].synthesize(
+            utterance.text, utterance.voice, utterance.language
+        )
 
-    def _store(self, target: str, text: str, wave: Wave) -> None:
-        path = storage.join(self._out, target)
-        storage.write_bytes(f"{path}.txt", (text + "\n").encode())
-        storage.write_bytes(f"{path}.wav", audio.wav_bytes(wave))  # last: marks it as done
+    def _store(self, path: str, text: str, wave: Wave) -> None:
+        uri = storage.join(self._out, path)
+        storage.write_bytes(f"{uri}.txt", (text + "\n").encode())
+        storage.write_bytes(f"{uri}.wav", audio.wav_bytes(wave))  # last: marks it as done
 
 
-def make(chosen: CorpusRecipe) -> dict[str, object]:
-    """Speaks the missing lines on Ray; returns the report, also written as `corpus.json`."""
+def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
+    """Synthesizes what is missing, on Ray; returns the report, also written as `corpus.json`."""
     import ray
     from ray.util import ActorPool
 
-    out = storage.absolute(chosen.out)
-    lines = plan(chosen)
+    out = storage.absolute(recipe.out)
+    utterances = plan(recipe)
     present = set(storage.list_files(out, (".wav",)))
     missing = [
-        line for line in lines if any(f"{t}.wav" not in present for t in line.targets().values())
+        utterance
+        for utterance in utterances
+        if any(f"{path}.wav" not in present for path in utterance.output_paths().values())
     ]
     # all voices in turn: an interrupted corpus has something of each
-    missing.sort(key=lambda line: line.id)
+    missing.sort(key=lambda utterance: utterance.id)
     seconds, rejects = 0.0, []
     if missing:
-        actor = ray.remote(num_cpus=0.9)(Speaker)
-        pool = ActorPool([actor.remote(out) for _ in range(chosen.workers)])
-        results = pool.map_unordered(lambda a, line: a.speak.remote(line), missing)
-        bar = progress(total=len(missing), label="corpus", unit="line")
+        actor = ray.remote(num_cpus=0.9)(CorpusWorker)
+        pool = ActorPool([actor.remote(out) for _ in range(recipe.workers)])
+        results = pool.map_unordered(
+            lambda worker, utterance: worker.process.remote(utterance), missing
+        )
+        bar = progress_bar(total=len(missing), label="corpus", unit="utterance")
         for result in results:
             bar.update()
             seconds += result["seconds"]
@@ -219,23 +235,25 @@ def make(chosen: CorpusRecipe) -> dict[str, object]:
         bar.close()
     report = {
         "out": out,
-        "lines": len(lines),
-        "already_there": len(lines) - len(missing),
-        "made": len(missing) - len(rejects),
-        "made_seconds": round(seconds, 1),
+        "utterances": len(utterances),
+        "already_done": len(utterances) - len(missing),
+        "generated": len(missing) - len(rejects),
+        "generated_seconds": round(seconds, 1),
         "rejected": rejects,
     }
     storage.write_json(storage.join(out, "corpus.json"), report)
-    storage.write_bytes(storage.join(out, "LICENCES.md"), _licences(lines).encode())
+    storage.write_bytes(storage.join(out, "LICENCES.md"), _licenses(utterances).encode())
     return report
 
 
-def _licences(lines: Sequence[Line]) -> str:
+def _licenses(utterances: Sequence[CorpusUtterance]) -> str:
     """Where each speaker's audio comes from and under which terms."""
     rows = {
-        target.split("/")[0]: LICENCES.get(line.speaker, LICENCES.get(line.engine, "unknown"))
-        for line in lines
-        for target in line.targets().values()
+        path.split("/")[0]: LICENSES.get(
+            utterance.speaker, LICENSES.get(utterance.engine, "unknown")
+        )
+        for utterance in utterances
+        for path in utterance.output_paths().values()
     }
     table = "".join(f"| {speaker} | {terms} |\n" for speaker, terms in sorted(rows.items()))
     return (
@@ -248,12 +266,12 @@ def _licences(lines: Sequence[Line]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.corpus --recipe demo`."""
-    chosen = recipe.parse_arguments(argv, "corpus", CorpusRecipe, __doc__ or "")
-    with recipe.reported(), connect():
-        report = make(chosen)
+    recipe = parse_arguments(argv, "corpus", CorpusRecipe, __doc__ or "")
+    with exit_on_error(), connect():
+        report = build_corpus(recipe)
     print(
-        f"corpus: {report['made']} made ({report['made_seconds']} s of speech), "
-        f"{report['already_there']} already there, {len(report['rejected'])} rejected "  # type: ignore[arg-type]
+        f"corpus: {report['generated']} generated ({report['generated_seconds']} s of speech), "
+        f"{report['already_done']} already done, {len(report['rejected'])} rejected "  # type: ignore[arg-type]
         f"-> {report['out']}"
     )
 

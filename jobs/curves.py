@@ -20,31 +20,33 @@ PANELS = {
     },
     "WER of 20 sentences": {"validation/wer": "whisper tiny.en"},
 }
-PAUSE = 0.25
+PAUSE_HOURS = 0.25
 """Hours without a metric that count as a pause."""
 
 Curve = list[tuple[float, float]]
 
 
-def hours(history: Sequence[tuple[float, float]], clock: Sequence[float]) -> Curve:
+def training_hours(history: Sequence[tuple[float, float]], clock: Sequence[float]) -> Curve:
     """(hours of training, value) of (time in hours, value), pauses of the run's `clock` cut out."""
-    trained, since = {clock[0]: 0.0}, 0.0
-    for before, now in itertools.pairwise(clock):
-        since += now - before if now - before < PAUSE else 0.0
-        trained[now] = since
-    return [(trained[time], value) for time, value in history]
+    hours, total = {clock[0]: 0.0}, 0.0
+    for previous, current in itertools.pairwise(clock):
+        total += current - previous if current - previous < PAUSE_HOURS else 0.0
+        hours[current] = total
+    return [(hours[time], value) for time, value in history]
 
 
-def read(names: Sequence[str]) -> dict[str, dict[str, Curve]]:
+def read_curves(names: Sequence[str]) -> dict[str, dict[str, Curve]]:
     """Curves by run and metric. Raises ValueError for a run that is not there."""
-    figures = [metric for panel in PANELS.values() for metric in panel]
+    metrics = [metric for panel in PANELS.values() for metric in panel]
     curves: dict[str, dict[str, Curve]] = {}
     for name in names:
-        found = {metric: tracking.history(name, metric) for metric in figures}
-        clock = sorted({time for history in found.values() for time, _ in history})
+        histories = {metric: tracking.metric_history(name, metric) for metric in metrics}
+        clock = sorted({time for history in histories.values() for time, _ in history})
         if not clock:
             raise ValueError(f"no run {name!r} with metrics in MLflow")
-        curves[name] = {metric: hours(history, clock) for metric, history in found.items()}
+        curves[name] = {
+            metric: training_hours(history, clock) for metric, history in histories.items()
+        }
     return curves
 
 
@@ -56,12 +58,14 @@ def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
     figure = Figure(figsize=(10, 3.4 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(curves), len(PANELS), squeeze=False)
-    for row, (name, found) in zip(grid, curves.items(), strict=True):
+    for row, (name, by_metric) in zip(grid, curves.items(), strict=True):
         for axes, (label, panel) in zip(row, PANELS.items(), strict=True):
             for metric, title in panel.items():
-                if found[metric]:
-                    style = "o-" if len(found[metric]) < 40 else "-"
-                    axes.plot(*zip(*found[metric], strict=True), style, label=title, markersize=3)
+                if by_metric[metric]:
+                    style = "o-" if len(by_metric[metric]) < 40 else "-"
+                    axes.plot(
+                        *zip(*by_metric[metric], strict=True), style, label=title, markersize=3
+                    )
             axes.set(title=name, xlabel="hours of training", ylabel=label)
             axes.grid(alpha=0.3)
             if axes.has_data():
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args(argv)
     try:
-        curves = read(arguments.runs)
+        curves = read_curves(arguments.runs)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     draw(curves, arguments.out)

@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
+from valle.jobs.evaluation.report import Report
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, recipe, registry, settings, storage
+from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
-from valle.platform.spectrogram import spectrogram
+from valle.platform.recipe import load
+from valle.platform.spectrogram import spectrogram_png
 
-Report = dict[str, Any]
 FIGURES = {
     "wer": "word error rate (whisper tiny.en)",
-    "cosine_own": "likeness to the prompt (cosine)",
+    "cosine_own": "speaker similarity (cosine)",
     "identified": "voice identified among all",
     "distillmos": "DistillMOS",
 }
@@ -42,17 +42,17 @@ def stage(name: str, times: dict[str, float]) -> Iterator[None]:
     times[name] = time.perf_counter() - started
 
 
-def request(port: int, out: Path) -> float:
+def send_request(port: int, out: Path) -> float:
     """One request to the endpoint, as any client would send it; returns seconds of audio."""
     body = json.dumps({"input": TEXT, "voice": VOICE, "response_format": "wav"}).encode()
-    call = urllib.request.Request(
+    request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/audio/speech", body, {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(call, timeout=300) as answer:
-        data = answer.read()
+    with urllib.request.urlopen(request, timeout=300) as response:
+        data = response.read()
     wave = audio.read(data, max_seconds=120)
     out.with_suffix(".wav").write_bytes(data)
-    out.with_suffix(".png").write_bytes(spectrogram(wave, TEXT))
+    out.with_suffix(".png").write_bytes(spectrogram_png(wave, TEXT))
     return len(wave) / SAMPLE_RATE
 
 
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
     arguments = parser.parse_args(argv)
     name = arguments.recipe
-    corpus_recipe = recipe.load(name, "corpus", corpus.CorpusRecipe)
-    prepare_recipe = recipe.load(name, "prepare", prepare.PrepareRecipe)
-    train_recipe = recipe.load(name, "train", TrainRecipe)
-    publish_recipe = recipe.load(name, "publish", publish.PublishRecipe)
-    evaluate_recipe = recipe.load(name, "evaluate", evaluate.EvaluateRecipe)
+    corpus_recipe = load(name, "corpus", corpus.CorpusRecipe)
+    prepare_recipe = load(name, "prepare", prepare.PrepareRecipe)
+    train_recipe = load(name, "train", TrainRecipe)
+    publish_recipe = load(name, "publish", publish.PublishRecipe)
+    evaluate_recipe = load(name, "evaluate", evaluate.EvaluateRecipe)
     times: dict[str, float] = {}
     reports: dict[str, Report] = {}
 
-    def judge(name: str, model: str) -> None:
+    def evaluate_model(name: str, model: str) -> None:
         with stage(f"evaluate {name}", times):
             out = storage.join(evaluate_recipe.out, name)
             reports[name] = evaluate.evaluate(replace(evaluate_recipe, model=model, out=out))
@@ -80,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with stage("Ray", times):
             stack.enter_context(connect())
         with stage("corpus", times):
-            made = corpus.make(corpus_recipe)
-            print(f"{made['lines']} lines, {made['made_seconds']} s of speech made now")
+            corpus_report = corpus.build_corpus(corpus_recipe)
+            print(
+                f"{corpus_report['utterances']} utterances, "
+                f"{corpus_report['generated_seconds']} s of speech generated now"
+            )
         with stage("prepare", times):
             report = prepare.prepare(prepare_recipe)
             print(
@@ -89,22 +92,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"rejected: {report['rejected'] or 'none'}"
             )
         if train_recipe.warm_start:
-            judge("before", str(registry.SHIPPED))
-        train_recipe = train.prepare_run(train_recipe)
+            evaluate_model("before", str(registry.SHIPPED_BUNDLE))
+        train_recipe = train.resolve_recipe(train_recipe)
         for kind in train_recipe.models:
             with stage(f"train {kind}", times):
                 print(f"checkpoint: {train.fit(train_recipe, kind)}")
         with stage("publish", times):
             print(f"registry: valle version {publish.publish(publish_recipe)}, alias champion")
-        judge("after", registry.CHAMPION)
+        evaluate_model("after", registry.CHAMPION)
         with stage("serve and one request", times):
             out = settings.read().home / "data" / Path(name).stem / "speech"
             out.parent.mkdir(parents=True, exist_ok=True)
             seconds = serve_and_request(publish_recipe.sample_prompt, arguments.port, out)
 
     print("\nstage                    seconds")
-    for step, taken in {**times, "total": sum(times.values())}.items():
-        print(f"{step:<24} {taken:7.1f}")
+    for name, elapsed in {**times, "total": sum(times.values())}.items():
+        print(f"{name:<24} {elapsed:7.1f}")
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
     print(f'said: "{TEXT}" in the voice of {VOICE}')
     print(compare(reports))
@@ -118,9 +121,9 @@ def compare(reports: dict[str, Report]) -> str:
     items = max(report["systems"]["cross"]["items"] for report in reports.values())
     lines = [f"\n{items} sentences held out{'':<21}" + "".join(f"{n:>9}" for n in reports)]
     for figure, label in FIGURES.items():
-        found = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
-        shown = "".join("        -" if value is None else f"{value:9.3f}" for value in found)
-        lines.append(f"{label:<40}{shown}")
+        values = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
+        cells = "".join("        -" if value is None else f"{value:9.3f}" for value in values)
+        lines.append(f"{label:<40}{cells}")
     return "\n".join(lines)
 
 
@@ -137,7 +140,7 @@ def serve_and_request(prompt: str, port: int, out: Path) -> float:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(AppArgs(voices=str(voices), max_replicas=1)), name="valle")
     try:
-        return request(port, out)
+        return send_request(port, out)
     finally:
         serve.shutdown()
 

@@ -1,9 +1,9 @@
 """What a codec does to recordings it has never heard: words, quality, voice, use of the codebooks.
 
-An independent recogniser reads every version of a recording, DistillMOS scores it, and a speaker
-encoder compares its voice with the recording's. The versions: the recording; for nano 2 what its
-vocoder makes of the features unquantised; the codec with each number of codebooks asked for.
-Writes `evaluation.json` beside the weights, or where `--out` says.
+An independent recognizer reads every system's copy of a recording, DistillMOS scores it, and a
+speaker encoder compares its voice with the recording's. The systems: the recording; for
+nano 2 what its vocoder makes of the features unquantised; the codec with each number of codebooks
+asked for. Writes `evaluation.json` beside the weights, or where `--out` says.
 """
 
 import argparse
@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from valle.jobs.evaluation.metrics.likeness import SpeakerEncoder, load_encoder
 from valle.jobs.evaluation.metrics.quality import DistillMos
-from valle.jobs.evaluation.metrics.recogniser import Recogniser, load_recogniser, word_error_rate
-from valle.jobs.train_codec import codebook_use
+from valle.jobs.evaluation.metrics.speaker_similarity import SpeakerEncoder, load_speaker_encoder
+from valle.jobs.evaluation.metrics.words import Recognizer, load_recognizer, word_error_rate
+from valle.jobs.train_codec import codebook_usage
 from valle.model.codec import encodec, nano2
 from valle.model.codec.interface import SpeechCodec, Wave
 from valle.model.codec.loading import load_codec
-from valle.model.codec.nano2 import Nano2
+from valle.model.codec.nano2 import Nano2Codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage
-from valle.platform.progress import progress
+from valle.platform.progress import progress_bar
 
 MAX_SECONDS = 20.0
-"""Longer recordings are skipped: a recogniser's habits, not the codec's, would decide."""
+"""Longer recordings are skipped: a recognizer's habits, not the codec's, would decide."""
 
-Versions = dict[str, Callable[[list[Wave]], list[Wave]]]
-"""Name of a version to what makes it of the recordings."""
+Systems = dict[str, Callable[[list[Wave]], list[Wave]]]
+"""Name of a system to what makes its audio of the recordings."""
 
 
 def load_recordings(folder: str, count: int, min_seconds: float) -> tuple[list[str], list[Wave]]:
@@ -52,65 +52,65 @@ def load_recordings(folder: str, count: int, min_seconds: float) -> tuple[list[s
     return texts, waves
 
 
-def versions(codec: SpeechCodec, n_codebooks: Sequence[int]) -> Versions:
+def make_systems(codec: SpeechCodec, n_codebooks: Sequence[int]) -> Systems:
     """The recording, the vocoder's copy where the codec has a vocoder, and the codec's."""
-    makers: Versions = {"recording": lambda waves: waves}
-    if isinstance(codec, Nano2):
-        vocoded = codec.unquantised
-        makers["unquantised"] = lambda waves: [vocoded(wave) for wave in waves]
+    systems: Systems = {"recording": lambda waves: waves}
+    if isinstance(codec, Nano2Codec):
+        vocode = codec.resynthesize
+        systems["unquantised"] = lambda waves: [vocode(wave) for wave in waves]
 
-    def coded(count: int) -> Callable[[list[Wave]], list[Wave]]:
+    def through_codec(count: int) -> Callable[[list[Wave]], list[Wave]]:
         return lambda waves: codec.decode([codes[:count] for codes in codec.encode(waves)])
 
-    return makers | {f"{count} codebooks": coded(count) for count in n_codebooks}
+    return systems | {f"{count} codebooks": through_codec(count) for count in n_codebooks}
 
 
-class Judges:
-    """A recogniser (or none, for a language it does not read), a speaker encoder, DistillMOS."""
+class CodecMetrics:
+    """A recognizer (or none, for a language it does not read), a speaker encoder, DistillMOS."""
 
-    def __init__(self, recogniser: Recogniser | None, encoder: SpeakerEncoder) -> None:
-        self._recogniser, self._encoder, self._mos = recogniser, encoder, DistillMos()
+    def __init__(self, recognizer: Recognizer | None, encoder: SpeakerEncoder) -> None:
+        self._recognizer, self._encoder, self._mos = recognizer, encoder, DistillMos()
 
-    def figures(
+    def compute(
         self, texts: list[str], recordings: list[Wave], waves: list[Wave]
     ) -> dict[str, float]:
-        """Means over one version of the recordings."""
-        scores, cosines, hypotheses = [], [], []
+        """Means over one system's copies of the recordings."""
+        mos_scores, cosines, hypotheses = [], [], []
         for recording, wave in zip(recordings, waves, strict=True):
-            scores.append(self._mos.score(wave))
+            mos_scores.append(self._mos.score(wave))
             own = self._encoder.embed(recording)
             if own is not None:
                 copy = self._encoder.embed(wave)
                 cosines.append(0.0 if copy is None else float(own @ copy))  # no voice is left
-            if self._recogniser is not None:
-                hypotheses.append(self._recogniser.transcribe(wave))
-        figures = {"distillmos": float(np.mean(scores))}
+            if self._recognizer is not None:
+                hypotheses.append(self._recognizer.transcribe(wave))
+        means = {"distillmos": float(np.mean(mos_scores))}
         if cosines:
-            figures["similarity"] = float(np.mean(cosines))
-        if self._recogniser is not None:
-            figures["wer"] = word_error_rate(texts, hypotheses)
-        return {name: round(value, 4) for name, value in figures.items()}
+            means["speaker_similarity"] = float(np.mean(cosines))
+        if self._recognizer is not None:
+            means["wer"] = word_error_rate(texts, hypotheses)
+        return {name: round(value, 4) for name, value in means.items()}
 
 
 def evaluate(
     codec: SpeechCodec,
     texts: list[str],
     recordings: list[Wave],
-    judges: Judges,
+    metrics: CodecMetrics,
     n_codebooks: Sequence[int],
 ) -> dict[str, Any]:
-    """Figures of every version, and how much of each codebook is used."""
-    table = {}
-    makers = versions(codec, n_codebooks)
-    with progress(total=len(makers), label="evaluate", unit="version") as bar:
-        for name, make in makers.items():
-            table[name] = judges.figures(texts, recordings, make(recordings))
+    """Metrics of every system, and how much of each codebook is used."""
+    results = {}
+    systems = make_systems(codec, n_codebooks)
+    with progress_bar(total=len(systems), label="evaluate", unit="system") as bar:
+        for name, system in systems.items():
+            results[name] = metrics.compute(texts, recordings, system(recordings))
             bar.update()
     return {
         "recordings": len(recordings),
         "seconds": round(sum(len(w) for w in recordings) / SAMPLE_RATE, 1),
-        "versions": table,
-        "codebook_use": [round(use, 3) for use in codebook_use(codec.encode(recordings))],
+        "systems": results,
+        "codebook_usage": [round(use, 3) for use in codebook_usage(codec.encode(recordings))],
     }
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--codebooks", type=int, nargs="+", default=[8], help="the first N of them, for each N"
     )
     parser.add_argument(
-        "--recogniser", default="whisper", help="none for a language that it does not read"
+        "--recognizer", default="whisper", help="none for a language that it does not read"
     )
     parser.add_argument("--speaker-encoder", default="wespeaker", help="or resemblyzer")
     parser.add_argument("--out", help="JSON file; default: evaluation.json beside the weights")
@@ -138,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, waves = load_recordings(arguments.recordings, arguments.count, arguments.min_seconds)
     if not waves:
         parser.exit(2, f"error: no usable recordings in {arguments.recordings}\n")
-    reads = arguments.recogniser != "none"
-    judges = Judges(
-        load_recogniser(arguments.recogniser) if reads else None,
-        load_encoder(arguments.speaker_encoder),
+    has_recognizer = arguments.recognizer != "none"
+    metrics = CodecMetrics(
+        load_recognizer(arguments.recognizer) if has_recognizer else None,
+        load_speaker_encoder(arguments.speaker_encoder),
     )
     report = {
         "codec": codec.identity.name,
@@ -149,12 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "frame_rate": codec.identity.frame_rate,
         "date": date.today().isoformat(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "recogniser": arguments.recogniser,
+        "recognizer": arguments.recognizer,
         "speaker_encoder": arguments.speaker_encoder,
-        **evaluate(codec, texts, waves, judges, arguments.codebooks),
+        **evaluate(codec, texts, waves, metrics, arguments.codebooks),
     }
     print(json.dumps(report, indent=2))
-    shipped = {"nano": encodec.NANO_FOLDER, "nano2": nano2.FOLDER}
+    shipped = {"nano": encodec.NANO_CODEC_FOLDER, "nano2": nano2.NANO2_CODEC_FOLDER}
     folder = shipped.get(arguments.codec, Path(arguments.codec))
     if arguments.out or folder.is_dir():
         storage.write_json(arguments.out or str(folder / "evaluation.json"), report)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from valle.model import quantize
-from valle.platform import checkpoint, recipe, registry, settings, storage
+from valle.platform import checkpoint, registry, settings, storage
+from valle.platform.recipe import parse_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,41 +36,41 @@ class ExportRecipe:
             raise ValueError(f"precision: {self.precision!r} is none of int8, fp32")
 
 
-def export(chosen: ExportRecipe) -> Path:
+def export(recipe: ExportRecipe) -> Path:
     """Writes the bundle; returns its folder."""
-    source, out = registry.resolve(chosen.model), Path(storage.absolute(chosen.out))
+    source, out = registry.resolve(recipe.model), Path(storage.absolute(recipe.out))
     with tempfile.TemporaryDirectory() as name:
-        made = Path(name) / "bundle"
+        bundle_folder = Path(name) / "bundle"
         for kind in ("ar", "nar"):
             weights = checkpoint.load_weights(source / kind)
-            about = checkpoint.read(source / kind)
+            metadata = checkpoint.read_metadata(source / kind)
             checkpoint.save(
-                made / kind,
-                quantize.to_int8(weights) if chosen.precision == "int8" else weights,
-                replace(about, recipe=without_home(about.recipe)),
+                bundle_folder / kind,
+                quantize.to_int8(weights) if recipe.precision == "int8" else weights,
+                replace(metadata, recipe=relative_to_home(metadata.recipe)),
             )
-        bundle = without_home(asdict(registry.describe(source)))
-        (made / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
+        bundle = relative_to_home(asdict(registry.read_bundle(source)))
+        (bundle_folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
         for part in ("codec/model.safetensors", "codec/config.json", "report.md"):
             if (source / part).exists():
-                (made / part).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / part, made / part)
+                (bundle_folder / part).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / part, bundle_folder / part)
         if (source / "report.json").exists():
-            report = without_home(json.loads((source / "report.json").read_text()))
-            (made / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        registry.load_voice(made)  # as anyone would load it: it fits together
+            report = relative_to_home(json.loads((source / "report.json").read_text()))
+            (bundle_folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        registry.load_synthesizer(bundle_folder)  # as anyone would load it: it fits together
         for part in ("report.json", "report.md"):  # another model's
             (out / part).unlink(missing_ok=True)
-        shutil.copytree(made, out, dirs_exist_ok=True)
+        shutil.copytree(bundle_folder, out, dirs_exist_ok=True)
     return out
 
 
-def without_home(values: Any) -> Any:
+def relative_to_home(values: Any) -> Any:
     """Recipe values with paths below `VALLE_HOME` made relative to it again."""
     if isinstance(values, dict):
-        return {key: without_home(value) for key, value in values.items()}
+        return {key: relative_to_home(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [without_home(value) for value in values]
+        return [relative_to_home(value) for value in values]
     if isinstance(values, str):
         return values.removeprefix("file://").removeprefix(f"{settings.read().home}/")
     return values
@@ -77,8 +78,8 @@ def without_home(values: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.export out=release/nano`."""
-    chosen = recipe.parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
-    out = export(chosen)
+    recipe = parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
+    out = export(recipe)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{out}: {size / 1e6:.1f} MB of weights")
 

@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from valle.jobs.ingest.layouts import Item, Reject, Source, listing
+from valle.jobs.ingest.layouts import Reject, Source, SourceItem, list_items
 from valle.model import text as phonemes
 from valle.model.codec.interface import CodecIdentity
 from valle.model.codec.loading import load_codec
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, dataset, recipe, resources, settings, storage
+from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
-from valle.platform.progress import progress
-from valle.platform.resources import Placement, Share
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.resources import Allocation, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PrepareRecipe:
     max_phonemes: int = 512
     """Texts with more symbols are left out."""
 
-    min_loudness: float = -50.0
+    min_rms_dbfs: float = field(default=-50.0, metadata=formerly("min_loudness"))
     """dB of full scale (RMS); quieter recordings are left out."""
 
     utterances_per_shard: int = 512
@@ -84,17 +85,17 @@ class PrepareRecipe:
 Row = dict[str, Any]
 
 
-def each(rows: pa.Table, work: Callable[[Row], Row], drop: Sequence[str] = ()) -> pa.Table:
-    """Applies `work` to the rows that are still good; an error becomes the row's `reason`."""
-    done = []
+def map_rows(rows: pa.Table, function: Callable[[Row], Row], drop: Sequence[str] = ()) -> pa.Table:
+    """Applies `function` to the rows that are still good; an error becomes the row's `reason`."""
+    mapped = []
     for row in rows.to_pylist():
         if row["reason"] is None:
             try:
-                row |= work(row)
+                row |= function(row)
             except (ValueError, OSError) as error:  # AudioError among them
                 row["reason"] = str(error)
-        done.append({key: value for key, value in row.items() if key not in drop})
-    return pa.Table.from_pylist(done, schema=_schema(drop))
+        mapped.append({key: value for key, value in row.items() if key not in drop})
+    return pa.Table.from_pylist(mapped, schema=_schema(drop))
 
 
 _COLUMNS = {
@@ -108,18 +109,18 @@ def _schema(drop: Sequence[str]) -> pa.Schema:
     return pa.schema([(name, kind) for name, kind in _COLUMNS.items() if name not in drop])
 
 
-class Decode:
+class DecodeAudio:
     """Reads text and sound of each row: 24 kHz mono, checked for length and level."""
 
-    def __init__(self, chosen: PrepareRecipe) -> None:
-        self._chosen = chosen
+    def __init__(self, recipe: PrepareRecipe) -> None:
+        self._recipe = recipe
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Adds `text` and `wave`."""
-        return each(rows, self._decode, drop=["phonemes"])
+        return map_rows(rows, self._decode, drop=["phonemes"])
 
     def _decode(self, row: Row) -> Row:
-        chosen = self._chosen
+        recipe = self._recipe
         text = row["text"]
         if text is None:
             if not storage.exists(row["text_uri"]):
@@ -130,63 +131,63 @@ class Decode:
                 raise ValueError(f"text is not UTF-8: {error}") from error
         if not text.strip():
             raise ValueError("empty text")
-        wave = audio.read(storage.read_bytes(row["audio"]), max_seconds=chosen.max_seconds)
+        wave = audio.read(storage.read_bytes(row["audio"]), max_seconds=recipe.max_seconds)
         seconds = len(wave) / SAMPLE_RATE
-        if seconds < chosen.min_seconds:
-            raise ValueError(f"too short: {seconds:.2f} s, limit {chosen.min_seconds:g} s")
-        if (level := audio.loudness(wave)) < chosen.min_loudness:
-            raise ValueError(f"too quiet: {level:.0f} dB, limit {chosen.min_loudness:g} dB")
+        if seconds < recipe.min_seconds:
+            raise ValueError(f"too short: {seconds:.2f} s, limit {recipe.min_seconds:g} s")
+        if (level := audio.rms_dbfs(wave)) < recipe.min_rms_dbfs:
+            raise ValueError(f"too quiet: {level:.0f} dB, limit {recipe.min_rms_dbfs:g} dB")
         return {"text": text.strip(), "wave": wave.tobytes()}
 
 
-class Phonemise:
+class Phonemize:
     """Texts to phoneme ids; holds one espeak per language."""
 
-    def __init__(self, chosen: PrepareRecipe) -> None:
-        self._chosen = chosen
+    def __init__(self, recipe: PrepareRecipe) -> None:
+        self._recipe = recipe
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Adds `phonemes`."""
-        return each(rows, self._phonemise)
+        return map_rows(rows, self._phonemize)
 
-    def _phonemise(self, row: Row) -> Row:
-        spoken = phonemes.phonemize([row["text"]], row["language"])[0]
-        ids = phonemes.encode(spoken)
-        if not self._chosen.min_phonemes <= len(ids) <= self._chosen.max_phonemes:
+    def _phonemize(self, row: Row) -> Row:
+        symbols = phonemes.phonemize([row["text"]], row["language"])[0]
+        ids = phonemes.encode(symbols)
+        if not self._recipe.min_phonemes <= len(ids) <= self._recipe.max_phonemes:
             raise ValueError(
                 f"phoneme count out of range: {len(ids)}, "
-                f"limits {self._chosen.min_phonemes} and {self._chosen.max_phonemes}"
+                f"limits {self._recipe.min_phonemes} and {self._recipe.max_phonemes}"
             )
         return {"phonemes": ids}
 
 
-class Quantise:
+class EncodeShard:
     """Waveforms to codes, in batches of similar duration; writes the finished shard."""
 
-    def __init__(self, chosen: PrepareRecipe) -> None:
+    def __init__(self, recipe: PrepareRecipe) -> None:
         import torch
 
         device = resources.device()
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core
-        self._codec = load_codec(chosen.codec, device=device, cache=settings.read().cache)
-        self._chosen = chosen
-        self._batch_seconds = chosen.batch_seconds or (10.0 if device == "cpu" else 120.0)
+        self._codec = load_codec(recipe.codec, device=device, cache=settings.read().cache)
+        self._recipe = recipe
+        self._batch_seconds = recipe.batch_seconds or (10.0 if device == "cpu" else 120.0)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One row of bookkeeping for the whole shard."""
         started = time.perf_counter()
         items = rows.to_pylist()
-        good = [row for row in items if row["reason"] is None]
-        waves = [np.frombuffer(row["wave"], np.float32) for row in good]
+        accepted = [row for row in items if row["reason"] is None]
+        waves = [np.frombuffer(row["wave"], np.float32) for row in accepted]
         codes = self._codec.encode(waves, self._batch_seconds)
-        finished = [
+        utterances = [
             {
                 "id": row["id"], "speaker": row["speaker"], "language": row["language"],
                 "text": row["text"], "phonemes": row["phonemes"], "codes": code,
                 "frames": code.shape[1], "source": row["audio"],
             }
-            for row, code in zip(good, codes, strict=True)
+            for row, code in zip(accepted, codes, strict=True)
         ]  # fmt: skip
         name = items[0]["shard"]
         rejects = [
@@ -195,10 +196,12 @@ class Quantise:
             if row["reason"] is not None
         ]
         # rejects first: the shard's file is what marks the work as done
-        write_rejects(self._chosen.out, name, rejects)
+        write_rejects(self._recipe.out, name, rejects)
         shard = None
-        if finished:
-            shard = asdict(dataset.write_shard(self._chosen.out, name, dataset.table(finished)))
+        if utterances:
+            shard = asdict(
+                dataset.write_shard(self._recipe.out, name, dataset.to_table(utterances))
+            )
         result = {
             "inputs": len(items),
             "rejects": [asdict(r) for r in rejects],
@@ -217,32 +220,32 @@ def write_rejects(out: str, name: str, rejects: Sequence[Reject]) -> None:
 
 
 @dataclass
-class Progress:
+class DatasetState:
     """What earlier runs left behind."""
 
     shards: list[Shard]
     statistics: Statistics
-    done: set[str]
+    ids: set[str]
     """Ids in shards or rejects."""
 
 
-def survey(out: str, codec: CodecIdentity) -> Progress:
+def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
     """Finds finished work, also of a run that was killed before it could list its shards."""
     listed: dict[str, Shard] = {}
     if storage.exists(storage.join(out, "dataset.json")):
         manifest = dataset.read_manifest(out)
         codec.check(manifest.codec, f"the dataset {out}")
         listed = {shard.name: shard for shard in manifest.shards}
-    found = Progress([], Statistics(), set())
+    state = DatasetState([], Statistics(), set())
     for name in dataset.shard_names(out):
-        rows = dataset.columns(out, name, ["id", "speaker", "language", "frames"])
-        found.shards.append(listed.get(name) or _adopt(out, name, rows))
-        found.statistics.add(rows)
-        found.done.update(rows.column("id").to_pylist())
+        rows = dataset.read_columns(out, name, ["id", "speaker", "language", "frames"])
+        state.shards.append(listed.get(name) or _adopt(out, name, rows))
+        state.statistics.add(rows)
+        state.ids.update(rows.column("id").to_pylist())
     for path in storage.list_files(storage.join(out, "rejects"), (".jsonl",)):
         for line in storage.read_bytes(storage.join(out, "rejects", path)).decode().splitlines():
-            found.done.add(json.loads(line)["id"])
-    return found
+            state.ids.add(json.loads(line)["id"])
+    return state
 
 
 def _adopt(out: str, name: str, rows: pa.Table) -> Shard:
@@ -253,7 +256,7 @@ def _adopt(out: str, name: str, rows: pa.Table) -> Shard:
     return Shard(name=name, sha256=digest, utterances=len(rows), frames=frames)
 
 
-def group(items: Sequence[Item], size: int) -> Iterator[pa.Table]:
+def shard_items(items: Sequence[SourceItem], size: int) -> Iterator[pa.Table]:
     """Items by speaker, cut into shards; a shard is named by the hash of its ids."""
     ordered = sorted(items, key=lambda item: (item.speaker, item.id))
     for start in range(0, len(ordered), size):
@@ -263,104 +266,104 @@ def group(items: Sequence[Item], size: int) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(rows, schema=_schema(["wave", "phonemes"]))
 
 
-_DECODE_CPUS, _PHONEMISE_CPUS = 0.5, 0.25
-"""What Ray sets aside for a task that decodes, and for an actor that phonemises."""
+_DECODE_CPUS, _PHONEMIZE_CPUS = 0.5, 0.25
+"""What Ray sets aside for a task that decodes, and for an actor that phonemizes."""
 
 
-def share_of(chosen: PrepareRecipe, cluster: Cluster | None = None) -> Share:
+def allocation_for(recipe: PrepareRecipe, cluster: Cluster | None = None) -> Allocation:
     """A codec actor's share of the connected cluster, or of `cluster`: half a core in the books,
     since the stages before it need room on a small machine."""
     return resources.resolve(
-        chosen.placement, "prepare", cpus=0.5, beside=_DECODE_CPUS + _PHONEMISE_CPUS,
+        recipe.placement, "prepare", cpus=0.5, upstream_cpus=_DECODE_CPUS + _PHONEMIZE_CPUS,
         cluster=cluster,
     )  # fmt: skip
 
 
 def pipeline(
-    tables: Sequence[pa.Table], chosen: PrepareRecipe, share: Share
+    tables: Sequence[pa.Table], recipe: PrepareRecipe, allocation: Allocation
 ) -> Iterator[dict[str, Any]]:
-    """Runs the stages on Ray Data; yields a result per shard as it is written. `share`: a codec
-    actor's."""
+    """Runs the stages on Ray Data; yields a result per shard as it is written. `allocation`: a
+    codec actor's."""
     import ray
     from ray.data import ActorPoolStrategy
 
-    share.bound_data()
-    whole = {"batch_size": None, "batch_format": "pyarrow"}
-    spoken = (
+    allocation.configure_ray_data()
+    blocks = {"batch_size": None, "batch_format": "pyarrow"}
+    phonemized = (
         ray.data.from_arrow(list(tables))
-        .map_batches(Decode(chosen), **whole, num_cpus=_DECODE_CPUS)
+        .map_batches(DecodeAudio(recipe), **blocks, num_cpus=_DECODE_CPUS)
         .map_batches(
-            Phonemise, fn_constructor_args=(chosen,), **whole, num_cpus=_PHONEMISE_CPUS,
+            Phonemize, fn_constructor_args=(recipe,), **blocks, num_cpus=_PHONEMIZE_CPUS,
             compute=ActorPoolStrategy(min_size=1, max_size=len(tables)),
         )
     )  # fmt: skip
-    shards = share.map_blocks(spoken, Quantise, (chosen,), chosen.workers, len(tables))
+    shards = allocation.map_blocks(phonemized, EncodeShard, (recipe,), recipe.workers, len(tables))
     for row in shards.iter_rows():
         yield json.loads(row["result"])
 
 
-def prepare(chosen: PrepareRecipe) -> dict[str, Any]:
+def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     """Does what is missing on the connected cluster; returns the report (`report.json`).
 
     Raises ValueError before anything starts when the cluster will never hold the codec's actors.
     """
     started = time.perf_counter()
-    share = share_of(chosen)
-    chosen = replace(chosen, out=storage.absolute(chosen.out))
-    if Path(chosen.codec).exists():
-        chosen = replace(chosen, codec=str(Path(chosen.codec).absolute()))
-    identity = load_codec(chosen.codec, cache=settings.read().cache).identity
-    items, unlisted = _list(chosen)
-    found = survey(chosen.out, identity)
-    missing = [item for item in items if item.id not in found.done]
-    write_rejects(chosen.out, "listing", unlisted)
-    dataset.write_manifest(chosen.out, identity, found.shards, found.statistics)
+    allocation = allocation_for(recipe)
+    recipe = replace(recipe, out=storage.absolute(recipe.out))
+    if Path(recipe.codec).exists():
+        recipe = replace(recipe, codec=str(Path(recipe.codec).absolute()))
+    identity = load_codec(recipe.codec, cache=settings.read().cache).identity
+    items, unlisted = _list(recipe)
+    state = scan_output(recipe.out, identity)
+    missing = [item for item in items if item.id not in state.ids]
+    write_rejects(recipe.out, "listing", unlisted)
+    dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
 
     reasons = Counter(reject.reason.split(":")[0] for reject in unlisted)
     speech = codec_seconds = 0.0
     written = time.perf_counter()
-    tables = list(group(missing, chosen.utterances_per_shard))
-    with progress(total=len(missing), label="prepare", unit="utterance") as bar:
-        for result in pipeline(tables, chosen, share) if tables else ():
+    tables = list(shard_items(missing, recipe.utterances_per_shard))
+    with progress_bar(total=len(missing), label="prepare", unit="utterance") as bar:
+        for result in pipeline(tables, recipe, allocation) if tables else ():
             bar.update(result["inputs"])
             reasons.update(reject["reason"].split(":")[0] for reject in result["rejects"])
             speech += result["speech_seconds"]
             codec_seconds += result["codec_seconds"]
             if result["shard"]:
                 shard = Shard(**result["shard"])
-                found.shards.append(shard)
-                found.statistics.add(
-                    dataset.columns(chosen.out, shard.name, ["speaker", "language", "frames"])
+                state.shards.append(shard)
+                state.statistics.add(
+                    dataset.read_columns(recipe.out, shard.name, ["speaker", "language", "frames"])
                 )
             if time.perf_counter() - written > 30:  # a killed run leaves what it had
-                dataset.write_manifest(chosen.out, identity, found.shards, found.statistics)
+                dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
                 written = time.perf_counter()
-    manifest = dataset.write_manifest(chosen.out, identity, found.shards, found.statistics)
+    manifest = dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
     seconds = time.perf_counter() - started
     report = {
-        "out": chosen.out,
+        "out": recipe.out,
         "inputs": len(items) + len(unlisted),
         "already_done": len(items) - len(missing),
         "prepared": len(missing) - sum(reasons.values()) + len(unlisted),
         "rejected": dict(reasons.most_common()),
         "utterances": manifest.utterances,
         "hours": manifest.hours,
-        "accelerator": share.accelerator,
+        "accelerator": allocation.accelerator,
         "speech_seconds": round(speech, 1),
-        "codec_cpu_seconds": round(codec_seconds, 1),
+        "codec_seconds": round(codec_seconds, 1),
         "wall_seconds": round(seconds, 1),
         "speech_seconds_per_second": round(speech / seconds, 1),
     }
-    storage.write_json(storage.join(chosen.out, "report.json"), report)
+    storage.write_json(storage.join(recipe.out, "report.json"), report)
     return report
 
 
-def _list(chosen: PrepareRecipe) -> tuple[list[Item], list[Reject]]:
+def _list(recipe: PrepareRecipe) -> tuple[list[SourceItem], list[Reject]]:
     """All inputs of all sources. Raises ValueError when two share an id."""
-    items: dict[str, Item] = {}
+    items: dict[str, SourceItem] = {}
     rejects: list[Reject] = []
-    for source in chosen.sources:
-        for entry in listing(source):
+    for source in recipe.sources:
+        for entry in list_items(source):
             if isinstance(entry, Reject):
                 rejects.append(entry)
             elif entry.id in items:
@@ -375,9 +378,9 @@ def _list(chosen: PrepareRecipe) -> tuple[list[Item], list[Reject]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.prepare --recipe demo`."""
-    chosen = recipe.parse_arguments(argv, "prepare", PrepareRecipe, __doc__ or "")
-    with recipe.reported(), connect():
-        report = prepare(chosen)
+    recipe = parse_arguments(argv, "prepare", PrepareRecipe, __doc__ or "")
+    with exit_on_error(), connect():
+        report = prepare(recipe)
     print(json.dumps(report, indent=2, ensure_ascii=False))
 
 

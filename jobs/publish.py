@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from valle.jobs import evaluate
 from valle.jobs.evaluate import EvaluateRecipe
-from valle.jobs.evaluation.gate import Bound, refusals
+from valle.jobs.evaluation.gate import Bound, violations
+from valle.jobs.evaluation.report import Report
 from valle.model.valle import Synthesis
-from valle.platform import audio, checkpoint, recipe, registry, storage
+from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.cluster import connect
-from valle.platform.resources import Share
-from valle.platform.spectrogram import spectrogram
+from valle.platform.recipe import exit_on_error, parse_arguments
+from valle.platform.resources import Allocation
+from valle.platform.spectrogram import spectrogram_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,75 +65,75 @@ class GateError(RuntimeError):
     """A candidate was refused; the message names the figures."""
 
 
-def register(chosen: PublishRecipe) -> int:
+def register(recipe: PublishRecipe) -> int:
     """Packs, speaks the sample, registers as candidate; returns the version."""
-    ar, nar = (checkpoint.choose(storage.absolute(uri)) for uri in (chosen.ar, chosen.nar))
-    prompt = audio.read(storage.read_bytes(chosen.sample_prompt), max_seconds=60)
+    ar, nar = (checkpoint.find_best(storage.absolute(uri)) for uri in (recipe.ar, recipe.nar))
+    prompt = audio.read(storage.read_bytes(recipe.sample_prompt), max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
-        registry.pack(ar, nar, chosen.codec, folder)
-        how = replace(Synthesis(), max_seconds=chosen.sample_seconds)
-        spoken = registry.load_voice(folder).speak(chosen.sample_text, prompt, how)
-        (folder / "sample.wav").write_bytes(audio.wav_bytes(spoken.wave))
-        (folder / "sample.png").write_bytes(spectrogram(spoken.wave, chosen.sample_text))
+        registry.pack(ar, nar, recipe.codec, folder)
+        synthesis = replace(Synthesis(), max_seconds=recipe.sample_seconds)
+        result = registry.load_synthesizer(folder).synthesize(recipe.sample_text, prompt, synthesis)
+        (folder / "sample.wav").write_bytes(audio.wav_bytes(result.wave))
+        (folder / "sample.png").write_bytes(spectrogram_png(result.wave, recipe.sample_text))
         return registry.publish(folder, {"ar": ar, "nar": nar})
 
 
-def judge(version: int, chosen: EvaluateRecipe, share: Share) -> dict[str, Any]:
-    """Evaluates a version with actors of this share, and keeps the report with it."""
-    name = f"models:/{registry.NAME}/{version}"
-    content = evaluate.evaluate(
-        replace(chosen, model=name, out=storage.join(chosen.out, f"version-{version}")), share
+def evaluate_version(version: int, recipe: EvaluateRecipe, allocation: Allocation) -> Report:
+    """Evaluates a version with actors of this allocation, and keeps the report with it."""
+    name = f"models:/{registry.MODEL_NAME}/{version}"
+    report = evaluate.evaluate(
+        replace(recipe, model=name, out=storage.join(recipe.out, f"version-{version}")), allocation
     )
     with tempfile.TemporaryDirectory() as folder:
         for file in ("report.json", "report.md"):
-            source = storage.join(chosen.out, f"version-{version}", file)
+            source = storage.join(recipe.out, f"version-{version}", file)
             (Path(folder) / file).write_bytes(storage.read_bytes(source))
         registry.attach(version, Path(folder))
-    return content
+    return report
 
 
-def champion_report() -> dict[str, Any] | None:
+def champion_report() -> Report | None:
     """The report of the version that is served; None when there is none."""
-    if registry.champion() is None:
+    if registry.champion_version() is None:
         return None
     path = registry.resolve(registry.CHAMPION) / "report.json"
     return storage.read_json(str(path)) if path.exists() else None
 
 
-def publish(chosen: PublishRecipe) -> int:
+def publish(recipe: PublishRecipe) -> int:
     """Registers, passes through the gate, promotes; returns the version.
 
     Raises GateError when the gate refuses; the version then stays the candidate. Raises RecipeError
     before anything is registered when the cluster will never hold the evaluation's actors.
     """
-    if chosen.evaluation is None:
-        version = register(chosen)
+    if recipe.evaluation is None:
+        version = register(recipe)
         registry.promote(version, "the recipe has no evaluation")
         return version
-    share = evaluate.share_of(chosen.evaluation, "publish.evaluation")
-    version = register(chosen)
-    content = judge(version, chosen.evaluation, share)
-    reasons = "; ".join(refusals(content, chosen.gate, champion_report()))
-    if reasons and chosen.force is None:
+    allocation = evaluate.allocation_for(recipe.evaluation, "publish.evaluation")
+    version = register(recipe)
+    report = evaluate_version(version, recipe.evaluation, allocation)
+    reasons = "; ".join(violations(report, recipe.gate, champion_report()))
+    if reasons and recipe.force is None:
         raise GateError(f"version {version} stays a candidate: {reasons}")
     registry.promote(
         version,
-        f"forced: {chosen.force} (refused for: {reasons})" if reasons else "passed the gate",
+        f"forced: {recipe.force} (refused for: {reasons})" if reasons else "passed the gate",
     )
     return version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.publish --recipe demo`."""
-    chosen = recipe.parse_arguments(argv, "publish", PublishRecipe, __doc__ or "")
-    with recipe.reported(), connect() if chosen.evaluation else nullcontext():
+    recipe = parse_arguments(argv, "publish", PublishRecipe, __doc__ or "")
+    with exit_on_error(), connect() if recipe.evaluation else nullcontext():
         try:
-            version = publish(chosen)
+            version = publish(recipe)
         except GateError as error:
             print(f"refused: {error}", file=sys.stderr)
             sys.exit(1)
-    print(f"published {registry.NAME} version {version}, alias champion")
+    print(f"published {registry.MODEL_NAME} version {version}, alias champion")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.metrics.likeness import load_encoder
 from valle.jobs.evaluation.metrics.quality import DistillMos
-from valle.platform import audio, recipe, storage
-from valle.platform.progress import progress
+from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
+from valle.platform import audio, storage
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import parse_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class SelectionRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class SpeakerMeasurement:
     """What the judges say of one speaker."""
 
     speaker: str
@@ -63,7 +64,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class SelectionResult:
     """Whether a speaker is selected, and why not."""
 
     speaker: str
@@ -75,51 +76,53 @@ class Verdict:
     """The speaker it is most like."""
 
 
-def measure(settings: SelectionRecipe) -> list[Measured]:
+def measure(recipe: SelectionRecipe) -> list[SpeakerMeasurement]:
     """The judges' measures of every speaker whose recordings hold a voice."""
-    encoder, quality = load_encoder(settings.speaker_encoder), DistillMos()
-    files = sorted(storage.list_files(settings.corpus, (".wav",)))
+    encoder, quality = load_speaker_encoder(recipe.speaker_encoder), DistillMos()
+    files = sorted(storage.list_files(recipe.corpus, (".wav",)))
     speakers = [(name, list(paths)) for name, paths in groupby(files, lambda f: f.split("/")[0])]
-    measured = []
-    with progress(total=len(speakers), label="speakers", unit="speaker") as bar:
+    measurements = []
+    with progress_bar(total=len(speakers), label="speakers", unit="speaker") as bar:
         for speaker, paths in speakers:
             waves = [
-                audio.read(storage.read_bytes(storage.join(settings.corpus, path)), max_seconds=60)
-                for path in paths[: 2 * settings.recordings]
+                audio.read(storage.read_bytes(storage.join(recipe.corpus, path)), max_seconds=60)
+                for path in paths[: 2 * recipe.recordings]
             ]
-            waves = sorted(waves, key=len, reverse=True)[: settings.recordings]
+            waves = sorted(waves, key=len, reverse=True)[: recipe.recordings]
             embeddings = [e for wave in waves if (e := encoder.embed(wave)) is not None]
             if embeddings:
                 mean = np.mean(embeddings, axis=0)
                 score = float(np.mean([quality.score(wave) for wave in waves]))
-                measured.append(
-                    Measured(
+                measurements.append(
+                    SpeakerMeasurement(
                         speaker=speaker, distillmos=score, embedding=mean / np.linalg.norm(mean)
                     )
                 )
             bar.update()
-    return measured
+    return measurements
 
 
-def select(measured: Sequence[Measured], settings: SelectionRecipe) -> list[Verdict]:
-    """A verdict a speaker: those to keep first, then by falling score.
+def select(
+    measurements: Sequence[SpeakerMeasurement], recipe: SelectionRecipe
+) -> list[SelectionResult]:
+    """A result a speaker: those to keep first, then by falling score.
 
     Raises ValueError for a name in `keep` that was not measured.
     """
-    if absent := set(settings.keep) - {m.speaker for m in measured}:
+    if absent := set(recipe.keep) - {m.speaker for m in measurements}:
         raise ValueError(f"keep: no recordings of {', '.join(sorted(absent))} in the corpus")
-    order = sorted(measured, key=lambda m: (m.speaker not in settings.keep, -m.distillmos))
-    selection: list[Measured] = []
-    verdicts = []
+    order = sorted(measurements, key=lambda m: (m.speaker not in recipe.keep, -m.distillmos))
+    selection: list[SpeakerMeasurement] = []
+    results = []
     for candidate in order:
         cosines = [float(candidate.embedding @ other.embedding) for other in selection]
         nearest = int(np.argmax(cosines)) if cosines else None
         similarity = -1.0 if nearest is None else cosines[nearest]
-        selected = candidate.speaker in settings.keep or (
-            candidate.distillmos >= settings.min_distillmos and similarity < settings.max_similarity
+        selected = candidate.speaker in recipe.keep or (
+            candidate.distillmos >= recipe.min_distillmos and similarity < recipe.max_similarity
         )
-        verdicts.append(
-            Verdict(
+        results.append(
+            SelectionResult(
                 speaker=candidate.speaker, distillmos=round(candidate.distillmos, 2),
                 selected=selected, similarity=round(similarity, 3),
                 nearest=None if nearest is None else selection[nearest].speaker,
@@ -127,16 +130,16 @@ def select(measured: Sequence[Measured], settings: SelectionRecipe) -> list[Verd
         )  # fmt: skip
         if selected:
             selection.append(candidate)
-    return verdicts
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.select_speakers --recipe nano2`."""
-    settings = recipe.parse_arguments(argv, "select_speakers", SelectionRecipe, __doc__ or "")
-    verdicts = select(measure(settings), settings)
-    storage.write_json(settings.out, [asdict(verdict) for verdict in verdicts])
-    selected = [verdict.speaker for verdict in verdicts if verdict.selected]
-    print(f"{len(selected)} of {len(verdicts)} speakers selected -> {settings.out}")
+    recipe = parse_arguments(argv, "select_speakers", SelectionRecipe, __doc__ or "")
+    results = select(measure(recipe), recipe)
+    storage.write_json(recipe.out, [asdict(result) for result in results])
+    selected = [result.speaker for result in results if result.selected]
+    print(f"{len(selected)} of {len(results)} speakers selected -> {recipe.out}")
     print(", ".join(sorted(selected)))
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from valle.platform import audio, storage
-from valle.platform.spectrogram import spectrograms
+from valle.platform.spectrogram import spectrograms_png
 
-LONGEST = 60.0
+MAX_SECONDS = 60.0
 """Seconds of a recording that are drawn at most; a longer one is refused."""
 
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--titles: one is needed for each recording, and no two alike")
     try:
         waves = {
-            title: audio.read(storage.read_bytes(uri), max_seconds=LONGEST)
+            title: audio.read(storage.read_bytes(uri), max_seconds=MAX_SECONDS)
             for title, uri in zip(titles, arguments.recordings, strict=True)
         }
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    arguments.out.write_bytes(spectrograms(waves))
+    arguments.out.write_bytes(spectrograms_png(waves))
     print(arguments.out)
 
 

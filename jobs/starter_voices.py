@@ -17,7 +17,7 @@ def make_starter_voices(folder: str) -> bool:
     if any(True for _ in storage.list_files(folder, (".wav",))):
         return False
     for name, engine in (("joe", Joe()), ("heart", Heart())):
-        wave = engine.speak(TEXT, name, "en-us")
+        wave = engine.synthesize(TEXT, name, "en-us")
         storage.write_bytes(storage.join(folder, f"{name}.wav"), audio.wav_bytes(wave))
     return True
 

@@ -22,19 +22,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valle.model.codec.interface import Codes
-from valle.model.sentences import join
+from valle.model.sentences import join_waves, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
-from valle.model.valle import Spoken, Synthesis, sentence_ids
-from valle.platform import audio, recipe, registry, resources, settings, storage
+from valle.model.valle import Synthesis, SynthesisResult
+from valle.platform import audio, registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
-from valle.platform.progress import progress
-from valle.platform.resources import Placement, Share
-from valle.serve.engine.offline import Offline
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.resources import Allocation, Placement
+from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
-from valle.serve.web.audio import Format, encode
+from valle.serve.web.audio_formats import AudioFormat, encode_audio
 
-ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
+ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +76,15 @@ class SynthesizeRecipe:
     max_phonemes: int = 1000
     """Longer sentences are errors."""
 
-    lines_per_part: int = 64
+    lines_per_shard: int = field(default=64, metadata=formerly("lines_per_part"))
     """Lines that are done, and recorded, together."""
 
-    retry: bool = False
+    retry_errors: bool = field(default=False, metadata=formerly("retry"))
     """Does lines again that ended in an error."""
 
     def __post_init__(self) -> None:
-        if self.format not in get_args(Format):
-            raise ValueError(f"format: {self.format!r} is none of {get_args(Format)}")
+        if self.format not in get_args(AudioFormat):
+            raise ValueError(f"format: {self.format!r} is none of {get_args(AudioFormat)}")
 
 
 Line = dict[str, Any]
@@ -98,80 +99,84 @@ _SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-def read_lines(chosen: SynthesizeRecipe) -> list[Line]:
+def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
     """The manifest's lines with all fields. Raises ValueError for a line without a place to put
     its result: no text or prompt, an unusable or repeated id."""
-    data = storage.read_bytes(chosen.manifest)
-    if chosen.manifest.endswith(".parquet"):
+    data = storage.read_bytes(recipe.manifest)
+    if recipe.manifest.endswith(".parquet"):
         rows = list(enumerate(pq.read_table(io.BytesIO(data)).to_pylist(), 1))
     else:
-        written = enumerate(data.decode("utf-8-sig").split("\n"), 1)
-        rows = [(number, _parsed(number, line)) for number, line in written if line.strip()]
+        numbered = enumerate(data.decode("utf-8-sig").split("\n"), 1)
+        rows = [(number, _parse_line(number, line)) for number, line in numbered if line.strip()]
     lines: dict[str, Line] = {}
     for number, row in rows:
-        where = f"manifest: line {number}"
+        location = f"manifest: line {number}"
         if not isinstance(row, dict) or not all(
             isinstance(row.get(field), str) for field in ("text", "prompt")
         ):
-            raise ValueError(f"{where}: needs text and prompt, both strings")
+            raise ValueError(f"{location}: needs text and prompt, both strings")
         line = {
             "text": row["text"], "prompt": row["prompt"],
-            "language": row.get("language") or chosen.language,
-            "seed": chosen.synthesis.seed if row.get("seed") is None else row["seed"],
+            "language": row.get("language") or recipe.language,
+            "seed": recipe.synthesis.seed if row.get("seed") is None else row["seed"],
         }  # fmt: skip
         if not isinstance(line["seed"], int) or not 0 <= line["seed"] < 2**63:
-            raise ValueError(f"{where}: seed {line['seed']!r} is no whole number from 0 to 2**63")
+            raise ValueError(
+                f"{location}: seed {line['seed']!r} is no whole number from 0 to 2**63"
+            )
         digest = hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:20]
         name = str(row.get("id") or digest)
-        if not ID.fullmatch(name):
-            raise ValueError(f"{where}: id {name!r}: letters, digits, _ . and - only")
+        if not ID_PATTERN.fullmatch(name):
+            raise ValueError(f"{location}: id {name!r}: letters, digits, _ . and - only")
         if name in lines:
-            raise ValueError(f"{where}: id {name!r} is there twice, or the same line is")
+            raise ValueError(f"{location}: id {name!r} is there twice, or the same line is")
         lines[name] = {"id": name, **line}
     return list(lines.values())
 
 
-def _parsed(number: int, line: str) -> Any:
+def _parse_line(number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"manifest: line {number}: not JSON ({error})") from error
 
 
-class Speak:
-    """A Ray Data actor: a model that speaks all lines of a part at the same time."""
+class SynthesizeShard:
+    """A Ray Data actor: a model that speaks all lines of a shard at the same time."""
 
-    def __init__(self, chosen: SynthesizeRecipe, tracking_uri: str) -> None:
+    def __init__(self, recipe: SynthesizeRecipe, tracking_uri: str) -> None:
         import torch
 
         device = resources.device()
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core
-        voice = registry.load_voice(registry.resolve(chosen.model, tracking_uri), device)
-        self._chosen = chosen
-        self._offline = Offline(
-            voice, chosen.synthesis, slots=chosen.slots, max_phonemes=chosen.max_phonemes,
+        synthesizer = registry.load_synthesizer(
+            registry.resolve(recipe.model, tracking_uri), device
+        )
+        self._recipe = recipe
+        self._offline = OfflineSynthesizer(
+            synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes,
         )  # fmt: skip
         self._prompts: dict[str, Codes] = {}
 
-    def __call__(self, part: pa.Table) -> pa.Table:
-        """Writes the speech, then the rows: a part that is recorded is whole."""
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        """Writes the speech, then the rows: a shard that is recorded is complete."""
         started = time.perf_counter()
-        lines = part.to_pylist()
-        asked: dict[str, list[Request]] = {}
+        lines = shard.to_pylist()
+        requests: dict[str, list[Request]] = {}
         for line in lines:
             try:
-                asked[line["id"]] = self._requests(line)
+                requests[line["id"]] = self._requests(line)
             except (ValueError, OSError) as error:  # AudioError among them
                 line["error"] = str(error)
-        flat = [request for requests in asked.values() for request in requests]
-        said = dict(zip([r.id for r in flat], self._offline.speak(flat), strict=True))
+        flat = [request for sentences in requests.values() for request in sentences]
+        results = dict(zip([r.id for r in flat], self._offline.synthesize(flat), strict=True))
         for line in lines:
             if line["error"] is None:
-                line |= self._write(line["id"], [said[r.id] for r in asked[line["id"]]])
+                line |= self._write(line["id"], [results[r.id] for r in requests[line["id"]]])
         name = hashlib.sha256("\n".join(line["id"] for line in lines).encode()).hexdigest()[:20]
         rows = [{field: line[field] for field in _SCHEMA.names} for line in lines]
-        _write_part(self._chosen.out, f"{name}.parquet", rows)
+        _write_shard(self._recipe.out, f"{name}.parquet", rows)
         result = {
             "lines": len(lines),
             "errors": sum(line["error"] is not None for line in lines),
@@ -185,10 +190,10 @@ class Speak:
         return [
             Request(
                 id=f"{line['id']}/{number}", phonemes=ids,
-                prompt=prompt, sampling=self._chosen.synthesis.ar,
+                prompt=prompt, sampling=self._recipe.synthesis.ar,
                 max_frames=self._offline.max_frames, seed=(line["seed"] + number) % 2**63,
             )
-            for number, ids in enumerate(sentence_ids(line["text"], line["language"]))
+            for number, ids in enumerate(sentence_phoneme_ids(line["text"], line["language"]))
         ]  # fmt: skip
 
     def _prompt(self, name: str) -> Codes:
@@ -196,30 +201,30 @@ class Speak:
         if name not in self._prompts:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
-            data = storage.read_bytes(storage.join(self._chosen.recordings, name))
+            data = storage.read_bytes(storage.join(self._recipe.recordings, name))
             wave = audio.read(data, max_seconds=60)
-            codes = self._offline.voice.encode_prompt(wave, self._chosen.synthesis)
+            codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
         return self._prompts[name]
 
-    def _write(self, name: str, said: Sequence[Spoken | ValueError]) -> Line:
+    def _write(self, name: str, results: Sequence[SynthesisResult | ValueError]) -> Line:
         """A line's sentences as one file, and what its row says of it."""
-        for sentence in said:
-            if isinstance(sentence, ValueError):
-                return {"error": str(sentence)}
-        spoken = [sentence for sentence in said if isinstance(sentence, Spoken)]
-        wave = join([sentence.wave for sentence in spoken])
-        path = f"audio/{name}.{self._chosen.format}"
-        data = encode(wave, self._chosen.format)  # type: ignore[arg-type]  # checked by the recipe
-        storage.write_bytes(storage.join(self._chosen.out, path), data)
+        for result in results:
+            if isinstance(result, ValueError):
+                return {"error": str(result)}
+        sentences = [result for result in results if isinstance(result, SynthesisResult)]
+        wave = join_waves([sentence.wave for sentence in sentences])
+        path = f"audio/{name}.{self._recipe.format}"
+        data = encode_audio(wave, self._recipe.format)  # type: ignore[arg-type]  # checked by the recipe
+        storage.write_bytes(storage.join(self._recipe.out, path), data)
         return {
             "audio": path,
             "seconds": round(len(wave) / SAMPLE_RATE, 3),
-            "hit_limit": any(sentence.hit_limit for sentence in spoken),
+            "hit_limit": any(sentence.hit_limit for sentence in sentences),
         }
 
 
-def _parts(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
+def _shards(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
     """Lines of like length together: whoever is short need not wait for whoever is long."""
     ordered = sorted(lines, key=lambda line: len(line["text"]))
     blank = {"model": model, "audio": None, "seconds": None, "hit_limit": None, "error": None}
@@ -228,48 +233,50 @@ def _parts(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(rows, _SCHEMA)
 
 
-def _write_part(out: str, name: str, rows: Sequence[Line]) -> None:
+def _write_shard(out: str, name: str, rows: Sequence[Line]) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), _SCHEMA), buffer)
     storage.write_bytes(storage.join(out, "manifest", name), buffer.getvalue())
 
 
-def _done(chosen: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
+def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
     """Ids that earlier runs have recorded as they are asked for now.
 
     Rows of lines that have changed, or are to be tried again, are taken out of the manifest, so
     that it never has two of one id. Raises ValueError where `out` has another model's speech.
     """
-    folder = storage.join(chosen.out, "manifest")
-    asked = {line["id"]: line for line in lines}
-    done: set[str] = set()
+    folder = storage.join(recipe.out, "manifest")
+    current = {line["id"]: line for line in lines}
+    completed: set[str] = set()
     for name in list(storage.list_files(folder, (".parquet",))):
         rows = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name)))).to_pylist()
-        kept = [row for row in rows if not _again(row, asked.get(row["id"]), chosen.retry)]
-        if others := {row["model"] for row in kept} - {chosen.model}:
+        valid = [
+            row for row in rows if not _is_stale(row, current.get(row["id"]), recipe.retry_errors)
+        ]
+        if others := {row["model"] for row in valid} - {recipe.model}:
             raise ValueError(
-                f"out: {chosen.out} has speech of {others.pop()}, not of {chosen.model}: "
+                f"out: {recipe.out} has speech of {others.pop()}, not of {recipe.model}: "
                 "name another folder, or that model"
             )
-        done |= {row["id"] for row in kept}
-        if len(kept) < len(rows):
-            _write_part(chosen.out, name, kept)
-    return done
+        completed |= {row["id"] for row in valid}
+        if len(valid) < len(rows):
+            _write_shard(recipe.out, name, valid)
+    return completed
 
 
-def _again(row: Line, line: Line | None, retry: bool) -> bool:
+def _is_stale(row: Line, line: Line | None, retry_errors: bool) -> bool:
     """Whether a recorded line has to be said anew."""
     if line is None:  # no longer in the manifest: what was said stays
         return False
-    return (retry and row["error"] is not None) or any(row[key] != line[key] for key in line)
+    return (retry_errors and row["error"] is not None) or any(row[key] != line[key] for key in line)
 
 
-def share_of(chosen: SynthesizeRecipe, cluster: Cluster | None = None) -> Share:
+def allocation_for(recipe: SynthesizeRecipe, cluster: Cluster | None = None) -> Allocation:
     """An actor's share of the connected cluster, or of `cluster`."""
-    return resources.resolve(chosen.placement, "synthesize", cpus=0.5, cluster=cluster)
+    return resources.resolve(recipe.placement, "synthesize", cpus=0.5, cluster=cluster)
 
 
-def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
+def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
     """Says what is missing on the connected cluster; returns the report (`report.json`).
 
     Raises ValueError before anything starts when the cluster will never hold the actors.
@@ -277,26 +284,26 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
     import ray
 
     started = time.perf_counter()
-    share = share_of(chosen)
-    chosen = replace(
-        chosen, out=storage.absolute(chosen.out), recordings=storage.absolute(chosen.recordings),
-        model=registry.pin(registry.absolute(chosen.model)),
+    allocation = allocation_for(recipe)
+    recipe = replace(
+        recipe, out=storage.absolute(recipe.out), recordings=storage.absolute(recipe.recordings),
+        model=registry.pin(registry.absolute(recipe.model)),
     )  # fmt: skip
-    lines = read_lines(chosen)
-    done = _done(chosen, lines)
-    missing = [line for line in lines if line["id"] not in done]
-    parts = list(_parts(missing, chosen.model, chosen.lines_per_part))
-    share.bound_data()
+    lines = read_lines(recipe)
+    completed = _completed_ids(recipe, lines)
+    missing = [line for line in lines if line["id"] not in completed]
+    shards = list(_shards(missing, recipe.model, recipe.lines_per_shard))
+    allocation.configure_ray_data()
     tracking_uri = settings.read().tracking_uri
     totals = {"lines": 0, "errors": 0, "seconds": 0.0, "work_seconds": 0.0}
-    with progress(total=len(missing), label="synthesize", unit="line") as bar:
-        if parts:
-            results = share.map_blocks(
-                ray.data.from_arrow(parts),
-                Speak,
-                (chosen, tracking_uri),
-                chosen.workers,
-                len(parts),
+    with progress_bar(total=len(missing), label="synthesize", unit="line") as bar:
+        if shards:
+            results = allocation.map_blocks(
+                ray.data.from_arrow(shards),
+                SynthesizeShard,
+                (recipe, tracking_uri),
+                recipe.workers,
+                len(shards),
             )
             for row in results.iter_rows():
                 result = json.loads(row["result"])
@@ -304,22 +311,22 @@ def synthesize(chosen: SynthesizeRecipe) -> dict[str, Any]:
                 bar.update(result["lines"])
     wall = time.perf_counter() - started
     report = {
-        "out": chosen.out, "model": chosen.model, "lines": len(lines),
+        "out": recipe.out, "model": recipe.model, "lines": len(lines),
         "already_done": len(lines) - len(missing), "errors": totals["errors"],
-        "accelerator": share.accelerator,
+        "accelerator": allocation.accelerator,
         "speech_seconds": round(totals["seconds"], 1),
         "wall_seconds": round(wall, 1),
         "speech_seconds_per_second": round(totals["seconds"] / wall, 2),
     }  # fmt: skip
-    storage.write_json(storage.join(chosen.out, "report.json"), report)
+    storage.write_json(storage.join(recipe.out, "report.json"), report)
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: see above."""
-    chosen = recipe.parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
-    with recipe.reported(), connect():
-        report = synthesize(chosen)
+    recipe = parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
+    with exit_on_error(), connect():
+        report = synthesize(recipe)
     print(json.dumps(report, indent=2, ensure_ascii=False))
 
 

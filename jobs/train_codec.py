@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from valle.model.codec import encodec
-from valle.model.codec.encodec import CodecConfig
-from valle.model.codec.encodec_training import CodecLoss, CodecTrainee
+from valle.model.codec.encodec import EncodecConfig
+from valle.model.codec.encodec_training import EncodecLossConfig, EncodecObjective
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
-from valle.platform import recipe, resources, storage
+from valle.platform import resources, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
-from valle.platform.progress import progress
-from valle.platform.resources import Placement, Share
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.resources import Allocation, Placement
 
 INITIAL_CROPS: Final = 800
 """Crops from which convolutions, features and codebooks get their first values."""
@@ -53,16 +54,16 @@ class CodecRecipe:
     held_out_every: int = 10
     """Of the other speakers, each n-th recording is kept for validation."""
 
-    codec: CodecConfig = field(default_factory=CodecConfig)
+    codec: EncodecConfig = field(default_factory=EncodecConfig)
     """Size of the network."""
 
-    loss: CodecLoss = field(default_factory=CodecLoss)
+    loss: EncodecLossConfig = field(default_factory=EncodecLossConfig)
     """Loss terms and quantiser."""
 
     steps: int = 20_000
     """Optimizer steps in all."""
 
-    batch: int = 8
+    batch_size: int = field(default=8, metadata=formerly("batch"))
     """Crops per step and worker."""
 
     crop_seconds: float = 1.0
@@ -94,7 +95,7 @@ class CodecRecipe:
     """Crops, revival of codebook entries, initial weights."""
 
 
-class Crops:
+class AudioCrops:
     """Random crops from a list of wav files, the same for the same (seed, step, rank)."""
 
     def __init__(self, files: Sequence[Path], seconds: float) -> None:
@@ -108,36 +109,36 @@ class Crops:
         """`[size, samples]`; long recordings are drawn more often, short ones padded."""
         import soundfile
 
-        chosen = random.Random(seed)
+        rng = random.Random(seed)
         waves = torch.zeros(size, self._length)
-        for row, index in enumerate(chosen.choices(range(len(self._files)), self._frames, k=size)):
-            start = chosen.randint(0, max(0, self._frames[index] - self._length))
+        for row, index in enumerate(rng.choices(range(len(self._files)), self._frames, k=size)):
+            start = rng.randint(0, max(0, self._frames[index] - self._length))
             crop, _ = soundfile.read(
                 self._files[index], frames=self._length, start=start, dtype="float32"
             )
-            waves[row, : len(crop)] = torch.from_numpy(crop) * chosen.uniform(0.6, 1.0)
+            waves[row, : len(crop)] = torch.from_numpy(crop) * rng.uniform(0.6, 1.0)
         return waves
 
 
-def split(chosen: CodecRecipe) -> tuple[list[Path], list[Path]]:
+def split(recipe: CodecRecipe) -> tuple[list[Path], list[Path]]:
     """Training and validation files."""
-    root = Path(chosen.data)
+    root = Path(recipe.data)
     files = [
         root / name
         for name in storage.list_files(str(root), (".wav",))
-        if name.split("/")[0] not in chosen.held_out_speakers
+        if name.split("/")[0] not in recipe.held_out_speakers
     ]
-    if len(files) < chosen.held_out_every:
+    if len(files) < recipe.held_out_every:
         raise ValueError(f"data: only {len(files)} wav files below {root}")
-    validation = files[:: chosen.held_out_every]
+    validation = files[:: recipe.held_out_every]
     return sorted(set(files) - set(validation)), validation
 
 
-def learning_rate(chosen: CodecRecipe, step: int) -> float:
+def learning_rate(recipe: CodecRecipe, step: int) -> float:
     """Linear warm-up, cosine to zero."""
-    warm = min(1.0, (step + 1) / chosen.warmup)
-    progressed = min(1.0, step / chosen.steps)
-    return chosen.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progressed))
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    progress = min(1.0, step / recipe.steps)
+    return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(values: dict[str, Any]) -> None:
@@ -145,79 +146,83 @@ def train(values: dict[str, Any]) -> None:
     import ray.train
     from torch.nn.parallel import DistributedDataParallel
 
-    chosen = dacite.from_dict(CodecRecipe, values, dacite.Config(cast=[tuple, float]))
+    recipe = dacite.from_dict(CodecRecipe, values, dacite.Config(cast=[tuple, float]))
     rank = ray.train.get_context().get_world_rank()
     device = resources.train_device()
     if device.type == "cpu":
-        torch.set_num_threads(chosen.threads)
-    torch.manual_seed(chosen.seed)
-    training, validation = split(chosen)
-    crops, held_out = (Crops(files, chosen.crop_seconds) for files in (training, validation))
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    training, validation = split(recipe)
+    crops, validation_crops = (
+        AudioCrops(files, recipe.crop_seconds) for files in (training, validation)
+    )
 
-    trainee = CodecTrainee(encodec.build(chosen.codec), chosen.loss).to(device)
+    objective = EncodecObjective(encodec.build(recipe.codec), recipe.loss).to(device)
     start = 0
     optimizer = torch.optim.AdamW(
-        trainee.model.parameters(), chosen.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        objective.model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
     )
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
-        trainee.load_state_dict(state["trainee"])
+        objective.load_state_dict(state["trainee"])
         optimizer.load_state_dict(state["optimizer"])
         start = int(state["step"])
     else:
-        sample = crops.batch(INITIAL_CROPS, f"{chosen.seed}/init").to(device)
-        per_step = chosen.workers * chosen.batch * int(chosen.crop_seconds * FRAME_RATE)
-        trainee.initialise(sample, per_step, chosen.seed)
+        sample = crops.batch(INITIAL_CROPS, f"{recipe.seed}/init").to(device)
+        per_step = recipe.workers * recipe.batch_size * int(recipe.crop_seconds * FRAME_RATE)
+        objective.initialize(sample, per_step, recipe.seed)
     # DDP averages gradients; codebooks are buffers, kept equal by the quantiser itself
     module = (
-        DistributedDataParallel(trainee, forward_sync_buffers=False)
+        DistributedDataParallel(objective, forward_sync_buffers=False)
         if ray.train.get_context().get_world_size() > 1
-        else trainee
+        else objective
     )
 
-    bar = progress(total=chosen.steps, label="codec", unit="step", initial=start, shown=rank == 0)
+    bar = progress_bar(
+        total=recipe.steps, label="codec", unit="step", initial=start, enabled=rank == 0
+    )
     averages: dict[str, float] = {}
-    begun = time.monotonic()
-    for step in range(start, chosen.steps):
-        key = f"{chosen.seed}/{step}"
-        waves = crops.batch(chosen.batch, f"{key}/{rank}").to(device)
+    started = time.monotonic()
+    for step in range(start, recipe.steps):
+        key = f"{recipe.seed}/{step}"
+        waves = crops.batch(recipe.batch_size, f"{key}/{rank}").to(device)
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(chosen, step)
+            group["lr"] = learning_rate(recipe, step)
         loss, terms = module(waves, step, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), chosen.clip)
+        torch.nn.utils.clip_grad_norm_(objective.model.parameters(), recipe.clip)
         optimizer.step()
 
         for name, value in terms.items():
             averages[name] = 0.99 * averages.get(name, value.item()) + 0.01 * value.item()
         bar.update()
-        if (step + 1) % chosen.checkpoint_every == 0 or step + 1 == chosen.steps:
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
             metrics = {name: round(value, 4) for name, value in averages.items()}
-            metrics |= {"step": step + 1, "minutes": round((time.monotonic() - begun) / 60, 1)}
-            metrics["validation_mel"] = round(validate(trainee, held_out, chosen), 4)
-            _report(trainee, optimizer, chosen, metrics, rank)
+            metrics |= {"step": step + 1, "minutes": round((time.monotonic() - started) / 60, 1)}
+            metrics["validation_mel"] = round(validate(objective, validation_crops, recipe), 4)
+            _report(objective, optimizer, recipe, metrics, rank)
 
 
 @torch.no_grad()
-def validate(trainee: CodecTrainee, held_out: Crops, chosen: CodecRecipe) -> float:
+def validate(objective: EncodecObjective, crops: AudioCrops, recipe: CodecRecipe) -> float:
     """Mel distance through the quantiser on crops never trained on."""
-    model = trainee.model
+    model = objective.model
     total = 0.0
     for number in range(4):
-        waves = held_out.batch(chosen.batch, f"validation/{number}")
+        waves = crops.batch(recipe.batch_size, f"validation/{number}")
         z = model.encoder(waves[:, None].to(next(model.parameters()).device))
         z = model.quantizer.vq.decode(model.quantizer.vq.encode(z))
-        total += trainee.mel(model.decoder(z)[:, 0], waves.to(z.device)).item()
+        total += objective.mel(model.decoder(z)[:, 0], waves.to(z.device)).item()
     return total / 4
 
 
 def _report(
-    trainee: CodecTrainee,
+    objective: EncodecObjective,
     optimizer: torch.optim.Optimizer,
-    chosen: CodecRecipe,
+    recipe: CodecRecipe,
     metrics: dict[str, Any],
     rank: int,
 ) -> None:
@@ -228,13 +233,13 @@ def _report(
     if rank > 0:
         ray.train.report(metrics)
         return
-    out = Path(chosen.out)
-    encodec.save(trainee.model, chosen.codec, out)
+    out = Path(recipe.out)
+    encodec.save(objective.model, recipe.codec, out)
     with (out / "training.jsonl").open("a") as log:
         log.write(json.dumps(metrics) + "\n")
     folder = tempfile.mkdtemp()
     state = {
-        "trainee": trainee.state_dict(),
+        "trainee": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": metrics["step"],
     }
@@ -243,14 +248,18 @@ def _report(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def share_of(chosen: CodecRecipe, cluster: Cluster | None = None) -> Share:
+def allocation_for(recipe: CodecRecipe, cluster: Cluster | None = None) -> Allocation:
     """A worker's share of the connected cluster, or of `cluster`."""
     return resources.resolve(
-        chosen.placement, "codec", cpus=chosen.threads, workers=chosen.workers, cluster=cluster
+        recipe.placement,
+        "train_codec",
+        cpus=recipe.threads,
+        workers=recipe.workers,
+        cluster=cluster,
     )
 
 
-def fit(chosen: CodecRecipe) -> None:
+def fit(recipe: CodecRecipe) -> None:
     """Runs the training on the connected cluster.
 
     Raises ValueError before anything starts when the cluster will never hold the workers.
@@ -258,15 +267,15 @@ def fit(chosen: CodecRecipe) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    share = share_of(chosen)
-    scaling, processes = share.training(chosen.workers)
+    allocation = allocation_for(recipe)
+    scaling, processes = allocation.ray_train_configs(recipe.workers)
     trainer = TorchTrainer(
         train,
-        train_loop_config=asdict(chosen),
+        train_loop_config=asdict(recipe),
         scaling_config=scaling,
         torch_config=processes,
         run_config=RunConfig(
-            name=chosen.run,
+            name=recipe.run,
             storage_path=storage.absolute("runs"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=2),
@@ -275,7 +284,7 @@ def fit(chosen: CodecRecipe) -> None:
     trainer.fit()
 
 
-def codebook_use(codes: Sequence[np.ndarray]) -> list[float]:
+def codebook_usage(codes: Sequence[np.ndarray]) -> list[float]:
     """Share of the 1024 entries that a set of codes touches, per codebook."""
     stacked = np.concatenate(codes, axis=1)
     return [len(np.unique(book)) / CODEBOOK_SIZE for book in stacked]
@@ -283,13 +292,13 @@ def codebook_use(codes: Sequence[np.ndarray]) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train_codec --recipe codec`."""
-    chosen = recipe.parse_arguments(argv, "codec", CodecRecipe, __doc__ or "")
+    recipe = parse_arguments(argv, "train_codec", CodecRecipe, __doc__ or "")
     # workers start in folders of their own: paths are fixed here, on the driver
-    chosen = replace(chosen, data=storage.absolute(chosen.data), out=storage.absolute(chosen.out))
-    split(chosen)  # a missing corpus is better noticed before Ray starts
-    with recipe.reported(), connect():
-        fit(chosen)
-    print(f"codec: exported to {chosen.out}")
+    recipe = replace(recipe, data=storage.absolute(recipe.data), out=storage.absolute(recipe.out))
+    split(recipe)  # a missing corpus is better noticed before Ray starts
+    with exit_on_error(), connect():
+        fit(recipe)
+    print(f"codec: exported to {recipe.out}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from valle.model.codec.quantizer import FEATURE_RATE, Quantizer, QuantizerConfig
-from valle.model.codec.storage import load_quantizer, save_quantizer
+from valle.model.codec.weights import load_quantizer, save_quantizer
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.vocoder.features import FeatureExtractor
-from valle.model.vocoder.weights import SHIPPED
-from valle.platform import audio, recipe, storage
-from valle.platform.progress import progress
+from valle.model.vocoder.weights import WEIGHTS_FILE
+from valle.platform import audio, storage
+from valle.platform.progress import progress_bar
+from valle.platform.recipe import RecipeError, exit_on_error, formerly, parse_arguments
 
 PITCH, VOICING = 18, 19
 """Places of pitch (octaves) and voicing (correlation less 0.5) among the features."""
@@ -56,10 +57,10 @@ class QuantizerRecipe:
     steps: int = 3000
     """Optimizer steps."""
 
-    unquantised_steps: int = 400
+    unquantized_steps: int = field(default=400, metadata=formerly("unquantised_steps"))
     """Of those, the first, without quantisation."""
 
-    batch: int = 32
+    batch_size: int = field(default=32, metadata=formerly("batch"))
     """Crops a step."""
 
     crop_seconds: float = 2.0
@@ -68,10 +69,10 @@ class QuantizerRecipe:
     learning_rate: float = 1e-3
     """Peak of AdamW's; falls linearly to a hundredth."""
 
-    commitment: float = 0.25
+    commitment_weight: float = field(default=0.25, metadata=formerly("commitment"))
     """Weight of the distance between latents and codebook entries."""
 
-    all_codebooks: float = 0.7
+    all_codebooks_share: float = field(default=0.7, metadata=formerly("all_codebooks"))
     """Share of the steps that use every codebook; the others draw two or more."""
 
     pitch_weight: float = 6.0
@@ -96,32 +97,32 @@ class QuantizerRecipe:
     """Crops and first weights."""
 
 
-def read_features(settings: QuantizerRecipe) -> dict[str, NDArray[np.float32]]:
+def read_features(recipe: QuantizerRecipe) -> dict[str, NDArray[np.float32]]:
     """Vocoder features `[S, 20]` of the corpora's recordings, by `{speaker}/{id}`."""
-    extractor = FeatureExtractor.load(SHIPPED.parent)
+    extractor = FeatureExtractor.load(WEIGHTS_FILE.parent)
     files = [
         (storage.join(corpus, path), path)
-        for corpus in settings.corpora
+        for corpus in recipe.corpora
         for path in sorted(storage.list_files(corpus, (".wav",)))
     ]
     features = {}
-    with progress(total=len(files), label="features", unit="recording") as bar:
+    with progress_bar(total=len(files), label="features", unit="recording") as bar:
         for _, group in groupby(files, lambda file: file[1].split("/")[0]):
             recordings = list(group)
             for number, (uri, path) in enumerate(recordings):
-                if number < settings.recordings_per_speaker:
+                if number < recipe.recordings_per_speaker:
                     wave = audio.read(storage.read_bytes(uri), max_seconds=600)
                     features[path] = extractor.extract([wave], SAMPLE_RATE)[0]
                 bar.update()
     return features
 
 
-class Crops:
+class FeatureCrops:
     """Random crops of recordings, all speakers alike."""
 
-    def __init__(self, recordings: dict[str, NDArray[np.float32]], settings: QuantizerRecipe):
-        self._length = round(settings.crop_seconds * FEATURE_RATE)
-        self._length -= self._length % settings.quantizer.features_per_block
+    def __init__(self, recordings: dict[str, NDArray[np.float32]], recipe: QuantizerRecipe):
+        self._length = round(recipe.crop_seconds * FEATURE_RATE)
+        self._length -= self._length % recipe.quantizer.features_per_block
         self._by_speaker: dict[str, list[NDArray[np.float32]]] = {}
         for name, features in recordings.items():
             if len(features) >= self._length:
@@ -129,7 +130,7 @@ class Crops:
         self._speakers = sorted(self._by_speaker)
         if not self._speakers:
             raise ValueError(
-                f"corpora: no recording is as long as crop_seconds ({settings.crop_seconds:g})"
+                f"corpora: no recording is as long as crop_seconds ({recipe.crop_seconds:g})"
             )
 
     def draw(self, count: int, generator: np.random.Generator) -> Tensor:
@@ -143,10 +144,10 @@ class Crops:
         return torch.from_numpy(np.stack(crops))
 
 
-def error_weights(deviation: Tensor, settings: QuantizerRecipe) -> Tensor:
+def error_weights(deviation: Tensor, recipe: QuantizerRecipe) -> Tensor:
     """`[20]`: of each normalised feature's squared error; loud cepstra weigh more."""
     weights = deviation.flatten() / deviation[:PITCH].mean()
-    weights[PITCH], weights[VOICING] = settings.pitch_weight, settings.voicing_weight
+    weights[PITCH], weights[VOICING] = recipe.pitch_weight, recipe.voicing_weight
     return weights
 
 
@@ -165,94 +166,92 @@ def reconstruction_error(
     return ((others + pitch) / len(weights)).mean()
 
 
-def train(settings: QuantizerRecipe) -> dict[str, Any]:
+def train(recipe: QuantizerRecipe) -> dict[str, Any]:
     """Trains from nothing and writes `out`; returns the last line of the log."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise recipe.RecipeError(
-            "quantizer.device: cuda, but torch has no GPU here; this job computes where it is "
-            "started, on no other node: run it on a GPU node, or set quantizer.device=cpu"
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "train_quantizer.device: cuda, but torch has no GPU here; this job computes where it "
+            "is started, on no other node: run it on a GPU node, or set device=cpu"
         )
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    recordings = read_features(settings)
-    held_out = {
-        n: f for n, f in recordings.items() if n.split("/")[0] in settings.held_out_speakers
-    }
-    crops = Crops({n: f for n, f in recordings.items() if n not in held_out}, settings)
-    quantizer = _begin(settings, [f for n, f in recordings.items() if n not in held_out])
-    quantizer.to(settings.device)
-    weights = error_weights(quantizer.deviation, settings)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), settings.learning_rate, betas=(0.9, 0.99))
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    recordings = read_features(recipe)
+    held_out = {n: f for n, f in recordings.items() if n.split("/")[0] in recipe.held_out_speakers}
+    crops = FeatureCrops({n: f for n, f in recordings.items() if n not in held_out}, recipe)
+    quantizer = _initialize(recipe, [f for n, f in recordings.items() if n not in held_out])
+    quantizer.to(recipe.device)
+    weights = error_weights(quantizer.deviation, recipe)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
     validation = None
     if held_out:
         validation = (
-            Crops(held_out, settings).draw(64, np.random.default_rng(1)).to(settings.device)
+            FeatureCrops(held_out, recipe).draw(64, np.random.default_rng(1)).to(recipe.device)
         )
 
     lines: list[dict[str, Any]] = []
     started = time.perf_counter()
-    with progress(total=settings.steps, label="quantizer", unit="step") as bar:
-        for step, batch, n_codebooks in _plan(settings, crops):
+    with progress_bar(total=recipe.steps, label="quantizer", unit="step") as bar:
+        for step, batch, n_codebooks in _plan(recipe, crops):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * max(0.01, 1 - step / settings.steps)
+                group["lr"] = recipe.learning_rate * max(0.01, 1 - step / recipe.steps)
             quantizer.train()
-            batch = batch.to(settings.device)
+            batch = batch.to(recipe.device)
             restored, commitment = quantizer(batch, n_codebooks)
             error = reconstruction_error(restored, batch, quantizer.deviation, weights)
-            loss = error + settings.commitment * commitment
+            loss = error + recipe.commitment_weight * commitment
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(quantizer.parameters(), 1.0)
             optimizer.step()
             bar.update()
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
+            n_steps = step + 1
+            if n_steps % recipe.log_every == 0 or n_steps == recipe.steps:
                 line: dict[str, Any] = {
-                    "step": done, "codebooks": n_codebooks, "error": round(error.item(), 4),
+                    "step": n_steps, "codebooks": n_codebooks, "error": round(error.item(), 4),
                     "seconds": round(time.perf_counter() - started),
                 }  # fmt: skip
                 if validation is not None and n_codebooks is not None:
                     line["held_out"] = _validate(quantizer, validation, weights)
                 lines.append(line)
-            if done % settings.save_every == 0 or done == settings.steps:
-                save_quantizer(quantizer, Path(settings.out))
+            if n_steps % recipe.save_every == 0 or n_steps == recipe.steps:
+                save_quantizer(quantizer, Path(recipe.out))
                 log = "".join(json.dumps(line) + "\n" for line in lines)
-                storage.write_bytes(storage.join(settings.out, "training.jsonl"), log.encode())
-    storage.write_json(storage.join(settings.out, "recipe.json"), asdict(settings))
+                storage.write_bytes(storage.join(recipe.out, "training.jsonl"), log.encode())
+    storage.write_json(storage.join(recipe.out, "recipe.json"), asdict(recipe))
     return lines[-1]
 
 
-def _begin(settings: QuantizerRecipe, recordings: Sequence[NDArray[np.float32]]) -> Quantizer:
+def _initialize(recipe: QuantizerRecipe, recordings: Sequence[NDArray[np.float32]]) -> Quantizer:
     """The quantiser before the first step. Raises ValueError for weights of other sizes."""
-    if settings.warm_start is None:
-        quantizer = Quantizer(settings.quantizer)
-        everything = np.concatenate(recordings)
-        quantizer.mean.copy_(torch.from_numpy(everything.mean(0))[:, None])
-        quantizer.deviation.copy_(torch.from_numpy(everything.std(0))[:, None])
+    if recipe.warm_start is None:
+        quantizer = Quantizer(recipe.quantizer)
+        features = np.concatenate(recordings)
+        quantizer.mean.copy_(torch.from_numpy(features.mean(0))[:, None])
+        quantizer.deviation.copy_(torch.from_numpy(features.std(0))[:, None])
         return quantizer
-    quantizer = load_quantizer(Path(storage.absolute(settings.warm_start)))
-    if quantizer.config != settings.quantizer:
+    quantizer = load_quantizer(Path(storage.absolute(recipe.warm_start)))
+    if quantizer.config != recipe.quantizer:
         raise ValueError(
-            f"warm_start: {settings.warm_start} holds {quantizer.config}, the recipe asks for "
-            f"{settings.quantizer}"
+            f"warm_start: {recipe.warm_start} holds {quantizer.config}, the recipe asks for "
+            f"{recipe.quantizer}"
         )
     return quantizer.requires_grad_(True)
 
 
-def _plan(settings: QuantizerRecipe, crops: Crops) -> Iterator[tuple[int, Tensor, int | None]]:
+def _plan(recipe: QuantizerRecipe, crops: FeatureCrops) -> Iterator[tuple[int, Tensor, int | None]]:
     """Step, batch `[B, S, 20]` and number of codebooks: functions of the seed and the step."""
-    for step in range(settings.steps):
-        generator = _generator(settings, step)
-        batch = crops.draw(settings.batch, generator)
-        most = settings.quantizer.n_codebooks
-        few = generator.random() >= settings.all_codebooks
-        n_codebooks = int(generator.integers(min(2, most), most + 1)) if few else most
-        latent = settings.warm_start is None and step < settings.unquantised_steps
-        yield step, batch, None if latent else n_codebooks
+    for step in range(recipe.steps):
+        generator = _generator(recipe, step)
+        batch = crops.draw(recipe.batch_size, generator)
+        maximum = recipe.quantizer.n_codebooks
+        uses_all = generator.random() < recipe.all_codebooks_share
+        n_codebooks = maximum if uses_all else int(generator.integers(min(2, maximum), maximum + 1))
+        unquantized = recipe.warm_start is None and step < recipe.unquantized_steps
+        yield step, batch, None if unquantized else n_codebooks
 
 
-def _generator(settings: QuantizerRecipe, step: int) -> np.random.Generator:
-    return np.random.default_rng([settings.seed, step + 1])
+def _generator(recipe: QuantizerRecipe, step: int) -> np.random.Generator:
+    return np.random.default_rng([recipe.seed, step + 1])
 
 
 @torch.no_grad()
@@ -270,9 +269,9 @@ def _validate(quantizer: Quantizer, batch: Tensor, weights: Tensor) -> dict[int,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train_quantizer --recipe nano2`."""
-    settings = recipe.parse_arguments(argv, "quantizer", QuantizerRecipe, __doc__ or "")
-    with recipe.reported():
-        print(json.dumps(train(settings)))
+    recipe = parse_arguments(argv, "train_quantizer", QuantizerRecipe, __doc__ or "")
+    with exit_on_error():
+        print(json.dumps(train(recipe)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ position of `<go>` predicts the first frame, the last frame predicts EOS.
 
 With `group` G above 1, a position of the response is a group of G frames and predicts the next
 group (the grouped codes of VALL-E 2, Chen et al. 2024). There the frames of a group are drawn
-without knowing of each other; here each is told those before it (`WithinGroup`).
+without knowing of each other; here each is told those before it (`GroupConditioning`).
 
 Legend: B batch, L phonemes, P prompt frames, T response frames, G frames of a group, N = T // G + 1
 groups to predict, Q codebooks, D width.
@@ -20,22 +20,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
-from valle.model.layers import Cache, KVCache, Transformer
+from valle.model.layers import Cache, CodeEmbedding, KVCache, Transformer
 from valle.model.sampling import Sampling, guide, sample
 from valle.model.sequence import (
     Batch,
-    Joined,
+    PaddedSequence,
     Segment,
+    concat_segments,
     frame_positions,
-    join,
-    take,
-    with_unconditional,
+    gather_span,
+    single_batch,
 )
 from valle.model.tokens import CODEBOOK_SIZE, EOS
 
 
 @dataclass(frozen=True)
-class Generated:
+class AROutput:
     """What the AR model said."""
 
     codes: Int[Tensor, " T"]
@@ -56,7 +56,7 @@ class AR(nn.Module):
         # text, prompt and response overlap in position: what each is has to be said
         self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, n_levels=1)
-        self.within = WithinGroup(config) if config.group > 1 else None
+        self.within = GroupConditioning(config) if config.group > 1 else None
         self.head = nn.Linear(config.width, CODEBOOK_SIZE + 1)
         for parameter in (
             self.text_embedding.weight,
@@ -68,45 +68,47 @@ class AR(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B T1 1025"]:
         """Logits of the T response frames and, one further, of EOS (T1 = T + 1)."""
-        frames, group = batch.codes.shape[2], self.config.group
+        frames, group_size = batch.codes.shape[2], self.config.group
         hidden = self.hidden(batch)
-        known = _grouped(F.pad(batch.codes[:, 0], (0, hidden.shape[1] * group - frames)), group)
-        logits = [self.logits(hidden, known[:, :said]) for said in range(group)]
+        codes = _grouped(
+            F.pad(batch.codes[:, 0], (0, hidden.shape[1] * group_size - frames)), group_size
+        )
+        logits = [self.logits(hidden, codes[:, :index]) for index in range(group_size)]
         return torch.stack(logits, dim=2).flatten(1, 2)[:, : frames + 1]
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B N D"]:
         """What the transformer knows before each group of the response, one past its end."""
-        joined = self._join(batch)
-        level = joined.starts[0].new_zeros(len(joined.x))
-        hidden = self.transformer(joined.x, joined.positions, level)
+        sequence = self._embed_segments(batch)
+        level = sequence.starts[0].new_zeros(len(sequence.x))
+        hidden = self.transformer(sequence.x, sequence.positions, level)
         # `<go>` is one position before the response and predicts its first group
         size = batch.codes.shape[2] // self.config.group + 1
-        return take(hidden, joined.starts[4] - 1, size)
+        return gather_span(hidden, sequence.starts[4] - 1, size)
 
     def logits(
-        self, hidden: Float[Tensor, "B N D"], said: Int[Tensor, "B g N"]
+        self, hidden: Float[Tensor, "B N D"], previous: Int[Tensor, "B g N"]
     ) -> Float[Tensor, "B N 1025"]:
-        """Logits of a group's next frame, of which the first g frames are `said`."""
-        if said.shape[1]:
+        """Logits of a group's next frame, of which the first g are `previous`."""
+        if previous.shape[1]:
             assert self.within is not None, "a group of one has no frame before its first"
-            hidden = self.within(hidden, said)
+            hidden = self.within(hidden, previous)
         return self.head(hidden)
 
-    def _join(self, batch: Batch) -> Joined:
+    def _embed_segments(self, batch: Batch) -> PaddedSequence:
         rows = len(batch.phonemes)
         one = batch.frames.new_ones(rows)
         end, go = self.separators[:, None, None].expand(-1, rows, 1, -1)
-        rate, group = self.config.frames_per_phoneme, self.config.group
+        rate, group_size = self.config.frames_per_phoneme, self.config.group
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * rate
         text_end = batch.phoneme_lengths[:, None] * rate
         text = self.text_embedding(batch.phonemes) + self.segments[0]
         prompt = self._prompt_groups(batch.prompt) + self.segments[1]
-        prompt_groups = batch.prompt_frames // group
-        prompt_positions = frame_positions(prompt_groups, prompt.shape[1], group, end=True)
-        response = self.code_embedding(_grouped(batch.codes[:, 0], group)) + self.segments[2]
-        code_groups = batch.frames // group
-        code_positions = frame_positions(code_groups, response.shape[1], group)
-        return join(
+        prompt_groups = batch.prompt_frames // group_size
+        prompt_positions = frame_positions(prompt_groups, prompt.shape[1], group_size, end=True)
+        response = self.code_embedding(_grouped(batch.codes[:, 0], group_size)) + self.segments[2]
+        code_groups = batch.frames // group_size
+        code_positions = frame_positions(code_groups, response.shape[1], group_size)
+        return concat_segments(
             [
                 Segment(text, text_positions, batch.phoneme_lengths),
                 Segment(end, text_end, one),
@@ -118,10 +120,10 @@ class AR(nn.Module):
 
     def _prompt_groups(self, prompt: Int[Tensor, "B Q P"]) -> Float[Tensor, "B groups D"]:
         """A prompt's frames, averaged over groups; what is left over at its end is not heard."""
-        group = self.config.group
-        groups = prompt.shape[2] // group
-        embedded = self.prompt_embedding(prompt[:, :, : groups * group])
-        return embedded.unflatten(1, (groups, group)).mean(2)
+        group_size = self.config.group
+        groups = prompt.shape[2] // group_size
+        embedded = self.prompt_embedding(prompt[:, :, : groups * group_size])
+        return embedded.unflatten(1, (groups, group_size)).mean(2)
 
     @torch.inference_mode()
     def generate(
@@ -134,7 +136,7 @@ class AR(nn.Module):
         generator: torch.Generator,
         prefix: Int[Tensor, " T"] | None = None,
         use_cache: bool = True,
-    ) -> Generated:
+    ) -> AROutput:
         """Speaks one text in the voice of the prompt, a frame at least; stops at EOS or after
         `max_frames`.
 
@@ -143,50 +145,57 @@ class AR(nn.Module):
         `use_cache=False` runs the whole sequence again for every group: the slow twin.
         """
         codes = phonemes.new_empty(0) if prefix is None else prefix
-        group = self.config.group
-        if len(codes) % group:
-            raise ValueError(f"prefix: {len(codes)} frames are no multiple of the group's {group}")
+        group_size = self.config.group
+        if len(codes) % group_size:
+            raise ValueError(
+                f"prefix: {len(codes)} frames are no multiple of the group's {group_size}"
+            )
         guided = sampling.guided
         rows = 2 if guided else 1  # the second goes without text and prompt
         capacity = self.capacity(len(phonemes), prompt.shape[1], max_frames)
         cache = KVCache.empty(self.config, rows, capacity, like=self.head.weight)
-        hidden = self.prefill(single(phonemes, prompt, codes, guided=guided), cache)
+        hidden = self.prefill(single_batch(phonemes, prompt, codes, guided=guided), cache)
         while True:
-            for said in range(group):
+            for index in range(group_size):
                 if len(codes) >= max_frames:
-                    return Generated(codes, hit_limit=True)
-                known = codes[len(codes) - said :].expand(rows, -1)
-                logits = self.logits(hidden[:, None], known[:, :, None])[:, 0]
+                    return AROutput(codes, hit_limit=True)
+                previous = codes[len(codes) - index :].expand(rows, -1)
+                logits = self.logits(hidden[:, None], previous[:, :, None])[:, 0]
                 if guided:
                     logits = guide(logits[:1], logits[1:], sampling.guidance_scale)
-                silent = torch.tensor([not len(codes)], device=codes.device)
-                logits = unable_to_end(logits, silent)
+                empty = torch.tensor([not len(codes)], device=codes.device)
+                logits = suppress_eos(logits, empty)
                 token = sample(logits, sampling, history=codes[None], generator=generator)
                 if int(token) == EOS:
-                    return Generated(codes, hit_limit=False)
+                    return AROutput(codes, hit_limit=False)
                 codes = torch.cat([codes, token])
             if use_cache:
-                first = torch.full((rows,), len(codes) - group, device=codes.device)
-                hidden = self.step(codes[-group:].expand(rows, -1), first, cache)
+                position = torch.full((rows,), len(codes) - group_size, device=codes.device)
+                hidden = self.step(codes[-group_size:].expand(rows, -1), position, cache)
             else:
-                hidden = self.hidden(single(phonemes, prompt, codes, guided=guided))[:, -1]
+                hidden = self.hidden(single_batch(phonemes, prompt, codes, guided=guided))[:, -1]
 
     def capacity(self, n_phonemes: int, prompt_frames: int, max_frames: int) -> int:
         """Positions that a cache needs for a text, a prompt and the speech that follows."""
-        group = self.config.group
-        return n_phonemes + prompt_frames // group + max_frames // group + len(self.separators)
+        group_size = self.config.group
+        return (
+            n_phonemes
+            + prompt_frames // group_size
+            + max_frames // group_size
+            + len(self.separators)
+        )
 
     def prefill(self, batch: Batch, cache: Cache) -> Float[Tensor, "B D"]:
         """Fills an empty cache with texts, prompts and codes, rows of one length; returns the
         hidden state of the group after them."""
-        return self.read(*self.prefix(batch), cache)[:, -1]
+        return self.prefill_chunk(*self.embed(batch), cache)[:, -1]
 
-    def prefix(self, batch: Batch) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"]]:
+    def embed(self, batch: Batch) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"]]:
         """Embeddings and positions of texts, prompts and codes, rows of one length."""
-        joined = self._join(batch)
-        return joined.x, joined.positions
+        sequence = self._embed_segments(batch)
+        return sequence.x, sequence.positions
 
-    def read(
+    def prefill_chunk(
         self, x: Float[Tensor, "B S D"], positions: Float[Tensor, "B S"], cache: Cache
     ) -> Float[Tensor, "B S D"]:
         """Hidden states of some of a prefix, whose beginning is in the cache."""
@@ -194,23 +203,23 @@ class AR(nn.Module):
         return self.transformer(x, positions, level, cache=cache)
 
     def step(
-        self, group: Int[Tensor, "B G"], first: Int[Tensor, " B"], cache: Cache
+        self, group: Int[Tensor, "B G"], position: Int[Tensor, " B"], cache: Cache
     ) -> Float[Tensor, "B D"]:
-        """Hidden state after a group whose first frame is number `first` of its row's response."""
+        """Hidden state after a group whose first frame is at `position` of its row's response."""
         x = self.code_embedding(group[:, :, None]) + self.segments[2]
         level = group.new_zeros(len(group))
-        return self.transformer(x, first[:, None].float(), level, cache=cache)[:, -1]
+        return self.transformer(x, position[:, None].float(), level, cache=cache)[:, -1]
 
 
-def unable_to_end(
-    logits: Float[Tensor, "R 1025"], silent: Bool[Tensor, " R"]
+def suppress_eos(
+    logits: Float[Tensor, "R 1025"], empty: Bool[Tensor, " R"]
 ) -> Float[Tensor, "R 1025"]:
-    """The logits, without EOS in rows that are still `silent`: no text is answered by nothing."""
+    """The logits, without EOS in rows that are still `empty`: no text is answered by nothing."""
     at_end = torch.arange(logits.shape[-1], device=logits.device) == EOS
-    return logits.masked_fill(silent[:, None] & at_end, -torch.inf)
+    return logits.masked_fill(empty[:, None] & at_end, -torch.inf)
 
 
-class WithinGroup(nn.Module):
+class GroupConditioning(nn.Module):
     """Tells a group's later frames which codes come before them in the group."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -224,55 +233,13 @@ class WithinGroup(nn.Module):
         )
 
     def forward(
-        self, hidden: Float[Tensor, "B N D"], said: Int[Tensor, "B g N"]
+        self, hidden: Float[Tensor, "B N D"], previous: Int[Tensor, "B g N"]
     ) -> Float[Tensor, "B N D"]:
         """`hidden` of each group, given its first g codes."""
-        return hidden + self.mix(hidden + self.codes(said))
+        return hidden + self.mix(hidden + self.codes(previous))
 
 
-class CodeEmbedding(nn.Module):
-    """Sums the embeddings of a frame's codes over codebooks; one stacked table."""
-
-    def __init__(self, n_codebooks: int, width: int) -> None:
-        super().__init__()
-        self.tables = nn.Parameter(torch.empty(n_codebooks, CODEBOOK_SIZE, width))
-        nn.init.normal_(self.tables, std=0.02)
-
-    def forward(
-        self, codes: Int[Tensor, "B Q T"], below: Int[Tensor, " B"] | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Embeds `codes`; with `below`, only the first `below[b]` codebooks of row b."""
-        n_codebooks = codes.shape[1]
-        offsets = torch.arange(n_codebooks, device=codes.device)[None, :, None] * CODEBOOK_SIZE
-        table = self.tables.flatten(0, 1)
-        embedded = F.embedding(codes + offsets, table)
-        if below is not None:
-            known = torch.arange(n_codebooks, device=codes.device) < below[:, None]
-            embedded = embedded * known[:, :, None, None]
-        return embedded.sum(1)
-
-
-def _grouped(codes: Int[Tensor, "B T"], group: int) -> Int[Tensor, "B G groups"]:
+def _grouped(codes: Int[Tensor, "B T"], group_size: int) -> Int[Tensor, "B G groups"]:
     """Whole groups of frames; what is left over at the end has no position of its own."""
-    groups = codes.shape[1] // group
-    return codes[:, : groups * group].unflatten(1, (groups, group)).transpose(1, 2)
-
-
-def single(
-    phonemes: Int[Tensor, " L"],
-    prompt: Int[Tensor, "Q P"],
-    codes: Int[Tensor, " T"],
-    *,
-    guided: bool = False,
-) -> Batch:
-    """A batch of one, from unpadded parts; `codes` is the first codebook. `guided` adds a second
-    row, with text and prompt hidden."""
-
-    def length(x: Tensor) -> Tensor:
-        return torch.tensor([x.shape[-1]], device=phonemes.device)
-
-    batch = Batch(
-        phonemes[None], length(phonemes), prompt[None], length(prompt),
-        codes[None, None], length(codes), length(codes),
-    )  # fmt: skip
-    return with_unconditional(batch) if guided else batch
+    groups = codes.shape[1] // group_size
+    return codes[:, : groups * group_size].unflatten(1, (groups, group_size)).transpose(1, 2)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 
-def by_length(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+def batch_by_length(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Indices of non-empty items, sorted by size, cut where padded sizes would exceed `limit`.
 
     A larger item gets a batch of its own.

@@ -1,7 +1,7 @@
 """Speech in chunks: how much of a sentence is filled in and spoken while the rest is not yet said.
 
 The NAR model was trained to see both sides of a frame. So it fills in all that the AR model has
-said so far, and the last `look_ahead` frames of that wait for the next chunk. Frames that were
+said so far, and the last `lookahead` frames of that wait for the next chunk. Frames that were
 spoken stay as they are: the new ones follow what was heard.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from valle.model.codec.interface import Codes
-from valle.model.nar_decoding import Unfilled
+from valle.model.nar_decoding import NARRequest
 from valle.model.tokens import FRAME_RATE
 
 
@@ -17,42 +17,46 @@ from valle.model.tokens import FRAME_RATE
 class Chunking:
     """Sizes of the chunks."""
 
-    first: int = 15
+    first_frames: int = 15
     """Frames that are spoken at first, 0.2 s."""
 
     growth: float = 1.6
     """Each chunk over the one before it: there is more and more sound that still plays."""
 
-    longest: int = 2 * FRAME_RATE
+    max_frames: int = 2 * FRAME_RATE
     """Frames of a chunk, at most."""
 
-    look_ahead: int = 12
+    lookahead: int = 12
     """Frames that the NAR model sees beyond those that are spoken."""
 
     def sizes(self) -> Iterator[int]:
         """New frames of the first codebook that each chunk waits for."""
-        size = self.first
-        yield min(size, self.longest) + self.look_ahead
+        size = self.first_frames
+        yield min(size, self.max_frames) + self.lookahead
         while True:
-            size = min(int(size * self.growth), self.longest)
+            size = min(int(size * self.growth), self.max_frames)
             yield size
 
 
-def fill_in_chunks(
-    fill_in: Callable[[Unfilled], Codes], whole: Unfilled, chunking: Chunking, group: int
+def nar_decode_chunks(
+    decode: Callable[[NARRequest], Codes], request: NARRequest, chunking: Chunking, group_size: int
 ) -> Codes:
     """All codebooks `[8, T]` of a sentence, each chunk filled in as it is known when it is due.
 
-    `group` is what the AR model says at a time: a chunk ends where a group does. Where the sentence
-    ends at that very frame, that is not known yet, unless it was cut there (it has not `ended`).
+    `group_size` is what the AR model says at a time: a chunk ends where a group does. Where the
+    sentence ends at that very frame, that is not known yet, unless it was cut there (it is not
+    `complete`).
     """
-    first = whole.first
-    spoken: Codes | None = None
+    n_frames = len(request.first_codebook)
+    prefix: Codes | None = None
     due = 0
     for size in chunking.sizes():
-        due += -(-size // group) * group
-        if due > len(first) or (due == len(first) and not whole.ended):
-            return fill_in(replace(whole, spoken=spoken))
-        codes = fill_in(replace(whole, first=first[:due], spoken=spoken, ended=False))
-        spoken = codes[:, : due - chunking.look_ahead]
+        due += -(-size // group_size) * group_size
+        if due > n_frames or (due == n_frames and not request.complete):
+            return decode(replace(request, prefix=prefix))
+        chunk = replace(
+            request, first_codebook=request.first_codebook[:due], prefix=prefix, complete=False
+        )
+        codes = decode(chunk)
+        prefix = codes[:, : due - chunking.lookahead]
     raise AssertionError("sizes never end")

@@ -49,7 +49,7 @@ class ModelConfig:
 
 
 SIZES: Final = {
-    "nano": ModelConfig(width=256, n_heads=4, n_layers=6),
+    "mini": ModelConfig(width=256, n_heads=4, n_layers=6),
     "quarter": ModelConfig(width=256, n_heads=4),
     "half": ModelConfig(width=512, n_heads=8),
     "full": ModelConfig(width=1024, n_heads=16),

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from valle.model.config import ModelConfig
+from valle.model.tokens import CODEBOOK_SIZE
 
 
 @runtime_checkable  # shapes and types are checked in tests
@@ -32,8 +33,8 @@ class Cache(Protocol):
         """Stores new positions `[B, H, S, K]`; returns all keys and values to attend to, and which
         of them each row may see (None: all)."""
 
-    def advance(self, positions: int) -> None:
-        """Counts `positions` more as filled, once all layers have stored theirs."""
+    def advance(self, n_positions: int) -> None:
+        """Counts `n_positions` more as filled, once all layers have stored theirs."""
 
 
 @dataclass
@@ -67,57 +68,55 @@ class KVCache:
         assert end <= self.keys.shape[3], "KV cache is full: capacity was computed too small"
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
-        visible = None
+        mask = None
         if self.length and new > 1:
             steps = torch.arange(end, device=key.device)
-            visible = (steps <= steps[self.length :, None]).expand(len(key), 1, -1, -1)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], visible
+            mask = (steps <= steps[self.length :, None]).expand(len(key), 1, -1, -1)
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
 
-    def advance(self, positions: int) -> None:
-        """Counts `positions` more as filled."""
-        self.length += positions
+    def advance(self, n_positions: int) -> None:
+        """Counts `n_positions` more as filled."""
+        self.length += n_positions
 
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
         self.length = 0
 
 
-def rotation(positions: Float[Tensor, "B S"], width: int) -> Float[Tensor, "2 B 1 S half"]:
+def rotary_cos_sin(positions: Float[Tensor, "B S"], width: int) -> Float[Tensor, "2 B 1 S half"]:
     """Cosine and sine of each position at `width / 2` frequencies (RoFormer, Su et al. 2021)."""
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = positions.float()[:, None, :, None] * torch.pow(10_000.0, -exponent)
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Float[Tensor, "*n B H S K"], by: Float[Tensor, "2 B 1 S half"]) -> Tensor:
+def apply_rotary(x: Float[Tensor, "*n B H S K"], cos_sin: Float[Tensor, "2 B 1 S half"]) -> Tensor:
     """Turns each pair of features of queries or keys by the angles of their position."""
-    cos, sin = by.to(x.dtype)
+    cos, sin = cos_sin.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
 
 
-def attend(
+def dot_product_attention(
     query: Float[Tensor, "B H S K"],
     key: Float[Tensor, "B H T K"],
     value: Float[Tensor, "B H T K"],
-    visible: Bool[Tensor, "B 1 _ T"] | None,
+    mask: Bool[Tensor, "B 1 _ T"] | None,
     causal: bool,
 ) -> Float[Tensor, "B H S K"]:
-    """Softmax attention over the `visible` positions, by PyTorch's fused kernel.
+    """Softmax attention over the positions of `mask`, by PyTorch's fused kernel.
 
     Not where a CPU learns: its kernel's backward pass is a quarter of a bf16 training step, twice
     what the three plain operations take, whose memory grows with the square of the length.
     """
     if query.is_cuda or not (torch.is_grad_enabled() and query.requires_grad):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, is_causal=causal
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     weight = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if causal:
         future = weight.new_full(weight.shape[-2:], -torch.inf).triu(1)
         weight = weight + future
-    if visible is not None:
-        weight = weight.masked_fill(~visible, -torch.inf)
+    if mask is not None:
+        weight = weight.masked_fill(~mask, -torch.inf)
     return torch.softmax(weight, -1, dtype=weight.dtype) @ value
 
 
@@ -158,24 +157,25 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turn: Float[Tensor, "2 B 1 S half"],
-        visible: Bool[Tensor, "B S S"] | None,
+        cos_sin: Float[Tensor, "2 B 1 S half"],
+        mask: Bool[Tensor, "B S S"] | None,
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
-        """Causal when `visible` is None, else over what each position may see.
+        """Causal when `mask` is None, else over what each position may see.
 
         With a cache, which says itself what is seen, `x` is what comes after its contents.
         """
-        assert visible is None or cache is None, "a cache says what is visible"
+        assert mask is None or cache is None, "a cache has a mask of its own"
         # [3, B, H, S, K]; queries and keys are turned together
         parts = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        (query, key), value = rotate(parts[:2], turn), parts[2]
-        causal, mask = visible is None, None if visible is None else visible[:, None]
+        (query, key), value = apply_rotary(parts[:2], cos_sin), parts[2]
+        causal = mask is None
+        head_mask = None if mask is None else mask[:, None]
         if cache is not None:
             causal = cache.causal
-            key, value, mask = cache.append(layer, key, value)
-        mixed = attend(query, key, value, mask, causal)
+            key, value, head_mask = cache.append(layer, key, value)
+        mixed = dot_product_attention(query, key, value, head_mask, causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -197,15 +197,15 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        turn: Float[Tensor, "2 B 1 S half"],
+        cos_sin: Float[Tensor, "2 B 1 S half"],
         level: Int[Tensor, " B"],
-        visible: Bool[Tensor, "B S S"] | None,
+        mask: Bool[Tensor, "B S S"] | None,
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
         """One layer."""
         x = x + self.dropout(
-            self.attention(self.attention_norm(x, level), turn, visible, cache, layer)
+            self.attention(self.attention_norm(x, level), cos_sin, mask, cache, layer)
         )
         return x + self.dropout(self.ffn(self.ffn_norm(x, level)))
 
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         self.head_width = config.width // config.n_heads
         self.blocks = nn.ModuleList(Block(config, n_levels) for _ in range(config.n_layers))
         self.norm = AdaptiveNorm(n_levels, config.width)
-        self.apply(_initialise)
+        self.apply(_initialize)
         for block in self.blocks:  # keep the residual stream's variance flat in depth (GPT-2)
             for last in (block.attention.out, block.ffn[2]):  # type: ignore[union-attr, index]
                 nn.init.normal_(last.weight, std=0.02 / (2 * config.n_layers) ** 0.5)  # type: ignore[union-attr, arg-type]
@@ -228,19 +228,41 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B S D"],
         positions: Float[Tensor, "B S"],
         level: Int[Tensor, " B"],
-        visible: Bool[Tensor, "B S S"] | None = None,
+        mask: Bool[Tensor, "B S S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Hidden states. Causal, unless told which positions (last) are `visible` to which."""
-        turn = rotation(positions, self.head_width)
+        """Hidden states. Causal, unless `mask` says which positions (last) each may see."""
+        cos_sin = rotary_cos_sin(positions, self.head_width)
         for number, block in enumerate(self.blocks):
-            x = block(x, turn, level, visible, cache, number)
+            x = block(x, cos_sin, level, mask, cache, number)
         if cache is not None:
             cache.advance(positions.shape[1])
         return self.norm(x, level)
 
 
-def _initialise(module: nn.Module) -> None:
+class CodeEmbedding(nn.Module):
+    """Sums the embeddings of a frame's codes over codebooks; one stacked table."""
+
+    def __init__(self, n_codebooks: int, width: int) -> None:
+        super().__init__()
+        self.tables = nn.Parameter(torch.empty(n_codebooks, CODEBOOK_SIZE, width))
+        nn.init.normal_(self.tables, std=0.02)
+
+    def forward(
+        self, codes: Int[Tensor, "B Q T"], below: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Embeds `codes`; with `below`, only the first `below[b]` codebooks of row b."""
+        n_codebooks = codes.shape[1]
+        offsets = torch.arange(n_codebooks, device=codes.device)[None, :, None] * CODEBOOK_SIZE
+        table = self.tables.flatten(0, 1)
+        embedded = F.embedding(codes + offsets, table)
+        if below is not None:
+            mask = torch.arange(n_codebooks, device=codes.device) < below[:, None]
+            embedded = embedded * mask[:, :, None, None]
+        return embedded.sum(1)
+
+
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -18,23 +18,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from valle.model.ar import CodeEmbedding
 from valle.model.config import ModelConfig
-from valle.model.layers import Transformer
-from valle.model.prompt import Before, Notes, ReadPrompt
+from valle.model.layers import CodeEmbedding, Transformer
+from valle.model.prompt import BatchedPromptKV, KVRecorder, PromptKV
 from valle.model.sampling import Sampling, guide, sample
 from valle.model.sequence import (
     Batch,
     Segment,
     collate,
+    concat_segments,
     frame_positions,
-    join,
-    take,
+    gather_span,
     unconditional,
 )
 from valle.model.tokens import CODEBOOK_SIZE
 
-PROMPT = 2
+PROMPT_SEGMENT = 2
 """Which of the sequence's segments the prompt is."""
 
 
@@ -60,12 +59,12 @@ class NAR(nn.Module):
     def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Float[Tensor, "B T 1024"]:
         """Logits of codebook `level` (1 .. Q-1, per row) of the response."""
         segments = self._around_prompt(batch, level)
-        segments.insert(PROMPT, self._prompt_segment(batch.prompt, batch.prompt_frames))
-        joined = join(segments)
-        in_prompt = joined.within(PROMPT)
-        visible = joined.valid[:, None] & (in_prompt[:, None] | ~in_prompt[:, :, None])
-        hidden = self.transformer(joined.x, joined.positions, level - 1, visible)
-        return self._logits(take(hidden, joined.starts[-1], batch.codes.shape[2]), level)
+        segments.insert(PROMPT_SEGMENT, self._prompt_segment(batch.prompt, batch.prompt_frames))
+        sequence = concat_segments(segments)
+        in_prompt = sequence.segment_mask(PROMPT_SEGMENT)
+        mask = sequence.valid[:, None] & (in_prompt[:, None] | ~in_prompt[:, :, None])
+        hidden = self.transformer(sequence.x, sequence.positions, level - 1, mask)
+        return self._logits(gather_span(hidden, sequence.starts[-1], batch.codes.shape[2]), level)
 
     def _around_prompt(self, batch: Batch, level: Int[Tensor, " B"]) -> list[Segment]:
         """Text, its end, go, response."""
@@ -73,16 +72,16 @@ class NAR(nn.Module):
         end, go = self.separators[:, None, None].expand(-1, len(one), 1, -1)
         # text positions are stretched over the response: a phoneme starts out beside the frames
         # that say it
-        stretch = (batch.expected / batch.phoneme_lengths)[:, None]
+        stretch = (batch.total_frames / batch.phoneme_lengths)[:, None]
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * stretch
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
-        known = self.code_embedding(batch.codes[:, : self.n_levels], below=level)
+        response = self.code_embedding(batch.codes[:, : self.n_levels], below=level)
         text = self.text_embedding(batch.phonemes) + self.segments[0]
         return [
             Segment(text, text_positions, batch.phoneme_lengths),
-            Segment(end, batch.expected[:, None].float(), one),
-            Segment(go, -torch.ones(len(one), 1, device=known.device), one),
-            Segment(known + self.segments[2], code_positions, batch.frames),
+            Segment(end, batch.total_frames[:, None].float(), one),
+            Segment(go, -torch.ones(len(one), 1, device=response.device), one),
+            Segment(response + self.segments[2], code_positions, batch.frames),
         ]
 
     def _prompt_segment(self, prompt: Int[Tensor, "B Q P"], frames: Int[Tensor, " B"]) -> Segment:
@@ -95,53 +94,54 @@ class NAR(nn.Module):
         return response @ self.heads[level - 1].transpose(1, 2)
 
     @torch.inference_mode()
-    def read_prompt(self, prompt: Int[Tensor, "Q P"], n_levels: int) -> ReadPrompt:
+    def prefill_prompt(self, prompt: Int[Tensor, "Q P"], n_levels: int) -> PromptKV:
         """A prompt's keys and values at levels 1 .. `n_levels`, as rows of one batch."""
         rows = prompt.expand(n_levels, -1, -1).to(self.heads.device)
         level = torch.arange(n_levels, device=rows.device)
-        given = self._prompt_segment(rows, torch.full_like(level, prompt.shape[1]))
-        notes = Notes()
-        self.transformer(given.x, given.positions, level, cache=notes)
-        return ReadPrompt(torch.stack(notes.keys, dim=1), torch.stack(notes.values, dim=1))
+        segment = self._prompt_segment(rows, torch.full_like(level, prompt.shape[1]))
+        recorder = KVRecorder()
+        self.transformer(segment.x, segment.positions, level, cache=recorder)
+        return PromptKV(torch.stack(recorder.keys, dim=1), torch.stack(recorder.values, dim=1))
 
     @torch.inference_mode()
-    def after(
-        self, prompts: Sequence[ReadPrompt], batch: Batch, level: int
+    def forward_cached(
+        self, prompts: Sequence[PromptKV], batch: Batch, level: int
     ) -> Float[Tensor, "B T 1024"]:
         """`forward` at one level, the prompts of the batch's rows being read already."""
         levels = torch.full_like(batch.frames, level)
-        joined = join(self._around_prompt(batch, levels))
-        before = Before.at(level, prompts, joined.valid)
-        hidden = self.transformer(joined.x, joined.positions, levels - 1, cache=before)
-        return self._logits(take(hidden, joined.starts[-1], batch.codes.shape[2]), levels)
+        sequence = concat_segments(self._around_prompt(batch, levels))
+        prompt_kv = BatchedPromptKV.stack(level, prompts, sequence.valid)
+        hidden = self.transformer(sequence.x, sequence.positions, levels - 1, cache=prompt_kv)
+        return self._logits(gather_span(hidden, sequence.starts[-1], batch.codes.shape[2]), levels)
 
     @torch.inference_mode()
     def generate(
         self,
         phonemes: Int[Tensor, " L"],
         prompt: Int[Tensor, "Q P"],
-        first: Int[Tensor, " T"],
+        first_codebook: Int[Tensor, " T"],
         *,
         sampling: Sampling,
         generator: torch.Generator,
         guided_levels: int | None = None,
-        spoken: Int[Tensor, "Q S"] | None = None,
-        expected: int | None = None,
+        prefix: Int[Tensor, "Q S"] | None = None,
+        total_frames: int | None = None,
     ) -> Int[Tensor, "Q T"]:
-        """All codebooks of a response whose first codebook is `first`: the plain way.
+        """All codebooks of a response whose `first_codebook` is given: the plain way.
 
         Guidance is for the first `guided_levels` (None: all). Of a response that goes on, the first
-        frames may be `spoken` and settled, and `expected` is how long it may become.
+        frames may be settled, the `prefix`, and `total_frames` is how long it may become.
         """
-        codes = first.new_zeros(self.config.n_codebooks, len(first))
-        codes[0] = first
+        codes = first_codebook.new_zeros(self.config.n_codebooks, len(first_codebook))
+        codes[0] = first_codebook
         for level in range(1, self.config.n_codebooks):
-            batch = collate([phonemes], [prompt], [codes], None if expected is None else [expected])
-            batch, at = batch.to(self.heads.device), first.new_tensor([level])
-            logits = self(batch, at)
+            totals = None if total_frames is None else [total_frames]
+            batch = collate([phonemes], [prompt], [codes], totals).to(self.heads.device)
+            levels = first_codebook.new_tensor([level])
+            logits = self(batch, levels)
             if sampling.guided and (guided_levels is None or level <= guided_levels):
-                logits = guide(logits, self(unconditional(batch), at), sampling.guidance_scale)
+                logits = guide(logits, self(unconditional(batch), levels), sampling.guidance_scale)
             codes[level] = sample(logits[0], sampling, generator=generator)
-            if spoken is not None:
-                codes[level, : spoken.shape[1]] = spoken[level]
+            if prefix is not None:
+                codes[level, : prefix.shape[1]] = prefix[level]
         return codes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ReadPrompt:
+class PromptKV:
     """Keys and values of one prompt, at the first V levels."""
 
     keys: Float[Tensor, "V N H P K"]
@@ -25,7 +25,7 @@ class ReadPrompt:
 
 
 @dataclass
-class Notes:
+class KVRecorder:
     """Takes down what a transformer makes of whole prompts: a `model.layers.Cache`."""
 
     keys: list[Tensor] = field(default_factory=list)
@@ -41,41 +41,41 @@ class Notes:
         self.values.append(value)
         return key, value, None
 
-    def advance(self, positions: int) -> None:
+    def advance(self, n_positions: int) -> None:
         """Nothing comes after a prompt."""
 
 
 @dataclass(frozen=True)
-class Before:
+class BatchedPromptKV:
     """Prompts that were read, seen by all that follows: a `model.layers.Cache`."""
 
     keys: Float[Tensor, "N B H P K"]
     values: Float[Tensor, "N B H P K"]
-    visible: Bool[Tensor, "B 1 1 _"]
+    mask: Bool[Tensor, "B 1 1 _"]
     """Of P + S positions: prompts may differ in length, and so may what follows."""
 
     causal = False
 
     @classmethod
-    def at(
-        cls, level: int, prompts: Sequence[ReadPrompt], following: Bool[Tensor, "B S"]
-    ) -> "Before":
-        """Prompts of a batch's rows at a level (1 .. V), before positions that are valid where
-        `following` says."""
+    def stack(
+        cls, level: int, prompts: Sequence[PromptKV], valid: Bool[Tensor, "B S"]
+    ) -> "BatchedPromptKV":
+        """Prompts of a batch's rows at a level (1 .. V), before positions of which only
+        `valid` ones are seen."""
         frames = [prompt.keys.shape[3] for prompt in prompts]
         longest = max(frames)
 
-        def stack(tensors: Sequence[Tensor]) -> Tensor:
+        def pad_and_stack(tensors: Sequence[Tensor]) -> Tensor:
             return torch.stack(
                 [F.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors], dim=1
             )  # fmt: skip
 
-        heard = torch.arange(longest) < torch.tensor(frames)[:, None]
-        visible = torch.cat([heard.to(following.device), following], dim=1)
+        in_prompt = torch.arange(longest) < torch.tensor(frames)[:, None]
+        mask = torch.cat([in_prompt.to(valid.device), valid], dim=1)
         return cls(
-            stack([prompt.keys[level - 1] for prompt in prompts]),
-            stack([prompt.values[level - 1] for prompt in prompts]),
-            visible[:, None, None],
+            pad_and_stack([prompt.keys[level - 1] for prompt in prompts]),
+            pad_and_stack([prompt.values[level - 1] for prompt in prompts]),
+            mask[:, None, None],
         )
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,8 +83,8 @@ class Before:
         return (
             torch.cat([self.keys[layer], key], dim=2),
             torch.cat([self.values[layer], value], dim=2),
-            self.visible,
+            self.mask,
         )
 
-    def advance(self, positions: int) -> None:
+    def advance(self, n_positions: int) -> None:
         """All positions come at once."""

@@ -1,14 +1,23 @@
-"""Weights at a quarter of their size: int8 with a scale per row, for what is shipped.
+"""int8 with a scale per row: weights at a quarter of their size, stored or computed with.
 
-Only storage: a checkpoint is turned back into float32 when it is loaded. A row of a matrix (the
+As storage, a checkpoint is turned back into float32 when it is loaded. A row of a matrix (the
 weights of one output, or one embedding) keeps its largest value as scale; the rounding error is at
-most 1/254 of that.
+most 1/254 of that. `convert` is the precision that models compute in: a switch of the endpoint,
+the evaluation and benchmarks.
 """
 
 from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from valle.model.ar import AR
+from valle.model.nar import NAR
+
+Precision = Literal["fp32", "bf16", "int8"]
+Model = TypeVar("Model", AR, NAR)
 
 SCALE = ".scale"
 """Ending of the name under which the scales of an int8 tensor are stored."""
@@ -43,3 +52,52 @@ def from_int8(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is int8 and has no {name + SCALE}")
         weights[name] = value.float() * stored[name + SCALE].unsqueeze(-1)
     return weights
+
+
+def convert(model: Model, precision: Precision) -> Model:
+    """The model, changed in place to compute in `precision`.
+
+    int8, for CPUs that have bf16, keeps the matrices of the AR model's transformer in int8 (rounded
+    now, if they were not shipped so), of which a step reads a quarter of the bytes, and gives them
+    activations in bf16. The NAR model works on hundreds of frames at once, which no memory bounds:
+    it is in bf16.
+    """
+    if precision == "int8" and isinstance(model, AR):
+        for block in model.transformer.blocks:
+            _replace_linear(block)
+        return model
+    return model if precision == "fp32" else model.to(torch.bfloat16)
+
+
+def _replace_linear(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            _replace_linear(child)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose matrix stays int8, with a scale per row."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    _ones: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        stored = to_int8({"weight": linear.weight.detach()})
+        scale = stored["weight.scale"]
+        bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach()
+        self.register_buffer("weight", stored["weight"])
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        # the kernel's own scales are bf16: too coarse, so they are left out of it
+        self.register_buffer("_ones", torch.ones_like(scale, dtype=torch.bfloat16))
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """`x` times the matrix, plus the bias; float32 but for what is multiplied."""
+        rows = x.flatten(0, -2).bfloat16()
+        product = torch._weight_int8pack_mm(rows, self.weight, self._ones)
+        return torch.addcmul(self.bias, product, self.scale).view(*x.shape[:-1], -1)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-DRAWS = 2
+UNIFORMS_PER_TOKEN = 2
 """Uniform numbers per token: one for the token, one for drawing it again."""
 
 
@@ -60,7 +60,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class RowSettings:
+class SamplingTensors:
     """`Sampling` of each row, as tensors."""
 
     temperature: Float[Tensor, " R"]
@@ -71,7 +71,9 @@ class RowSettings:
     guidance_scale: Float[Tensor, " R"]
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> "RowSettings":
+    def from_rows(
+        cls, rows: Sequence[Sampling], device: torch.device | str = "cpu"
+    ) -> "SamplingTensors":
         """The settings of `rows`, in their order."""
 
         def column(name: str, dtype: torch.dtype) -> Tensor:
@@ -88,13 +90,13 @@ class RowSettings:
 
 
 def guide(
-    logits: Float[Tensor, "*R V"], without: Float[Tensor, "*R V"], scale: Tensor | float
+    logits: Float[Tensor, "*R V"], unconditional: Float[Tensor, "*R V"], scale: Tensor | float
 ) -> Float[Tensor, "*R V"]:
     """Classifier-free guidance (Ho and Salimans 2022, equation 6, there for images): log
-    probabilities with text and prompt, moved away from those `without`; a scale of 1 leaves them
-    as they are."""
-    given = logits.float().log_softmax(-1)
-    return given + (scale - 1) * (given - without.float().log_softmax(-1))
+    probabilities with text and prompt, moved away from the `unconditional` ones; a scale of 1
+    leaves them as they are."""
+    conditional = logits.float().log_softmax(-1)
+    return conditional + (scale - 1) * (conditional - unconditional.float().log_softmax(-1))
 
 
 def sample(
@@ -107,19 +109,19 @@ def sample(
     """One token per row. `history` is what repetition-aware sampling looks back on."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    rows = RowSettings.of([sampling] * len(logits), logits.device)
+    rows = SamplingTensors.from_rows([sampling] * len(logits), logits.device)
     recent = None if history is None else history[:, -sampling.repetition_window :]
-    return choose(logits, rows, draw(generator, len(logits)), recent)
+    return sample_rows(logits, rows, draw_uniforms(generator, len(logits)), recent)
 
 
-def draw(generator: torch.Generator, rows: int) -> Float[Tensor, "2 {rows}"]:
+def draw_uniforms(generator: torch.Generator, rows: int) -> Float[Tensor, "2 {rows}"]:
     """The uniform numbers that one token of each row needs."""
-    return torch.rand(DRAWS, rows, generator=generator, device=generator.device)
+    return torch.rand(UNIFORMS_PER_TOKEN, rows, generator=generator, device=generator.device)
 
 
-def choose(
+def sample_rows(
     logits: Float[Tensor, "R V"],
-    rows: RowSettings,
+    rows: SamplingTensors,
     uniforms: Float[Tensor, "2 R"],
     recent: Int[Tensor, "R W"] | None = None,
 ) -> Int[Tensor, " R"]:
@@ -129,35 +131,35 @@ def choose(
     sampling (VALL-E 2): a token that fills more than `threshold` of the window is drawn again from
     the whole distribution.
     """
-    heat = rows.temperature.clamp_min(1e-6)[:, None]
-    whole = (logits.float() / heat).softmax(-1)
-    ordered, index = whole.sort(dim=-1, descending=True)
+    temperature = rows.temperature.clamp_min(1e-6)[:, None]
+    probability = (logits.float() / temperature).softmax(-1)
+    ordered, index = probability.sort(dim=-1, descending=True)
     # draws walk through the classes in their own order: two that are nearly equally likely, and
     # change places in the sorted one with the last bit of a sum, change nothing
-    kept = likely(ordered, rows.top_k, rows.top_p)
-    kept = torch.zeros_like(kept).scatter(-1, index, kept)
-    tokens = _pick(whole * kept, uniforms[0])
+    mask = top_k_top_p_mask(ordered, rows.top_k, rows.top_p)
+    mask = torch.zeros_like(mask).scatter(-1, index, mask)
+    tokens = _pick(probability * mask, uniforms[0])
     if recent is not None and recent.shape[1]:
         age = torch.arange(recent.shape[1], 0, -1, device=recent.device)
         repeats = ((recent == tokens[:, None]) & (age <= rows.window[:, None])).sum(1)
         again = repeats / rows.window > rows.threshold
-        tokens = torch.where(again, _pick(whole, uniforms[1]), tokens)
+        tokens = torch.where(again, _pick(probability, uniforms[1]), tokens)
     return torch.where(rows.temperature > 0, tokens, logits.argmax(-1))
 
 
-def likely(
+def top_k_top_p_mask(
     probability: Float[Tensor, "R V"], top_k: Int[Tensor, " R"], top_p: Float[Tensor, " R"]
 ) -> Bool[Tensor, "R V"]:
     """Which of the classes, the likeliest first, sampling may choose from: the k likeliest (0: all)
     and of those the fewest whose probability reaches p (Holtzman et al. 2020)."""
     rank = torch.arange(probability.shape[-1], device=probability.device)
-    first = (rank < top_k[:, None]) | (top_k == 0)[:, None]
-    kept = probability * first
-    kept = kept / kept.sum(-1, keepdim=True)
+    in_top_k = (rank < top_k[:, None]) | (top_k == 0)[:, None]
+    probability = probability * in_top_k
+    probability = probability / probability.sum(-1, keepdim=True)
     # the class that crosses p is kept: compare the sum before it
-    before = kept.cumsum(-1) - kept
+    before = probability.cumsum(-1) - probability
     # the likeliest is always kept, however small p is
-    return first & ((before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
+    return in_top_k & ((before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
 
 
 def _pick(weights: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:

@@ -7,9 +7,10 @@ import numpy as np
 import sentencex
 from numpy.typing import NDArray
 
+from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 
-LONGEST = 240
+MAX_SENTENCE_CHARACTERS = 240
 """Characters of a piece: about 15 s, as long as the utterances models are trained on."""
 
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
@@ -18,43 +19,61 @@ PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 _BREATHS = re.compile(r"(?<=[,;:–—])\s+")
 
 
-def split(text: str, language: str = "en-us", longest: int = LONGEST) -> list[str]:
-    """The sentences of `text`, white space evened out; those above `longest` characters are cut
-    at commas and the like, and where there are none, between words."""
+def split_sentences(
+    text: str, language: str = "en-us", max_characters: int = MAX_SENTENCE_CHARACTERS
+) -> list[str]:
+    """The sentences of `text`, white space evened out; those above `max_characters` are cut at
+    commas and the like, and where there are none, between words."""
     sentences = (" ".join(part.split()) for part in sentencex.segment(language[:2], text))
-    return [piece for sentence in sentences if sentence for piece in _cut(sentence, longest)]
+    return [piece for sentence in sentences if sentence for piece in _cut(sentence, max_characters)]
 
 
-def _cut(sentence: str, longest: int) -> list[str]:
-    if len(sentence) <= longest:
+def sentence_phoneme_ids(text: str, language: str) -> list[list[int]]:
+    """Phoneme ids of each sentence of a long text that has something to say. Raises ValueError when
+    none has."""
+    sentences, silent = [], None
+    for sentence in split_sentences(text, language):
+        try:
+            sentences.append(phoneme_ids(sentence, language))
+        except ValueError as error:
+            silent = error
+    if not sentences:
+        raise silent or ValueError("text: nothing to say in it")
+    return sentences
+
+
+def _cut(sentence: str, max_characters: int) -> list[str]:
+    if len(sentence) <= max_characters:
         return [sentence]
     clauses = _BREATHS.split(sentence)
-    parts = [clause for whole in clauses for clause in _words(whole, longest)]
+    parts = [part for clause in clauses for part in _words(clause, max_characters)]
     pieces = [parts[0]]
     for part in parts[1:]:
         joined = f"{pieces[-1]} {part}"
-        if len(joined) <= longest:
+        if len(joined) <= max_characters:
             pieces[-1] = joined
         else:
             pieces.append(part)
     return pieces
 
 
-def _words(clause: str, longest: int) -> list[str]:
-    """A clause between words; a word above `longest`, which nobody can say, anywhere."""
-    if len(clause) <= longest:
+def _words(clause: str, max_characters: int) -> list[str]:
+    """A clause between words; a word above `max_characters`, which nobody can say, anywhere."""
+    if len(clause) <= max_characters:
         return [clause]
-    words = [w[i : i + longest] for w in clause.split() for i in range(0, len(w), longest)]
+    words = [
+        w[i : i + max_characters] for w in clause.split() for i in range(0, len(w), max_characters)
+    ]
     pieces = [words[0]]
     for word in words[1:]:
-        if len(pieces[-1]) + 1 + len(word) <= longest:
+        if len(pieces[-1]) + 1 + len(word) <= max_characters:
             pieces[-1] += f" {word}"
         else:
             pieces.append(word)
     return pieces
 
 
-def join(waves: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def join_waves(waves: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Sentences in turn, with pauses between them."""
     parts = [part for wave in waves for part in (PAUSE, wave)]
     return np.concatenate(parts[1:])

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from valle.model.text import PAD
-from valle.model.tokens import HIDDEN
+from valle.model.tokens import NULL_CODE
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Batch:
     codes: Int[Tensor, "B R T"]
     """R = Q, or 1 where only the first codebook is known."""
     frames: Int[Tensor, " B"]
-    expected: Int[Tensor, " B"]
+    total_frames: Int[Tensor, " B"]
     """Frames that the whole text takes: more than `frames` where only its beginning is said."""
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -50,9 +50,9 @@ def collate(
     phonemes: Sequence[Int[Tensor, " _"]],
     prompts: Sequence[Int[Tensor, "_ _"]],
     codes: Sequence[Int[Tensor, "_ _"]],
-    expected: Sequence[int] | None = None,
+    total_frames: Sequence[int] | None = None,
 ) -> Batch:
-    """Pads single items into a batch; each says its whole text, unless more is `expected`."""
+    """Pads single items into a batch; each says its whole text, unless `total_frames` is more."""
 
     def lengths(items: Sequence[Tensor]) -> Tensor:
         return torch.tensor([item.shape[-1] for item in items])
@@ -66,13 +66,33 @@ def collate(
         pad(phonemes, PAD), lengths(phonemes),
         pad(prompts, 0), lengths(prompts),
         pad(codes, 0), lengths(codes),
-        lengths(codes) if expected is None else torch.tensor(expected),
+        lengths(codes) if total_frames is None else torch.tensor(total_frames),
     )  # fmt: skip
 
 
-def expected_frames(phonemes: int, said: int, frames_per_phoneme: float) -> int:
-    """How long a text will be, of which `said` frames are known and no end is in sight."""
-    return max(said, round(phonemes * frames_per_phoneme))
+def single_batch(
+    phonemes: Int[Tensor, " L"],
+    prompt: Int[Tensor, "Q P"],
+    codes: Int[Tensor, " T"],
+    *,
+    guided: bool = False,
+) -> Batch:
+    """A batch of one, from unpadded parts; `codes` is the first codebook. `guided` adds a second
+    row, with text and prompt hidden."""
+
+    def length(x: Tensor) -> Tensor:
+        return torch.tensor([x.shape[-1]], device=phonemes.device)
+
+    batch = Batch(
+        phonemes[None], length(phonemes), prompt[None], length(prompt),
+        codes[None, None], length(codes), length(codes),
+    )  # fmt: skip
+    return with_unconditional(batch) if guided else batch
+
+
+def estimate_total_frames(phonemes: int, n_frames: int, frames_per_phoneme: float) -> int:
+    """How long a text will be, of which `n_frames` are known and no end is in sight."""
+    return max(n_frames, round(phonemes * frames_per_phoneme))
 
 
 def unconditional(batch: Batch) -> Batch:
@@ -81,15 +101,15 @@ def unconditional(batch: Batch) -> Batch:
     return replace(
         batch,
         phonemes=torch.full_like(batch.phonemes, PAD),
-        prompt=torch.full_like(batch.prompt, HIDDEN),
+        prompt=torch.full_like(batch.prompt, NULL_CODE),
     )
 
 
 def with_unconditional(batch: Batch) -> Batch:
     """All rows, and then all of them again with text and prompt hidden."""
-    hidden = unconditional(batch)
+    null = unconditional(batch)
     return Batch(
-        *(torch.cat([getattr(batch, f), getattr(hidden, f)]) for f in Batch.__dataclass_fields__)
+        *(torch.cat([getattr(batch, f), getattr(null, f)]) for f in Batch.__dataclass_fields__)
     )
 
 
@@ -103,7 +123,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Joined:
+class PaddedSequence:
     """Segments one after the other, each row's padding moved to its end."""
 
     x: Float[Tensor, "B S D"]
@@ -112,25 +132,25 @@ class Joined:
     starts: tuple[Int[Tensor, " B"], ...]
     """Where each segment begins, per row."""
 
-    def within(self, segment: int) -> Bool[Tensor, "B S"]:
+    def segment_mask(self, segment: int) -> Bool[Tensor, "B S"]:
         """Which positions belong to a segment that is not the last."""
         first, end = self.starts[segment][:, None], self.starts[segment + 1][:, None]
         steps = torch.arange(self.valid.shape[1], device=self.valid.device)
         return (steps >= first) & (steps < end)
 
 
-def join(segments: Sequence[Segment]) -> Joined:
+def concat_segments(segments: Sequence[Segment]) -> PaddedSequence:
     """Concatenates segments row by row; rows are as long as their own content."""
     x = torch.cat([s.x for s in segments], dim=1)
     positions = torch.cat([s.positions for s in segments], dim=1)
-    valid = torch.cat([mask(s.lengths, s.x.shape[1]) for s in segments], dim=1)
+    valid = torch.cat([length_mask(s.lengths, s.x.shape[1]) for s in segments], dim=1)
     # a stable sort by validity moves the holes to the end and keeps the order of the rest
     order = torch.argsort((~valid).int(), dim=1, stable=True)
     longest = int(valid.sum(1).max())
     order = order[:, :longest]
     lengths = torch.stack([s.lengths for s in segments])
     starts = lengths.cumsum(0) - lengths
-    return Joined(
+    return PaddedSequence(
         x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])),
         positions.gather(1, order),
         valid.gather(1, order),
@@ -138,7 +158,7 @@ def join(segments: Sequence[Segment]) -> Joined:
     )
 
 
-def take(
+def gather_span(
     x: Float[Tensor, "B S D"], start: Int[Tensor, " B"], length: int
 ) -> Float[Tensor, "B {length} D"]:
     """`length` positions of each row from its `start` on (clamped to the end of the row)."""
@@ -147,7 +167,7 @@ def take(
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def mask(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:
+def length_mask(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}"]:
     """True at the first `lengths` of `size` positions."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 

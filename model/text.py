@@ -80,11 +80,11 @@ def normalize(text: str, language: str = "en-us") -> str:
     # NFKC would take an ellipsis apart into three full stops
     text = unicodedata.normalize("NFKC", text.replace("…", "\0")).replace("\0", "…")
     text = text.translate(_FOLDED)
-    for short, spoken in _ABBREVIATIONS.get(base, {}).items():
-        text = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", spoken, text, flags=re.IGNORECASE)
+    for short, words in _ABBREVIATIONS.get(base, {}).items():
+        text = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", words, text, flags=re.IGNORECASE)
     text = _speak_numbers(text, base)
-    for symbol, spoken in _SYMBOLS.get(base, {}).items():
-        text = text.replace(symbol, f" {spoken} ")
+    for symbol, words in _SYMBOLS.get(base, {}).items():
+        text = text.replace(symbol, f" {words} ")
     return re.sub(r"\s+", " ", text).strip()
 
 
@@ -114,8 +114,8 @@ def _speak_numbers(text: str, base: str) -> str:
     for sign, code in _CURRENCIES.items():
         amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
 
-        def money(found: re.Match[str], currency: str = code) -> str:
-            return say(found[1] or found[2], "currency", currency)
+        def money(match: re.Match[str], currency: str = code) -> str:
+            return say(match[1] or match[2], "currency", currency)
 
         text = re.sub(amount, money, text)
     if base in _ORDINAL:
@@ -158,9 +158,9 @@ def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
     """
     clean = [normalize(text, language) for text in texts]
     # an empty line would be dropped by phonemizer and shift the rest
-    spoken = [text or " " for text in clean]
+    lines = [text or " " for text in clean]
     with _ESPEAK:
-        phonemes = _backend(language).phonemize(spoken, strip=True)
+        phonemes = _backend(language).phonemize(lines, strip=True)
     return [
         re.sub(r"\s+", " ", p).strip() if text else ""
         for p, text in zip(phonemes, clean, strict=True)
@@ -174,6 +174,14 @@ def encode(phonemes: str) -> list[int]:
         names = ", ".join(f"{s!r} (U+{ord(s):04X})" for s in unknown)
         warnings.warn(f"not in the phoneme inventory, read as <unk>: {names}", stacklevel=2)
     return [_IDS.get(symbol, UNK) for symbol in phonemes]
+
+
+def phoneme_ids(text: str, language: str) -> list[int]:
+    """Phoneme ids of a text. Raises ValueError when nothing in it can be spoken."""
+    phonemes = phonemize([text], language)[0]
+    if not any(symbol.isalpha() for symbol in phonemes):
+        raise ValueError("text: nothing to say in it")
+    return encode(phonemes)
 
 
 def decode(ids: Sequence[int]) -> str:

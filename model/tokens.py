@@ -20,7 +20,7 @@ N_CODEBOOKS: Final = 8
 CODEBOOK_SIZE: Final = 1024
 """Entries of each codebook; codes are 0 .. 1023."""
 
-HIDDEN: Final = 0
+NULL_CODE: Final = 0
 """In every codebook of every frame: a prompt that is hidden, for classifier-free guidance."""
 
 EOS: Final = CODEBOOK_SIZE

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from valle.model import text as phonemes
 from valle.model.ar import AR
 from valle.model.codec.interface import Codes, SpeechCodec, Wave
 from valle.model.nar import NAR
-from valle.model.nar_decoding import Filling, Unfilled, fill_in
+from valle.model.nar_decoding import NARDecoding, NARRequest, nar_decode
 from valle.model.sampling import Sampling
-from valle.model.sentences import split
+from valle.model.text import phoneme_ids
 
 GUIDANCE_SCALE = 1.5
 """Of both models, unless told otherwise."""
@@ -55,14 +54,14 @@ class Synthesis:
     """Same seed, same speech."""
 
     @property
-    def filling(self) -> Filling:
+    def nar_decoding(self) -> NARDecoding:
         """The NAR model's part of it."""
-        return Filling(sampling=self.nar, guided_levels=self.guided_levels, seed=self.seed)
+        return NARDecoding(sampling=self.nar, guided_levels=self.guided_levels, seed=self.seed)
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """What `speak` returns."""
+class SynthesisResult:
+    """What `synthesize` returns."""
 
     wave: Wave
     """Samples at 24 kHz."""
@@ -75,76 +74,60 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Voice:
+class Synthesizer:
     """The three networks of a voice on one device."""
 
     ar: AR
     nar: NAR
     codec: SpeechCodec
 
-    def speak(self, text: str, prompt: Wave, how: Synthesis) -> Spoken:
+    def synthesize(self, text: str, prompt: Wave, synthesis: Synthesis) -> SynthesisResult:
         """Says `text` in the voice of `prompt` (24 kHz samples, no transcript needed).
 
         Raises ValueError for a text without a pronounceable symbol or an empty prompt.
         """
-        return self.speak_codes(text_ids(text, how.language), self.encode_prompt(prompt, how), how)
+        return self.synthesize_phonemes(
+            phoneme_ids(text, synthesis.language), self.encode_prompt(prompt, synthesis), synthesis
+        )
 
-    def encode_prompt(self, prompt: Wave, how: Synthesis) -> Codes:
+    def encode_prompt(self, prompt: Wave, synthesis: Synthesis) -> Codes:
         """Codes of the recording's first seconds."""
         if not len(prompt):
             raise ValueError("prompt: the recording is empty")
         identity = self.codec.identity
-        start = prompt[: identity.frames(how.prompt_seconds) * identity.hop]
+        start = prompt[: identity.frames(synthesis.prompt_seconds) * identity.hop]
         return self.codec.encode([start])[0]
 
-    def go_on(self, text: str, beginning: Wave, how: Synthesis) -> Spoken:
-        """VALL-E's continuation: `beginning` (24 kHz samples) says the first words of `text`, the
-        answer is the whole sentence, beginning included.
+    def continue_speech(self, text: str, prefix: Wave, synthesis: Synthesis) -> SynthesisResult:
+        """VALL-E's continuation: `prefix` (24 kHz samples) says the first words of `text`, the
+        answer is the whole sentence, prefix included.
 
-        The beginning is cut to `prompt_seconds`; it serves as prompt as well.
+        The prefix is cut to `prompt_seconds`; it serves as prompt as well.
         """
-        prompt = self.encode_prompt(beginning, how)
-        group = self.ar.config.group
-        prompt = prompt[:, : prompt.shape[1] // group * group]
-        return self.speak_codes(text_ids(text, how.language), prompt, how, prefix=prompt)
+        prompt = self.encode_prompt(prefix, synthesis)
+        group_size = self.ar.config.group
+        prompt = prompt[:, : prompt.shape[1] // group_size * group_size]
+        return self.synthesize_phonemes(
+            phoneme_ids(text, synthesis.language), prompt, synthesis, prefix=prompt
+        )
 
-    def speak_codes(
-        self, ids: list[int], prompt: Codes, how: Synthesis, prefix: Codes | None = None
-    ) -> Spoken:
+    def synthesize_phonemes(
+        self, ids: list[int], prompt: Codes, synthesis: Synthesis, prefix: Codes | None = None
+    ) -> SynthesisResult:
         """The same from phoneme ids and prompt codes `[8, P]`, after the codes of `prefix`."""
         device = self.codec.device
-        generator = torch.Generator(device).manual_seed(how.seed)
+        generator = torch.Generator(device).manual_seed(synthesis.seed)
         text = torch.tensor(ids, device=device)
         prompt_codes = torch.from_numpy(prompt).long().to(device)
-        said = None if prefix is None else torch.from_numpy(prefix).long().to(device)
-        first = self.ar.generate(
-            text, prompt_codes, sampling=how.ar, generator=generator,
-            max_frames=self.codec.identity.frames(how.max_seconds),
-            prefix=None if said is None else said[0],
+        prefix_codes = None if prefix is None else torch.from_numpy(prefix).long().to(device)
+        ar_output = self.ar.generate(
+            text, prompt_codes, sampling=synthesis.ar, generator=generator,
+            max_frames=self.codec.identity.frames(synthesis.max_seconds),
+            prefix=None if prefix_codes is None else prefix_codes[0],
         )  # fmt: skip
-        codes = first.codes.to("cpu", torch.int16).numpy()
-        unfilled = Unfilled(ids, prompt, codes, spoken=prefix, ended=not first.hit_limit)
-        stored = fill_in(self.nar, unfilled, how.filling)
-        return Spoken(self.codec.decode([stored])[0], stored, first.hit_limit)
-
-
-def text_ids(text: str, language: str) -> list[int]:
-    """Phoneme ids of a text. Raises ValueError when nothing in it can be spoken."""
-    spoken = phonemes.phonemize([text], language)[0]
-    if not any(symbol.isalpha() for symbol in spoken):
-        raise ValueError("text: nothing to say in it")
-    return phonemes.encode(spoken)
-
-
-def sentence_ids(text: str, language: str) -> list[list[int]]:
-    """Phoneme ids of each sentence of a long text that has something to say. Raises ValueError when
-    none has."""
-    found, silent = [], None
-    for sentence in split(text, language):
-        try:
-            found.append(text_ids(sentence, language))
-        except ValueError as error:
-            silent = error
-    if not found:
-        raise silent or ValueError("text: nothing to say in it")
-    return found
+        first_codebook = ar_output.codes.to("cpu", torch.int16).numpy()
+        nar_request = NARRequest(
+            ids, prompt, first_codebook, prefix=prefix, complete=not ar_output.hit_limit
+        )
+        codes = nar_decode(self.nar, nar_request, synthesis.nar_decoding)
+        return SynthesisResult(self.codec.decode([codes])[0], codes, ar_output.hit_limit)

@@ -12,10 +12,10 @@ import soxr
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 
-LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 """Samples a second of a file."""
-MOST_CHANNELS = 16
-BLOCK = 65_536
+MAX_CHANNELS = 16
+BLOCK_SAMPLES = 65_536
 """Samples of each channel that are decoded at a time."""
 
 
@@ -33,14 +33,14 @@ def read(data: bytes, *, max_seconds: float, sample_rate: int = SAMPLE_RATE) -> 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
-            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-                raise AudioError(f"{rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} can be read")
-            if file.channels > MOST_CHANNELS:
-                raise AudioError(f"{file.channels} channels, limit {MOST_CHANNELS}")
+            if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+                raise AudioError(f"{rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} can be read")
+            if file.channels > MAX_CHANNELS:
+                raise AudioError(f"{file.channels} channels, limit {MAX_CHANNELS}")
             limit = int(max_seconds * rate)
             if file.frames > limit:
                 raise AudioError(f"too long: {file.frames / rate:.1f} s, limit {max_seconds:g} s")
-            blocks = file.blocks(BLOCK, frames=limit, dtype="float32", always_2d=True)
+            blocks = file.blocks(BLOCK_SAMPLES, frames=limit, dtype="float32", always_2d=True)
             parts = [block.mean(axis=1) for block in blocks]
     except (soundfile.LibsndfileError, TypeError) as error:
         raise AudioError(f"unreadable audio: {error}") from error
@@ -59,7 +59,7 @@ def resample(wave: Wave, rate: int, to: int = SAMPLE_RATE) -> Wave:
     return soxr.resample(wave, rate, to).astype(np.float32)
 
 
-def loudness(wave: Wave) -> float:
+def rms_dbfs(wave: Wave) -> float:
     """Level in dB relative to full scale (RMS)."""
     return float(20 * np.log10(np.sqrt(np.mean(np.square(wave, dtype=np.float64))) + 1e-9))
 
@@ -80,7 +80,7 @@ def flac_bytes(wave: Wave, comment: str) -> bytes:
     return buffer.getvalue()
 
 
-def comment(data: bytes) -> str:
+def read_comment(data: bytes) -> str:
     """The comment in a sound file's header, empty where there is none. Raises AudioError."""
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:

@@ -9,7 +9,7 @@ from valle.platform.autoscaler import NodeShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class Demand:
     """What a worker of a job takes, and what else of the job must find room beside its workers."""
 
     cpus: float
@@ -21,23 +21,23 @@ class Need:
     busy_cpus: float = 0.0
     """Cores that a worker keeps busy, where that is more than is set aside."""
 
-    beside: float = 0.0
+    upstream_cpus: float = 0.0
     """Cores, on any one node, for the stages that feed the workers; they cannot start without."""
 
-    def fitting(self, nodes: Sequence[tuple[NodeShape, int]]) -> int:
+    def workers_that_fit(self, nodes: Sequence[tuple[NodeShape, int]]) -> int:
         """Workers that fit on these nodes, of which there are so many each."""
         busy = max(self.cpus, self.busy_cpus)
-        room = sum(count * node.holds(busy, self.gpus) for node, count in nodes)
-        if not self.beside:
+        room = sum(count * node.workers_that_fit(busy, self.gpus) for node, count in nodes)
+        if not self.upstream_cpus:
             return room
-        full = sum(count * node.holds(self.cpus, self.gpus) for node, count in nodes)
+        full = sum(count * node.workers_that_fit(self.cpus, self.gpus) for node, count in nodes)
         # the feeding stages go where they displace the fewest workers
         displaced = min(
             (
-                node.holds(self.cpus, self.gpus)
-                - node.without(self.beside).holds(self.cpus, self.gpus)
+                node.workers_that_fit(self.cpus, self.gpus)
+                - node.without(self.upstream_cpus).workers_that_fit(self.cpus, self.gpus)
                 for node, count in nodes
-                if count and node.cpus >= self.beside
+                if count and node.cpus >= self.upstream_cpus
             ),
             default=full,
         )
@@ -54,7 +54,7 @@ class Cluster:
     """What a cluster has, and what its autoscaler may add."""
 
     nodes: tuple[NodeShape, ...]
-    """Living nodes, each with `most` 1."""
+    """Living nodes, each with `max_count` 1."""
 
     free: tuple[NodeShape, ...] | None = None
     """The same nodes with only what nobody has been given yet; None: all of it."""
@@ -70,9 +70,9 @@ class Cluster:
         """The part of it that has these labels."""
         types, free = self.node_types, self.free
         return replace(
-            self, nodes=tuple(node for node in self.nodes if node.has(labels)),
-            free=free and tuple(node for node in free if node.has(labels)),
-            node_types=types and tuple(node for node in types if node.has(labels)),
+            self, nodes=tuple(node for node in self.nodes if node.has_labels(labels)),
+            free=free and tuple(node for node in free if node.has_labels(labels)),
+            node_types=types and tuple(node for node in types if node.has_labels(labels)),
         )  # fmt: skip
 
     @property
@@ -80,25 +80,26 @@ class Cluster:
         """Whether there is a GPU on a node, or on one that may come."""
         return any(node.gpus > 0 for node in (*self.nodes, *(self.node_types or ())))
 
-    def fits(self, need: Need) -> int:
+    def fits_alone(self, demand: Demand) -> int:
         """Workers that the nodes hold that are there, if nothing else ran."""
-        return need.fitting([(node, 1) for node in self.nodes])
+        return demand.workers_that_fit([(node, 1) for node in self.nodes])
 
-    def fits_now(self, need: Need) -> int:
+    def fits_now(self, demand: Demand) -> int:
         """Workers that can start at once."""
-        return need.fitting(
+        return demand.workers_that_fit(
             [(node, 1) for node in (self.nodes if self.free is None else self.free)]
         )
 
-    def fits_at_most(self, need: Need) -> int | None:
+    def fits_at_most(self, demand: Demand) -> int | None:
         """Workers that fit once all is there that may be added; None where that is not known."""
         if self.node_types is None:
             return None
-        alone = replace(need, beside=0.0)  # what feeds the workers may be on nodes of another type
-        largest = self._largest(need.gpus > 0, lambda node: alone.fitting([(node, 1)]))
-        return max(self.fits(need), need.fitting(largest))
+        # what feeds the workers may be on nodes of another type
+        alone = replace(demand, upstream_cpus=0.0)
+        largest = self._largest(demand.gpus > 0, lambda node: alone.workers_that_fit([(node, 1)]))
+        return max(self.fits_alone(demand), demand.workers_that_fit(largest))
 
-    def limits(self, need: Need) -> tuple[float, float] | None:
+    def resource_limits(self, demand: Demand) -> tuple[float, float] | None:
         """(CPUs, GPUs) for all stages of a job once all is added, without what others have been
         given, but enough for one worker; None where that is not known.
 
@@ -108,17 +109,17 @@ class Cluster:
         if self.node_types is None:
             return None
         return (
-            max(self._left(need.gpus > 0, "cpus"), need.cpus + need.beside),
-            max(self._left(True, "gpus"), need.gpus),
+            max(self._obtainable(demand.gpus > 0, "cpus"), demand.cpus + demand.upstream_cpus),
+            max(self._obtainable(True, "gpus"), demand.gpus),
         )
 
-    def _left(self, with_gpus: bool, resource: Literal["cpus", "gpus"]) -> float:
+    def _obtainable(self, with_gpus: bool, resource: Literal["cpus", "gpus"]) -> float:
         """Of the largest cluster that is permitted, without what others have been given."""
         largest = self._largest(with_gpus, lambda node: float(getattr(node, resource)))
-        there = total(self.nodes, resource)
-        free = there if self.free is None else total(self.free, resource)
-        most = sum(count * float(getattr(node, resource)) for node, count in largest)
-        return max(most, there) - (there - free)
+        present = total(self.nodes, resource)
+        free = present if self.free is None else total(self.free, resource)
+        permitted = sum(count * float(getattr(node, resource)) for node, count in largest)
+        return max(permitted, present) - (present - free)
 
     def _largest(
         self, with_gpus: bool, value: Callable[[NodeShape], float]
@@ -133,38 +134,39 @@ class Cluster:
         nodes = [(node, 1) for node in self.nodes if node.is_head]
         room = self.max_nodes
         for node in sorted(types, key=value, reverse=True):
-            nodes.append((node, min(room, node.most)))
+            nodes.append((node, min(room, node.max_count)))
             room -= nodes[-1][1]
         return nodes
 
     def __str__(self) -> str:
         """For messages: what there is and what may come."""
         cpus, gpus = total(self.nodes, "cpus"), total(self.nodes, "gpus")
-        here = f"{len(self.nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
+        present = f"{len(self.nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
         if self.node_types is None:
-            return f"{here}; what its autoscaler may add is not known here"
+            return f"{present}; what its autoscaler may add is not known here"
         types = ", ".join(
-            f"{node.name} ({node.cpus:g} CPUs, {node.gpus:g} GPUs; {node.most} at most)"
+            f"{node.name} ({node.cpus:g} CPUs, {node.gpus:g} GPUs; {node.max_count} at most)"
             for node in self.node_types
         )
-        return f"{here}; " + (f"may be added: {types}" if types else "no autoscaler adds to them")
+        additions = f"may be added: {types}" if types else "no autoscaler adds to them"
+        return f"{present}; {additions}"
 
 
-def survey() -> Cluster:
+def inspect_cluster() -> Cluster:
     """The connected cluster as it is now."""
     import ray
     from ray._private.state import available_resources_per_node
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     free = available_resources_per_node()
-    report = autoscaler.report(nodes)
+    limits = autoscaler.find_limits(nodes)
 
     def shape(node: Mapping[str, Any], resources: Mapping[str, float]) -> NodeShape:
-        head = {key: 1.0 for key in node["Resources"] if key == autoscaler.HEAD}
-        return NodeShape.of(node["NodeName"], {**resources, **head}, node["Labels"], 1)
+        head = {key: 1.0 for key in node["Resources"] if key == autoscaler.HEAD_RESOURCE}
+        return NodeShape.from_ray(node["NodeName"], {**resources, **head}, node["Labels"], 1)
 
     return Cluster(
         nodes=tuple(shape(node, node["Resources"]) for node in nodes),
         free=tuple(shape(node, free.get(node["NodeID"], {})) for node in nodes),
-        node_types=report.node_types, max_nodes=report.max_nodes,
+        node_types=limits.node_types, max_nodes=limits.max_nodes,
     )  # fmt: skip

@@ -61,7 +61,7 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class CheckpointMetadata:
     """`config.json`: everything about a checkpoint but its numbers."""
 
     kind: Kind
@@ -77,75 +77,75 @@ class Description:
     """What the weights mean; see `FORMAT`."""
 
 
-def describe(
+def new_metadata(
     kind: Kind, model: ModelConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
-) -> Description:
-    """A description with this code's phoneme inventory."""
-    return Description(
+) -> CheckpointMetadata:
+    """Metadata with this code's phoneme inventory."""
+    return CheckpointMetadata(
         kind=kind, model=model, codec=codec, inventory=list(INVENTORY),
         code_version=code_version, recipe=recipe, format=FORMAT,
     )  # fmt: skip
 
 
-def create(kind: Kind, config: ModelConfig) -> AR | NAR:
+def build_model(kind: Kind, config: ModelConfig) -> AR | NAR:
     """A fresh model."""
     return AR(config) if kind == "ar" else NAR(config)
 
 
-def save(folder: Path, weights: Mapping[str, Tensor], description: Description) -> None:
-    """Writes weights and description."""
+def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
+    """Writes weights and metadata."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(kept, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(asdict(description), indent=2) + "\n")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(asdict(metadata), indent=2) + "\n")
 
 
-def read(folder: Path) -> Description:
-    """The description of a checkpoint. Raises FileNotFoundError or ValueError."""
+def read_metadata(folder: Path) -> CheckpointMetadata:
+    """The metadata of a checkpoint. Raises FileNotFoundError or ValueError."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
     try:
-        description = dacite.from_dict(Description, json.loads(path.read_text()), _STRICT)
+        metadata = dacite.from_dict(CheckpointMetadata, json.loads(path.read_text()), _STRICT)
     except (json.JSONDecodeError, dacite.DaciteError) as error:
-        raise ValueError(f"{path} is not a checkpoint's description: {error}") from error
-    if description.inventory != list(INVENTORY[: len(description.inventory)]):
+        raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
+    if metadata.inventory != list(INVENTORY[: len(metadata.inventory)]):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
-    return description
+    return metadata
 
 
 def load(
-    folder: Path, device: str = "cpu", *, to_train: bool = False
-) -> tuple[AR | NAR, Description]:
-    """The model of a checkpoint, in evaluation mode, and its description.
+    folder: Path, device: str = "cpu", *, allow_old_format: bool = False
+) -> tuple[AR | NAR, CheckpointMetadata]:
+    """The model of a checkpoint, in evaluation mode, and its metadata.
 
     Raises ValueError for a NAR model of an earlier format, which would speak badly without a word;
-    `to_train` takes it as a beginning.
+    `allow_old_format` takes it as a beginning.
     """
-    description = read(folder)
-    if description.kind == "nar" and description.format < FORMAT and not to_train:
+    metadata = read_metadata(folder)
+    if metadata.kind == "nar" and metadata.format < FORMAT and not allow_old_format:
         raise ValueError(
-            f"{folder / CONFIG}: a NAR model of format {description.format}, whose prompt saw more "
+            f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt saw more "
             f"than itself; train it further with this code (`warm_start.nar=...`)"
         )
-    model = create(description.kind, description.model)
+    model = build_model(metadata.kind, metadata.model)
     try:
         weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
-    return model.to(device).eval(), description
+    return model.to(device).eval(), metadata
 
 
-def load_from(uri: str, codec: CodecIdentity, *, to_train: bool = False) -> AR | NAR:
+def load_from_uri(uri: str, codec: CodecIdentity, *, allow_old_format: bool = False) -> AR | NAR:
     """The model of a checkpoint, or of a run's best one, at a path or URI.
 
     Raises ValueError when it was trained on the codes of another codec, and as `load` does.
     """
     with tempfile.TemporaryDirectory() as name:
-        fetch(choose(uri), Path(name) / "model")
-        model, description = load(Path(name) / "model", to_train=to_train)
-    codec.check(description.codec, uri)
+        fetch(find_best(uri), Path(name) / "model")
+        model, metadata = load(Path(name) / "model", allow_old_format=allow_old_format)
+    codec.check(metadata.codec, uri)
     return model
 
 
@@ -154,7 +154,7 @@ def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
 
     Raises ValueError when that is not built as `model` is (dropout apart), or knows another codec.
     """
-    other = load_from(uri, codec, to_train=True)
+    other = load_from_uri(uri, codec, allow_old_format=True)
     if type(other) is not type(model):
         raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
     theirs, ours = asdict(other.config), asdict(model.config)
@@ -184,7 +184,7 @@ def save_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     (folder / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n")
 
 
-def choose(uri: str) -> str:
+def find_best(uri: str) -> str:
     """`uri` itself when it is a checkpoint, else the best `step_*` folder of the run it names.
 
     Best is the lowest word error rate where a quick check measured one, else the newest. Raises
@@ -192,8 +192,8 @@ def choose(uri: str) -> str:
     """
     if storage.exists(storage.join(uri, WEIGHTS)):
         return uri
-    found = storage.list_files(uri, (WEIGHTS,))
-    steps = sorted(path.split("/")[0] for path in found if path.startswith("step_"))
+    paths = storage.list_files(uri, (WEIGHTS,))
+    steps = sorted(path.split("/")[0] for path in paths if path.startswith("step_"))
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {uri}: train first")
     rates = {step: _word_error_rate(storage.join(uri, step, METRICS)) for step in steps}
@@ -207,7 +207,7 @@ def _word_error_rate(path: str) -> float | None:
 
 
 def fetch(uri: str, folder: Path) -> None:
-    """Copies weights and description of a checkpoint from anywhere into a new local folder."""
+    """Copies weights and metadata of a checkpoint from anywhere into a new local folder."""
     folder.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         source = storage.join(uri, name)

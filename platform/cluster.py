@@ -28,23 +28,23 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    here = settings.read()
-    if here.ray_address is not None and here.ray_token_exists:
+    machine = settings.read()
+    if machine.ray_address is not None and machine.ray_token_exists:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     # two lines per print otherwise, and one warning a worker about a future default
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     arguments: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if here.ray_address is None:
+    if machine.ray_address is None:
         ray.init(num_cpus=num_cpus, **arguments)
-    elif here.inside_ray_job:
+    elif machine.inside_ray_job:
         ray.init(**arguments)
     else:  # a laptop driving a cluster: its workers get this checkout and its settings
-        environment = {
+        runtime_env = {
             "working_dir": str(CODE_ROOT), "excludes": _NOT_SHIPPED,
-            "env_vars": settings.forwarded(),
+            "env_vars": settings.worker_environment(),
         }  # fmt: skip
-        ray.init(address=here.ray_address, runtime_env=environment, **arguments)
+        ray.init(address=machine.ray_address, runtime_env=runtime_env, **arguments)
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ class Utterance:
     """`[Q, T]`."""
 
 
-def table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     """Rows with the fields of `SCHEMA` (codes as arrays `[Q, T]`) as an Arrow table."""
     flat = [{**row, "codes": np.asarray(row["codes"], np.int16).ravel()} for row in rows]
     return pa.Table.from_pylist(flat, schema=SCHEMA)
@@ -112,8 +112,8 @@ def write_manifest(
         shards=sorted(shards, key=lambda s: s.name),
         utterances=sum(s.utterances for s in shards),
         hours=round(sum(s.frames for s in shards) / codec.frame_rate / 3600, 4),
-        hours_by_speaker=hours(statistics.by_speaker, codec.frame_rate),
-        hours_by_language=hours(statistics.by_language, codec.frame_rate),
+        hours_by_speaker=frames_to_hours(statistics.by_speaker, codec.frame_rate),
+        hours_by_language=frames_to_hours(statistics.by_language, codec.frame_rate),
     )
     storage.write_json(storage.join(uri, "dataset.json"), asdict(manifest))
     return manifest
@@ -134,7 +134,7 @@ class Statistics:
                 sums[row[column]] = sums.get(row[column], 0) + row["frames_sum"]
 
 
-def hours(frames: dict[str, int], frame_rate: int) -> dict[str, float]:
+def frames_to_hours(frames: dict[str, int], frame_rate: int) -> dict[str, float]:
     """Frames as hours, by name."""
     return {name: round(n / frame_rate / 3600, 4) for name, n in sorted(frames.items())}
 
@@ -154,7 +154,7 @@ def read_manifest(uri: str) -> Manifest:
     return manifest
 
 
-def columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:
+def read_columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:
     """Some columns of one shard; reads the footer and those columns only."""
     filesys, path = storage.filesystem(storage.join(uri, "shards", f"{shard}.parquet"))
     return pq.read_table(path, columns=list(names), filesystem=filesys)
@@ -168,16 +168,16 @@ class TokenDataset:
         self.manifest = read_manifest(self.uri)
         if not self.manifest.utterances:
             raise ValueError(f"the dataset at {uri} is empty: see its rejects/ for the reasons")
-        self._tables = [self._mapped(shard, cache) for shard in self.manifest.shards]
+        self._tables = [self._memory_map(shard, cache) for shard in self.manifest.shards]
         rows = [len(t) for t in self._tables]
-        self._first = np.concatenate([[0], np.cumsum(rows)])
+        self._first_row = np.concatenate([[0], np.cumsum(rows)])
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first_row[-1])
 
     def __getitem__(self, number: int) -> Utterance:
-        shard = int(np.searchsorted(self._first, number, side="right")) - 1
-        row = number - int(self._first[shard])
+        shard = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        row = number - int(self._first_row[shard])
         values = self._tables[shard]
 
         def array(name: str) -> NDArray[np.int16]:
@@ -209,7 +209,7 @@ class TokenDataset:
     def _numbers(self, column: Any) -> NDArray[np.int64]:
         return np.concatenate([np.asarray(column(t), np.int64) for t in self._tables])
 
-    def _mapped(self, shard: Shard, cache: Path) -> pa.Table:
+    def _memory_map(self, shard: Shard, cache: Path) -> pa.Table:
         """The shard as a memory-mapped table; its pages are shared by all processes of a node."""
         path = cache / "shards" / f"{shard.sha256}.arrow"
         if not path.exists():

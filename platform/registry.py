@@ -1,6 +1,6 @@
 """The model registry: a voice model as one MLflow version of plain files.
 
-    ar/ nar/            checkpoints (weights and description)
+    ar/ nar/            checkpoints (weights and metadata)
     codec/              the codec's weights, unless it is the official one
     bundle.json         codec identity, where the parts came from
     sample.wav          what it sounds like
@@ -28,14 +28,14 @@ from valle.model.ar import AR
 from valle.model.codec import encodec
 from valle.model.codec.interface import CodecIdentity
 from valle.model.nar import NAR
-from valle.model.valle import Voice
+from valle.model.valle import Synthesizer
 from valle.platform import checkpoint, settings, storage, tracking
 from valle.platform.cluster import CODE_ROOT
 
-NAME = "valle"
-REGISTERED = "models:/"
-CHAMPION = f"{REGISTERED}{NAME}@champion"
-SHIPPED = CODE_ROOT / "release" / "nano"
+MODEL_NAME = "valle"
+REGISTRY_PREFIX = "models:/"
+CHAMPION = f"{REGISTRY_PREFIX}{MODEL_NAME}@champion"
+SHIPPED_BUNDLE = CODE_ROOT / "release" / "nano"
 """The model that comes with the repository."""
 
 
@@ -58,13 +58,13 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     checkpoint.fetch(nar, folder / "nar")
     identity = encodec.load(codec, cache=settings.read().cache).identity
     for part, kind in (("ar", "ar"), ("nar", "nar")):
-        description = checkpoint.read(folder / part)
-        if description.kind != kind:
-            raise ValueError(f"{part}: the checkpoint holds a model of kind {description.kind!r}")
-        identity.check(description.codec, f"the {part.upper()} checkpoint")
+        metadata = checkpoint.read_metadata(folder / part)
+        if metadata.kind != kind:
+            raise ValueError(f"{part}: the checkpoint holds a model of kind {metadata.kind!r}")
+        identity.check(metadata.codec, f"the {part.upper()} checkpoint")
     official = codec == "encodec-24khz"
     if not official:
-        source = encodec.NANO_FOLDER if codec == "nano" else Path(codec)
+        source = encodec.NANO_CODEC_FOLDER if codec == "nano" else Path(codec)
         (folder / "codec").mkdir()
         for name in ("model.safetensors", "config.json"):
             shutil.copy(source / name, folder / "codec" / name)
@@ -77,15 +77,15 @@ def publish(folder: Path, tags: dict[str, str]) -> int:
     """Registers a packed bundle as the next version, alias `candidate`; returns its number."""
     import mlflow
 
-    tracking.connect()
+    tracking.configure()
     client = mlflow.MlflowClient()
-    with mlflow.start_run(run_name=f"publish-{NAME}") as run:
+    with mlflow.start_run(run_name=f"publish-{MODEL_NAME}") as run:
         mlflow.set_tags({**tags, "code_version": tracking.code_version()})
-        model = mlflow.initialize_logged_model(name=NAME, source_run_id=run.info.run_id)
+        model = mlflow.initialize_logged_model(name=MODEL_NAME, source_run_id=run.info.run_id)
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
-        version = mlflow.register_model(f"models:/{model.model_id}", NAME)
-    client.set_registered_model_alias(NAME, "candidate", version.version)
+        version = mlflow.register_model(f"models:/{model.model_id}", MODEL_NAME)
+    client.set_registered_model_alias(MODEL_NAME, "candidate", version.version)
     _tag(version.version, tags)
     return int(version.version)
 
@@ -95,29 +95,30 @@ def attach(version: int, folder: Path) -> None:
     import mlflow
 
     client = mlflow.MlflowClient()
-    source: str = client.get_model_version(NAME, str(version)).source  # models:/{its logged model}
+    # models:/{its logged model}
+    source: str = client.get_model_version(MODEL_NAME, str(version)).source
     client.log_model_artifacts(source.removeprefix("models:/"), str(folder))
 
 
-def champion() -> int | None:
+def champion_version() -> int | None:
     """The version that is served, if any."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    tracking.connect()
+    tracking.configure()
     try:
-        return int(mlflow.MlflowClient().get_model_version_by_alias(NAME, "champion").version)
+        return int(mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion").version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return None
 
 
-def seed() -> int | None:
+def publish_shipped() -> int | None:
     """Publishes the shipped model as champion of an empty registry; returns its number then."""
-    if history() or not (SHIPPED / "bundle.json").exists():
+    if list_versions() or not (SHIPPED_BUNDLE / "bundle.json").exists():
         return None
-    version = publish(SHIPPED, {"source": "shipped with the repository"})
+    version = publish(SHIPPED_BUNDLE, {"source": "shipped with the repository"})
     promote(version, "shipped with the repository")
     return version
 
@@ -129,14 +130,14 @@ def promote(version: int, reason: str) -> None:
     """
     import mlflow
 
-    previous = champion()
-    if version not in (known := [v.number for v in history()]):
-        raise ValueError(f"version: the registry has no {version}, only {known}")
+    previous = champion_version()
+    if version not in (numbers := [v.number for v in list_versions()]):
+        raise ValueError(f"version: the registry has no {version}, only {numbers}")
     record = {"promoted_at": _now(), "promoted_because": reason}
     if previous not in (None, version):
         record["replaced"] = str(previous)
     _tag(version, record)
-    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", str(version))
+    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", str(version))
 
 
 def roll_back(reason: str) -> int:
@@ -146,20 +147,20 @@ def roll_back(reason: str) -> int:
     """
     import mlflow
 
-    current = champion()
+    current = champion_version()
     if current is None:
         raise ValueError("there is no champion to roll back from")
     client = mlflow.MlflowClient()
-    tags = client.get_model_version(NAME, str(current)).tags
+    tags = client.get_model_version(MODEL_NAME, str(current)).tags
     if "replaced" not in tags:
         raise ValueError(f"version {current} replaced no other: there is nothing to go back to")
     _tag(current, {"rolled_back_at": _now(), "rolled_back_because": reason})
-    client.set_registered_model_alias(NAME, "champion", tags["replaced"])
+    client.set_registered_model_alias(MODEL_NAME, "champion", tags["replaced"])
     return int(tags["replaced"])
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVersion:
     """A line of the registry's history."""
 
     number: int
@@ -167,16 +168,16 @@ class Version:
     tags: dict[str, str]
 
 
-def history() -> list[Version]:
+def list_versions() -> list[ModelVersion]:
     """All versions, newest first."""
     import mlflow
 
-    tracking.connect()
+    tracking.configure()
     client = mlflow.MlflowClient()
-    found = client.search_model_versions(f"name = '{NAME}'")
+    results = client.search_model_versions(f"name = '{MODEL_NAME}'")
     # a search leaves the aliases out
-    whole = [client.get_model_version(NAME, version.version) for version in found]
-    versions = [Version(int(v.version), tuple(v.aliases), dict(v.tags)) for v in whole]
+    with_aliases = [client.get_model_version(MODEL_NAME, result.version) for result in results]
+    versions = [ModelVersion(int(v.version), tuple(v.aliases), dict(v.tags)) for v in with_aliases]
     return sorted(versions, key=lambda version: -version.number)
 
 
@@ -185,32 +186,32 @@ def _tag(version: int | str, tags: dict[str, str]) -> None:
 
     client = mlflow.MlflowClient()
     for key, value in tags.items():
-        client.set_model_version_tag(NAME, str(version), key, value)
+        client.set_model_version_tag(MODEL_NAME, str(version), key, value)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def absolute(source: str) -> str:
+def absolute(model_uri: str) -> str:
     """A bundle's folder by its absolute path, for whoever works elsewhere; a registry URI as it
     is."""
-    return source if source.startswith(REGISTERED) else storage.absolute(source)
+    return model_uri if model_uri.startswith(REGISTRY_PREFIX) else storage.absolute(model_uri)
 
 
-def pin(source: str, tracking_uri: str | None = None) -> str:
+def pin(model_uri: str, tracking_uri: str | None = None) -> str:
     """The version that a registry URI stands for now (`@alias`, `/latest` or a number), as a URI
     that will not move; a path is as it is.
 
     Raises FileNotFoundError when there is no such model, ValueError for another kind of URI.
     """
-    if not source.startswith(REGISTERED):
-        return source
+    if not model_uri.startswith(REGISTRY_PREFIX):
+        return model_uri
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    name, alias, version = _parse(source)
-    tracking.connect(tracking_uri)
+    name, alias, version = _parse(model_uri)
+    tracking.configure(tracking_uri)
     client = mlflow.MlflowClient()
     try:
         if alias:
@@ -219,59 +220,59 @@ def pin(source: str, tracking_uri: str | None = None) -> str:
             numbers = [int(v.version) for v in client.search_model_versions(f"name = '{name}'")]
             version = str(max(numbers, default=0))
     except MlflowException as error:
-        raise FileNotFoundError(f"the registry has no {source} ({error.message})") from error
+        raise FileNotFoundError(f"the registry has no {model_uri} ({error.message})") from error
     return f"models:/{name}/{version}"
 
 
-def _parse(source: str) -> tuple[str, str, str]:
+def _parse(model_uri: str) -> tuple[str, str, str]:
     """Name, alias and version of `models:/name@alias` or `models:/name/version`."""
-    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))", source)
-    if found is None:
-        raise ValueError(f"model: {source!r} is not models:/name@alias or models:/name/version")
-    return found[1], found[2] or "", found[3] or ""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))", model_uri)
+    if match is None:
+        raise ValueError(f"model: {model_uri!r} is not models:/name@alias or models:/name/version")
+    return match[1], match[2] or "", match[3] or ""
 
 
-def resolve(source: str, tracking_uri: str | None = None) -> Path:
+def resolve(model_uri: str, tracking_uri: str | None = None) -> Path:
     """The local folder of a bundle: a path as it is, `models:/...` through the registry.
 
     Raises FileNotFoundError when there is no such model, with what to do.
     """
-    if not source.startswith(REGISTERED):
-        path = Path(source)
+    if not model_uri.startswith(REGISTRY_PREFIX):
+        path = Path(model_uri)
         if not (path / "bundle.json").is_file():
-            raise FileNotFoundError(f"no model bundle at {source}: bundle.json is missing")
+            raise FileNotFoundError(f"no model bundle at {model_uri}: bundle.json is missing")
         return path
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        version = pin(source, tracking_uri)
+        version = pin(model_uri, tracking_uri)
         address = mlflow.get_tracking_uri()
         if not address.startswith("http"):
             return Path(mlflow.artifacts.download_artifacts(version))
-        return _fetched(version, address)
+        return _fetch(version, address)
     except (MlflowException, FileNotFoundError) as error:
         raise FileNotFoundError(
-            f"the registry at {mlflow.get_tracking_uri()} has no {source} ({error}); "
+            f"the registry at {mlflow.get_tracking_uri()} has no {model_uri} ({error}); "
             "train and publish one (make demo), or name a folder with --model"
         ) from error
 
 
-def _fetched(version: str, address: str) -> Path:
+def _fetch(version: str, address: str) -> Path:
     """A version's folder in the node's cache: whoever asks first fetches it, once."""
     import mlflow
 
     digest = hashlib.sha256(f"{address} {version}".encode()).hexdigest()[:20]
-    place = settings.read().cache / "models" / digest
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
-        if not place.exists():
-            with tempfile.TemporaryDirectory(dir=place.parent) as part:
-                Path(mlflow.artifacts.download_artifacts(version, dst_path=part)).rename(place)
-    return place
+    target = settings.read().cache / "models" / digest
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent) as part:
+                Path(mlflow.artifacts.download_artifacts(version, dst_path=part)).rename(target)
+    return target
 
 
-def describe(folder: Path) -> Bundle:
+def read_bundle(folder: Path) -> Bundle:
     """What `bundle.json` says."""
     values = json.loads((folder / "bundle.json").read_text())
     return dacite.from_dict(Bundle, values, dacite.Config(strict=True))
@@ -291,15 +292,16 @@ def load_nar(folder: Path, device: str = "cpu") -> NAR:
     return model
 
 
-def load_codec(folder: Path, device: str = "cpu") -> encodec.Codec:
+def load_codec(folder: Path, device: str = "cpu") -> encodec.Encodec:
     """The codec of a bundle. Raises ValueError when its weights are not those it was made with."""
-    bundle = describe(folder)
+    bundle = read_bundle(folder)
     source = "encodec-24khz" if bundle.official_codec else str(folder / "codec")
     codec = encodec.load(source, device=device, cache=settings.read().cache)
     codec.identity.check(bundle.codec, "the bundle")
     return codec
 
 
-def load_voice(folder: Path, device: str = "cpu") -> Voice:
+def load_synthesizer(folder: Path, device: str = "cpu") -> Synthesizer:
     """All three networks of a bundle."""
-    return Voice(load_ar(folder, device), load_nar(folder, device), load_codec(folder, device))
+    ar, nar = load_ar(folder, device), load_nar(folder, device)
+    return Synthesizer(ar, nar, load_codec(folder, device))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from valle.platform import settings
-from valle.platform.capacity import Cluster, Need, survey, total
+from valle.platform.capacity import Cluster, Demand, inspect_cluster, total
 from valle.platform.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class Allocation:
     """What Ray sets aside for each worker of a job, and how many of them the cluster holds."""
 
     gpus: float
@@ -78,7 +78,7 @@ class Share:
     fits_at_most: int | None
     """Workers that fit once all is there that may be added; None: not known."""
 
-    limits: tuple[float, float] | None = None
+    resource_limits: tuple[float, float] | None = None
     """(CPUs, GPUs) that all of the job's stages together can ever have; None: not known."""
 
     labels: dict[str, str] = field(default_factory=dict)
@@ -91,12 +91,12 @@ class Share:
 
     def __str__(self) -> str:
         """For whoever started the job."""
-        share = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs" if self.gpus else f"{self.cpus:g} CPUs"
-        most = "as many as the autoscaler adds" if self.fits_at_most is None else self.fits_at_most
-        where = f", on nodes with {self.labels}" if self.labels else ""
+        each = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs" if self.gpus else f"{self.cpus:g} CPUs"
+        limit = "as many as the autoscaler adds" if self.fits_at_most is None else self.fits_at_most
+        nodes = f", on nodes with {self.labels}" if self.labels else ""
         return (
-            f"{share} for each worker{where}; workers that fit now: {self.fits_now}, "
-            f"at most: {most}"
+            f"{each} for each worker{nodes}; workers that fit now: {self.fits_now}, "
+            f"at most: {limit}"
         )
 
     @property
@@ -105,13 +105,12 @@ class Share:
         selector = {"label_selector": self.labels} if self.labels else {}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
 
-    def count(self, wanted: int | None, work: int) -> int:
-        """How many workers to start at most: as many as `wanted` (None: as can be), but no more
-        than there are pieces of work, nor than the cluster will ever hold."""
-        limits = [work, self.fits_at_most or work, wanted or work]
-        return max(1, min(limits))
+    def worker_count(self, requested: int | None, n_items: int) -> int:
+        """How many workers to start at most: as many as `requested` (None: as can be), but no more
+        than there are items, nor than the cluster will ever hold."""
+        return max(1, min(n_items, self.fits_at_most or n_items, requested or n_items))
 
-    def pool(self, wanted: int | None, work: int) -> "ActorPoolStrategy":
+    def actor_pool(self, requested: int | None, n_items: int) -> "ActorPoolStrategy":
         """Ray Data's actors: at first what fits now, growing with the nodes that join later.
 
         Only the first is waited for: others may have taken the rest meanwhile, and the stages
@@ -119,12 +118,12 @@ class Share:
         """
         from ray.data import ActorPoolStrategy
 
-        largest = self.count(wanted, work)
+        largest = self.worker_count(requested, n_items)
         return ActorPoolStrategy(
             min_size=1, initial_size=max(1, min(self.fits_now, largest)), max_size=largest
         )
 
-    def bound_data(self) -> None:
+    def configure_ray_data(self) -> None:
         """Sets up Ray Data in this process for a dataset of the job: every stage on nodes with the
         labels, new nodes asked for with these labels and only as far as the job can use them, a
         block as one piece of work that is never split."""
@@ -133,7 +132,7 @@ class Share:
         context = DataContext.get_current()
         context.enable_progress_bars = False  # the jobs count utterances and lines
         context.target_max_block_size = None
-        cpus, gpus = self.limits or (None, None)
+        cpus, gpus = self.resource_limits or (None, None)
         context.execution_options = ExecutionOptions(
             resource_limits=ExecutionResources.for_limits(
                 cpu=cpus, gpu=gpus if self.gpus else None
@@ -143,9 +142,9 @@ class Share:
 
     def map_blocks(
         self, blocks: "Dataset", actor: type, arguments: tuple[Any, ...], workers: int | None,
-        work: int,
+        n_items: int,
     ) -> "Dataset":  # fmt: skip
-        """Each block of a dataset, whole and as an Arrow table, through an actor of a `pool`.
+        """Each block of a dataset, whole and as an Arrow table, through an actor of the pool.
 
         The public `map_batches` refuses whole blocks where GPUs are asked for, since their sizes
         may vary; here a block is one piece of work, and its actor bounds its own batches. So it is
@@ -153,19 +152,19 @@ class Share:
         """
         mapped: Dataset = blocks.map_batches_internal(
             actor, batch_size=None, batch_format="pyarrow", fn_constructor_args=arguments,
-            compute=self.pool(workers, work), **self.options,
+            compute=self.actor_pool(workers, n_items), **self.options,
         )  # fmt: skip
         return mapped
 
-    def training(self, workers: int) -> "tuple[ScalingConfig, TorchConfig]":
+    def ray_train_configs(self, workers: int) -> "tuple[ScalingConfig, TorchConfig]":
         """Ray Train's settings for `workers` data-parallel workers."""
         from ray.train import ScalingConfig
         from ray.train.torch import TorchConfig
 
         resources = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
         # NCCL refuses two ranks on one GPU, and needs one that is more than a number
-        alone = self.gpus >= 1 or (self.gpus > 0 and workers == 1)
-        nccl = alone and not settings.read().logical_gpus
+        own_gpu = self.gpus >= 1 or (self.gpus > 0 and workers == 1)
+        nccl = own_gpu and not settings.read().logical_gpus
         return (
             ScalingConfig(
                 num_workers=workers,
@@ -183,57 +182,68 @@ def resolve(
     *,
     cpus: float,
     workers: int = 1,
-    beside: float = 0.0,
+    upstream_cpus: float = 0.0,
     cluster: Cluster | None = None,
-) -> Share:
+) -> Allocation:
     """What each worker of a job gets on the connected cluster, which is also printed; or on
     `cluster`, without a word.
 
     `section` is the recipe's, for messages; `cpus` a worker's cores where the recipe leaves them
-    open; `workers` those that have to be there at the same time; `beside` the cores of the stages
-    that feed them. Raises RecipeError, which names the field, what the cluster has and what to
-    change, when the cluster will never have that.
+    open; `workers` those that have to be there at the same time; `upstream_cpus` the cores of the
+    stages that feed them. Raises RecipeError, which names the field, what the cluster has and what
+    to change, when the cluster will never have that.
     """
     if cluster is None:
-        return _announced(placement, section, cpus=cpus, workers=workers, beside=beside)
-    cluster = cluster.labelled(placement.node_labels)
-    need = _need(placement, section, cpus, beside, cluster)
-    share = Share(
-        gpus=need.gpus, cpus=need.cpus, fits_now=cluster.fits_now(need),
-        fits_alone=cluster.fits(need), fits_at_most=cluster.fits_at_most(need),
-        limits=cluster.limits(need), labels=placement.node_labels,
-    )  # fmt: skip
-    if share.fits_at_most is not None and share.fits_at_most < workers:
-        fed = f", beside {beside:g} CPUs for the stages that feed them" if beside else ""
-        raise RecipeError(
-            f"{section}.{'workers' if share.fits_at_most else 'placement'}: {workers} worker(s) "
-            f"with {need.cpus:g} CPUs and {need.gpus:g} GPUs each{fed} were asked for, the cluster "
-            f"holds {share.fits_at_most}{_where(placement, cluster)}. Lower {section}.workers, or "
-            f"a worker's share: {section}.placement.cpus_per_worker"
-            f"{' or gpus_per_worker' if need.gpus else ''}"
+        return _resolve_and_print(
+            placement, section, cpus=cpus, workers=workers, upstream_cpus=upstream_cpus
         )
-    return share
+    cluster = cluster.labelled(placement.node_labels)
+    demand = _demand(placement, section, cpus, upstream_cpus, cluster)
+    allocation = Allocation(
+        gpus=demand.gpus, cpus=demand.cpus, fits_now=cluster.fits_now(demand),
+        fits_alone=cluster.fits_alone(demand), fits_at_most=cluster.fits_at_most(demand),
+        resource_limits=cluster.resource_limits(demand), labels=placement.node_labels,
+    )  # fmt: skip
+    if allocation.fits_at_most is not None and allocation.fits_at_most < workers:
+        upstream = (
+            f", beside {upstream_cpus:g} CPUs for the stages that feed them"
+            if upstream_cpus
+            else ""
+        )
+        field_name = "workers" if allocation.fits_at_most else "placement"
+        raise RecipeError(
+            f"{section}.{field_name}: {workers} worker(s) with {demand.cpus:g} CPUs and "
+            f"{demand.gpus:g} GPUs each{upstream} were asked for, the cluster holds "
+            f"{allocation.fits_at_most}{_where(placement, cluster)}. Lower {section}.workers, or "
+            f"a worker's share: {section}.placement.cpus_per_worker"
+            f"{' or gpus_per_worker' if demand.gpus else ''}"
+        )
+    return allocation
 
 
-def _announced(
-    placement: Placement, section: str, *, cpus: float, workers: int, beside: float
-) -> Share:
+def _resolve_and_print(
+    placement: Placement, section: str, *, cpus: float, workers: int, upstream_cpus: float
+) -> Allocation:
     """`resolve` on the connected cluster, with a line for whoever started the job."""
     for attempt in range(5):
-        cluster = survey()
-        share = resolve(
-            placement, section, cpus=cpus, workers=workers, beside=beside, cluster=cluster
-        )
+        cluster = inspect_cluster()
+        allocation = resolve(
+            placement, section, cpus=cpus, workers=workers, upstream_cpus=upstream_cpus,
+            cluster=cluster,
+        )  # fmt: skip
         # what an earlier job of this driver had is given back within a second or two
-        if share.fits_now >= min(workers, share.fits_alone):
+        if allocation.fits_now >= min(workers, allocation.fits_alone):
             break
         time.sleep(0.5 if attempt < 4 else 0)
-    for line in (f"placed: {share}", *remarks(share, placement, section, workers, cluster)):
+    warnings = placement_warnings(allocation, placement, section, workers, cluster)
+    for line in (f"placement: {allocation}", *warnings):
         print(f"{section}: {line}", file=sys.stderr)  # noqa: T201  # for whoever typed the command
-    return share
+    return allocation
 
 
-def _need(placement: Placement, section: str, cpus: float, beside: float, cluster: Cluster) -> Need:
+def _demand(
+    placement: Placement, section: str, cpus: float, upstream_cpus: float, cluster: Cluster
+) -> Demand:
     """A worker's share of `cluster`, the part of it with the labels. Raises RecipeError where a GPU
     is asked for that will never be there."""
     on_gpu = placement.accelerator == "gpu" or (
@@ -248,9 +258,9 @@ def _need(placement: Placement, section: str, cpus: float, beside: float, cluste
     # without a GPU a worker computes on a core, also where the job books part of one and leaves
     # the rest to what feeds it; a recipe that says how much it takes is believed
     busy = 0.0 if on_gpu or placement.cpus_per_worker else 1.0
-    return Need(
+    return Demand(
         cpus=placement.cpus_per_worker or cpus, gpus=placement.gpus_per_worker if on_gpu else 0.0,
-        busy_cpus=busy, beside=beside,
+        busy_cpus=busy, upstream_cpus=upstream_cpus,
     )  # fmt: skip
 
 
@@ -259,29 +269,29 @@ def _where(placement: Placement, cluster: Cluster) -> str:
     return f"; nodes with {labels}: {cluster}" if labels else f": {cluster}"
 
 
-def remarks(
-    share: Share, placement: Placement, section: str, workers: int, cluster: Cluster
+def placement_warnings(
+    allocation: Allocation, placement: Placement, section: str, workers: int, cluster: Cluster
 ) -> list[str]:
     """What whoever started a job should know of its placement: that it waits, or that GPUs may
     have been left alone. `workers`: those that have to be there at the same time."""
     cluster = cluster.labelled(placement.node_labels)
     field_name = f"{section}.placement.accelerator"
     if cluster.node_types is None:
-        if share.gpus or placement.accelerator == "cpu":
+        if allocation.gpus or placement.accelerator == "cpu":
             return []
         return [
             f"{field_name}=auto became cpu: no node has a GPU now, and the autoscaler does not say "
             f"whether it can add one; {field_name}=gpu asks for it"
         ]
-    if share.fits_now >= workers or share.fits_at_most != share.fits_alone:
+    if allocation.fits_now >= workers or allocation.fits_at_most != allocation.fits_alone:
         return []
-    resource: Literal["cpus", "gpus"] = "gpus" if share.gpus else "cpus"
-    there = total(cluster.nodes, resource)
+    resource: Literal["cpus", "gpus"] = "gpus" if allocation.gpus else "cpus"
+    present = total(cluster.nodes, resource)
     free = total(cluster.nodes if cluster.free is None else cluster.free, resource)
+    in_use = f"{present - free:g} of {present:g} {resource[:-1].upper()}s are in use"
     return [
-        f"waiting: {there - free:g} of {there:g} {resource[:-1].upper()}s are in use, {workers} "
-        f"worker(s) are needed and no node can be added"
-        + (f"; {field_name}=cpu needs no GPU" if share.gpus else "")
+        f"waiting: {in_use}, {workers} worker(s) are needed and no node can be added"
+        + (f"; {field_name}=cpu needs no GPU" if allocation.gpus else "")
     ]
 
 

@@ -58,12 +58,12 @@ def read() -> Settings:
     )
 
 
-def environment(**changes: str) -> dict[str, str]:
+def child_environment(**changes: str) -> dict[str, str]:
     """The environment of a child process: this one's, with some variables set anew."""
     return {**os.environ, **changes}
 
 
-FORWARDED = (
+WORKER_VARIABLES = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "VALLE_LOGICAL_GPUS",
 )  # fmt: skip
@@ -73,7 +73,7 @@ credential, nor a fact about the driver's machine."""
 _WITH_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 
 
-def forwarded() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """What the workers of a driver outside the cluster must know of its environment: where its
     relative paths start, where storage and tracking are, and what `VALLE_FORWARD` names.
 
@@ -82,14 +82,15 @@ def forwarded() -> dict[str, str]:
     on whatever it names all the same, which is warned of; so is a password inside an address.
     Raises ValueError where it names what is not set, or `VALLE_CACHE`, which each node decides.
     """
-    asked = [name for name in os.environ.get("VALLE_FORWARD", "").split(",") if name]
-    if "VALLE_CACHE" in asked:
+    extra = [name for name in os.environ.get("VALLE_FORWARD", "").split(",") if name]
+    if "VALLE_CACHE" in extra:
         raise ValueError("VALLE_FORWARD: VALLE_CACHE is a folder of each node's own; set it there")
-    if unset := [name for name in asked if name not in os.environ]:
+    if unset := [name for name in extra if name not in os.environ]:
         raise ValueError(f"VALLE_FORWARD: {unset[0]} is not set")
-    values = {name: os.environ[name] for name in (*FORWARDED, *asked) if name in os.environ}
+    names = (*WORKER_VARIABLES, *extra)
+    values = {name: os.environ[name] for name in names if name in os.environ}
     exposed = [
-        name for name, value in values.items() if name in asked or _WITH_PASSWORD.search(value)
+        name for name, value in values.items() if name in extra or _WITH_PASSWORD.search(value)
     ]
     if exposed:
         logging.getLogger(__name__).warning(

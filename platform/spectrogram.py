@@ -9,12 +9,12 @@ from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 
 
-def spectrogram(wave: Wave, title: str = "") -> bytes:
+def spectrogram_png(wave: Wave, title: str = "") -> bytes:
     """A PNG of the log-mel spectrogram, 0 to 12 kHz."""
-    return spectrograms({title: wave})
+    return spectrograms_png({title: wave})
 
 
-def spectrograms(waves: Mapping[str, Wave]) -> bytes:
+def spectrograms_png(waves: Mapping[str, Wave]) -> bytes:
     """A PNG with the log-mel spectrogram of each wave, by title, one below the other."""
     import librosa
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -91,8 +91,8 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     filesys, root = filesystem(uri)
     selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
     # an object store answers with paths that start at the bucket, a disk with ours
-    found = (i.path for i in filesys.get_file_info(selector) if i.type == fs.FileType.File)
-    relative = sorted(os.path.relpath(path, root) for path in found)
+    files = (i.path for i in filesys.get_file_info(selector) if i.type == fs.FileType.File)
+    relative = sorted(os.path.relpath(path, root) for path in files)
     for path in relative:
         if not path.endswith(".part") and (not suffixes or path.lower().endswith(suffixes)):
             yield path

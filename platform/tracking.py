@@ -13,7 +13,7 @@ from valle import __version__
 from valle.model.codec.interface import Wave
 from valle.platform import audio, settings
 from valle.platform.cluster import CODE_ROOT
-from valle.platform.spectrogram import spectrogram
+from valle.platform.spectrogram import spectrogram_png
 
 EXPERIMENT = "valle"
 
@@ -21,16 +21,16 @@ EXPERIMENT = "valle"
 def code_version() -> str:
     """Package version and, in a checkout, the commit, with `+dirty` when files differ from it."""
     try:
-        described = subprocess.run(
+        git = subprocess.run(
             ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12"],
             cwd=CODE_ROOT, capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return __version__  # a submitted job's working directory has no .git
-    return f"{__version__}-{described.stdout.strip()}"
+    return f"{__version__}-{git.stdout.strip()}"
 
 
-def connect(uri: str | None = None) -> None:
+def configure(uri: str | None = None) -> None:
     """Points MLflow at a store (default: this machine's settings) and at our experiment.
 
     Workers and replicas run in folders and environments of their own, so they are told the URI
@@ -38,12 +38,12 @@ def connect(uri: str | None = None) -> None:
     """
     import mlflow
 
-    here = settings.read()
-    mlflow.set_tracking_uri(uri or here.tracking_uri)
+    machine = settings.read()
+    mlflow.set_tracking_uri(uri or machine.tracking_uri)
     if mlflow.get_experiment_by_name(EXPERIMENT) is None:
         # without a server, MLflow would keep artifacts in whatever folder it was started in
         local = mlflow.get_tracking_uri().startswith("sqlite:")
-        mlflow.create_experiment(EXPERIMENT, str(here.home / "mlruns") if local else None)
+        mlflow.create_experiment(EXPERIMENT, str(machine.home / "mlruns") if local else None)
     mlflow.set_experiment(EXPERIMENT)
 
 
@@ -55,12 +55,12 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
     """
     import mlflow
 
-    connect()
-    earlier = mlflow.search_runs(
+    configure()
+    unfinished = mlflow.search_runs(
         experiment_names=[EXPERIMENT], max_results=1, output_format="list",
         filter_string=f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'",
     )  # fmt: skip
-    run_id = earlier[0].info.run_id if earlier else None
+    run_id = unfinished[0].info.run_id if unfinished else None
     with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=False) as run:
         if run_id is None:
             mlflow.log_params(dict(flatten(parameters)))
@@ -68,18 +68,18 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
         yield run.info.run_id
 
 
-def history(name: str, metric: str) -> list[tuple[float, float]]:
+def metric_history(name: str, metric: str) -> list[tuple[float, float]]:
     """(time in hours, value) of a metric over all runs of a name, oldest first."""
     import mlflow
 
-    connect()
+    configure()
     runs = mlflow.search_runs(
         experiment_names=[EXPERIMENT], filter_string=f"attributes.run_name = '{name}'",
         output_format="list",
     )  # fmt: skip
     client = mlflow.MlflowClient()
-    found = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
-    return sorted((m.timestamp / 3_600_000, m.value) for m in found)
+    points = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
+    return sorted((m.timestamp / 3_600_000, m.value) for m in points)
 
 
 def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
@@ -89,7 +89,7 @@ def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
     """
     import mlflow
 
-    connect()
+    configure()
     with mlflow.start_run(run_name=name, log_system_metrics=False) as run:
         mlflow.log_metrics(dict(metrics))
         mlflow.set_tags({"code_version": code_version(), "report": folder})
@@ -110,10 +110,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 class WorkerRun(Protocol):
     """What the training loop tells its run."""
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Logs numbers of a step."""
 
-    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+    def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
         """Logs audio, each with its spectrogram."""
 
     def close(self) -> None:
@@ -123,10 +123,10 @@ class WorkerRun(Protocol):
 class NullRun:
     """For the workers that do not log."""
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Does nothing."""
 
-    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+    def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
         """Does nothing."""
 
     def close(self) -> None:
@@ -139,17 +139,17 @@ class MlflowRun:
     def __init__(self, run_id: str, uri: str) -> None:
         import mlflow
 
-        connect(uri)
+        configure(uri)
         mlflow.set_system_metrics_sampling_interval(10)
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Queues the numbers; a thread stores them."""
         import mlflow
 
         mlflow.log_metrics(dict(values), step=step, synchronous=False)
 
-    def samples(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
+    def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
         """Stores `samples/step/{name}.wav` and `.png`."""
         import mlflow
 
@@ -161,7 +161,7 @@ class MlflowRun:
             with _artifact(client, run.info.run_id, f"{path}.wav") as file:
                 file.write(audio.wav_bytes(wave))
             with _artifact(client, run.info.run_id, f"{path}.png") as file:
-                file.write(spectrogram(wave, name))
+                file.write(spectrogram_png(wave, name))
 
     def close(self) -> None:
         """Stores what is queued; the driver ends the run."""

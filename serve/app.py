@@ -13,7 +13,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
 from valle.platform import registry, settings, storage
-from valle.serve.deployments.models import TOGETHER, ARDeployment, CodecDeployment, NARDeployment
+from valle.serve.deployments.models import (
+    MAX_ONGOING_REQUESTS,
+    ARDeployment,
+    CodecDeployment,
+    NARDeployment,
+)
 from valle.serve.web.api import create_api
 from valle.serve.web.keys import read_keys
 from valle.serve.web.schema import AppArgs
@@ -23,30 +28,30 @@ def build_app(args: AppArgs) -> Application:
     """The application; Serve validates `args` before anything starts."""
     # replicas run in folders of their own: what is relative or local is fixed here
     tracking_uri = args.tracking_uri or settings.read().tracking_uri
-    places = {
+    paths = {
         "voices": storage.absolute(args.voices), "model": registry.absolute(args.model),
     }  # fmt: skip
     if args.api_keys:
         read_keys(args.api_keys)  # what is wrong with it is noticed here
-        places["api_keys"] = storage.absolute(args.api_keys)
-    args = args.model_copy(update={**places, "tracking_uri": tracking_uri})
+        paths["api_keys"] = storage.absolute(args.api_keys)
+    args = args.model_copy(update={**paths, "tracking_uri": tracking_uri})
     accelerator = "cuda" if args.use_gpu else "cpu"
     # a new deployment's replicas answer before the old ones go; with GPUs there is rarely one left
     # for that, and they would wait for it for ever
     surge = 0 if args.use_gpu else 100
 
     def deploy(
-        target: type, name: str, device: str, together: int, slots: int, *more: object
+        target: type, name: str, device: str, max_ongoing_requests: int, slots: int, *more: object
     ) -> Application:
-        """`together`: requests that a replica may hold at the same time; `slots`: how many of them
-        fill it, so that another is wanted."""
+        """`max_ongoing_requests`: those that a replica may hold at the same time; `slots`: how many
+        of them fill it, so that another is wanted."""
         policy = AutoscalingPolicy(
-            policy_function="valle.serve.deployments.scaling:BySlots",
+            policy_function="valle.serve.deployments.scaling:SlotUtilizationPolicy",
             policy_kwargs={"slots": slots},
         )
         options: dict[str, Any] = {
             "name": name,
-            "max_ongoing_requests": together,
+            "max_ongoing_requests": max_ongoing_requests,
             "max_queued_requests": 64,
             "autoscaling_config": {
                 "min_replicas": 1, "max_replicas": args.max_replicas,
@@ -54,7 +59,7 @@ def build_app(args: AppArgs) -> Application:
                 "downscale_delay_s": args.downscale_delay_s, "policy": policy,
             },
             # old ones finish what they have begun
-            "graceful_shutdown_timeout_s": 2 * args.sentence_seconds,
+            "graceful_shutdown_timeout_s": 2 * args.max_sentence_seconds,
             "health_check_period_s": 2,
             "max_surge_percent": surge,
             "ray_actor_options": {
@@ -69,8 +74,17 @@ def build_app(args: AppArgs) -> Application:
         return create_api(args)
 
     ar = deploy(ARDeployment, "AR", accelerator, args.slots, args.slots, args)
-    nar = deploy(NARDeployment, "NAR", accelerator, TOGETHER, args.nar_slots, args)
-    codec = deploy(CodecDeployment, "Codec", "cpu", TOGETHER, TOGETHER, args)
+    nar = deploy(
+        NARDeployment,
+        "NAR",
+        accelerator,
+        MAX_ONGOING_REQUESTS,
+        args.nar_target_ongoing_requests,
+        args,
+    )
+    codec = deploy(
+        CodecDeployment, "Codec", "cpu", MAX_ONGOING_REQUESTS, MAX_ONGOING_REQUESTS, args
+    )
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",

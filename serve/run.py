@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     arguments = parser.parse_args(argv)
-    if arguments.model == registry.CHAMPION and (version := registry.seed()):
+    if arguments.model == registry.CHAMPION and (version := registry.publish_shipped()):
         logging.warning("the registry was empty: version %d is the model shipped here", version)
     try:
         registry.resolve(arguments.model)  # a missing model is better noticed before Ray starts

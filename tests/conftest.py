@@ -11,7 +11,7 @@ from helpers.tiny_models import TINY, TINY_CODEC, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, storage
 from valle.serve.web.schema import AppArgs
@@ -39,7 +39,7 @@ def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_codec(tiny_codec_folder: Path) -> Codec:
+def tiny_codec(tiny_codec_folder: Path) -> Encodec:
     return encodec.load(str(tiny_codec_folder))
 
 
@@ -50,17 +50,17 @@ def eos_bias() -> float:
 
 
 @pytest.fixture
-def published(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, eos_bias: float
+def publish_recipe(
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, eos_bias: float
 ) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = eos_bias
-        about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
+        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
         for step in (5, 20):
             folder = home / f"runs/test-{kind}/step_{step:08d}"
-            checkpoint.save(folder, model.state_dict(), about)
+            checkpoint.save(folder, model.state_dict(), metadata)
     noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
     storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
     return PublishRecipe(
@@ -73,20 +73,20 @@ def published(
 def app_args() -> AppArgs:
     """How the endpoint is set up."""
     return AppArgs(
-        voices="voices", max_replicas=1, sentence_seconds=1.0, max_body_bytes=1_000_000,
-        reload_seconds=0.5,
+        voices="voices", max_replicas=1, max_sentence_seconds=1.0, max_body_bytes=1_000_000,
+        registry_poll_seconds=0.5,
     )  # fmt: skip
 
 
 @pytest.fixture
-def endpoint(published: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
+def endpoint(publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
     from ray import serve
 
     from valle.serve.app import build_app
 
-    publish(published)
+    publish(publish_recipe)
     port = clusters.free_port()
-    with clusters.embedded():
+    with clusters.embedded_cluster():
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(app_args), name="valle")
         try:

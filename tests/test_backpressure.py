@@ -5,15 +5,15 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from valle.serve.deployments.backpressure import ahead
+from valle.serve.deployments.backpressure import prefetch
 
 
-class Source:
+class CountingGenerator:
     """Counts to `count`, and notes how far it has come and that it was closed."""
 
     def __init__(self, count: int, fails_at: int | None = None) -> None:
         self.count, self.fails_at = count, fails_at
-        self.made = 0
+        self.produced = 0
         self.closed = False
 
     async def items(self) -> AsyncGenerator[int]:
@@ -21,7 +21,7 @@ class Source:
             for number in range(self.count):
                 if number == self.fails_at:
                     raise RuntimeError(f"item {number} failed")
-                self.made += 1
+                self.produced += 1
                 yield number
         finally:
             self.closed = True
@@ -29,31 +29,31 @@ class Source:
 
 @pytest.mark.anyio
 async def test_all_items_come_in_order_and_few_wait() -> None:
-    source = Source(10)
+    source = CountingGenerator(10)
     seen = []
-    async for item in ahead(source.items(), 2):
+    async for item in prefetch(source.items(), 2):
         seen.append(item)
         await asyncio.sleep(0)
-        assert source.made <= item + 4  # two wait, one is on its way
+        assert source.produced <= item + 4  # two wait, one is on its way
     assert seen == list(range(10)) and source.closed
 
 
 @pytest.mark.anyio
 async def test_a_failure_comes_after_what_was_made() -> None:
-    source = Source(10, fails_at=3)
+    source = CountingGenerator(10, fails_at=3)
     seen = []
     with pytest.raises(RuntimeError, match="item 3 failed"):
-        async for item in ahead(source.items(), 5):
+        async for item in prefetch(source.items(), 5):
             seen.append(item)
     assert seen == [0, 1, 2] and source.closed
 
 
 @pytest.mark.anyio
 async def test_who_leaves_ends_the_work() -> None:
-    source = Source(1000)
+    source = CountingGenerator(1000)
     before = len(asyncio.all_tasks())
-    items = ahead(source.items(), 1)
+    items = prefetch(source.items(), 1)
     assert await anext(items) == 0
     await items.aclose()
-    assert source.closed and source.made < 5
+    assert source.closed and source.produced < 5
     assert len(asyncio.all_tasks()) == before

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from valle.serve.deployments.batching import Drain
+from valle.serve.deployments.batching import DynamicBatcher
 
 
 class Doubler:
@@ -27,11 +27,13 @@ def test_what_waits_goes_together_like_with_like() -> None:
     work = Doubler()
 
     async def go() -> list[int]:
-        drain = Drain(work, size=lambda item: item, budget=40)
-        asked = [asyncio.create_task(drain.do(item)) for item in (10, 100, 11, 9, 12, 90, 14, 500)]
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=40)
+        tasks = [
+            asyncio.create_task(batcher.submit(item)) for item in (10, 100, 11, 9, 12, 90, 14, 500)
+        ]
         await asyncio.sleep(0.05)
         work.gate.set()
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*tasks)
 
     assert asyncio.run(go()) == [20, 200, 22, 18, 24, 180, 28, 1000]
     # the oldest goes first, with what is like it; a batch is padded to its longest and stays in the
@@ -44,33 +46,33 @@ def test_one_bad_item_fails_alone() -> None:
     work.gate.set()
 
     async def go() -> list[int | BaseException]:
-        drain = Drain(work, size=lambda item: item, budget=100)
-        asked = [drain.do(item) for item in (12, 13, 14)]
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        return [*found, await drain.do(15)]
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=100)
+        calls = [batcher.submit(item) for item in (12, 13, 14)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        return [*results, await batcher.submit(15)]
 
-    found = asyncio.run(go())
-    assert found[0] == 24 and found[2] == 28 and found[3] == 30
-    assert isinstance(found[1], ValueError) and "bad luck" in str(found[1])
+    results = asyncio.run(go())
+    assert results[0] == 24 and results[2] == 28 and results[3] == 30
+    assert isinstance(results[1], ValueError) and "bad luck" in str(results[1])
 
 
 def test_who_has_left_is_not_worked_for() -> None:
     work = Doubler()
 
     async def go() -> None:
-        drain = Drain(work, size=lambda item: item, budget=10)
-        first = asyncio.create_task(drain.do(10))
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=10)
+        first = asyncio.create_task(batcher.submit(10))
         await asyncio.sleep(0.05)
-        second = asyncio.create_task(drain.do(11))
-        third = asyncio.create_task(drain.do(12))
+        second = asyncio.create_task(batcher.submit(11))
+        third = asyncio.create_task(batcher.submit(12))
         await asyncio.sleep(0.05)
         second.cancel()
         first.cancel()  # too late for the work, early enough for its answer
         work.gate.set()
         assert await third == 24
-        for left in (first, second):
+        for cancelled in (first, second):
             with pytest.raises(asyncio.CancelledError):
-                await left
+                await cancelled
 
     asyncio.run(go())
     assert work.batches == [[10], [12]]

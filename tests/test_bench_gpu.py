@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from valle.jobs.bench.gpu import plan, report
+from valle.jobs.bench.gpu import report, schedule
 from valle.jobs.bench.gpu import run as bench_gpu
 from valle.jobs.bench.gpu import wheels as gpu_wheels
 from valle.jobs.bench.gpu.record import Record
@@ -43,7 +43,7 @@ class Bare(PathFinder):
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 """
     )
-    return settings.environment(PYTHONPATH=f"{folder}:{ROOT}")
+    return settings.child_environment(PYTHONPATH=f"{folder}:{ROOT}")
 
 
 def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tuple[int, Any]:
@@ -52,12 +52,12 @@ def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tup
     command = [sys.executable, "jobs/bench/gpu/run.py", "--device", "cpu", "--quick", *arguments]
     command += ["--out", str(out), "--time-scale", "5"]
     environment = bare(tmp_path / "bare", *lacking)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (out / "gpu.json").exists(), done.stdout + done.stderr
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (out / "gpu.json").exists(), completed.stdout + completed.stderr
     values = json.loads((out / "gpu.json").read_text())
-    assert values["exit_code"] == done.returncode
-    assert f"exit status {done.returncode}" in done.stdout
-    return done.returncode, values["phases_run"]
+    assert values["exit_code"] == completed.returncode
+    assert f"exit status {completed.returncode}" in completed.stdout
+    return completed.returncode, values["phases_run"]
 
 
 def passed(result: dict[str, Any]) -> set[str]:
@@ -91,7 +91,7 @@ def test_truth_on_a_bare_machine(tmp_path: Path) -> None:
 
 def test_a_failing_phase_does_not_stop_the_next(tmp_path: Path) -> None:
     status, phases = bench(tmp_path, "--phases", "P6,P0", lacking=("cachetools",))
-    assert status == report.FAILED
+    assert status == report.EXIT_FAILED
     assert phases["P6"]["status"] == "failed"
     assert "No module named 'cachetools'" in phases["P6"]["errors"][0]["traceback"]
     assert phases["P0"]["status"] == "done"
@@ -119,14 +119,16 @@ def test_speed_phases_on_a_bare_machine(tmp_path: Path) -> None:
     assert status == 0
     for result in phases.values():
         passed(result)
-    found = {m["name"]: m for result in phases.values() for m in result["measurements"]}
-    assert found["ar 600 bf16"]["mfu"] > 0 and 0 < found["ar 600 bf16"]["padding"] < 0.5
-    assert 0 < found["nar 600 fp32"]["loader_share"] < 1
-    engine = found["engine 3 fp32, guided"]
-    assert 0 < engine["share_of_bound"] < 1 and engine["whole_run_frames_per_second"] > 0
-    assert found["engine 3 fp32, guided: a tick"]["kernels"] > 100
-    assert found["chunks of 15 frames"]["times_real_time"] > 0
-    assert found["NAR 3 bf16"]["milliseconds"] > 0
+    measurements = {m["name"]: m for result in phases.values() for m in result["measurements"]}
+    assert (
+        measurements["ar 600 bf16"]["mfu"] > 0 and 0 < measurements["ar 600 bf16"]["padding"] < 0.5
+    )
+    assert 0 < measurements["nar 600 fp32"]["loader_share"] < 1
+    engine = measurements["engine 3 fp32, guided"]
+    assert 0 < engine["share_of_bound"] < 1 and engine["run_frames_per_second"] > 0
+    assert measurements["engine 3 fp32, guided: a step"]["kernels"] > 100
+    assert measurements["chunks of 15 frames"]["times_real_time"] > 0
+    assert measurements["NAR 3 bf16"]["milliseconds"] > 0
     assert "engine hidden states = one pass without a cache, float32" in passed(phases["P4"])
     assert {f"memory as planned, {p}" for p in ("fp32", "bf16")} <= passed(phases["P6"])
 
@@ -147,12 +149,14 @@ def test_a_phase_that_crashes_or_hangs_is_recorded(
     with (tmp_path / "log").open("wb") as log:
         wrong = Namespace(device="cpu", size="nonsense", quick=True)
         crashed = bench_gpu.run_phase("P1", wrong, None, 60, tmp_path, log, [].append)
-        monkeypatch.setattr(plan, "GRACE", 0.0)
+        monkeypatch.setattr(schedule, "GRACE_SECONDS", 0.0)
         slow = Namespace(device="cpu", size="tiny", quick=True)
         killed = bench_gpu.run_phase("P2", slow, None, 0.2, tmp_path, log, [].append)
     assert crashed["status"] == "crashed" and "invalid choice: 'nonsense'" in crashed["log"]
     assert killed["status"] == "killed" and killed["wall_seconds"] < 5
-    assert report.exit_code({"P1": crashed}) == report.exit_code({"P2": killed}) == report.FAILED
+    assert (
+        report.exit_code({"P1": crashed}) == report.exit_code({"P2": killed}) == report.EXIT_FAILED
+    )
     values = {"phases_run": {"P1": crashed, "P2": killed}}
     assert "CRASHED P1" in report.table(values) and "KILLED P2" in report.table(values)
 
@@ -171,7 +175,7 @@ def test_who_is_told_to_stop_leaves_results_and_no_process(tmp_path: Path) -> No
     running.terminate()
     assert "STOPPED P2" in running.communicate(timeout=30)[0]
     values = json.loads((out / "gpu.json").read_text())
-    assert running.returncode == values["exit_code"] == report.FAILED
+    assert running.returncode == values["exit_code"] == report.EXIT_FAILED
     assert values["phases_run"]["P2"]["reason"] == "the command was told to stop: SIGTERM"
     assert list(values["phases_run"]) == ["P2"] and not phase.is_running()
 
@@ -188,53 +192,56 @@ def test_exit_status_says_what_is_wrong(tmp_path: Path) -> None:
     fine = fresh()
     fine.check("a", True)
     fine.expect_floor("f", 1.0)
-    assert status(fine) == report.MISSED, "not measured is not met"
+    assert status(fine) == report.EXIT_MISSED, "not measured is not met"
     fine.floor("f", 2.0)
-    fine.leave_out("not needed", "no time")
+    fine.skip("not needed", "no time")
     assert status(fine) == 0
     fine.expect_floor("g", 1.0)
     fine.floor("g", 0.5)
-    assert status(fine) == report.MISSED
+    assert status(fine) == report.EXIT_MISSED
     fine.check("b", False)
-    assert status(fine) == report.FAILED
+    assert status(fine) == report.EXIT_FAILED
 
     raised = fresh()
     assert not raised.attempt("division", lambda: [1 / 0])
     assert "ZeroDivisionError" in raised.errors[0]["traceback"]
     assert raised.attempt("next", lambda: raised.check("c", True)), "what comes next is still done"
-    assert status(raised) == report.FAILED
+    assert status(raised) == report.EXIT_FAILED
 
     late = fresh(seconds=5)
     assert not late.attempt("long", lambda: None, 10)
-    assert status(late) == 0 and "no time" in late.left_out[0]["reason"]
+    assert status(late) == 0 and "no time" in late.skipped[0]["reason"]
     assert not late.attempt("long", lambda: None, 10, required=True)
-    assert status(late) == report.FAILED
+    assert status(late) == report.EXIT_FAILED
 
     def too_much() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
     full = fresh()
     assert not full.attempt("large", too_much) and not full.errors
-    assert full.left_out[0]["reason"] == "out of memory: CUDA out of memory. Tried to allocate"
+    assert full.skipped[0]["reason"] == "out of memory: CUDA out of memory. Tried to allocate"
 
 
 def test_phases_fit_their_time() -> None:
-    for phases, schedule, minutes in (
-        (plan.DEFAULT, plan.FIVE_MINUTES, 5), (tuple(plan.PHASES), plan.NINE_MINUTES, 9),
+    for phases, expected, minutes in (
+        (schedule.DEFAULT_PHASES, schedule.FIVE_MINUTES, 5),
+        (tuple(schedule.PHASES), schedule.NINE_MINUTES, 9),
     ):  # fmt: skip
-        assert plan.schedule(phases) is schedule and set(schedule.seconds) == set(phases)
-        assert sum(schedule.seconds.values()) <= schedule.total
-        assert schedule.total + plan.GRACE <= minutes * 60
+        assert schedule.schedule_for(phases) is expected and set(expected.seconds) == set(phases)
+        assert sum(expected.seconds.values()) <= expected.total
+        assert expected.total + schedule.GRACE_SECONDS <= minutes * 60
 
 
 def test_unused_time_passes_on() -> None:
-    phases, seconds = plan.DEFAULT, plan.FIVE_MINUTES.seconds
-    assert plan.FIVE_MINUTES.limit(phases, "P4", 200) == 200
-    kept = seconds["P3"] + seconds["P4"]
-    assert plan.FIVE_MINUTES.limit(phases, "P1", 250) == 250 - kept
-    assert plan.FIVE_MINUTES.limit(phases, "P1", kept - 1) < 0, "what comes later keeps its time"
-    assert plan.FIVE_MINUTES.scaled(2).limit(phases, "P4", 200) == 200
-    assert plan.FIVE_MINUTES.scaled(2).seconds["P4"] == 2 * seconds["P4"]
+    phases, seconds = schedule.DEFAULT_PHASES, schedule.FIVE_MINUTES.seconds
+    assert schedule.FIVE_MINUTES.limit(phases, "P4", 200) == 200
+    reserved = seconds["P3"] + seconds["P4"]
+    assert schedule.FIVE_MINUTES.limit(phases, "P1", 250) == 250 - reserved
+    assert schedule.FIVE_MINUTES.limit(phases, "P1", reserved - 1) < 0, (
+        "what comes later keeps its time"
+    )
+    assert schedule.FIVE_MINUTES.scaled(2).limit(phases, "P4", 200) == 200
+    assert schedule.FIVE_MINUTES.scaled(2).seconds["P4"] == 2 * seconds["P4"]
 
 
 def test_what_a_phase_has_measured_is_shown_while_it_runs(tmp_path: Path) -> None:
@@ -242,12 +249,12 @@ def test_what_a_phase_has_measured_is_shown_while_it_runs(tmp_path: Path) -> Non
     path.write_text('{"status": "running", "measurements": [{"name": "m"}]}')
     running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
-    def show(result: dict[str, Any]) -> None:
+    def on_result(result: dict[str, Any]) -> None:
         shown.append(result)
         running.terminate()
 
     try:
-        code = bench_gpu.wait(running, time.time() + 30, path, show, every=0.05)
+        code = bench_gpu.wait_for_phase(running, time.time() + 30, path, on_result, every=0.05)
     finally:
         running.kill()
     assert code == -signal.SIGTERM and shown == [json.loads(path.read_text())]
@@ -270,14 +277,14 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing(
 
 def test_wrong_commands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        bench_gpu.parse(["--phases", "P1,P9"])
+        bench_gpu.parse_arguments(["--phases", "P1,P9"])
     assert refused.value.code == 2 and "P9 is none of P0, P1" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
-        bench_gpu.parse(["--out", str(tmp_path / "file" / "below")])
+        bench_gpu.parse_arguments(["--out", str(tmp_path / "file" / "below")])
     assert "--out: cannot write there" in capsys.readouterr().err
-    everything = bench_gpu.parse(["--phases", "all", "--out", str(tmp_path)])
-    assert everything.phases == tuple(plan.PHASES)
+    everything = bench_gpu.parse_arguments(["--phases", "all", "--out", str(tmp_path)])
+    assert everything.phases == tuple(schedule.PHASES)
 
 
 def test_the_picture_shows_training_and_decoding(tmp_path: Path) -> None:
@@ -285,20 +292,30 @@ def test_the_picture_shows_training_and_decoding(tmp_path: Path) -> None:
         "P3": [{"name": "ar", "mfu": 0.2}],
         "P4": [{"name": "engine", "frames_per_second": 5.0, "limit_frames_per_second": 9.0}],
     }
-    values = {"card": {"name": "made"}, "size": "full"} | {
-        "phases_run": {name: {"measurements": found} for name, found in measurements.items()}
+    values = {"limits": {"name": "made"}, "size": "full"} | {
+        "phases_run": {name: {"measurements": entries} for name, entries in measurements.items()}
     }
     report.draw(values, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_with_earlier_names_are_read(tmp_path: Path) -> None:
+    entry = {"name": "a", "reason": "no time", "required": False}
+    phases = {"P0": {"status": "done", "errors": [], "floors": [], "left_out": [entry]}}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"card": {"name": "made"}, "size": "full", "phases_run": phases}))
+    values = report.load(path)
+    assert values["limits"] == {"name": "made"} and "card" not in values
+    assert "skipped: a: no time" in report.table(values)
+
+
 def test_wheels_are_pinned_and_bounded(capsys: pytest.CaptureFixture[str]) -> None:
-    pins = gpu_wheels.versions((ROOT / "constraints.txt").read_text())
-    names = (*gpu_wheels.BUILT, *gpu_wheels.DOWNLOADED)
-    assert len(gpu_wheels.pinned(names, pins)) == len(names)
+    pins = gpu_wheels.pinned_versions((ROOT / "constraints.txt").read_text())
+    names = (*gpu_wheels.SOURCE_ONLY, *gpu_wheels.WHEELS)
+    assert len(gpu_wheels.requirements(names, pins)) == len(names)
     with pytest.raises(ValueError, match=r"constraints.txt: no version of nothing"):
-        gpu_wheels.pinned(["nothing"], pins)
-    assert gpu_wheels.report({"a.whl": 2**20}, 2**20) == 0
-    assert gpu_wheels.report({"a.whl": 2**20}, gpu_wheels.LIMIT) == 1
+        gpu_wheels.requirements(["nothing"], pins)
+    assert gpu_wheels.print_sizes({"a.whl": 2**20}, 2**20) == 0
+    assert gpu_wheels.print_sizes({"a.whl": 2**20}, gpu_wheels.LIMIT) == 1
     assert "too large" in capsys.readouterr().err
     assert gpu_wheels.tracked_bytes() < gpu_wheels.LIMIT

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from valle.jobs.check_cluster import main, problems, unset
-from valle.platform.autoscaler import parse
+from valle.jobs.check_cluster import main, placeholders, problems
+from valle.platform.autoscaler import parse_limits
 from valle.platform.cluster import CODE_ROOT
 
 FILE = CODE_ROOT / "cluster.yaml"
@@ -31,15 +31,15 @@ def configuration(text: str) -> Configuration:
 
 @pytest.fixture
 def nodes(configuration: Configuration) -> dict[str, Any]:
-    found: dict[str, Any] = configuration["available_node_types"]
-    return found
+    types: dict[str, Any] = configuration["available_node_types"]
+    return types
 
 
 def test_nothing_is_wrong_with_it(configuration: Configuration) -> None:
     assert list(problems(configuration)) == []
 
 
-def changed(configuration: Configuration, key: str, value: Any) -> Configuration:
+def with_value(configuration: Configuration, key: str, value: Any) -> Configuration:
     """With `a.b.c` set, or taken out (None)."""
     *path, last = key.split(".")
     place = configuration
@@ -91,8 +91,8 @@ TRAIN = "available_node_types.train.node_config"
 def test_what_is_wrong_is_named(
     configuration: Configuration, key: str, value: Any, message: str
 ) -> None:
-    found = list(problems(changed(configuration, key, value)))
-    assert found and re.search(message, found[0]), found
+    errors = list(problems(with_value(configuration, key, value)))
+    assert errors and re.search(message, errors[0]), errors
 
 
 def test_the_command_lists_what_is_to_be_set(
@@ -102,7 +102,7 @@ def test_the_command_lists_what_is_to_be_set(
     printed = capsys.readouterr().out
     assert "SecurityGroupIds: [sg-EDIT]" in printed and "MLFLOW_TRACKING_URI" in printed
     assert "may start: 4 x train-spot, 48 CPUs, 4 GPUs" in printed
-    assert unset(text.replace("EDIT", "set")) == []
+    assert placeholders(text.replace("EDIT", "set")) == []
     (tmp_path / "open.yaml").write_text(text.replace("SecurityGroupIds: [sg-EDIT]", ""))
     assert main([str(tmp_path / "open.yaml")]) == 1
     assert "wrong: head: SecurityGroupIds: missing" in capsys.readouterr().err
@@ -110,13 +110,13 @@ def test_the_command_lists_what_is_to_be_set(
 
 def test_no_node_is_open_or_carries_keys(text: str, nodes: dict[str, Any]) -> None:
     for node in nodes.values():
-        asked = node["node_config"]
-        assert asked["IamInstanceProfile"]["Arn"].endswith(("/valle-head", "/valle-worker"))
-        assert asked["MetadataOptions"] == {
+        config = node["node_config"]
+        assert config["IamInstanceProfile"]["Arn"].endswith(("/valle-head", "/valle-worker"))
+        assert config["MetadataOptions"] == {
             "HttpEndpoint": "enabled", "HttpTokens": "required", "HttpPutResponseHopLimit": 1
         }  # fmt: skip
-        assert asked["SecurityGroupIds"] and "KeyName" not in asked and "UserData" not in asked
-        assert all(disk["Ebs"]["Encrypted"] for disk in asked["BlockDeviceMappings"])
+        assert config["SecurityGroupIds"] and not {"KeyName", "UserData"} & config.keys()
+        assert all(disk["Ebs"]["Encrypted"] for disk in config["BlockDeviceMappings"])
     profiles = {
         name: node["node_config"]["IamInstanceProfile"]["Arn"] for name, node in nodes.items()
     }
@@ -146,9 +146,9 @@ def test_the_head_takes_no_work_and_the_others_start_from_nothing(
         assert ("InstanceMarketOptions" in node["node_config"]) is name.endswith("-spot")
     for role in ("train", "serve"):
         assert workers[f"{role}-spot"]["priority"] > workers[role]["priority"]
-    report = parse(configuration)  # what `accelerator: auto` sees of it
-    assert report.max_nodes == configuration["max_workers"] and report.node_types
-    assert {node.name for node in report.node_types if node.gpus} == {
+    limits = parse_limits(configuration)  # what `accelerator: auto` sees of it
+    assert limits.max_nodes == configuration["max_workers"] and limits.node_types
+    assert {node.name for node in limits.node_types if node.gpus} == {
         "train", "train-spot", "serve", "serve-spot"
     }  # fmt: skip
 
@@ -197,19 +197,19 @@ def test_the_environment_is_written_as_it_is_read(
         subprocess.run(shell, shell=True, check=True, env=os.environ | {"HOME": str(tmp_path)},
                        stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
     assert (tmp_path / ".bashrc").read_text() == ". ~/valle.env\n"
-    asked = subprocess.run(
+    output = subprocess.run(
         ["bash", "-c", '. ~/valle.env; echo "$VALLE_CACHE $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH"'],
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, check=True, text=True,
         capture_output=True,
     )  # fmt: skip
-    assert asked.stdout == f"/mnt/nvme/valle token {tmp_path}/.ray/auth_token\n"
+    assert output.stdout == f"/mnt/nvme/valle token {tmp_path}/.ray/auth_token\n"
 
 
 FREE, MOUNTED, HELD = "{disk}\n", "{disk} /data ext4\n", "{disk}\nvg-data\n"
 
 
 @pytest.mark.parametrize(
-    ("disks", "mounted", "expected"),
+    ("disks", "mount_points", "expected"),
     [
         ([], [], []),
         ([FREE], [], ["mkfs.ext4 -q /dev/nvme1n1", "mount /dev/nvme1n1 /mnt/nvme"]),
@@ -228,26 +228,26 @@ FREE, MOUNTED, HELD = "{disk}\n", "{disk} /data ext4\n", "{disk}\nvg-data\n"
     ],
 )  # fmt: skip
 def test_the_node_s_disks_become_one(
-    configuration: Configuration, tmp_path: Path, disks: list[str], mounted: list[str],
+    configuration: Configuration, tmp_path: Path, disks: list[str], mount_points: list[str],
     expected: list[str],
 ) -> None:  # fmt: skip
     """The commands, run with stand-ins for those that need root and real disks."""
-    named = {f"/dev/nvme{number}n1": disk for number, disk in enumerate(disks, 1)}
-    listed = "".join(f"{name} Amazon EC2 NVMe Instance Storage\n" for name in named)
+    templates = {f"/dev/nvme{number}n1": disk for number, disk in enumerate(disks, 1)}
+    disk_lines = "".join(f"{name} Amazon EC2 NVMe Instance Storage\n" for name in templates)
     detail = "".join(
-        f'*" {name}") printf "{what.format(disk=name.rpartition("/")[2])}";;\n'
-        for name, what in named.items()
+        f'*" {name}") printf "{template.format(disk=name.rpartition("/")[2])}";;\n'
+        for name, template in templates.items()
     )
     programs = {
-        "sudo": f'echo "$*" >> {tmp_path}/asked',
-        "cloud-init": f'echo "cloud-init $*" >> {tmp_path}/waited; exit 2',
-        "systemctl": f'echo "systemctl $*" >> {tmp_path}/waited; exit 1',
+        "sudo": f'echo "$*" >> {tmp_path}/commands',
+        "cloud-init": f'echo "cloud-init $*" >> {tmp_path}/waits; exit 2',
+        "systemctl": f'echo "systemctl $*" >> {tmp_path}/waits; exit 1',
         "lsblk": (
-            f"test -s {tmp_path}/waited || exit 9\n"
+            f"test -s {tmp_path}/waits || exit 9\n"
             f'case "$*" in\n{detail}*) printf \'/dev/nvme0n1 Amazon Elastic Block Store\n'
-            f"{listed}';; esac"
+            f"{disk_lines}';; esac"
         ),
-        "mountpoint": f'case " {" ".join(mounted)} " in *" $2 "*) exit 0;; *) exit 1;; esac',
+        "mountpoint": f'case " {" ".join(mount_points)} " in *" $2 "*) exit 0;; *) exit 1;; esac',
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -255,13 +255,13 @@ def test_the_node_s_disks_become_one(
     (command,) = configuration["initialization_commands"]
     subprocess.run(["bash", "-c", command], check=True,
                    env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
-    assert (tmp_path / "waited").read_text().splitlines() == [
+    assert (tmp_path / "waits").read_text().splitlines() == [
         "cloud-init status --wait", "systemctl is-system-running --wait"
     ]  # fmt: skip
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[0] == "mkdir -p /mnt/nvme"
-    assert asked[1:-2] == expected
-    assert asked[-2:] == [
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert commands[0] == "mkdir -p /mnt/nvme"
+    assert commands[1:-2] == expected
+    assert commands[-2:] == [
         "mkdir -p /mnt/nvme/valle /mnt/nvme/ray",
         "chown -R ubuntu:ubuntu /mnt/nvme/valle /mnt/nvme/ray",
     ]
@@ -285,11 +285,11 @@ def test_a_node_whose_gpu_torch_cannot_use_does_not_join(
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\nexit {0 if torch_works else 1}\n")
     python.chmod(0o755)
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", command.replace("/sys/bus/pci", f"{tmp_path}/bus/pci")], check=False,
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
     )  # fmt: skip
-    assert done.returncode == status
+    assert process.returncode == status
 
 
 @pytest.fixture
@@ -332,27 +332,27 @@ def test_ray_starts_such_nodes_and_opens_nothing(text: str, aws: dict[str, str])
         assert placeholder in text
         text = text.replace(placeholder, value)
     configuration = yaml.safe_load(text)
-    written = {
+    resources = {
         name: node["resources"] for name, node in configuration["available_node_types"].items()
     }
     for node in configuration["available_node_types"].values():
         node["resources"] = {}  # to be looked up by Ray, in EC2's list of instance types
-    ready = _bootstrap_config(configuration, no_config_cache=True)
-    nodes = ready["available_node_types"]
-    provider = _get_node_provider(ready["provider"], "valle", use_cache=False)
+    bootstrapped = _bootstrap_config(configuration, no_config_cache=True)
+    nodes = bootstrapped["available_node_types"]
+    provider = _get_node_provider(bootstrapped["provider"], "valle", use_cache=False)
     for name, node in nodes.items():
         if name != "head":
-            assert written[name].items() <= node["resources"].items()
+            assert resources[name].items() <= node["resources"].items()
         provider.create_node(node["node_config"], {"ray-user-node-type": name}, 1)
     ec2 = boto3.client("ec2", "us-west-2")
-    started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
-    assert len(started) == len(nodes) == 6
-    assert sum(i.get("InstanceLifecycle") == "spot" for i in started) == 3
+    instances = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    assert len(instances) == len(nodes) == 6
+    assert sum(i.get("InstanceLifecycle") == "spot" for i in instances) == 3
     for node in nodes.values():
         assert set(node["node_config"]["SubnetIds"]) == {
             aws["subnet-EDIT-a"], aws["subnet-EDIT-b"]
         }, "a zone that is full has another beside it"  # fmt: skip
-    for instance in started:
+    for instance in instances:
         assert instance["MetadataOptions"]["HttpTokens"] == "required"
         assert [g["GroupId"] for g in instance["SecurityGroups"]] == [aws["sg-EDIT"]]
     rules = [g["IpPermissions"] for g in ec2.describe_security_groups()["SecurityGroups"]]

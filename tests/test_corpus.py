@@ -9,97 +9,110 @@ import pytest
 import soundfile
 from helpers import clusters
 
-from valle.jobs.corpus import CorpusRecipe, Source, Speaker, make, plan
+from valle.jobs.corpus import CorpusRecipe, CorpusWorker, SpeakerSet, build_corpus, plan
 from valle.jobs.evaluation.metrics.quality import DistillMos
-from valle.jobs.evaluation.metrics.recogniser import Whisper, word_error_rate
-from valle.jobs.speakers import Asterisk, Espeak, Heart, Joe, Kokoro, asterisk, kokoro, pitch
-from valle.jobs.speakers.asterisk import asterisk_prompts
+from valle.jobs.evaluation.metrics.words import Whisper, word_error_rate
+from valle.jobs.speakers import (
+    Asterisk,
+    Espeak,
+    Heart,
+    Joe,
+    Kokoro,
+    asterisk,
+    kokoro,
+    speed_perturbation,
+)
+from valle.jobs.speakers.asterisk import asterisk_recordings
 from valle.jobs.speakers.texts import FOLDER, wordnet
-from valle.platform import recipe
 from valle.platform.audio import AudioError, trim
+from valle.platform.recipe import RecipeError
 
-ESPEAK = Source(engine="espeak", voices=("f2", "m3"), utterances=4)
+ESPEAK = SpeakerSet(engine="espeak", voices=("f2", "m3"), utterances=4)
 
 
 def test_plan_is_a_function_of_the_recipe() -> None:
-    chosen = CorpusRecipe(out="x", sources=(ESPEAK,), seed=3)
-    lines = plan(chosen)
-    assert lines == plan(chosen)
-    assert [(line.speaker, line.id) for line in lines[:2]] == [
+    recipe = CorpusRecipe(out="x", speakers=(ESPEAK,), seed=3)
+    utterances = plan(recipe)
+    assert utterances == plan(recipe)
+    assert [(u.speaker, u.id) for u in utterances[:2]] == [
         ("espeak-f2", "00000"), ("espeak-f2", "00001"),
     ]  # fmt: skip
-    assert len({line.text for line in lines}) == 8
-    assert plan(CorpusRecipe(out="x", sources=(ESPEAK,), seed=4)) != lines
-    known = set((FOLDER / "en.txt").read_text().splitlines())
-    assert {line.text for line in lines} <= known
+    assert len({u.text for u in utterances}) == 8
+    assert plan(CorpusRecipe(out="x", speakers=(ESPEAK,), seed=4)) != utterances
+    sentences = set((FOLDER / "en.txt").read_text().splitlines())
+    assert {u.text for u in utterances} <= sentences
 
 
 def test_more_utterances_than_sentences_make_longer_lines() -> None:
     count = len((FOLDER / "fr.txt").read_text().splitlines())
-    source = Source(engine="espeak", language="fr", voices=("f2",), utterances=count + 5)
-    texts = [line.text for line in plan(CorpusRecipe(out="x", sources=(source,)))]
+    speaker_set = SpeakerSet(engine="espeak", language="fr", voices=("f2",), utterances=count + 5)
+    texts = [u.text for u in plan(CorpusRecipe(out="x", speakers=(speaker_set,)))]
     assert len(set(texts)) == count + 5
 
 
 def test_a_range_of_voices_is_written_short() -> None:
-    source = Source(engine="kokoro", voices=("af_sky", "mix-9..11"), utterances=1)
-    speakers = [line.speaker for line in plan(CorpusRecipe(out="x", sources=(source,)))]
+    speaker_set = SpeakerSet(engine="kokoro", voices=("af_sky", "mix-9..11"), utterances=1)
+    speakers = [u.speaker for u in plan(CorpusRecipe(out="x", speakers=(speaker_set,)))]
     assert speakers == [f"kokoro-{name}" for name in ("af_sky", "mix-9", "mix-10", "mix-11")]
 
 
 def test_copies_are_made_of_what_was_said(tmp_path: Path) -> None:
     """Of a line that is there already, only the copies that are missing; one speaker each."""
-    plain = Source(engine="espeak", voices=("f2",), utterances=1)
-    more = Source(engine="espeak", voices=("f2",), utterances=1, also=("x0.8", "x1.25"))
-    before, after = (plan(CorpusRecipe(out="x", sources=(s,)))[0] for s in (plain, more))
-    speaker = Speaker(str(tmp_path))
-    assert speaker.speak(before)["reason"] is None
+    plain = SpeakerSet(engine="espeak", voices=("f2",), utterances=1)
+    more = SpeakerSet(
+        engine="espeak", voices=("f2",), utterances=1, speed_factors=("x0.8", "x1.25")
+    )
+    before, after = (plan(CorpusRecipe(out="x", speakers=(s,)))[0] for s in (plain, more))
+    worker = CorpusWorker(str(tmp_path))
+    assert worker.process(before)["reason"] is None
     first = (tmp_path / "espeak-f2/00000.wav").read_bytes()
-    made = speaker.speak(after)
-    assert made["reason"] is None
+    result = worker.process(after)
+    assert result["reason"] is None
     assert (tmp_path / "espeak-f2/00000.wav").read_bytes() == first
     lengths = {}
-    for by in ("x0.8", "x1.25"):
-        path = tmp_path / f"espeak-f2-{by}" / "00000.wav"
+    for factor in ("x0.8", "x1.25"):
+        path = tmp_path / f"espeak-f2-{factor}" / "00000.wav"
         assert path.with_suffix(".txt").read_text().strip() == before.text
-        lengths[by] = soundfile.info(path).frames
+        lengths[factor] = soundfile.info(path).frames
     own = soundfile.info(tmp_path / "espeak-f2/00000.wav").frames
     assert lengths["x0.8"] == pytest.approx(own / 0.8, abs=2)
     assert lengths["x1.25"] == pytest.approx(own / 1.25, abs=2)
-    assert made["seconds"] == pytest.approx((own + sum(lengths.values())) / 24_000, abs=0.01)
+    assert result["seconds"] == pytest.approx((own + sum(lengths.values())) / 24_000, abs=0.01)
 
 
 def test_a_recording_of_another_text_is_made_anew(tmp_path: Path) -> None:
     """A changed plan must not put its text beside an old recording."""
     old, new = (
-        plan(CorpusRecipe(out="x", sources=(source,), seed=seed))[0]
-        for seed, source in (
-            (0, Source(engine="espeak", voices=("f2",), utterances=1)),
-            (1, Source(engine="espeak", voices=("f2",), utterances=1, also=("x0.8",))),
+        plan(CorpusRecipe(out="x", speakers=(speaker_set,), seed=seed))[0]
+        for seed, speaker_set in (
+            (0, SpeakerSet(engine="espeak", voices=("f2",), utterances=1)),
+            (1, SpeakerSet(engine="espeak", voices=("f2",), utterances=1, speed_factors=("x0.8",))),
         )
     )
     assert old.text != new.text
-    speaker = Speaker(str(tmp_path))
-    speaker.speak(old)
+    worker = CorpusWorker(str(tmp_path))
+    worker.process(old)
     before = (tmp_path / "espeak-f2/00000.wav").read_bytes()
-    speaker.speak(new)
+    worker.process(new)
     assert (tmp_path / "espeak-f2/00000.wav").read_bytes() != before
     assert (tmp_path / "espeak-f2/00000.txt").read_text().strip() == new.text
 
 
 def test_bad_sources_name_the_field() -> None:
     with pytest.raises(ValueError, match="engine: 'siri' is none of"):
-        Source(engine="siri")
+        SpeakerSet(engine="siri")
     with pytest.raises(ValueError, match="utterances: joe needs a number above 0"):
-        Source(engine="joe")
+        SpeakerSet(engine="joe")
     with pytest.raises(ValueError, match="'1.2' is not x0.6 to x1.6"):
-        Source(engine="joe", utterances=1, also=("1.2",))
-    twice = (Source(engine="joe", utterances=1, also=("x1.1",)),)
-    twice += (Source(engine="joe", voices=("x1.1",), utterances=1),)
-    with pytest.raises(ValueError, match="sources: joe-x1.1/00000 is made twice"):
-        plan(CorpusRecipe(out="x", sources=twice))
-    with pytest.raises(recipe.RecipeError, match="sentences: no list 'ja'; known: de, en"):
-        plan(CorpusRecipe(out="x", sources=(Source(engine="joe", language="ja", utterances=1),)))
+        SpeakerSet(engine="joe", utterances=1, speed_factors=("1.2",))
+    twice = (SpeakerSet(engine="joe", utterances=1, speed_factors=("x1.1",)),)
+    twice += (SpeakerSet(engine="joe", voices=("x1.1",), utterances=1),)
+    with pytest.raises(ValueError, match="speakers: joe-x1.1/00000 is made twice"):
+        plan(CorpusRecipe(out="x", speakers=twice))
+    with pytest.raises(RecipeError, match="sentences: no list 'ja'; known: de, en"):
+        plan(
+            CorpusRecipe(out="x", speakers=(SpeakerSet(engine="joe", language="ja", utterances=1),))
+        )
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.txt")))
@@ -123,11 +136,11 @@ def test_trim_keeps_a_short_rest_and_refuses_silence() -> None:
 
 def test_espeak_voices_differ() -> None:
     engine = Espeak()
-    said = [engine.speak("hello there", voice, "en-us") for voice in ("f2", "m3", "f2")]
-    assert len(said[0]) == len(said[2])  # espeak's oscillators do not restart: lengths do
-    assert len(said[0]) != len(said[1]) or not np.allclose(said[0], said[1])
+    waves = [engine.synthesize("hello there", voice, "en-us") for voice in ("f2", "m3", "f2")]
+    assert len(waves[0]) == len(waves[2])  # espeak's oscillators do not restart: lengths do
+    assert len(waves[0]) != len(waves[1]) or not np.allclose(waves[0], waves[1])
     with pytest.raises(ValueError, match="espeak has no voice xx"):
-        engine.speak("hello", "f2", "xx")
+        engine.synthesize("hello", "f2", "xx")
 
 
 def test_wordnet_examples_become_sentences(tmp_path: Path) -> None:
@@ -144,24 +157,27 @@ def test_wordnet_examples_become_sentences(tmp_path: Path) -> None:
         "He sang rather loudly.", "The bird sang a song.", "Will she ever sing again?",
     ]  # fmt: skip
     assert len(lines) == 2 and lines == wordnet(tmp_path)
-    with pytest.raises(recipe.RecipeError, match="apt-get install wordnet-base"):
+    with pytest.raises(RecipeError, match="apt-get install wordnet-base"):
         wordnet(tmp_path / "nowhere")
 
 
 def test_voices_made_higher_keep_their_pace() -> None:
-    assert pitch.factor("joe", "joe") == 1 and pitch.factor("x1.25", "joe") == 1.25
+    assert (
+        speed_perturbation.parse_factor("joe", "joe") == 1
+        and speed_perturbation.parse_factor("x1.25", "joe") == 1.25
+    )
     for wrong in ("x2", "jo", "1.2", "x"):
         with pytest.raises(ValueError, match=f"{wrong!r} is not joe or x0.6 to x1.6"):
-            pitch.factor(wrong, "joe")
+            speed_perturbation.parse_factor(wrong, "joe")
     tone = np.sin(2 * np.pi * 200 * np.arange(16_000) / 16_000).astype(np.float32)
-    higher = pitch.raise_by(tone, 16_000, 1.25)
+    higher = speed_perturbation.perturb_speed(tone, 16_000, 1.25)
     assert len(higher) == pytest.approx(24_000 / 1.25, abs=2)
     peak = np.abs(np.fft.rfft(higher)).argmax() * 24_000 / len(higher)
     assert peak == pytest.approx(250, abs=2)
     for engine, voice in ((Joe(), "joe"), (Heart(), "heart")):
         text = "A long sentence keeps its pace however high it is said."
-        own, raised = (len(engine.speak(text, v, "en-us")) for v in (voice, "x1.3"))
-        assert raised == pytest.approx(own, rel=0.12)
+        own, perturbed = (len(engine.synthesize(text, v, "en-us")) for v in (voice, "x1.3"))
+        assert perturbed == pytest.approx(own, rel=0.12)
 
 
 def test_kokoro_names_the_voices_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +193,7 @@ def test_kokoro_names_the_voices_it_has(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_kokoro_styles_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / kokoro.STYLES).write_bytes(b"something else")
+    (tmp_path / kokoro.STYLES_PACKAGE).write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the package that was expected"):
         kokoro.voice_styles(tmp_path)
     monkeypatch.setattr(kokoro.shutil, "which", lambda name: None)
@@ -187,11 +203,11 @@ def test_kokoro_styles_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_natural_voices_are_understood() -> None:
-    """An independent recogniser reads what the engines were asked to say."""
+    """An independent recognizer reads what the engines were asked to say."""
     text = "The weather will be warm and sunny again tomorrow afternoon."
     whisper, mos = Whisper(), DistillMos()
     for engine, voice in ((Joe(), "x0.9"), (Heart(), "heart"), (Kokoro(), "mix-1")):
-        wave = engine.speak(text, voice, "en-us")
+        wave = engine.synthesize(text, voice, "en-us")
         assert word_error_rate([text], [whisper.transcribe(wave)]) <= 0.2
         noise = np.random.default_rng(0).normal(0, 0.1, len(wave)).astype(np.float32)
         assert mos.score(wave) > mos.score(noise) + 1
@@ -217,18 +233,18 @@ def test_asterisk_recordings_and_transcripts(
     listing.write_bytes(gzip.compress(lines.encode()))
     monkeypatch.setattr(asterisk, "_ASTERISK", tmp_path)
     monkeypatch.setattr(asterisk, "_transcripts", lambda base: listing)
-    asterisk_prompts.cache_clear()
-    found = asterisk_prompts("it")
-    assert {name: r.text for name, r in found.items()} == {"hello": "Ciao."}
-    wave = Asterisk().speak("Ciao.", "hello", "it")
+    asterisk_recordings.cache_clear()
+    recordings = asterisk_recordings("it")
+    assert {name: r.text for name, r in recordings.items()} == {"hello": "Ciao."}
+    wave = Asterisk().synthesize("Ciao.", "hello", "it")
     assert len(wave) == pytest.approx(48_000, rel=0.02)
     assert np.abs(wave).max() > 0.1
-    asterisk_prompts.cache_clear()
+    asterisk_recordings.cache_clear()
 
 
 @pytest.fixture
 def ray_cluster(home: Path) -> Iterator[None]:
-    with clusters.embedded():
+    with clusters.embedded_cluster():
         yield
 
 
@@ -236,10 +252,10 @@ def ray_cluster(home: Path) -> Iterator[None]:
 def test_corpus_is_made_once_and_one_bad_voice_does_not_stop_it(
     ray_cluster: None, home: Path
 ) -> None:
-    bad = Source(engine="espeak", language="en-nowhere", voices=("f3",), utterances=1)
-    chosen = CorpusRecipe(out="corpus", sources=(ESPEAK, bad), workers=2)
-    report = make(chosen)
-    assert (report["made"], report["already_there"]) == (8, 0)
+    bad = SpeakerSet(engine="espeak", language="en-nowhere", voices=("f3",), utterances=1)
+    recipe = CorpusRecipe(out="corpus", speakers=(ESPEAK, bad), workers=2)
+    report = build_corpus(recipe)
+    assert (report["generated"], report["already_done"]) == (8, 0)
     (reject,) = report["rejected"]  # type: ignore[misc]
     assert reject["reason"] == "ValueError: espeak has no voice en-nowhere+f3"
     wave, rate = soundfile.read(home / "corpus/espeak-f2/00000.wav")
@@ -248,5 +264,5 @@ def test_corpus_is_made_once_and_one_bad_voice_does_not_stop_it(
     assert "| espeak-f2 | espeak-ng" in (home / "corpus/LICENCES.md").read_text()
 
     (home / "corpus/espeak-m3/00002.wav").unlink()  # as if the first run had been killed
-    again = make(chosen)
-    assert (again["made"], again["already_there"]) == (1, 7)
+    again = build_corpus(recipe)
+    assert (again["generated"], again["already_done"]) == (1, 7)

@@ -14,9 +14,9 @@ from valle.platform.audio import wav_bytes
 def test_pauses_between_sittings_do_not_count() -> None:
     clock = [10.0, 10.1, 10.2, 15.0, 15.1]
     history = [(10.1, 3.0), (15.0, 2.0), (15.1, 1.0)]
-    found = curves.hours(history, clock)
-    assert [value for _, value in found] == [3.0, 2.0, 1.0]
-    assert [time for time, _ in found] == pytest.approx([0.1, 0.2, 0.3])
+    curve = curves.training_hours(history, clock)
+    assert [value for _, value in curve] == [3.0, 2.0, 1.0]
+    assert [time for time, _ in curve] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_curves_are_drawn_from_mlflow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,13 +26,17 @@ def test_curves_are_drawn_from_mlflow(home: Path, capsys: pytest.CaptureFixture[
         for step in range(3):
             mlflow.log_metric("train/loss", 3.0 - step, step=step, run_id=run_id)
         mlflow.log_metric("validation/wer", 0.5, step=2, run_id=run_id)
-    assert [value for _, value in tracking.history("tiny-ar", "train/loss")] == [3.0, 2.0, 1.0]
+    assert [value for _, value in tracking.metric_history("tiny-ar", "train/loss")] == [
+        3.0,
+        2.0,
+        1.0,
+    ]
     out = home / "curves.png"
     curves.main(["tiny-ar", "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_error:
         curves.main(["nobody", "--out", str(out)])
-    assert stopped.value.code == 2
+    assert exit_error.value.code == 2
     assert "no run 'nobody' with metrics" in capsys.readouterr().err
 
 

@@ -9,28 +9,29 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.token_datasets import random_rows, write_dataset
 
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.platform import dataset, storage
 from valle.platform.dataset import SCHEMA, Statistics, TokenDataset
 
 
-def test_round_trip(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
     rows = write_dataset(str(tmp_path / "tokens"), tiny_codec)
-    opened = TokenDataset(str(tmp_path / "tokens"), tmp_path / "cache")
-    assert len(opened) == len(rows)
+    loaded = TokenDataset(str(tmp_path / "tokens"), tmp_path / "cache")
+    assert len(loaded) == len(rows)
     for number in (0, 24, 25, 59):
-        found, row = opened[number], rows[number]
-        assert (found.id, found.speaker, found.text) == (row["id"], row["speaker"], row["text"])
-        np.testing.assert_array_equal(found.codes, row["codes"])
-        assert found.phonemes.tolist() == row["phonemes"]
-    assert opened.frames().tolist() == [row["frames"] for row in rows]
-    assert opened.n_phonemes().tolist() == [len(row["phonemes"]) for row in rows]
-    speakers = opened.speakers()
+        utterance, row = loaded[number], rows[number]
+        for field in ("id", "speaker", "text"):
+            assert getattr(utterance, field) == row[field]
+        np.testing.assert_array_equal(utterance.codes, row["codes"])
+        assert utterance.phonemes.tolist() == row["phonemes"]
+    assert loaded.frames().tolist() == [row["frames"] for row in rows]
+    assert loaded.n_phonemes().tolist() == [len(row["phonemes"]) for row in rows]
+    speakers = loaded.speakers()
     assert len(set(speakers.tolist())) == 3
     assert (np.diff(speakers) >= 0).all()  # utterances of a speaker lie together
 
 
-def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Encodec) -> None:
     rows = write_dataset(str(tmp_path), tiny_codec)
     manifest = dataset.read_manifest(str(tmp_path))
     frames = sum(row["frames"] for row in rows)
@@ -43,7 +44,7 @@ def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Codec) -> None:
 
 def test_row_groups_are_bounded_in_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "FRAMES_PER_ROW_GROUP", 300)
-    dataset.write_shard(str(tmp_path), "one", dataset.table(random_rows(50)))
+    dataset.write_shard(str(tmp_path), "one", dataset.to_table(random_rows(50)))
     footer = pq.ParquetFile(tmp_path / "shards/one.parquet").metadata
     assert footer.num_row_groups > 4
     frames = np.asarray([row["frames"] for row in random_rows(50)])
@@ -52,7 +53,7 @@ def test_row_groups_are_bounded_in_frames(tmp_path: Path, monkeypatch: pytest.Mo
         assert group.sum() <= 300 + frames.max()
 
 
-def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Encodec) -> None:
     write_dataset(str(tmp_path), tiny_codec)
     path = next((tmp_path / "shards").glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -60,18 +61,18 @@ def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Codec) -> None:
         TokenDataset(str(tmp_path), tmp_path / "cache")
 
 
-def test_cache_is_built_once(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_cache_is_built_once(tmp_path: Path, tiny_codec: Encodec) -> None:
     uri = str(tmp_path / "tokens")
     write_dataset(uri, tiny_codec)
     TokenDataset(uri, tmp_path / "cache")
-    built = sorted((tmp_path / "cache/shards").glob("*.arrow"))
-    assert len(built) == 3
+    files = sorted((tmp_path / "cache/shards").glob("*.arrow"))
+    assert len(files) == 3
     for path in (tmp_path / "tokens/shards").glob("*.parquet"):
         path.unlink()  # a second opening needs the cache only
     assert len(TokenDataset(uri, tmp_path / "cache")) == 60
 
 
-def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: Encodec) -> None:
     with pytest.raises(FileNotFoundError, match="run `prepare` first"):
         dataset.read_manifest(str(tmp_path))
     dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
@@ -79,7 +80,7 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: C
         TokenDataset(str(tmp_path), tmp_path / "cache")
 
 
-def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Encodec) -> None:
     manifest = dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
     path = str(tmp_path / "dataset.json")
     storage.write_json(path, {**asdict(manifest), "inventory": ["x", "y"]})
@@ -91,7 +92,7 @@ def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Cod
 
 
 @pytest.mark.slow
-def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Encodec) -> None:
     """200,000 utterances: lengths and speakers come from mapped columns, not from rows."""
     count = 200_000
     frames = np.full(count, 4, np.int32)
@@ -109,6 +110,6 @@ def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Codec
     statistics.add(table)
     dataset.write_manifest(str(tmp_path), tiny_codec.identity, [shard], statistics)
     TokenDataset(str(tmp_path), tmp_path / "cache")
-    opened = TokenDataset(str(tmp_path), tmp_path / "cache")
-    assert len(opened.frames()) == len(opened.speakers()) == count
-    assert opened[123_456].id == "123456"
+    loaded = TokenDataset(str(tmp_path), tmp_path / "cache")
+    assert len(loaded.frames()) == len(loaded.speakers()) == count
+    assert loaded[123_456].id == "123456"

@@ -6,37 +6,37 @@ import numpy as np
 import pytest
 import torch
 
-from valle.model.codec.encodec import Codec, CodecConfig, build, load
+from valle.model.codec.encodec import Encodec, EncodecConfig, build, load
 from valle.model.codec.encodec_stream import decode_next
 from valle.model.codec.interface import CodecIdentity, Codes
 
 
-def with_lstm() -> Codec:
+def with_lstm() -> Encodec:
     """As the official one has it."""
     torch.manual_seed(0)
-    config = CodecConfig(name="lstm", n_filters=4, dimension=16, lstm=2, n_codebooks=8)
+    config = EncodecConfig(name="lstm", n_filters=4, dimension=16, lstm=2, n_codebooks=8)
     model = build(config)
     for layer in model.quantizer.vq.layers:
         layer._codebook.embed.normal_(std=0.3)
-    return Codec(model, CodecIdentity(name="lstm", sha256="0"))
+    return Encodec(model, CodecIdentity(name="lstm", sha256="0"))
 
 
 @pytest.mark.parametrize("make", [load, with_lstm], ids=["nano", "lstm"])
-def test_chunks_decoded_in_turn_are_the_whole(make: Callable[[], Codec]) -> None:
+def test_chunks_decoded_in_turn_are_the_whole(make: Callable[[], Encodec]) -> None:
     codec = make()
     codes: Codes = np.random.default_rng(1).integers(0, 1024, (8, 60)).astype(np.int16)
-    whole = codec.decode([codes])[0]
+    expected = codec.decode([codes])[0]
     state, parts = None, []
     for start, end in ((0, 15), (15, 16), (16, 40), (40, 60)):
         wave, state = decode_next(codec, codes[:, start:end], state)
         assert len(wave) == (end - start) * 320
         parts.append(wave)
-    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
-    assert whole.std() > 1e-3
-    assert state is not None and sum(kept.nbytes for kept in state.kept) < 100_000
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-5)
+    assert expected.std() > 1e-3
+    assert state is not None and sum(x.nbytes for x in state.tensors) < 100_000
 
 
-def test_what_cannot_be_decoded_is_refused(tiny_codec: Codec) -> None:
+def test_what_cannot_be_decoded_is_refused(tiny_codec: Encodec) -> None:
     codes = np.zeros((8, 7), np.int16)
     with pytest.raises(ValueError, match="7 frames in a first chunk, at least 8"):
         decode_next(tiny_codec, codes, None)

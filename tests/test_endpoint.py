@@ -27,109 +27,112 @@ from helpers import clusters
 from helpers.tiny_models import TINY, tiny_ar, tiny_nar
 from ray import serve
 
-from valle.jobs.bench.replicas import replicas
+from valle.jobs.bench.replicas import replica_processes
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.speakers import Joe
-from valle.model.chunks import Chunking, fill_in_chunks
+from valle.model.chunks import Chunking, nar_decode_chunks
 from valle.model.codec.interface import Wave
-from valle.model.nar_decoding import Unfilled, fill_in
+from valle.model.nar_decoding import NARRequest, nar_decode
 from valle.model.sentences import PAUSE
+from valle.model.text import phoneme_ids
 from valle.model.tokens import EOS
-from valle.model.valle import Synthesis, Voice, text_ids
+from valle.model.valle import Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, registry
 from valle.serve.app import build_app
-from valle.serve.web.audio import encode
+from valle.serve.web.audio_formats import encode_audio
 from valle.serve.web.schema import AppArgs
-from valle.serve.web.voices import read_about
+from valle.serve.web.voices import read_voice_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def check_streams(endpoint: str, voice: Voice, prompt: Wave) -> None:
+def check_streams(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None:
     """Two sentences through OpenAI's client: what comes in pieces is what each says alone."""
     text = "Hello there. Good bye."
     parts, limited = [], False
     for number, sentence in enumerate(("Hello there.", "Good bye.")):
-        how = replace(Synthesis(), seed=7 + number, max_seconds=1.0)
-        spoken = voice.speak(sentence, prompt, how)
-        parts.append(spoken.wave)
-        limited |= spoken.hit_limit
+        synthesis = replace(Synthesis(), seed=7 + number, max_seconds=1.0)
+        result = synthesizer.synthesize(sentence, prompt, synthesis)
+        parts.append(result.wave)
+        limited |= result.hit_limit
     expected = np.concatenate([parts[0], PAUSE, parts[1]])
     expected = np.clip(expected * 32767, -32767, 32767).round().astype(int)
 
     with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", timeout=60) as client:
         speech = client.audio.speech
-        asked = {"model": "valle", "voice": "ann", "input": text, "extra_body": {"seed": 7}}
-        with speech.with_streaming_response.create(response_format="pcm", **asked) as answer:
+        fields = {"model": "valle", "voice": "ann", "input": text, "extra_body": {"seed": 7}}
+        with speech.with_streaming_response.create(response_format="pcm", **fields) as answer:
             data = b"".join(answer.iter_bytes())
-        heard = np.frombuffer(data, "<i2").astype(int)
-        assert len(heard) == len(expected) and np.abs(heard - expected).max() <= 1
+        samples = np.frombuffer(data, "<i2").astype(int)
+        assert len(samples) == len(expected) and np.abs(samples - expected).max() <= 1
 
         with speech.with_streaming_response.create(
-            response_format="pcm", stream_format="sse", **asked
+            response_format="pcm", stream_format="sse", **fields
         ) as answer:
             lines = [line for line in answer.iter_lines() if line]
         events = [json.loads(line.removeprefix("data: ")) for line in lines]
-        *deltas, done = events
+        *deltas, last_event = events
         assert {event["type"] for event in deltas} == {"speech.audio.delta"} and len(deltas) >= 2
         assert b"".join(base64.b64decode(event["audio"]) for event in deltas) == data
-        usage = done["usage"]
+        usage = last_event["usage"]
         with speech.with_streaming_response.create(
-            response_format="pcm", **{**asked, "extra_body": {"seed": 7, "max_seconds": 0.1}}
+            response_format="pcm", **{**fields, "extra_body": {"seed": 7, "max_seconds": 0.1}}
         ) as answer:
             short = b"".join(answer.iter_bytes())
         assert len(short) == 2 * 320 * 7  # so many frames fit, and no second sentence
-        assert done["type"] == "speech.audio.done"
-        assert done["hit_limit"] == limited
+        assert last_event["type"] == "speech.audio.done"
+        assert last_event["hit_limit"] == limited
         assert usage["output_tokens"] * 320 == len(parts[0]) + len(parts[1])
         assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
 
-        wav = speech.create(response_format="wav", **asked).read()
+        wav = speech.create(response_format="wav", **fields).read()
         wave, _ = soundfile.read(io.BytesIO(wav), dtype="int16")
-        assert (wave == heard).all()
+        assert (wave == samples).all()
         with pytest.raises(openai.NotFoundError, match="no voice 'bob'"):
             speech.create(model="valle", voice="bob", input=text)
 
 
-def check_chunks(endpoint: str, voice: Voice, prompt: Wave) -> None:
+def check_chunks(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None:
     """A sentence in chunks: the NAR model's codes so far, each frame's when it was ready, decoded
     as one."""
     text = "A sentence that is said before it is done, which takes a while."
-    codes = voice.encode_prompt(prompt, Synthesis())
-    ids = text_ids(text, "en-us")
+    codes = synthesizer.encode_prompt(prompt, Synthesis())
+    ids = phoneme_ids(text, "en-us")
     for seed in range(50):  # the model stops by chance: take one that goes on for three chunks
-        how = replace(Synthesis(), seed=seed, max_seconds=1.0)
-        whole = voice.speak_codes(ids, codes, how).codes
-        if whole.shape[1] > 55:
+        synthesis = replace(Synthesis(), seed=seed, max_seconds=1.0)
+        sentence_codes = synthesizer.synthesize_phonemes(ids, codes, synthesis).codes
+        if sentence_codes.shape[1] > 55:
             break
     body = {"input": text, "voice": "ann", "seed": seed, "response_format": "pcm", "chunked": True}
     with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
         assert answer.status_code == 200 and "x-hit-limit" not in answer.headers
         data = b"".join(answer.iter_bytes())
-    heard = np.frombuffer(data, "<i2").astype(int)
-    assert len(heard) == whole.shape[1] * 320 > 55 * 320
+    samples = np.frombuffer(data, "<i2").astype(int)
+    assert len(samples) == sentence_codes.shape[1] * 320 > 55 * 320
 
-    filled = fill_in_chunks(
-        lambda unfilled: fill_in(voice.nar, unfilled, how.filling),
-        Unfilled(ids, codes, whole[0]), Chunking(), voice.ar.config.group,
+    decoded = nar_decode_chunks(
+        lambda nar_request: nar_decode(synthesizer.nar, nar_request, synthesis.nar_decoding),
+        NARRequest(ids, codes, sentence_codes[0]), Chunking(), synthesizer.ar.config.group,
     )  # fmt: skip
-    wave = voice.codec.decode([filled])[0]
+    wave = synthesizer.codec.decode([decoded])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
-    assert np.abs(heard - expected).max() <= 2
+    assert np.abs(samples - expected).max() <= 2
 
 
-def check_an_upload_brings_its_prompt(endpoint: str, voice: Voice, home: Path) -> None:
+def check_an_upload_brings_its_prompt(endpoint: str, synthesizer: Synthesizer, home: Path) -> None:
     """The codes that are kept with a voice are those that its recording gives."""
-    joe = Joe().speak("We walked along the river and talked until it was dark.", "joe", "en-us")
+    joe = Joe().synthesize(
+        "We walked along the river and talked until it was dark.", "joe", "en-us"
+    )
     files = {"audio_sample": ("joe.wav", audio.wav_bytes(joe))}
-    asked = {"name": "joe", "consent": "CC0"}
-    added = httpx.post(f"{endpoint}/v1/audio/voices", data=asked, files=files, timeout=60)
+    form = {"name": "joe", "consent": "CC0"}
+    added = httpx.post(f"{endpoint}/v1/audio/voices", data=form, files=files, timeout=60)
     assert added.status_code == 200, added.text
     stored = (home / "voices/joe.flac").read_bytes()
-    kept = read_about(stored)
-    expected = voice.encode_prompt(audio.read(stored, max_seconds=30), Synthesis())
-    assert kept is not None and kept.codec == voice.codec.identity.sha256
-    assert (kept.prompt_codes() == expected).all()
+    metadata = read_voice_metadata(stored)
+    expected = synthesizer.encode_prompt(audio.read(stored, max_seconds=30), Synthesis())
+    assert metadata is not None and metadata.codec == synthesizer.codec.identity.sha256
+    assert (metadata.prompt_codes() == expected).all()
     body = {"input": "hello", "voice": "joe", "response_format": "pcm"}
     named = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     inline = body | {"voice": "", "ref_audio": base64.b64encode(stored).decode()}
@@ -151,16 +154,18 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert good.headers["content-type"] == "audio/wav"
 
         # through four deployments = the reference path, sample for sample
-        voice: Voice = registry.load_voice(registry.resolve(registry.CHAMPION))
-        how = replace(Synthesis(), seed=7, max_seconds=1.0)
+        synthesizer: Synthesizer = registry.load_synthesizer(registry.resolve(registry.CHAMPION))
+        synthesis = replace(Synthesis(), seed=7, max_seconds=1.0)
         prompt = audio.read(recording, max_seconds=30)
-        expected = voice.speak_codes(
-            text_ids("hello there", "en-us"), voice.encode_prompt(prompt, how), how
+        expected = synthesizer.synthesize_phonemes(
+            phoneme_ids("hello there", "en-us"),
+            synthesizer.encode_prompt(prompt, synthesis),
+            synthesis,
         )
-        heard, _ = soundfile.read(io.BytesIO(good.content), dtype="int16")
-        reference, _ = soundfile.read(io.BytesIO(encode(expected.wave, "wav")), dtype="int16")
+        samples, _ = soundfile.read(io.BytesIO(good.content), dtype="int16")
+        reference, _ = soundfile.read(io.BytesIO(encode_audio(expected.wave, "wav")), dtype="int16")
         # a replica has one torch thread, this process more: sums differ in their last bit
-        assert np.abs(heard.astype(int) - reference).max() <= 1 and heard.std() > 10
+        assert np.abs(samples.astype(int) - reference).max() <= 1 and samples.std() > 10
         assert good.headers["x-hit-limit"] == str(expected.hit_limit).lower()
 
         assert speech(input="hello there", voice="ann", seed=8).content != good.content
@@ -168,7 +173,7 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert usual.headers["content-type"] == "audio/mpeg"  # as OpenAI's answers
         assert soundfile.info(io.BytesIO(usual.content)).format == "MP3"
         faster = speech(input="hello there", voice="ann", seed=7, speed=2.0)
-        ratio = soundfile.info(io.BytesIO(faster.content)).frames / len(heard)
+        ratio = soundfile.info(io.BytesIO(faster.content)).frames / len(samples)
         assert ratio == pytest.approx(0.5, abs=0.1)
         inline = base64.b64encode(recording).decode()
         assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
@@ -176,9 +181,9 @@ def test_endpoint(endpoint: str, home: Path) -> None:
         assert client.get("/health/live").json() == {"status": "ok"}
         assert client.get("/health/ready").json() == {"status": "ready", "waiting_for": []}
 
-        check_streams(endpoint, voice, prompt)
-        check_chunks(endpoint, voice, prompt)
-        check_an_upload_brings_its_prompt(endpoint, voice, home)
+        check_streams(endpoint, synthesizer, prompt)
+        check_chunks(endpoint, synthesizer, prompt)
+        check_an_upload_brings_its_prompt(endpoint, synthesizer, home)
 
         refused = {
             (400, "input"): {"input": "", "voice": "ann"},
@@ -212,33 +217,33 @@ def test_endpoint(endpoint: str, home: Path) -> None:
 @pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])
 def test_who_leaves_frees_the_slot(endpoint: str) -> None:
     """A client that goes away in the middle of an answer."""
-    ask = {"input": "And on it goes. " * 60, "voice": "ann", "response_format": "pcm"}
+    body = {"input": "And on it goes. " * 60, "voice": "ann", "response_format": "pcm"}
     started = time.monotonic()
-    whole = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=120)
-    assert whole.status_code == 200
+    complete = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=120)
+    assert complete.status_code == 200
     to_the_end = time.monotonic() - started  # what it takes where nobody leaves
     started = time.monotonic()
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=ask, timeout=60) as answer:
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
         chunks = answer.iter_raw()
         assert next(chunks)
-        clusters.wait_for(clusters.slots_wanted, 10, "the next sentence")
-    clusters.wait_for(clusters.idle, 30, "the slot")
+        clusters.wait_for(clusters.slot_demand, 10, "the next sentence")
+    clusters.wait_for(clusters.endpoint_idle, 30, "the slot")
     assert time.monotonic() - started < to_the_end / 2
 
 
 @contextmanager
-def asking(endpoint: str, ask: dict[str, object]) -> Iterator[list[httpx.Response]]:
+def steady_clients(endpoint: str, body: dict[str, object]) -> Iterator[list[httpx.Response]]:
     """Four clients that ask and ask; yields what they are answered, some of it already there."""
     answers: list[httpx.Response] = []
     stop = threading.Event()
 
-    def go_on() -> None:
+    def run_client() -> None:
         with httpx.Client(base_url=endpoint, timeout=60) as client:
             while not stop.is_set():
-                answers.append(client.post("/v1/audio/speech", json=ask))
+                answers.append(client.post("/v1/audio/speech", json=body))
 
     with ThreadPoolExecutor(4) as clients:
-        running = [clients.submit(go_on) for _ in range(4)]
+        running = [clients.submit(run_client) for _ in range(4)]
         try:
             clusters.wait_for(lambda: len(answers) > 4, 60, "the first answers")
             yield answers
@@ -253,46 +258,51 @@ def test_the_application_is_deployed_anew_while_people_ask(
     endpoint: str, app_args: AppArgs
 ) -> None:
     """With other arguments every replica is another, and no request notices."""
-    ask = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
-    with asking(endpoint, ask) as answers:
-        old = {process.pid for process in replicas()}
+    body = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
+    with steady_clients(endpoint, body) as answers:
+        old = {process.pid for process in replica_processes()}
         assert len(old) == 4
         serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
-        clusters.wait_for(lambda: not old & {p.pid for p in replicas()}, 60, "the last old replica")
+        clusters.wait_for(
+            lambda: not old & {p.pid for p in replica_processes()}, 60, "the last old replica"
+        )
         so_far = len(answers)
         clusters.wait_for(lambda: len(answers) > so_far + 8, 60, "answers of the new ones")
 
     assert {answer.status_code for answer in answers} == {200}
     first, *others = (np.frombuffer(answer.content, "<i2").astype(int) for answer in answers)
-    for heard in others:  # batched with other neighbours
-        assert len(heard) == len(first) and np.abs(heard - first).max() <= 2
+    for samples in others:  # batched with other neighbours
+        assert len(samples) == len(first) and np.abs(samples - first).max() <= 2
 
 
 @pytest.mark.ray
 def test_the_champion_changes_while_people_ask(
-    endpoint: str, published: PublishRecipe, home: Path
+    endpoint: str, publish_recipe: PublishRecipe, home: Path
 ) -> None:
     """No request fails, and each answer is one version's, whole."""
     prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
 
     def expected(version: str) -> np.ndarray:
-        voice = registry.load_voice(registry.resolve(version))
-        how = replace(Synthesis(), seed=1, max_seconds=1.0)
+        synthesizer = registry.load_synthesizer(registry.resolve(version))
+        synthesis = replace(Synthesis(), seed=1, max_seconds=1.0)
         wave, _ = soundfile.read(
-            io.BytesIO(encode(voice.speak("hello there", prompt, how).wave, "wav")), dtype="int16"
+            io.BytesIO(
+                encode_audio(synthesizer.synthesize("hello there", prompt, synthesis).wave, "wav")
+            ),
+            dtype="int16",
         )
         return wave.astype(int)
 
-    ask = {"input": "hello there", "voice": "ann", "seed": 1, "response_format": "wav"}
-    with asking(endpoint, ask) as answers:
-        codec = registry.load_voice(registry.resolve(registry.CHAMPION)).codec.identity
+    body = {"input": "hello there", "voice": "ann", "seed": 1, "response_format": "wav"}
+    with steady_clients(endpoint, body) as answers:
+        codec = registry.load_synthesizer(registry.resolve(registry.CHAMPION)).codec.identity
         for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
             if kind == "ar":
                 model.head.bias.data[EOS] = 4.2
-            about = checkpoint.describe(kind, TINY, codec, "test", {})
+            metadata = checkpoint.new_metadata(kind, TINY, codec, "test", {})
             folder = home / f"runs/test-{kind}/step_{30:08d}"
-            checkpoint.save(folder, model.state_dict(), about)
-        assert publish(published) == 2
+            checkpoint.save(folder, model.state_dict(), metadata)
+        assert publish(publish_recipe) == 2
         clusters.wait_for(
             lambda: answers[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
         )
@@ -301,17 +311,17 @@ def test_the_champion_changes_while_people_ask(
     seen = {version: expected(version) for version in ("models:/valle/1", "models:/valle/2")}
     assert {answer.headers["x-model"] for answer in answers} == set(seen)
     for answer in answers:
-        heard, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
+        samples, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
         reference = seen[answer.headers["x-model"]]
-        assert len(heard) == len(reference) and np.abs(heard - reference).max() <= 1
+        assert len(samples) == len(reference) and np.abs(samples - reference).max() <= 1
 
 
 @pytest.mark.ray
-def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) -> None:
+def test_serve_run_starts_the_application(publish_recipe: PublishRecipe, home: Path) -> None:
     """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
-    publish(published)
+    publish(publish_recipe)
     port = clusters.free_port()
-    with clusters.embedded():
+    with clusters.embedded_cluster():
         import ray
 
         content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
@@ -325,7 +335,7 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
-            clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 120, "the endpoint")
+            clusters.wait_for(lambda: clusters.responds(f"{url}/health/live"), 120, "the endpoint")
             body = {"input": "hello", "voice": "ann"}
             assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
         finally:
@@ -334,9 +344,9 @@ def test_serve_run_starts_the_application(published: PublishRecipe, home: Path) 
 
 
 @pytest.mark.ray
-def test_the_command_serves_behind_haproxy(published: PublishRecipe, home: Path) -> None:
+def test_the_command_serves_behind_haproxy(publish_recipe: PublishRecipe, home: Path) -> None:
     """`make serve` with the flags for many clients: same answers, refusals and streams."""
-    publish(published)
+    publish(publish_recipe)
     port = clusters.free_port()
     folder = tempfile.mkdtemp(prefix="valle-haproxy-")
     flags = {
@@ -353,15 +363,15 @@ def test_the_command_serves_behind_haproxy(published: PublishRecipe, home: Path)
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | flags, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        clusters.wait_for(lambda: clusters.answers(f"{url}/health/live"), 180, "the endpoint")
+        clusters.wait_for(lambda: clusters.responds(f"{url}/health/live"), 180, "the endpoint")
         with httpx.Client(base_url=url, timeout=60) as client:
             body = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
-            whole = client.post("/v1/audio/speech", json=body)
-            assert whole.status_code == 200
+            complete = client.post("/v1/audio/speech", json=body)
+            assert complete.status_code == 200
             [config] = Path(folder).rglob("*.cfg")  # one a node
             assert f":{port}" in config.read_text()  # it is in between
             with client.stream("POST", "/v1/audio/speech", json=body) as answer:
-                assert b"".join(answer.iter_bytes()) == whole.content
+                assert b"".join(answer.iter_bytes()) == complete.content
             refused = client.post("/v1/audio/speech", json={**body, "voice": "bob"})
             assert refused.status_code == 404
             assert refused.json()["error"]["code"] == "voice_not_found"

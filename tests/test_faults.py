@@ -20,7 +20,7 @@ import soundfile
 from helpers import clusters
 from ray import serve
 
-from valle.jobs.bench.replicas import replicas
+from valle.jobs.bench.replicas import replica_processes
 from valle.platform import audio
 from valle.serve.engine.request import Request
 
@@ -35,8 +35,8 @@ pytestmark = [
 
 def speaks(endpoint: str) -> bool:
     try:
-        ask = {"input": "hello", "voice": "ann", "response_format": "pcm"}
-        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=60)
+        body = {"input": "hello", "voice": "ann", "response_format": "pcm"}
+        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     except httpx.HTTPError:
         return False
     return answer.status_code == 200 and len(answer.content) > 0
@@ -54,8 +54,8 @@ def check_gone_before_the_first_sound(endpoint: str, to_the_end: float) -> None:
     head = "POST /v1/audio/speech HTTP/1.1\nHost: x\nContent-Type: application/json\n"
     started = time.monotonic()
     with connect(endpoint, f"{head}Content-Length: {len(body)}\n\n{body}"):
-        clusters.wait_for(clusters.slots_wanted, 20, "the first sentence")
-    clusters.wait_for(clusters.idle, 60, "the slot")
+        clusters.wait_for(clusters.slot_demand, 20, "the first sentence")
+    clusters.wait_for(clusters.endpoint_idle, 60, "the slot")
     assert time.monotonic() - started < to_the_end / 2
 
 
@@ -98,15 +98,15 @@ def check_bombs(endpoint: str) -> None:
     unknown[22:26] = bytes(4)
     wav = bytearray(audio.wav_bytes(np.zeros(24_000, np.float32)))
     wav[40:44] = b"\xf0\xff\xff\xff"  # a header that announces four gigabytes
-    running = [process.pid for process in replicas()]
+    running = [process.pid for process in replica_processes()]
     for pid in running:
         forget_peak(pid)
     before = {pid: peak(pid) for pid in running}
     statuses = []
     for data in (hours, bytes(unknown), bytes(wav), b"fLaC" + bytes(1000), b"OggS" * 99):
         assert len(data) < 700_000
-        ask = {"input": "hello", "ref_audio": base64.b64encode(data).decode()}
-        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=ask, timeout=30)
+        body = {"input": "hello", "ref_audio": base64.b64encode(data).decode()}
+        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=30)
         statuses.append(answer.status_code)
         if answer.status_code != 200:
             assert answer.json()["error"]["param"] == "ref_audio"
@@ -117,18 +117,20 @@ def check_bombs(endpoint: str) -> None:
     assert max(peak(pid) - before[pid] for pid in running) < 100e6
 
 
-def check_a_slow_reader_holds_nobody_up(endpoint: str, whole: bytes) -> None:
+def check_a_slow_reader_holds_nobody_up(endpoint: str, reference: bytes) -> None:
     """It gets the same answer as a fast one, and others need not wait for it."""
     with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=LONG, timeout=60) as answer:
         assert answer.status_code == 200
         chunks = answer.iter_raw()
         data = next(chunks)
-        clusters.wait_for(clusters.idle, 120, "nothing to be made any more, while nobody reads")
+        clusters.wait_for(
+            clusters.endpoint_idle, 120, "nothing to be made any more, while nobody reads"
+        )
         assert speaks(endpoint)
         data += b"".join(chunks)
-    heard, expected = np.frombuffer(data, "<i2"), np.frombuffer(whole, "<i2")
-    assert len(heard) == len(expected)
-    assert np.abs(heard.astype(int) - expected).max() <= 2  # batched with other neighbours
+    samples, expected = np.frombuffer(data, "<i2"), np.frombuffer(reference, "<i2")
+    assert len(samples) == len(expected)
+    assert np.abs(samples.astype(int) - expected).max() <= 2  # batched with other neighbours
 
 
 def check_overload(endpoint: str) -> None:
@@ -137,8 +139,8 @@ def check_overload(endpoint: str) -> None:
     async def fire() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=300, limits=limits) as client:
-            ask = LONG | {"input": "And on it goes. " * 4}
-            calls = [client.post(f"{endpoint}/v1/audio/speech", json=ask) for _ in range(250)]
+            body = LONG | {"input": "And on it goes. " * 4}
+            calls = [client.post(f"{endpoint}/v1/audio/speech", json=body) for _ in range(250)]
             return await asyncio.gather(*calls)
 
     answers = asyncio.run(fire())
@@ -157,27 +159,27 @@ def check_overload(endpoint: str) -> None:
 
 async def check_a_killed_replica(endpoint: str) -> None:
     """Streams that it was speaking say that they broke; those that come later are answered."""
-    begun = []
+    open_streams = []
 
     async def listen() -> list[dict]:
         events = []
-        ask = LONG | {"stream_format": "sse"}
+        body = LONG | {"stream_format": "sse"}
         async with (
             httpx.AsyncClient(timeout=300) as client,
-            client.stream("POST", f"{endpoint}/v1/audio/speech", json=ask) as answer,
+            client.stream("POST", f"{endpoint}/v1/audio/speech", json=body) as answer,
         ):
             assert answer.status_code == 200
             async for line in answer.aiter_lines():
                 if line:
                     events.append(json.loads(line.removeprefix("data: ")))
-                    begun.append(events)
+                    open_streams.append(events)
         return events
 
     running = [asyncio.create_task(listen()) for _ in range(3)]
-    while len({id(events) for events in begun}) < 3:
+    while len({id(events) for events in open_streams}) < 3:
         await asyncio.sleep(0.1)
-    await asyncio.to_thread(clusters.wait_for, clusters.slots_wanted, 20, "a stream at work")
-    [process] = replicas("AR")
+    await asyncio.to_thread(clusters.wait_for, clusters.slot_demand, 20, "a stream at work")
+    [process] = replica_processes("AR")
     os.kill(process.pid, signal.SIGKILL)
     last = [events[-1] for events in await asyncio.gather(*running)]
     broken = [event["error"] for event in last if event["type"] == "error"]
@@ -198,14 +200,14 @@ def check_the_engine_breaks(endpoint: str) -> None:
 
 def test_what_clients_do(endpoint: str) -> None:
     started = time.monotonic()
-    whole = httpx.post(f"{endpoint}/v1/audio/speech", json=LONG, timeout=300)
+    reference = httpx.post(f"{endpoint}/v1/audio/speech", json=LONG, timeout=300)
     to_the_end = time.monotonic() - started
-    assert whole.status_code == 200
+    assert reference.status_code == 200
     check_gone_before_the_first_sound(endpoint, to_the_end)
     for route in ("/v1/audio/speech", "/v1/audio/voices"):
         check_a_gigabyte_is_refused_unread(endpoint, route)
     check_bombs(endpoint)
-    check_a_slow_reader_holds_nobody_up(endpoint, whole.content)
+    check_a_slow_reader_holds_nobody_up(endpoint, reference.content)
     check_overload(endpoint)
 
 

@@ -11,17 +11,17 @@ from starlette.types import Receive, Scope, Send
 
 from valle.serve.web import keys
 from valle.serve.web.api import create_api
-from valle.serve.web.keys import Guard, Key, read_keys
+from valle.serve.web.keys import ApiKey, ApiKeyMiddleware, read_keys
 from valle.serve.web.schema import AppArgs
 
 
-def key(name: str, secret: str, **limits: int) -> Key:
+def key(name: str, secret: str, **limits: int) -> ApiKey:
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    return Key(name=name, sha256=digest, **limits)
+    return ApiKey(name=name, sha256=digest, **limits)
 
 
-def client(guard: object) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(guard)  # type: ignore[arg-type]
+def client(middleware: object) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(middleware)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -37,8 +37,8 @@ async def test_keys_made_by_the_command_open_the_api(
     assert secret not in file.read_text()
     api = create_api(AppArgs(voices=str(tmp_path), api_keys=str(file)))
     async with client(api) as http:
-        for given in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Basic {secret}"}):
-            answer = await http.get("/v1/audio/voices", headers=given)
+        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Basic {secret}"}):
+            answer = await http.get("/v1/audio/voices", headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
         answer = await http.get("/v1/audio/voices", headers={"Authorization": f"Bearer {secret}"})
@@ -62,25 +62,27 @@ async def test_each_key_has_its_own_limits() -> None:
         await gate.wait()  # the head is sent, the body is not: it still runs
         await send({"type": "http.response.body", "body": b"ok"})
 
-    guard = Guard(slow, [key("a", "A", requests_per_minute=3, concurrent=1), key("b", "B")])
-    async with client(guard) as http:
+    middleware = ApiKeyMiddleware(
+        slow, [key("a", "A", requests_per_minute=3, concurrent=1), key("b", "B")]
+    )
+    async with client(middleware) as http:
 
-        def ask(secret: str) -> "asyncio.Task[httpx.Response]":
+        def get(secret: str) -> "asyncio.Task[httpx.Response]":
             headers = {"Authorization": f"Bearer {secret}"}
             return asyncio.create_task(http.get("/v1/x", headers=headers))
 
-        running = ask("A")
+        running = get("A")
         await entered.wait()
-        second = await ask("A")
+        second = await get("A")
         assert second.status_code == 429 and second.headers["retry-after"] == "1"
         assert second.json()["error"]["type"] == "rate_limit_error"
-        other = ask("B")
+        other = get("B")
         gate.set()
         assert (await running).status_code == (await other).status_code == 200
-        assert [(await ask("A")).status_code for _ in range(3)] == [200, 200, 429]
-        late = await ask("A")
+        assert [(await get("A")).status_code for _ in range(3)] == [200, 200, 429]
+        late = await get("A")
         assert 1 <= int(late.headers["retry-after"]) <= 61
-        assert (await ask("B")).status_code == 200
+        assert (await get("B")).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,10 @@ def test_modules_are_found_without_the_links(tmp_path: Path) -> None:
     for name in ("__init__.py", "tokens.py"):
         (tmp_path / "model" / name).write_text((ROOT / "model" / name).read_text())
     code = "import valle.model.tokens as t; print(t.__file__)"
-    found = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
-    assert str(tmp_path) in found.stdout
+    assert str(tmp_path) in run.stdout
 
 
 def _imports(path: Path) -> set[str]:

@@ -8,11 +8,11 @@ import torch
 from helpers.tiny_models import TINY, perturb, random_batch, random_items, tiny_ar, tiny_nar
 
 from valle.jobs.training.objective import ar_loss, nar_loss
-from valle.model.ar import AR, single
+from valle.model.ar import AR
 from valle.model.config import ModelConfig
-from valle.model.layers import KVCache, rotate, rotation
+from valle.model.layers import KVCache, apply_rotary, rotary_cos_sin
 from valle.model.sampling import Sampling, guide
-from valle.model.sequence import collate
+from valle.model.sequence import collate, single_batch
 from valle.model.tokens import EOS
 
 GREEDY = Sampling(temperature=0.0)
@@ -25,19 +25,19 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
     phonemes, prompt, codes = random_items(30)[0]
     first = codes[0]
     with torch.inference_mode():
-        full = model(single(phonemes, prompt, first))[0]
+        full = model(single_batch(phonemes, prompt, first))[0]
         cache = KVCache.empty(
             TINY, 1, model.capacity(len(phonemes), prompt.shape[1], 30), first.float()
         )
-        hidden = model.prefill(single(phonemes, prompt, first[:0]), cache)
+        hidden = model.prefill(single_batch(phonemes, prompt, first[:0]), cache)
         steps = []
         for position in range(len(first) + 1):
-            said = position % group
-            if position and not said:
+            index = position % group
+            if position and not index:
                 start = torch.tensor([position - group])
                 hidden = model.step(first[None, position - group : position], start, cache)
-            known = first[None, position - said : position, None]
-            steps.append(model.logits(hidden[:, None], known)[0, 0])
+            previous = first[None, position - index : position, None]
+            steps.append(model.logits(hidden[:, None], previous)[0, 0])
     torch.testing.assert_close(torch.stack(steps), full, atol=1e-5, rtol=1e-4)
 
 
@@ -54,15 +54,15 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group
     model = tiny_ar(config=replace(TINY, group=group))
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
-    with_cache, without = (
+    with_cache, without_cache = (
         model.generate(
             phonemes, prompt, sampling=sampling, max_frames=25, use_cache=use_cache,
             generator=torch.Generator().manual_seed(3),
         )
         for use_cache in (True, False)
     )  # fmt: skip
-    assert torch.equal(with_cache.codes, without.codes)
-    assert with_cache.hit_limit == without.hit_limit
+    assert torch.equal(with_cache.codes, without_cache.codes)
+    assert with_cache.hit_limit == without_cache.hit_limit
 
 
 def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
@@ -71,21 +71,21 @@ def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
     phonemes, prompt, _ = random_items(20)[0]
     none = phonemes[:0]
     with torch.inference_mode():
-        given, without = (
-            model.forward(single(text, voice, none))[:, 0, :EOS]
+        conditional, unconditional_logits = (
+            model.forward(single_batch(text, voice, none))[:, 0, :EOS]
             for text, voice in (
                 (phonemes, prompt),
                 (torch.zeros_like(phonemes), torch.zeros_like(prompt)),
             )
         )
-    expected = [guide(given, without, scale).argmax() for scale in (1.0, 10.0)]
+    expected = [guide(conditional, unconditional_logits, scale).argmax() for scale in (1.0, 10.0)]
     assert expected[0] != expected[1], "a dull test"
     for scale, code in zip((1.0, 10.0), expected, strict=True):
-        said = model.generate(
+        output = model.generate(
             phonemes, prompt, sampling=Sampling(temperature=0.0, guidance_scale=scale),
             max_frames=1, generator=torch.Generator(),
         )  # fmt: skip
-        assert said.codes.tolist() == [int(code)]
+        assert output.codes.tolist() == [int(code)]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -98,27 +98,27 @@ def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
     arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}
-    whole = model.generate(phonemes, prompt, **arguments).codes
-    assert len(whole.unique()) > 2
+    codes = model.generate(phonemes, prompt, **arguments).codes
+    assert len(codes.unique()) > 2
     for length in (group, 6, 12):
         continued = model.generate(
-            phonemes, prompt, prefix=whole[:length], use_cache=use_cache, **arguments
+            phonemes, prompt, prefix=codes[:length], use_cache=use_cache, **arguments
         )
-        assert torch.equal(continued.codes, whole) and continued.hit_limit
+        assert torch.equal(continued.codes, codes) and continued.hit_limit
     if group > 1:
         with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of the group's 3"):
-            model.generate(phonemes, prompt, prefix=whole[:4], **arguments)
+            model.generate(phonemes, prompt, prefix=codes[:4], **arguments)
 
 
 def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
     model = tiny_ar(config=replace(TINY, group=3))
     perturb(model, 0.5)
     phonemes, prompt, codes = random_items(20)[0]
-    base = model(single(phonemes, prompt, codes[0]))[0]
+    base = model(single_batch(phonemes, prompt, codes[0]))[0]
     for frame in (9, 10, 11):  # the fourth group
         changed = codes[0].clone()
         changed[frame] = (changed[frame] + 1) % 1024
-        logits = model(single(phonemes, prompt, changed))[0]
+        logits = model(single_batch(phonemes, prompt, changed))[0]
         assert torch.equal(base[: frame + 1], logits[: frame + 1])
         assert not torch.allclose(base[frame + 1], logits[frame + 1])
 
@@ -155,18 +155,18 @@ def test_ar_is_causal_and_sees_text_and_prompt() -> None:
     model = tiny_ar()
     perturb(model)
     phonemes, prompt, codes = random_items(20)[0]
-    base = model(single(phonemes, prompt, codes[0]))[0]
+    base = model(single_batch(phonemes, prompt, codes[0]))[0]
     later = codes[0].clone()
     later[12] = (later[12] + 1) % 1024
-    changed = model(single(phonemes, prompt, later))[0]
+    changed = model(single_batch(phonemes, prompt, later))[0]
     assert torch.equal(base[:13], changed[:13])
     assert not torch.allclose(base[13:], changed[13:])
-    other_text = model(single(phonemes.roll(1), prompt, codes[0]))[0]
+    other_text = model(single_batch(phonemes.roll(1), prompt, codes[0]))[0]
     assert not torch.allclose(base[0], other_text[0])
     for book in range(8):  # the prompt is heard in all its codebooks
         louder = prompt.clone()
         louder[book] = (louder[book] + 1) % 1024
-        assert not torch.allclose(base[0], model(single(phonemes, louder, codes[0]))[0][0])
+        assert not torch.allclose(base[0], model(single_batch(phonemes, louder, codes[0]))[0][0])
 
 
 def test_first_response_token_is_trained() -> None:
@@ -217,21 +217,23 @@ def test_nar_loss_falls_on_the_response_at_its_level() -> None:
 def test_nar_generates_all_codebooks_from_the_first() -> None:
     model = tiny_nar()
     phonemes, prompt, codes = random_items(15)[0]
-    made = model.generate(phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator())
-    assert made.shape == (8, 15)
-    assert torch.equal(made[0], codes[0])
+    generated = model.generate(
+        phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator()
+    )
+    assert generated.shape == (8, 15)
+    assert torch.equal(generated[0], codes[0])
     # teacher-forced with its own output, each level predicts itself
     for level in range(1, 8):
-        logits = model(collate([phonemes], [prompt], [made]), torch.tensor([level]))[0]
-        assert torch.equal(logits.argmax(-1), made[level])
+        logits = model(collate([phonemes], [prompt], [generated]), torch.tensor([level]))[0]
+        assert torch.equal(logits.argmax(-1), generated[level])
 
 
 def test_rotary_scores_depend_on_distance_only() -> None:
     query, key = torch.randn(2, 1, 1, 1, 8).unbind(0)
 
     def score(at: float, to: float) -> torch.Tensor:
-        turn = [rotation(torch.tensor([[p]]), 8) for p in (at, to)]
-        return (rotate(query, turn[0]) * rotate(key, turn[1])).sum()
+        cos_sin = [rotary_cos_sin(torch.tensor([[p]]), 8) for p in (at, to)]
+        return (apply_rotary(query, cos_sin[0]) * apply_rotary(key, cos_sin[1])).sum()
 
     torch.testing.assert_close(score(3.0, 7.0), score(10.0, 14.0))
     assert not torch.allclose(score(3.0, 7.0), score(3.0, 8.0))
@@ -260,10 +262,10 @@ def test_attention_that_learns_equals_the_fused_kernel(kind: str) -> None:
     model = tiny_ar() if kind == "ar" else tiny_nar()
     perturb(model)
     batch = random_batch(30, 17)
-    given = (batch,) if kind == "ar" else (batch, torch.tensor([1, 2]))
-    learning = model(*given)
+    arguments = (batch,) if kind == "ar" else (batch, torch.tensor([1, 2]))
+    learning = model(*arguments)
     with torch.inference_mode():
-        speaking = model(*given)
+        speaking = model(*arguments)
     assert learning.requires_grad
     torch.testing.assert_close(learning.detach(), speaking, atol=1e-5, rtol=1e-4)
 
@@ -284,7 +286,7 @@ def compare_compiled_with_plain(kind: str) -> None:
     model = tiny_ar() if kind == "ar" else tiny_nar()
     perturb(model)
     level = torch.tensor([1, 2])
-    found: list[list[torch.Tensor]] = []
+    results: list[list[torch.Tensor]] = []
     for compiled in (False, True):
         if compiled:
             model.transformer.compile(dynamic=True)
@@ -297,7 +299,7 @@ def compare_compiled_with_plain(kind: str) -> None:
                 loss = nar_loss(model(batch, level), batch, level)
             loss.loss.backward()
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            found.append([loss.loss.detach(), *gradients])
-    plain, fast = found[:2], found[2:]
+            results.append([loss.loss.detach(), *gradients])
+    plain, fast = results[:2], results[2:]
     for one, other in zip(plain, fast, strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from valle.jobs.evaluate_codec import Judges, evaluate
-from valle.jobs.evaluation.metrics.likeness import load_encoder
-from valle.jobs.evaluation.metrics.recogniser import load_recogniser
+from valle.jobs.evaluate_codec import CodecMetrics, evaluate
+from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
+from valle.jobs.evaluation.metrics.words import load_recognizer
 from valle.jobs.speakers import Heart, Joe
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.codec.interface import Wave
 from valle.model.codec.loading import load_codec
-from valle.model.codec.nano2 import Nano2
+from valle.model.codec.nano2 import Nano2Codec
 from valle.model.codec.quantizer import Quantizer, QuantizerConfig
-from valle.model.codec.storage import save_quantizer
+from valle.model.codec.weights import save_quantizer
 
 
 def folder_of(rate: int, folder: Path) -> Path:
@@ -34,8 +34,8 @@ def folder_of(rate: int, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=[75, 50, 25])
-def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nano2:
-    return Nano2.load(folder_of(request.param, tmp_path_factory.mktemp("nano2")))
+def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Nano2Codec:
+    return Nano2Codec.load(folder_of(request.param, tmp_path_factory.mktemp("nano2")))
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +46,25 @@ def waves() -> list[Wave]:
     return [(generator.normal(size=len(s)) * s * 0.1).astype(np.float32) for s in shapes]
 
 
-def test_lengths_are_whole_frames(codec: Nano2, waves: list[Wave]) -> None:
+def test_lengths_are_whole_frames(codec: Nano2Codec, waves: list[Wave]) -> None:
     codes = codec.encode(waves)
     hop = 24_000 // codec.identity.frame_rate
     assert [item.shape for item in codes] == [(3, -(-len(wave) // hop)) for wave in waves]
     assert [len(wave) for wave in codec.decode(codes)] == [item.shape[1] * hop for item in codes]
 
 
-def test_batched_is_single(codec: Nano2, waves: list[Wave]) -> None:
+def test_batched_is_single(codec: Nano2Codec, waves: list[Wave]) -> None:
     together = codec.encode(waves)
     for wave, codes in zip(waves, together, strict=True):
         np.testing.assert_array_equal(codec.encode([wave])[0], codes)
-    spoken = codec.decode(together)
-    for codes, wave in zip(together, spoken, strict=True):
+    waves_together = codec.decode(together)
+    for codes, wave in zip(together, waves_together, strict=True):
         np.testing.assert_allclose(codec.decode([codes])[0], wave, atol=1e-4)
     pieces = codec.decode(together, batch_seconds=0.1)  # one at a time
-    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(pieces, spoken, strict=True))
+    assert all(np.abs(a - b).max() < 1e-4 for a, b in zip(pieces, waves_together, strict=True))
 
 
-def test_fewer_codebooks_and_bad_codes(codec: Nano2, waves: list[Wave]) -> None:
+def test_fewer_codebooks_and_bad_codes(codec: Nano2Codec, waves: list[Wave]) -> None:
     codes = codec.encode(waves[:1])[0]
     one = codec.decode([codes[:1]])[0]
     assert len(one) == len(codec.decode([codes])[0])
@@ -78,12 +78,12 @@ def test_fewer_codebooks_and_bad_codes(codec: Nano2, waves: list[Wave]) -> None:
 
 def test_loading_by_name_or_folder(tmp_path: Path, tiny_codec_folder: Path) -> None:
     loaded = load_codec(str(folder_of(50, tmp_path)))
-    assert isinstance(loaded, Nano2)
-    assert loaded.identity == Nano2.load(tmp_path).identity
+    assert isinstance(loaded, Nano2Codec)
+    assert loaded.identity == Nano2Codec.load(tmp_path).identity
     assert (loaded.identity.name, loaded.identity.frame_rate) == ("nano2", 50)
     loaded.quantizer.codebooks()[0].cluster_size.fill_(7)  # of training, no part of the codec
-    assert Nano2(loaded.quantizer).identity == loaded.identity
-    assert isinstance(load_codec(str(tiny_codec_folder)), Codec)
+    assert Nano2Codec(loaded.quantizer).identity == loaded.identity
+    assert isinstance(load_codec(str(tiny_codec_folder)), Encodec)
     with pytest.raises(ValueError, match="codec mismatch"):
         load_codec(str(tiny_codec_folder)).identity.check(loaded.identity, "a dataset")
 
@@ -92,12 +92,15 @@ def test_loading_by_name_or_folder(tmp_path: Path, tiny_codec_folder: Path) -> N
 def test_the_vocoder_keeps_words_and_voice(tmp_path: Path) -> None:
     """The features leave out little; an untrained quantiser leaves nothing of the voice."""
     text = "The boats came home before the storm had reached the harbour."
-    recordings = [Joe().speak(text, "joe", "en-us"), Heart().speak(text, "heart", "en-us")]
-    judges = Judges(load_recogniser("whisper"), load_encoder("wespeaker"))
-    codec = Nano2.load(folder_of(50, tmp_path))
-    versions = evaluate(codec, [text, text], recordings, judges, [3])["versions"]
-    assert versions["recording"]["similarity"] == pytest.approx(1, abs=1e-3)
-    assert max(versions[name]["wer"] for name in ("recording", "unquantised")) < 0.1
-    assert versions["unquantised"]["similarity"] > 0.6
-    assert versions["unquantised"]["distillmos"] > versions["recording"]["distillmos"] - 0.8
-    assert versions["3 codebooks"]["similarity"] < 0.4
+    recordings = [
+        Joe().synthesize(text, "joe", "en-us"),
+        Heart().synthesize(text, "heart", "en-us"),
+    ]
+    metrics = CodecMetrics(load_recognizer("whisper"), load_speaker_encoder("wespeaker"))
+    codec = Nano2Codec.load(folder_of(50, tmp_path))
+    systems = evaluate(codec, [text, text], recordings, metrics, [3])["systems"]
+    assert systems["recording"]["speaker_similarity"] == pytest.approx(1, abs=1e-3)
+    assert max(systems[name]["wer"] for name in ("recording", "unquantised")) < 0.1
+    assert systems["unquantised"]["speaker_similarity"] > 0.6
+    assert systems["unquantised"]["distillmos"] > systems["recording"]["distillmos"] - 0.8
+    assert systems["3 codebooks"]["speaker_similarity"] < 0.4

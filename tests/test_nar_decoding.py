@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.tiny_models import perturb, random_items, tiny_nar
 
-from valle.model.chunks import Chunking, fill_in_chunks
+from valle.model.chunks import Chunking, nar_decode_chunks
 from valle.model.nar import NAR
-from valle.model.nar_decoding import Filler, Filling, Unfilled, fill_in
+from valle.model.nar_decoding import NARDecoder, NARDecoding, NARRequest, nar_decode
 from valle.model.sampling import Sampling, guide
 from valle.model.sequence import collate, unconditional
 
@@ -23,9 +23,9 @@ def model() -> NAR:
     return nar
 
 
-def unfilled(*frames: int) -> list[Unfilled]:
+def nar_requests(*frames: int) -> list[NARRequest]:
     return [
-        Unfilled(ids.tolist(), prompt.to(torch.int16).numpy(), codes[0].to(torch.int16).numpy())
+        NARRequest(ids.tolist(), prompt.to(torch.int16).numpy(), codes[0].to(torch.int16).numpy())
         for ids, prompt, codes in random_items(*frames)
     ]
 
@@ -36,28 +36,28 @@ def unfilled(*frames: int) -> list[Unfilled]:
 )
 def test_many_at_once_equal_one_the_plain_way(sampling: Sampling, guided_levels: int) -> None:
     """Padding, neighbours, and prompts that are read apart: nothing of it is heard."""
-    nar, items = model(), unfilled(30, 7, 19)
-    beginning = fill_in(nar, items[0], Filling(sampling=GREEDY, guided_levels=0))[:, :11]
-    items.append(replace(items[0], spoken=(beginning + 1) % 1024, ended=False))
-    items.append(replace(items[1], ended=False))
-    how = Filling(sampling=sampling, guided_levels=guided_levels, seed=3)
-    together = Filler(nar).fill_in(items, how)
+    nar, items = model(), nar_requests(30, 7, 19)
+    prefix = nar_decode(nar, items[0], NARDecoding(sampling=GREEDY, guided_levels=0))[:, :11]
+    items.append(replace(items[0], prefix=(prefix + 1) % 1024, complete=False))
+    items.append(replace(items[1], complete=False))
+    decoding = NARDecoding(sampling=sampling, guided_levels=guided_levels, seed=3)
+    together = NARDecoder(nar).decode(items, decoding)
     for item, codes in zip(items, together, strict=True):
-        assert codes.shape == (8, len(item.first)) and codes.dtype == np.int16
-        assert (codes == fill_in(nar, item, how)).all()
-    assert (together[3][1:, :11] == items[3].spoken[1:]).all(), "what is spoken is settled"
+        assert codes.shape == (8, len(item.first_codebook)) and codes.dtype == np.int16
+        assert (codes == nar_decode(nar, item, decoding)).all()
+    assert (together[3][1:, :11] == items[3].prefix[1:]).all(), "what is spoken is settled"
     assert (together[3][:, 11:] != together[0][:, 11:]).any(), "and what follows goes by it"
     assert (together[4] != together[1]).any(), "a beginning is another thing than a whole"
 
 
 def test_guidance_is_for_the_first_levels() -> None:
-    nar, item = model(), unfilled(30)[0]
+    nar, item = model(), nar_requests(30)[0]
     plain, two, all_levels = (
-        fill_in(nar, item, Filling(sampling=GUIDED, guided_levels=n)) for n in (0, 2, 7)
+        nar_decode(nar, item, NARDecoding(sampling=GUIDED, guided_levels=n)) for n in (0, 2, 7)
     )
     assert (two[:3] == all_levels[:3]).all() and (two[3:] != all_levels[3:]).any()
     assert (plain[1] != two[1]).any()
-    assert (plain == fill_in(nar, item, Filling(sampling=GREEDY, guided_levels=7))).all()
+    assert (plain == nar_decode(nar, item, NARDecoding(sampling=GREEDY, guided_levels=7))).all()
 
 
 def test_guidance_is_by_the_same_model_without_conditions() -> None:
@@ -66,41 +66,43 @@ def test_guidance_is_by_the_same_model_without_conditions() -> None:
     batch = collate([ids], [prompt], [codes])
     level = torch.tensor([1])
     with torch.inference_mode():
-        given, without = nar(batch, level), nar(unconditional(batch), level)
-    assert not torch.allclose(given, without), "a dull test"
-    expected = guide(given, without, 2.0)[0].argmax(-1)
-    how = {"sampling": GUIDED, "generator": torch.Generator(), "guided_levels": 1}
-    assert torch.equal(nar.generate(ids, prompt, codes[0], **how)[1], expected)
+        conditional, unconditional_logits = nar(batch, level), nar(unconditional(batch), level)
+    assert not torch.allclose(conditional, unconditional_logits), "a dull test"
+    expected = guide(conditional, unconditional_logits, 2.0)[0].argmax(-1)
+    arguments = {"sampling": GUIDED, "generator": torch.Generator(), "guided_levels": 1}
+    assert torch.equal(nar.generate(ids, prompt, codes[0], **arguments)[1], expected)
 
 
 def test_a_prompt_is_read_once_while_it_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     nar = model()
-    read: list[int] = []
-    plain = NAR.read_prompt
+    prefilled: list[int] = []
+    plain = NAR.prefill_prompt
     monkeypatch.setattr(
-        NAR, "read_prompt", lambda self, prompt, n: (read.append(n), plain(self, prompt, n))[1]
+        NAR,
+        "prefill_prompt",
+        lambda self, prompt, n: (prefilled.append(n), plain(self, prompt, n))[1],
     )
-    filler = Filler(nar, prompts=1)
-    here, there = unfilled(30)[0], unfilled(30, 30)[1]
-    how = Filling(sampling=GUIDED, guided_levels=2)
-    first = filler.fill_in([here], how)[0]
-    assert read == [7, 2], "its own, and a hidden one for the guided levels"
-    assert (filler.fill_in([here], how)[0] == first).all() and len(read) == 2
-    filler.fill_in([there], how)  # pushes it out; the hidden one is as long
-    assert read == [7, 2, 7]
-    assert (filler.fill_in([here], how)[0] == first).all() and read == [7, 2, 7, 7]
+    nar_decoder = NARDecoder(nar, max_prompts=1)
+    one, other = nar_requests(30)[0], nar_requests(30, 30)[1]
+    decoding = NARDecoding(sampling=GUIDED, guided_levels=2)
+    first = nar_decoder.decode([one], decoding)[0]
+    assert prefilled == [7, 2], "its own, and a hidden one for the guided levels"
+    assert (nar_decoder.decode([one], decoding)[0] == first).all() and len(prefilled) == 2
+    nar_decoder.decode([other], decoding)  # pushes it out; the hidden one is as long
+    assert prefilled == [7, 2, 7]
+    assert (nar_decoder.decode([one], decoding)[0] == first).all() and prefilled == [7, 2, 7, 7]
 
 
 def test_levels_to_guide_are_checked() -> None:
-    nar, item = model(), unfilled(30)[0]
+    nar, item = model(), nar_requests(30)[0]
     with pytest.raises(ValueError, match="guided_levels: -1 is below 0"):
-        Filling(sampling=GUIDED, guided_levels=-1)
-    more, every = (Filling(sampling=GUIDED, guided_levels=n) for n in (9, 7))
-    assert (Filler(nar).fill_in([item], more)[0] == fill_in(nar, item, every)).all()
+        NARDecoding(sampling=GUIDED, guided_levels=-1)
+    more, every = (NARDecoding(sampling=GUIDED, guided_levels=n) for n in (9, 7))
+    assert (NARDecoder(nar).decode([item], more)[0] == nar_decode(nar, item, every)).all()
 
 
 @pytest.mark.parametrize(
-    ("frames", "ended", "known"),
+    ("frames", "complete", "lengths"),
     [
         # the last chunk is the one that is told that nothing follows
         (40, True, [28, 40]), (40, False, [28, 40]),
@@ -109,20 +111,20 @@ def test_levels_to_guide_are_checked() -> None:
     ],
 )  # fmt: skip
 def test_chunks_are_due_as_the_endpoint_hears_them(
-    frames: int, ended: bool, known: list[int]
+    frames: int, complete: bool, lengths: list[int]
 ) -> None:
-    asked: list[Unfilled] = []
+    requests: list[NARRequest] = []
 
-    def fill(item: Unfilled) -> np.ndarray:
-        asked.append(item)
-        return np.full((8, len(item.first)), len(asked), np.int16)
+    def fill(item: NARRequest) -> np.ndarray:
+        requests.append(item)
+        return np.full((8, len(item.first_codebook)), len(requests), np.int16)
 
-    whole = replace(unfilled(frames)[0], ended=ended)
-    codes = fill_in_chunks(fill, whole, Chunking(), group=2)
-    assert [len(item.first) for item in asked] == known
-    assert [item.ended for item in asked] == [False] * (len(known) - 1) + [ended]
-    settled = [0 if item.spoken is None else item.spoken.shape[1] for item in asked]
-    assert settled == [0] + [size - 12 for size in known[:-1]]
+    request = replace(nar_requests(frames)[0], complete=complete)
+    codes = nar_decode_chunks(fill, request, Chunking(), group_size=2)
+    assert [len(item.first_codebook) for item in requests] == lengths
+    assert [item.complete for item in requests] == [False] * (len(lengths) - 1) + [complete]
+    prefix_lengths = [0 if item.prefix is None else item.prefix.shape[1] for item in requests]
+    assert prefix_lengths == [0] + [size - 12 for size in lengths[:-1]]
     assert codes.shape == (8, frames)
 
 

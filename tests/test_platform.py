@@ -13,13 +13,14 @@ import soundfile
 import torch
 from helpers.tiny_models import TINY, random_batch, tiny_ar, tiny_nar
 
-from valle.jobs.training.objective import Objective, Optimization, build_optimizer
+from valle.jobs.training.objective import Objective
+from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.ar import AR
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.platform import audio, checkpoint, recipe, settings, storage
 from valle.platform.checkpoint import TrainState
-from valle.platform.recipe import RECIPES, RecipeError
+from valle.platform.recipe import RECIPES, RecipeError, formerly
 
 
 def test_storage_verbs_on_a_folder(home: Path) -> None:
@@ -75,12 +76,12 @@ def test_bad_audio_says_why(data: bytes, reason: str) -> None:
 
 def test_loudness_of_a_full_scale_sine() -> None:
     wave = np.sin(np.linspace(0, 2000 * np.pi, 24_000)).astype(np.float32)
-    assert audio.loudness(wave) == pytest.approx(-3.0, abs=0.1)
+    assert audio.rms_dbfs(wave) == pytest.approx(-3.0, abs=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    width: int = 4
+    width: int = field(default=4, metadata=formerly("breadth", "extent"))
     """How wide."""
     side: Literal["left", "right"] = "left"
     """Which one."""
@@ -90,23 +91,29 @@ class Inner:
 class Example:
     out: str
     """Where to."""
-    inner: Inner = field(default_factory=Inner)
-    rate: float = 0.1
+    inner: Inner = field(default_factory=Inner, metadata=formerly("core"))
+    rate: float = field(default=0.1, metadata=formerly("speed"))
     """How fast."""
+    layers: list[Inner] = field(default_factory=list)
+    """One above the other."""
+    named: dict[str, Inner] = field(default_factory=dict)
+    """Those with a name."""
+    extra: Inner | None = None
+    """One more, perhaps."""
 
     def __post_init__(self) -> None:
         if self.rate <= 0:
             raise ValueError(f"rate: {self.rate} is not above 0")
 
 
-def written(tmp_path: Path, text: str) -> str:
+def write_recipe(tmp_path: Path, text: str) -> str:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     return str(path)
 
 
 def test_recipe_with_overrides(tmp_path: Path) -> None:
-    name = written(tmp_path, "corpus: {out: x, rate: 1}")
+    name = write_recipe(tmp_path, "corpus: {out: x, rate: 1}")
     loaded = recipe.load(name, "corpus", Example, ["inner.width=9", "out=y z"])
     assert loaded == Example(out="y z", inner=Inner(width=9), rate=1.0)
 
@@ -130,12 +137,47 @@ def test_a_bad_recipe_names_the_field(
     tmp_path: Path, text: str, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.load(written(tmp_path, text), "corpus", Example, overrides)
+        recipe.load(write_recipe(tmp_path, text), "corpus", Example, overrides)
 
 
 def test_a_field_of_a_group_is_pointed_out(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"did you mean inner.width\?"):
-        recipe.load(written(tmp_path, "corpus: {out: x, width: 3}"), "corpus", Example)
+        recipe.load(write_recipe(tmp_path, "corpus: {out: x, width: 3}"), "corpus", Example)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("corpus: {out: x, speed: 1}", [], "corpus.speed is called rate now"),
+        ("corpus: {out: x}", ["speed=1"], "corpus.speed is called rate now"),
+        ("corpus: {out: x}", ["inner.extent=1"], "corpus.inner.extent is called width now"),
+        ("corpus: {out: x, inner: {breadth: 1}}", [], "corpus.inner.breadth is called width now"),
+        ("corpus: {out: x, core: {width: 1}}", [], "corpus.core is called inner now"),
+        ("corpus: {out: x}", ["core.width=1"], "corpus.core is called inner now"),
+        (
+            "corpus: {out: x, layers: [{width: 1}, {extent: 1}]}", [],
+            r"corpus.layers\[1\].extent is called width now",
+        ),
+        (
+            "corpus: {out: x, named: {a b: {extent: 1}}}", [],
+            "corpus.named.a b.extent is called width now",
+        ),
+        ("corpus: {out: x, extra: {extent: 1}}", [], "corpus.extra.extent is called width now"),
+        ("codec: {out: x}", [], "section codec is called train_codec now"),
+        ("corpus: {out: x}\nquantizer: {}", [], "section quantizer is called train_quantizer now"),
+    ],
+)  # fmt: skip
+def test_a_former_name_fails_with_the_present_one(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"^r\.yaml: {message}$"):
+        recipe.load(write_recipe(tmp_path, text), "corpus", Example, overrides)
+
+
+def test_present_names_are_not_taken_for_former_ones(tmp_path: Path) -> None:
+    text = "corpus: {out: x, layers: [{width: 1}], named: {extent: {width: 2}}, extra: null}"
+    loaded = recipe.load(write_recipe(tmp_path, text), "corpus", Example)
+    assert loaded.layers == [Inner(width=1)] and loaded.named == {"extent": Inner(width=2)}
 
 
 def test_workers_know_where_things_are_but_no_secret(
@@ -150,33 +192,33 @@ def test_workers_know_where_things_are_but_no_secret(
         "MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_S3_ENDPOINT_URL": "http://s3:9000",
         "VALLE_LOGICAL_GPUS": "1",
     }  # fmt: skip
-    kept = (
+    withheld = (
         "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
         "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_BEARER_TOKEN",
         "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
         "VALLE_CACHE", "VALLE_SOMETHING_NEW", "SECRET",
     )  # fmt: skip
-    for name, value in {"VALLE_HOME": "here", **shared, **dict.fromkeys(kept, "mine")}.items():
+    for name, value in {"VALLE_HOME": "here", **shared, **dict.fromkeys(withheld, "mine")}.items():
         monkeypatch.setenv(name, value)
     # their folder is another one: paths are absolute
-    assert settings.forwarded() == {**shared, "VALLE_HOME": str(tmp_path / "here")}
+    assert settings.worker_environment() == {**shared, "VALLE_HOME": str(tmp_path / "here")}
     assert not caplog.records
 
     monkeypatch.setenv("VALLE_FORWARD", "AWS_SECRET_ACCESS_KEY")
-    assert settings.forwarded()["AWS_SECRET_ACCESS_KEY"] == "mine"
+    assert settings.worker_environment()["AWS_SECRET_ACCESS_KEY"] == "mine"
     assert "readable in Ray's logs and on its dashboard: AWS_SECRET_ACCESS_KEY" in caplog.text
     monkeypatch.delenv("VALLE_FORWARD")
     caplog.clear()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
-    settings.forwarded()
+    settings.worker_environment()
     assert caplog.text.rstrip().endswith("dashboard: MLFLOW_TRACKING_URI")
     for name, message in (
         ("VALLE_CACHE", "each node's own"), ("NOT_THERE", "NOT_THERE is not set"),
     ):  # fmt: skip
         monkeypatch.setenv("VALLE_FORWARD", name)
         with pytest.raises(ValueError, match=message):
-            settings.forwarded()
+            settings.worker_environment()
 
 
 def test_unknown_recipe_lists_the_known_ones() -> None:
@@ -216,10 +258,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
     schemas = {
         "corpus": corpus.CorpusRecipe, "prepare": prepare.PrepareRecipe,
-        "codec": train_codec.CodecRecipe, "train": TrainRecipe,
+        "train_codec": train_codec.CodecRecipe, "train": TrainRecipe,
         "publish": publish.PublishRecipe, "evaluate": evaluate.EvaluateRecipe,
         "export": export.ExportRecipe, "synthesize": synthesize.SynthesizeRecipe,
-        "quantizer": train_quantizer.QuantizerRecipe,
+        "train_quantizer": train_quantizer.QuantizerRecipe,
         "select_speakers": select_speakers.SelectionRecipe,
     }  # fmt: skip
     import yaml
@@ -230,37 +272,39 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         assert recipe.load(path.stem, section, schemas[section])
 
 
-def description(codec: Codec) -> checkpoint.Description:
-    return checkpoint.describe("ar", TINY, codec.identity, "test", {"run": "x"})
+def make_metadata(codec: Encodec) -> checkpoint.CheckpointMetadata:
+    return checkpoint.new_metadata("ar", TINY, codec.identity, "test", {"run": "x"})
 
 
-def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
     model = tiny_ar()
-    checkpoint.save(tmp_path, model.state_dict(), description(tiny_codec))
-    loaded, about = checkpoint.load(tmp_path)
-    assert isinstance(loaded, AR) and about == description(tiny_codec)
+    checkpoint.save(tmp_path, model.state_dict(), make_metadata(tiny_codec))
+    loaded, metadata = checkpoint.load(tmp_path)
+    assert isinstance(loaded, AR) and metadata == make_metadata(tiny_codec)
     batch = random_batch(9, 14)
     assert torch.equal(loaded(batch), model(batch))
 
 
-def test_the_best_checkpoint_of_a_run(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_the_best_checkpoint_of_a_run(tmp_path: Path, tiny_codec: Encodec) -> None:
     with pytest.raises(FileNotFoundError, match="train first"):
-        checkpoint.choose(str(tmp_path))
-    about = checkpoint.describe("ar", TINY, tiny_codec.identity, "test", {})
+        checkpoint.find_best(str(tmp_path))
+    metadata = checkpoint.new_metadata("ar", TINY, tiny_codec.identity, "test", {})
     for step, metrics in (
         (10, {"validation/wer": 0.5}), (20, {"validation/wer": 0.2}), (30, {"validation/loss": 1.0})
     ):  # fmt: skip
         folder = tmp_path / f"step_{step:08d}"
-        checkpoint.save(folder, tiny_ar().state_dict(), about)
+        checkpoint.save(folder, tiny_ar().state_dict(), metadata)
         checkpoint.save_metrics(folder, metrics)
-    assert checkpoint.choose(str(tmp_path)).endswith("step_00000020")
-    assert checkpoint.choose(str(tmp_path / "step_00000010")).endswith("step_00000010")
+    assert checkpoint.find_best(str(tmp_path)).endswith("step_00000020")
+    assert checkpoint.find_best(str(tmp_path / "step_00000010")).endswith("step_00000010")
     for step in (10, 20):
         checkpoint.save_metrics(tmp_path / f"step_{step:08d}", {"validation/loss": 1.0})
-    assert checkpoint.choose(str(tmp_path)).endswith("step_00000030")
+    assert checkpoint.find_best(str(tmp_path)).endswith("step_00000030")
 
 
-def test_optimizer_round_trip_continues_to_the_last_bit(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_optimizer_round_trip_continues_to_the_last_bit(
+    tmp_path: Path, tiny_codec: Encodec
+) -> None:
     batch, level = random_batch(9, 14), torch.tensor([3, 5])
 
     def steps(model: AR, optimizer: torch.optim.AdamW, count: int) -> list[float]:
@@ -276,7 +320,7 @@ def test_optimizer_round_trip_continues_to_the_last_bit(tmp_path: Path, tiny_cod
     model = tiny_ar()
     optimizer = build_optimizer(model, Optimization())
     steps(model, optimizer, 5)
-    checkpoint.save(tmp_path, model.state_dict(), description(tiny_codec))
+    checkpoint.save(tmp_path, model.state_dict(), make_metadata(tiny_codec))
     checkpoint.save_state(tmp_path, TrainState(step=5, epoch=1, batch=2))
     checkpoint.save_optimizer(tmp_path, model, optimizer)
     uninterrupted = steps(model, optimizer, 5)
@@ -289,24 +333,24 @@ def test_optimizer_round_trip_continues_to_the_last_bit(tmp_path: Path, tiny_cod
     assert checkpoint.load_state(tmp_path) == TrainState(step=5, epoch=1, batch=2)
 
 
-def test_damaged_checkpoints_are_refused(tmp_path: Path, tiny_codec: Codec) -> None:
+def test_damaged_checkpoints_are_refused(tmp_path: Path, tiny_codec: Encodec) -> None:
     with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
-        checkpoint.read(tmp_path)
-    checkpoint.save(tmp_path, tiny_nar().state_dict(), description(tiny_codec))
+        checkpoint.read_metadata(tmp_path)
+    checkpoint.save(tmp_path, tiny_nar().state_dict(), make_metadata(tiny_codec))
     with pytest.raises(ValueError, match="does not fit its config.json"):
-        checkpoint.load(tmp_path)  # a NAR's weights under an AR's description
+        checkpoint.load(tmp_path)  # a NAR's weights under an AR's metadata
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 a pickle")
     with pytest.raises(ValueError, match="does not fit its config.json"):
         checkpoint.load(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "surprise": 1}))
     with pytest.raises(ValueError, match="surprise"):
-        checkpoint.read(tmp_path)
+        checkpoint.read_metadata(tmp_path)
 
 
 def test_a_recipe_that_cannot_run_is_reported_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"), recipe.reported():
+    with pytest.raises(SystemExit, match="2"), recipe.exit_on_error():
         raise RecipeError("train.workers: too many")
     assert capsys.readouterr().err == "error: train.workers: too many\n"
-    with pytest.raises(ValueError, match="a fault of ours"), recipe.reported():
+    with pytest.raises(ValueError, match="a fault of ours"), recipe.exit_on_error():
         raise ValueError("a fault of ours")

@@ -19,8 +19,14 @@ from helpers import clusters
 from pyarrow import parquet
 
 from valle.jobs import prepare as prepare_module
-from valle.jobs.ingest.layouts import Item, Reject, Source, listing, speaker_pattern
-from valle.jobs.prepare import PrepareRecipe, group, prepare
+from valle.jobs.ingest.layouts import (
+    Reject,
+    Source,
+    SourceItem,
+    compile_speaker_pattern,
+    list_items,
+)
+from valle.jobs.prepare import PrepareRecipe, prepare, shard_items
 from valle.model import text
 from valle.model.codec import encodec
 from valle.platform import audio, dataset
@@ -84,7 +90,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("VALLE_HOME", str(home))
         patch.setenv("VALLE_CACHE", str(home / "cache"))
-        with clusters.embedded():
+        with clusters.embedded_cluster():
             yield
 
 
@@ -99,8 +105,8 @@ def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
 def test_good_and_bad_recordings(
     ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path
 ) -> None:
-    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
-    report = prepare(chosen)
+    recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    report = prepare(recipe)
     assert (report["inputs"], report["prepared"], report["utterances"]) == (18, 9, 9)
     assert sum(report["rejected"].values()) == 9
     rejects = [
@@ -108,14 +114,14 @@ def test_good_and_bad_recordings(
         for path in (tmp_path / "tokens/rejects").glob("*.jsonl")
         for line in path.read_text().splitlines()
     ]
-    found = {r["id"].removeprefix("my corpus/"): r["reason"] for r in rejects}
-    assert found.keys() == REASONS.keys()
+    reasons = {r["id"].removeprefix("my corpus/"): r["reason"] for r in rejects}
+    assert reasons.keys() == REASONS.keys()
     for name, reason in REASONS.items():
-        assert found[name].startswith(reason), (name, found[name])
+        assert reasons[name].startswith(reason), (name, reasons[name])
 
     # sharded and batched = one file at a time
     codec = encodec.load(str(tiny_codec_folder))
-    opened = TokenDataset(chosen.out, tmp_path / "cache")
+    opened = TokenDataset(recipe.out, tmp_path / "cache")
     assert len(opened) == 9
     for number in range(9):
         utterance = opened[number]
@@ -129,20 +135,20 @@ def test_good_and_bad_recordings(
         assert text.decode(utterance.phonemes.tolist()) == text.phonemize(["hello there"])[0]
 
     # a second run does nothing
-    again = prepare(chosen)
+    again = prepare(recipe)
     assert (again["already_done"], again["prepared"], again["utterances"]) == (18, 0, 9)
     assert again["rejected"] == {}
     # and a new file is all that a third one does
     put(corpus / "speaker9" / "new.wav", sound(1.0))
-    third = prepare(chosen)
+    third = prepare(recipe)
     assert (third["already_done"], third["prepared"], third["utterances"]) == (18, 1, 10)
 
     with pytest.raises(ValueError, match="codec mismatch: the dataset"):
         other = tmp_path / "other codec"
         encodec.save(
-            encodec.build(encodec.CodecConfig(**_tiny())), encodec.CodecConfig(**_tiny()), other
+            encodec.build(encodec.EncodecConfig(**_tiny())), encodec.EncodecConfig(**_tiny()), other
         )
-        prepare(replace(chosen, codec=str(other)))
+        prepare(replace(recipe, codec=str(other)))
 
 
 def _tiny() -> dict:
@@ -154,26 +160,26 @@ def test_killed_half_way_it_leaves_a_valid_dataset_and_goes_on(
     ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
-    real = prepare_module.pipeline
+    recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    original = prepare_module.pipeline
 
     def killed(*arguments: object) -> Iterator[dict]:
-        results = real(*arguments)  # type: ignore[arg-type]
+        results = original(*arguments)  # type: ignore[arg-type]
         yield next(results)
         raise KeyboardInterrupt  # the driver dies before it can list the shard
 
     monkeypatch.setattr(prepare_module, "pipeline", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare(chosen)
-    assert dataset.read_manifest(chosen.out).shards == []  # valid, if poorer than the folder
-    monkeypatch.setattr(prepare_module, "pipeline", real)
-    report = prepare(chosen)
+        prepare(recipe)
+    assert dataset.read_manifest(recipe.out).shards == []  # valid, if poorer than the folder
+    monkeypatch.setattr(prepare_module, "pipeline", original)
+    report = prepare(recipe)
     assert report["already_done"] >= 4
     assert report["utterances"] == 9
 
-    whole = prepare(replace(chosen, out=str(tmp_path / "uninterrupted")))
-    assert whole["utterances"] == 9
-    opened = [TokenDataset(uri, tmp_path / "cache") for uri in (chosen.out, whole["out"])]
+    uninterrupted = prepare(replace(recipe, out=str(tmp_path / "uninterrupted")))
+    assert uninterrupted["utterances"] == 9
+    opened = [TokenDataset(uri, tmp_path / "cache") for uri in (recipe.out, uninterrupted["out"])]
     ids = [{o[i].id: o[i].codes.tobytes() for i in range(9)} for o in opened]
     assert ids[0] == ids[1]
 
@@ -185,11 +191,11 @@ def test_sigkill_half_way_loses_nothing(
     """The whole job with its embedded Ray, killed after its first shard, then run again."""
     own = tempfile.TemporaryDirectory(prefix="valle-ray-", ignore_cleanup_errors=True)
     monkeypatch.setenv("RAY_TMPDIR", own.name)
-    chosen = recipe_for(corpus, tmp_path, tiny_codec_folder)
+    recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
     for number in range(40):
         put(corpus / f"speaker{number % 4}" / f"more {number}.wav", sound(0.6, seed=number))
     (tmp_path / "killed.yaml").write_text(
-        yaml.safe_dump({"prepare": json.loads(json.dumps(asdict(chosen)))})
+        yaml.safe_dump({"prepare": json.loads(json.dumps(asdict(recipe)))})
     )
     command = [
         sys.executable,
@@ -216,7 +222,7 @@ def test_sigkill_half_way_loses_nothing(
     report = json.loads((shards / "report.json").read_text())
     assert 0 < report["already_done"] < report["inputs"]
     assert report["utterances"] == 49
-    assert len(TokenDataset(chosen.out, tmp_path / "cache")) == 49
+    assert len(TokenDataset(recipe.out, tmp_path / "cache")) == 49
     own.cleanup()
 
 
@@ -230,32 +236,32 @@ def test_sigkill_half_way_loses_nothing(
     ],
 )
 def test_speaker_patterns(pattern: str, path: str, speaker: tuple[str, ...] | None) -> None:
-    found = speaker_pattern(pattern).search(path)
-    assert (found.groups() if found else None) == speaker
+    match = compile_speaker_pattern(pattern).search(path)
+    assert (match.groups() if match else None) == speaker
 
 
 @pytest.mark.parametrize(
     "pattern", ["*/*", "{speaker}", "lambda p: p", "{speaker}/{name}", "*/{speaker}"]
 )
 def test_bad_speaker_patterns_are_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match=r"speaker: .* must be folders of"):
-        Source(path="x", speaker=pattern)
+    with pytest.raises(ValueError, match=r"speaker_pattern: .* must be folders of"):
+        Source(path="x", speaker_pattern=pattern)
 
 
 def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
     lj = tmp_path / "LJSpeech-1.1"
     put(lj / "wavs/LJ001-0001.wav", sound(1), words=None)
     (lj / "metadata.csv").write_text("LJ001-0001|Dr. 1|Doctor one\nLJ001-0002\n")
-    items = list(listing(Source(path=str(lj), layout="ljspeech")))
-    assert isinstance(items[0], Item) and isinstance(items[1], Reject)
+    items = list(list_items(Source(path=str(lj), layout="ljspeech")))
+    assert isinstance(items[0], SourceItem) and isinstance(items[1], Reject)
     assert (items[0].speaker, items[0].text) == ("LJSpeech-1.1", "Doctor one")
     assert items[0].audio.endswith("wavs/LJ001-0001.wav")
 
     libri = tmp_path / "train-clean-100"
     put(libri / "19/198/19_198_0.wav", sound(1), words=None)
     put(libri / "stray.wav", sound(1), words=None)
-    items = list(listing(Source(path=str(libri), layout="libritts")))
-    assert isinstance(items[0], Item) and isinstance(items[1], Reject)
+    items = list(list_items(Source(path=str(libri), layout="libritts")))
+    assert isinstance(items[0], SourceItem) and isinstance(items[1], Reject)
     assert items[0].speaker == "19"
     assert items[0].text_uri == f"{libri}/19/198/19_198_0.normalized.txt"
 
@@ -264,27 +270,32 @@ def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
             '{"audio": "s3://bucket/x.wav", "text": "ho", "speaker": "s"}',
             "", '{"audio": "c.wav"}', "not json"]  # fmt: skip
     manifest.write_text("\n".join(rows))
-    found = list(listing(Source(path=str(manifest), layout="manifest")))
-    good = [entry for entry in found if isinstance(entry, Item)]
-    assert [(i.id, i.language, i.audio) for i in good] == [
+    entries = list(list_items(Source(path=str(manifest), layout="manifest")))
+    items = [entry for entry in entries if isinstance(entry, SourceItem)]
+    assert [(i.id, i.language, i.audio) for i in items] == [
         ("7", "de", f"{tmp_path}/a b.wav"),
         ("list.jsonl/2", "en-us", "s3://bucket/x.wav"),
     ]
-    assert [e.source for e in found if isinstance(e, Reject)] == [f"{manifest}:4", f"{manifest}:5"]
+    assert [e.source for e in entries if isinstance(e, Reject)] == [
+        f"{manifest}:4",
+        f"{manifest}:5",
+    ]
     with pytest.raises(FileNotFoundError, match="prepare.sources: .* does not exist"):
-        list(listing(Source(path=str(tmp_path / "none"))))
+        list(list_items(Source(path=str(tmp_path / "none"))))
 
 
 def test_shards_keep_speakers_together_and_have_stable_names() -> None:
     items = [
-        Item(id=f"{n}", speaker=f"s{n % 3}", language="en-us", audio="", text="x", text_uri=None)
+        SourceItem(
+            id=f"{n}", speaker=f"s{n % 3}", language="en-us", audio="", text="x", text_uri=None
+        )
         for n in range(10)
     ]
-    tables = list(group(items, 4))
+    tables = list(shard_items(items, 4))
     speakers = [s for t in tables for s in t.column("speaker").to_pylist()]
     assert speakers == sorted(speakers)
     names = [set(t.column("shard").to_pylist()) for t in tables]
-    again = [set(t.column("shard").to_pylist()) for t in group(items[::-1], 4)]
+    again = [set(t.column("shard").to_pylist()) for t in shard_items(items[::-1], 4)]
     assert names == again and all(len(n) == 1 for n in names)
 
 
@@ -292,9 +303,9 @@ def test_two_roots_with_the_same_ids_are_an_error(tmp_path: Path, tiny_codec_fol
     for parent in ("a", "b"):
         put(tmp_path / parent / "data" / "s" / "1.wav", sound(1))
     sources = tuple(Source(path=str(tmp_path / parent / "data")) for parent in ("a", "b"))
-    chosen = PrepareRecipe(out=str(tmp_path / "o"), sources=sources, codec=str(tiny_codec_folder))
+    recipe = PrepareRecipe(out=str(tmp_path / "o"), sources=sources, codec=str(tiny_codec_folder))
     with pytest.raises(ValueError, match="have the same id 'data/s/1'"):
-        prepare_module._list(chosen)
+        prepare_module._list(recipe)
 
 
 def test_wav_bytes_round_trip() -> None:

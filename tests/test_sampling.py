@@ -1,20 +1,28 @@
 import pytest
 import torch
 
-from valle.model.sampling import RowSettings, Sampling, choose, draw, guide, likely, sample
+from valle.model.sampling import (
+    Sampling,
+    SamplingTensors,
+    draw_uniforms,
+    guide,
+    sample,
+    sample_rows,
+    top_k_top_p_mask,
+)
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.15, 0.25, 0.5]]))
 
 
-def kept(top_k: int = 0, top_p: float = 1.0) -> list[list[bool]]:
-    settings = RowSettings.of([Sampling(top_k=top_k, top_p=top_p)])
+def mask(top_k: int = 0, top_p: float = 1.0) -> list[list[bool]]:
+    settings = SamplingTensors.from_rows([Sampling(top_k=top_k, top_p=top_p)])
     ordered = LOGITS[:1].exp()
-    return likely(ordered, settings.top_k, settings.top_p).tolist()
+    return top_k_top_p_mask(ordered, settings.top_k, settings.top_p).tolist()
 
 
 def test_top_k_keeps_the_k_largest() -> None:
-    assert kept(top_k=2) == [[True, True, False, False]]
-    assert kept(top_k=0) == kept(top_k=9) == [[True] * 4]
+    assert mask(top_k=2) == [[True, True, False, False]]
+    assert mask(top_k=0) == mask(top_k=9) == [[True] * 4]
 
 
 @pytest.mark.parametrize(
@@ -22,14 +30,14 @@ def test_top_k_keeps_the_k_largest() -> None:
     [(0.4, [1, 0, 0, 0]), (0.5, [1, 0, 0, 0]), (0.6, [1, 1, 0, 0]), (0.8, [1, 1, 1, 0])],
 )
 def test_nucleus_keeps_the_smallest_set_that_reaches_p(p: float, row: list[int]) -> None:
-    assert kept(top_p=p) == [[bool(x) for x in row]]
+    assert mask(top_p=p) == [[bool(x) for x in row]]
     # of the three likeliest, 0.56 and 0.28 of the probability, the first alone reaches a half
-    assert kept(top_k=3, top_p=0.55) == [[True, False, False, False]]
+    assert mask(top_k=3, top_p=0.55) == [[True, False, False, False]]
 
 
 def test_guidance_moves_away_from_what_is_said_without_the_text() -> None:
-    without = torch.zeros(1, 4)
-    unmoved, moved = (guide(LOGITS[:1], without, scale).softmax(-1) for scale in (1.0, 2.0))
+    unconditional = torch.zeros(1, 4)
+    unmoved, moved = (guide(LOGITS[:1], unconditional, scale).softmax(-1) for scale in (1.0, 2.0))
     torch.testing.assert_close(unmoved, LOGITS[:1].exp())
     # against a flat distribution, a scale of 2 squares the probabilities
     torch.testing.assert_close(moved, LOGITS[:1].exp() ** 2 / (LOGITS[:1].exp() ** 2).sum())
@@ -44,27 +52,27 @@ def test_rows_with_settings_of_their_own_draw_as_they_would_alone() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(len(settings), 50, generator=generator) * 2
     for _ in range(20):
-        uniforms = draw(generator, len(settings))
+        uniforms = draw_uniforms(generator, len(settings))
         recent = logits.topk(3).indices.repeat(1, 4)[:, :10]
-        together = choose(logits, RowSettings.of(settings), uniforms, recent)
+        together = sample_rows(logits, SamplingTensors.from_rows(settings), uniforms, recent)
         for row, one in enumerate(settings):
             part = slice(row, row + 1)
-            alone = choose(
-                logits[part], RowSettings.of([one]), uniforms[:, part],
+            alone = sample_rows(
+                logits[part], SamplingTensors.from_rows([one]), uniforms[:, part],
                 recent[part, -one.repetition_window :],
             )  # fmt: skip
             assert alone == together[part]
 
 
 def test_however_small_p_is_the_likeliest_is_kept() -> None:
-    tiny = RowSettings.of([Sampling(top_p=1e-50)] * 2)  # zero in float32
-    assert choose(LOGITS, tiny, torch.rand(2, 2)).tolist() == [0, 3]
+    tiny = SamplingTensors.from_rows([Sampling(top_p=1e-50)] * 2)  # zero in float32
+    assert sample_rows(LOGITS, tiny, torch.rand(2, 2)).tolist() == [0, 3]
 
 
 def test_the_last_class_is_reached_and_never_passed() -> None:
     almost_one = torch.full((2, 1), 1 - 2**-24)
-    chosen = choose(LOGITS[:1], RowSettings.of([Sampling(top_k=3)]), almost_one)
-    assert chosen.tolist() == [2]
+    tokens = sample_rows(LOGITS[:1], SamplingTensors.from_rows([Sampling(top_k=3)]), almost_one)
+    assert tokens.tolist() == [2]
 
 
 def test_temperature_zero_is_greedy() -> None:

@@ -6,44 +6,44 @@ import numpy as np
 import pytest
 
 from valle.jobs.evaluation.metrics import wespeaker
-from valle.jobs.evaluation.metrics.likeness import load_encoder
+from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
 from valle.jobs.evaluation.metrics.wespeaker import WeSpeaker, filterbank
-from valle.jobs.select_speakers import Measured, SelectionRecipe, measure, select
+from valle.jobs.select_speakers import SelectionRecipe, SpeakerMeasurement, measure, select
 from valle.jobs.speakers import Heart, Joe
 from valle.platform import audio
 
-SETTINGS = SelectionRecipe(corpus="unused", out="unused", min_distillmos=3.0, max_similarity=0.5)
+RECIPE = SelectionRecipe(corpus="unused", out="unused", min_distillmos=3.0, max_similarity=0.5)
 
 
-def speaker(name: str, distillmos: float, *direction: float) -> Measured:
+def speaker(name: str, distillmos: float, *direction: float) -> SpeakerMeasurement:
     embedding = np.array(direction, np.float32)
-    return Measured(
+    return SpeakerMeasurement(
         speaker=name, distillmos=distillmos, embedding=embedding / np.linalg.norm(embedding)
     )
 
 
 def test_the_better_of_two_alike_is_selected() -> None:
-    measured = [
+    measurements = [
         speaker("a", 3.5, 1, 0, 0),
         speaker("like-a", 4.0, 1, 0.2, 0),
         speaker("other", 3.2, 0, 0, 1),
         speaker("noisy", 2.9, 0, 1, 0),
     ]
-    verdicts = {verdict.speaker: verdict for verdict in select(measured, SETTINGS)}
-    assert {name for name, verdict in verdicts.items() if verdict.selected} == {"like-a", "other"}
-    assert verdicts["a"].nearest == "like-a"
-    assert verdicts["a"].similarity == pytest.approx(1 / np.hypot(1, 0.2), abs=1e-3)
-    assert verdicts["noisy"].similarity < 0.5  # refused for its score alone
+    results = {result.speaker: result for result in select(measurements, RECIPE)}
+    assert {name for name, result in results.items() if result.selected} == {"like-a", "other"}
+    assert results["a"].nearest == "like-a"
+    assert results["a"].similarity == pytest.approx(1 / np.hypot(1, 0.2), abs=1e-3)
+    assert results["noisy"].similarity < 0.5  # refused for its score alone
 
 
 def test_speakers_to_keep_come_first() -> None:
-    measured = [speaker("a", 2.0, 1, 0), speaker("like-a", 4.0, 1, 0.1)]
-    settings = SelectionRecipe(corpus="x", out="x", keep=("a",))
-    assert [(v.speaker, v.selected) for v in select(measured, settings)] == [
+    measurements = [speaker("a", 2.0, 1, 0), speaker("like-a", 4.0, 1, 0.1)]
+    recipe = SelectionRecipe(corpus="x", out="x", keep=("a",))
+    assert [(r.speaker, r.selected) for r in select(measurements, recipe)] == [
         ("a", True), ("like-a", False),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="keep: no recordings of b in the corpus"):
-        select(measured, SelectionRecipe(corpus="x", out="x", keep=("b",)))
+        select(measurements, SelectionRecipe(corpus="x", out="x", keep=("b",)))
 
 
 def test_bounds_are_checked() -> None:
@@ -60,18 +60,18 @@ def test_two_voices_are_told_apart(tmp_path: Path) -> None:
         ("joe", Joe(), "joe"), ("joe-again", Joe(), "joe"), ("heart", Heart(), "heart"),
     ):  # fmt: skip
         (tmp_path / folder).mkdir()
-        wave = engine.speak(text, voice, "en-us")
+        wave = engine.synthesize(text, voice, "en-us")
         (tmp_path / folder / "0.wav").write_bytes(audio.wav_bytes(wave))
     (tmp_path / "nobody").mkdir()
     silence = np.zeros(24_000, np.float32)
     (tmp_path / "nobody" / "0.wav").write_bytes(audio.wav_bytes(silence))
-    settings = SelectionRecipe(corpus=str(tmp_path), out="x", min_distillmos=2.0)
-    measured = measure(settings)
-    assert {m.speaker for m in measured} == {"heart", "joe", "joe-again"}
-    verdicts = {verdict.speaker: verdict for verdict in select(measured, settings)}
-    assert verdicts["heart"].selected
-    assert verdicts["joe"].selected != verdicts["joe-again"].selected
-    assert max(verdicts["joe"].similarity, verdicts["joe-again"].similarity) > 0.8
+    recipe = SelectionRecipe(corpus=str(tmp_path), out="x", min_distillmos=2.0)
+    measurements = measure(recipe)
+    assert {m.speaker for m in measurements} == {"heart", "joe", "joe-again"}
+    results = {result.speaker: result for result in select(measurements, recipe)}
+    assert results["heart"].selected
+    assert results["joe"].selected != results["joe-again"].selected
+    assert max(results["joe"].similarity, results["joe-again"].similarity) > 0.8
 
 
 def test_filterbank_is_kaldis() -> None:
@@ -94,4 +94,4 @@ def test_a_wheel_without_the_model_is_named(
     with pytest.raises(ImportError, match="holds no WeSpeaker model.*speaker_encoder=resemblyzer"):
         WeSpeaker()
     with pytest.raises(ImportError, match="no WeSpeaker model"):
-        load_encoder("wespeaker")
+        load_speaker_encoder("wespeaker")

@@ -2,20 +2,20 @@
 
 import pytest
 
-from valle.model.sentences import LONGEST, split
-from valle.model.valle import sentence_ids, text_ids
+from valle.model.sentences import MAX_SENTENCE_CHARACTERS, sentence_phoneme_ids, split_sentences
+from valle.model.text import phoneme_ids
 
 
 def test_sentences_end_where_people_end_them() -> None:
     text = 'Dr. Smith paid $3.50 at 5 p.m. on Monday. Why?  "I do not know," she said.\n\nThe end'
-    assert split(text) == [
+    assert split_sentences(text) == [
         "Dr. Smith paid $3.50 at 5 p.m. on Monday.",
         "Why?",
         '"I do not know," she said.',
         "The end",
     ]
-    assert split("Il pleut. Restons ici !", "fr-fr") == ["Il pleut.", "Restons ici !"]
-    assert split(" \n ") == [] and split("One.") == ["One."]
+    assert split_sentences("Il pleut. Restons ici !", "fr-fr") == ["Il pleut.", "Restons ici !"]
+    assert split_sentences(" \n ") == [] and split_sentences("One.") == ["One."]
 
 
 @pytest.mark.parametrize(
@@ -28,21 +28,21 @@ def test_sentences_end_where_people_end_them() -> None:
     ],
 )
 def test_long_sentences_are_cut_at_breaths_and_between_words(text: str) -> None:
-    pieces = split(text)
-    assert len(pieces) > 1 and all(0 < len(piece) <= LONGEST for piece in pieces)
+    pieces = split_sentences(text)
+    assert len(pieces) > 1 and all(0 < len(piece) <= MAX_SENTENCE_CHARACTERS for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
 def test_cuts_prefer_commas() -> None:
     text = "the first clause is here, and the second one follows it, then a third closes"
-    assert split(text, longest=60) == [
+    assert split_sentences(text, max_characters=60) == [
         "the first clause is here, and the second one follows it,", "then a third closes",
     ]  # fmt: skip
 
 
 def test_sentences_with_nothing_to_say_are_left_out() -> None:
-    said = sentence_ids("Hello there.\n\n...\n\nGood bye.", "en-us")
-    assert said == [text_ids("Hello there.", "en-us"), text_ids("Good bye.", "en-us")]
+    sentences = sentence_phoneme_ids("Hello there.\n\n...\n\nGood bye.", "en-us")
+    assert sentences == [phoneme_ids("Hello there.", "en-us"), phoneme_ids("Good bye.", "en-us")]
     for silent in ("...", "  "):
         with pytest.raises(ValueError, match="nothing to say in it"):
-            sentence_ids(silent, "en-us")
+            sentence_phoneme_ids(silent, "en-us")

@@ -36,7 +36,7 @@ def checkout(target: Path, version: str) -> Path:
 def submit(address: str, code: Path, home: Path, *command: str) -> str:
     """`ray job submit --working-dir . -- python ...`; returns its output."""
     environment = {"env_vars": {"VALLE_HOME": str(home), "VALLE_CACHE": str(home / "cache")}}
-    done = subprocess.run(
+    process = subprocess.run(
         [
             str(Path(sys.executable).parent / "ray"), "job", "submit", f"--address={address}",
             "--working-dir=.", f"--runtime-env-json={json.dumps(environment)}", "--",
@@ -45,8 +45,8 @@ def submit(address: str, code: Path, home: Path, *command: str) -> str:
         cwd=code, capture_output=True, text=True, timeout=400, check=False,
         env=os.environ | clusters.NO_AUTH,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.mark.ray
@@ -66,8 +66,8 @@ def test_submitted_jobs_run_the_submitted_code(
         },
         "train": {
             "data": "tokens", "run": "submitted", "models": ["ar"], "steps": {"ar": 4},
-            "model": {"size": "nano", "width": 16, "n_heads": 2, "n_layers": 1},
-            "batching": {"tokens": 400}, "workers": 2, "samples": 0, "checkpoint_every": 4,
+            "model": {"size": "mini", "width": 16, "n_heads": 2, "n_layers": 1},
+            "batching": {"max_tokens": 400}, "workers": 2, "samples": 0, "checkpoint_every": 4,
             "codec": str(tiny_codec_folder), "validation_utterances": 2,
         },
     }  # fmt: skip
@@ -75,11 +75,11 @@ def test_submitted_jobs_run_the_submitted_code(
     recipe.write_text(yaml.safe_dump(sections))
     first = checkout(tmp_path / "first", "1.1.1")
     second = checkout(tmp_path / "second", "2.2.2")
-    with clusters.started() as address:
+    with clusters.job_server() as address:
         report = submit(address, first, home, "jobs/prepare.py", "--recipe", str(recipe))
         assert '"prepared": 24' in report
         for code, version in ((first, "1.1.1"), (second, "2.2.2")):
             run = f"run={version}"
             submit(address, code, home, "jobs/train.py", "--recipe", str(recipe), run)
-            written = home / f"runs/{version}-ar/step_00000004/config.json"
-            assert json.loads(written.read_text())["code_version"] == version
+            config = home / f"runs/{version}-ar/step_00000004/config.json"
+            assert json.loads(config.read_text())["code_version"] == version

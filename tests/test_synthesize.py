@@ -14,49 +14,58 @@ from helpers import clusters
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
-from valle.model.sentences import join
-from valle.model.valle import Spoken, Synthesis, Voice, text_ids
+from valle.model.sentences import join_waves
+from valle.model.text import phoneme_ids
+from valle.model.valle import Synthesis, SynthesisResult, Synthesizer
 from valle.platform import audio, registry, storage
 from valle.platform.resources import Placement
-from valle.serve.engine.offline import Offline
+from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
-from valle.serve.web.audio import encode
+from valle.serve.web.audio_formats import encode_audio
 
 
 @pytest.fixture
-def voice(published: PublishRecipe) -> Voice:
-    publish(published)
-    return registry.load_voice(registry.resolve(registry.CHAMPION))
+def synthesizer(publish_recipe: PublishRecipe) -> Synthesizer:
+    publish(publish_recipe)
+    return registry.load_synthesizer(registry.resolve(registry.CHAMPION))
 
 
-def test_together_is_what_each_says_alone(voice: Voice) -> None:
+def test_together_is_what_each_says_alone(synthesizer: Synthesizer) -> None:
     prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=30)
-    how = Synthesis(max_seconds=1.0)
-    codes = voice.encode_prompt(prompt, how)
+    synthesis = Synthesis(max_seconds=1.0)
+    codes = synthesizer.encode_prompt(prompt, synthesis)
     texts = ["One.", "Two and three, and a few more words.", "Four.", "Five six seven."]
 
-    def ask(number: int, ids: list[int]) -> Request:
+    def request(number: int, ids: list[int]) -> Request:
         return Request(
-            id=str(number), phonemes=ids, prompt=codes, sampling=how.ar, max_frames=75, seed=number
+            id=str(number),
+            phonemes=ids,
+            prompt=codes,
+            sampling=synthesis.ar,
+            max_frames=75,
+            seed=number,
         )
 
-    requests = [ask(n, text_ids(text, "en-us")) for n, text in enumerate(texts)]
-    offline = Offline(voice, how, slots=2, max_phonemes=100)
-    requests.insert(2, ask(99, [5] * 500))
+    requests = [request(n, phoneme_ids(text, "en-us")) for n, text in enumerate(texts)]
+    offline = OfflineSynthesizer(synthesizer, synthesis, slots=2, max_phonemes=100)
+    requests.insert(2, request(99, [5] * 500))
     for _ in range(2):  # an engine that has worked is as good as a new one
-        said = offline.speak(requests)
-        assert isinstance(said[2], ValueError) and "a slot holds" in str(said[2])
-        for number, (text, one) in enumerate(zip(texts, said[:2] + said[3:], strict=True)):
-            alone = voice.speak(text, prompt, replace(how, seed=number))
-            assert isinstance(one, Spoken)
-            np.testing.assert_array_equal(one.codes, alone.codes)
-            np.testing.assert_allclose(one.wave, alone.wave, atol=1e-5)
-            assert one.hit_limit == alone.hit_limit
+        results = offline.synthesize(requests)
+        assert isinstance(results[2], ValueError) and "a slot holds" in str(results[2])
+        for number, (text, result) in enumerate(zip(texts, results[:2] + results[3:], strict=True)):
+            alone = synthesizer.synthesize(text, prompt, replace(synthesis, seed=number))
+            assert isinstance(result, SynthesisResult)
+            np.testing.assert_array_equal(result.codes, alone.codes)
+            np.testing.assert_allclose(result.wave, alone.wave, atol=1e-5)
+            assert result.hit_limit == alone.hit_limit
 
 
 @pytest.mark.ray
 def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
-    voice: Voice, published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+    synthesizer: Synthesizer,
+    publish_recipe: PublishRecipe,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
     lines = [
@@ -67,46 +76,46 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
         {"id": "e", "text": "Bonjour.", "prompt": "ann.wav", "language": "xx"},
     ]
     (home / "lines.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
-    chosen = SynthesizeRecipe(
+    recipe = SynthesizeRecipe(
         manifest=str(home / "lines.jsonl"), recordings="voices", out=str(home / "spoken"),
-        synthesis=Synthesis(max_seconds=1.0), lines_per_part=2, format="wav",
+        synthesis=Synthesis(max_seconds=1.0), lines_per_shard=2, format="wav",
     )  # fmt: skip
     halves = Placement(gpus_per_worker=0.5)
-    with clusters.embedded(num_gpus=1):
-        report = synthesize(replace(chosen, placement=halves))
+    with clusters.embedded_cluster(num_gpus=1):
+        report = synthesize(replace(recipe, placement=halves))
         assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
         assert report["accelerator"] == "gpu"
-        chosen = replace(chosen, placement=Placement(accelerator="cpu"))
+        recipe = replace(recipe, placement=Placement(accelerator="cpu"))
         (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
         blank = {"id": None, "language": None, "seed": None}
         table = pa.Table.from_pylist([{**blank, **line} for line in lines])
         pq.write_table(table, home / "lines.parquet")
-        again = replace(chosen, manifest=str(home / "lines.parquet"))
+        again = replace(recipe, manifest=str(home / "lines.parquet"))
         report = synthesize(again)
         assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
-        report = synthesize(replace(again, retry=True))
+        report = synthesize(replace(again, retry_errors=True))
         assert (report["already_done"], report["errors"]) == (2, 2)
         lines[0]["seed"] = 8
         pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), again.manifest)
         assert synthesize(again)["already_done"] == 4
-        assert publish(published) == 2
+        assert publish(publish_recipe) == 2
         with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
             synthesize(again)
 
-    said = pq.read_table(home / "spoken/manifest").to_pylist()
-    rows = {row["id"]: row for row in said}
-    assert len(said) == len(rows) == 5
+    manifest = pq.read_table(home / "spoken/manifest").to_pylist()
+    rows = {row["id"]: row for row in manifest}
+    assert len(manifest) == len(rows) == 5
     assert rows["b"]["error"] is None and "nothing to say" in rows["c"]["error"]
     assert "espeak has no voice named 'xx'" in rows["e"]["error"]
     prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
     waves = []
     for number, sentence in enumerate(("Hello there.", "Good bye.")):
-        how = Synthesis(max_seconds=1.0, seed=8 + number)
-        waves.append(voice.speak(sentence, prompt, how).wave)
-    heard, _ = soundfile.read(home / "spoken" / rows["a"]["audio"], dtype="int16")
-    expected, _ = soundfile.read(io.BytesIO(encode(join(waves), "wav")), dtype="int16")
-    assert np.abs(heard.astype(int) - expected).max() <= 1
-    assert rows["a"]["seconds"] == pytest.approx(len(heard) / 24_000, abs=1e-3)
+        synthesis = Synthesis(max_seconds=1.0, seed=8 + number)
+        waves.append(synthesizer.synthesize(sentence, prompt, synthesis).wave)
+    samples, _ = soundfile.read(home / "spoken" / rows["a"]["audio"], dtype="int16")
+    expected, _ = soundfile.read(io.BytesIO(encode_audio(join_waves(waves), "wav")), dtype="int16")
+    assert np.abs(samples.astype(int) - expected).max() <= 1
+    assert rows["a"]["seconds"] == pytest.approx(len(samples) / 24_000, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from valle.model import text
 
 
 @pytest.mark.parametrize(
-    ("written", "language", "spoken"),
+    ("written", "language", "expected"),
     [
         ("Dr. Smith paid $5.20.", "en-us", "doctor Smith paid five dollars, twenty cents."),
         ("1,234 people, 3.5%", "en-us", "one thousand, two hundred and thirty-four people, "
@@ -23,8 +23,8 @@ from valle.model import text
          "eight nine zero one two three four five six seven eight nine zero"),
     ],
 )  # fmt: skip
-def test_normalize(written: str, language: str, spoken: str) -> None:
-    assert text.normalize(written, language) == spoken
+def test_normalize(written: str, language: str, expected: str) -> None:
+    assert text.normalize(written, language) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_unknown_language_names_the_field() -> None:
 
 def test_inventory_is_stable() -> None:
     """Ids are in datasets and checkpoints: symbols may be appended, never moved."""
-    known = "".join(text.INVENTORY[:156]).encode()
-    assert hashlib.sha256(known).hexdigest()[:16] == "ac625bd32c708482"
+    symbols = "".join(text.INVENTORY[:156]).encode()
+    assert hashlib.sha256(symbols).hexdigest()[:16] == "ac625bd32c708482"
     assert len(set(text.INVENTORY)) == len(text.INVENTORY)
 
 

@@ -12,19 +12,19 @@ import torch
 from helpers import clusters
 from helpers.token_datasets import write_dataset
 
-from valle.jobs.train import build_backend, fit, prepare_run
+from valle.jobs.train import build_backend, fit, resolve_recipe
 from valle.jobs.training.loader import Loader
 from valle.jobs.training.objective import (
-    Optimization,
-    cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
+    truncate_responses,
 )
-from valle.jobs.training.recipe import Size, TrainRecipe
+from valle.jobs.training.optimizer import Optimization
+from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.sequence import Batch
 from valle.platform import checkpoint, tracking
 from valle.platform.checkpoint import TrainState
@@ -34,19 +34,19 @@ from valle.platform.dataset import TokenDataset
 @pytest.fixture
 def ray_cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    with clusters.embedded():
+    with clusters.embedded_cluster():
         yield
 
 
 @pytest.fixture
-def chosen(home: Path, tiny_codec: Codec, tiny_codec_folder: Path) -> TrainRecipe:
+def recipe(home: Path, tiny_codec: Encodec, tiny_codec_folder: Path) -> TrainRecipe:
     write_dataset(str(home / "tokens"), tiny_codec)
-    return prepare_run(
+    return resolve_recipe(
         TrainRecipe(
             data="tokens", run="test", codec=str(tiny_codec_folder), workers=2,
-            model=Size(width=16, n_heads=2, n_layers=2, dropout=0.1),
+            model=ModelSize(width=16, n_heads=2, n_layers=2, dropout=0.1),
             steps={"ar": 24, "nar": 24}, optimization=Optimization(warmup=5),
-            batching=Batching(tokens=300), prompt_seconds=0.3, validation_utterances=6,
+            batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=6,
             checkpoint_every=8, log_every=1, samples=1, keep_checkpoints=10,
         )
     )  # fmt: skip
@@ -56,7 +56,7 @@ def losses(name: str) -> dict[int, float]:
     """Training loss by step, as MLflow has it (the last value wins after a restart)."""
     import mlflow
 
-    tracking.connect()
+    tracking.configure()
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
@@ -68,51 +68,51 @@ def weights(uri: str) -> dict[str, torch.Tensor]:
     return checkpoint.load_weights(Path(uri))
 
 
-def plain_loop(chosen: TrainRecipe, kind: str, home: Path) -> list[float]:
+def plain_loop(recipe: TrainRecipe, kind: str, home: Path) -> list[float]:
     """The slow twin: both workers' batches in one process, gradients averaged by hand."""
     loader = Loader(
-        TokenDataset(chosen.data, home / "cache"), seed=chosen.seed,
-        prompt_seconds=chosen.prompt_seconds, held_out=chosen.validation_utterances,
+        TokenDataset(recipe.data, home / "cache"), seed=recipe.seed,
+        prompt_seconds=recipe.prompt_seconds, validation_utterances=recipe.validation_utterances,
     )  # fmt: skip
-    backend = build_backend(chosen, kind, torch.device("cpu"))
+    backend = build_backend(recipe, kind, torch.device("cpu"))
     objective, optimizer = backend._objective, backend._optimizer
-    streams = [loader.batches(chosen.batching, TrainState(), rank, 2) for rank in range(2)]
+    streams = [loader.batches(recipe.batching, TrainState(), rank, 2) for rank in range(2)]
     history = []
-    for step in range(chosen.steps[kind]):
+    for step in range(recipe.steps[kind]):
         for group in optimizer.param_groups:
-            group["lr"] = chosen.optimization.rate(step, chosen.steps[kind])
+            group["lr"] = recipe.optimization.learning_rate_at(step, recipe.steps[kind])
         optimizer.zero_grad()
         for rank, stream in enumerate(streams):
             batch: Batch = next(stream)[2]
-            key = f"{chosen.seed}/{step}/{rank}"
+            key = f"{recipe.seed}/{step}/{rank}"
             seed_step(key)
-            batch = drop_conditions(batch, key, chosen.condition_dropout)
+            batch = drop_conditions(batch, key, recipe.condition_dropout)
             if kind == "nar":
-                per_phoneme = chosen.model.resolve().frames_per_phoneme
-                batch = cut_responses(batch, key, chosen.beginnings, per_phoneme)
+                per_phoneme = recipe.model.resolve().frames_per_phoneme
+                batch = truncate_responses(batch, key, recipe.truncated_share, per_phoneme)
             loss = objective.train()(batch, draw_levels(len(batch.frames), 8, key)).loss
             (loss / 2).backward()
             if rank == 0:
                 history.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(backend.model.parameters(), chosen.optimization.clip)
+        torch.nn.utils.clip_grad_norm_(backend.model.parameters(), recipe.optimization.clip)
         optimizer.step()
     return history
 
 
 @pytest.mark.ray
 def test_ddp_trains_both_models_and_equals_a_plain_loop(
-    ray_cluster: None, chosen: TrainRecipe, home: Path
+    ray_cluster: None, recipe: TrainRecipe, home: Path
 ) -> None:
     import mlflow
 
     for kind in ("ar", "nar"):
-        uri = fit(chosen, kind)
-        _, about = checkpoint.load(Path(uri))
-        assert about.kind == kind and about.recipe["run"] == "test"
-        found = losses(f"test-{kind}")
-        assert list(found) == list(range(1, 25))
-        expected = plain_loop(chosen, kind, home)
-        assert list(found.values()) == pytest.approx(expected, rel=1e-4)
+        uri = fit(recipe, kind)
+        _, metadata = checkpoint.load(Path(uri))
+        assert metadata.kind == kind and metadata.recipe["run"] == "test"
+        losses_by_step = losses(f"test-{kind}")
+        assert list(losses_by_step) == list(range(1, 25))
+        expected = plain_loop(recipe, kind, home)
+        assert list(losses_by_step.values()) == pytest.approx(expected, rel=1e-4)
         assert checkpoint.load_state(Path(uri)).step == 24
 
         client = mlflow.MlflowClient()
@@ -133,9 +133,9 @@ def test_ddp_trains_both_models_and_equals_a_plain_loop(
 
 
 @pytest.mark.ray
-def test_deepspeed_equals_ddp(ray_cluster: None, chosen: TrainRecipe) -> None:
+def test_deepspeed_equals_ddp(ray_cluster: None, recipe: TrainRecipe) -> None:
     """ZeRO-1 on the NAR, whose per-level weights are what breaks it in other designs."""
-    short = replace(chosen, steps={"nar": 10}, checkpoint_every=5, samples=0, models=("nar",))
+    short = replace(recipe, steps={"nar": 10}, checkpoint_every=5, samples=0, models=("nar",))
     ddp = weights(fit(replace(short, run="ddp"), "nar"))
     uri = fit(replace(short, run="zero", backend="deepspeed"), "nar")
     assert json.loads((Path(uri) / "state/deepspeed.json").read_text())["zero_stage"] == 1
@@ -148,18 +148,18 @@ def test_deepspeed_equals_ddp(ray_cluster: None, chosen: TrainRecipe) -> None:
     )
     # resume: the same name goes on from step 10, and equals a run that never stopped
     longer = replace(short, steps={"nar": 14}, optimization=Optimization(warmup=50))
-    whole = weights(fit(replace(longer, run="whole", backend="deepspeed"), "nar"))
+    uninterrupted = weights(fit(replace(longer, run="whole", backend="deepspeed"), "nar"))
     first = replace(longer, run="parts", backend="deepspeed", steps={"nar": 7})
     fit(first, "nar")
     parts = weights(fit(replace(first, steps={"nar": 14}), "nar"))
-    for name, value in whole.items():
+    for name, value in uninterrupted.items():
         assert torch.equal(parts[name], value), name
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", [2, 3])
-def test_other_zero_stages_equal_ddp(ray_cluster: None, chosen: TrainRecipe, stage: int) -> None:
-    short = replace(chosen, steps={"nar": 6}, checkpoint_every=3, samples=0, models=("nar",))
+def test_other_zero_stages_equal_ddp(ray_cluster: None, recipe: TrainRecipe, stage: int) -> None:
+    short = replace(recipe, steps={"nar": 6}, checkpoint_every=3, samples=0, models=("nar",))
     ddp = weights(fit(replace(short, run="ddp"), "nar"))
     zero = weights(fit(replace(short, run="zero", backend="deepspeed", zero_stage=stage), "nar"))
     assert ddp.keys() == zero.keys()
@@ -169,9 +169,9 @@ def test_other_zero_stages_equal_ddp(ray_cluster: None, chosen: TrainRecipe, sta
 
 @pytest.mark.ray
 @pytest.mark.parametrize("backend", ["ddp", "deepspeed"])
-def test_bf16_follows_fp32(ray_cluster: None, chosen: TrainRecipe, backend: str) -> None:
+def test_bf16_follows_fp32(ray_cluster: None, recipe: TrainRecipe, backend: str) -> None:
     """Losses agree to bf16's three digits, and the weights that are kept stay float32."""
-    short = replace(chosen, steps={"ar": 8}, checkpoint_every=8, samples=0, models=("ar",))
+    short = replace(recipe, steps={"ar": 8}, checkpoint_every=8, samples=0, models=("ar",))
     fit(replace(short, run="fp32"), "ar")
     uri = fit(replace(short, run="bf16", backend=backend, precision="bf16"), "ar")
     full, half = (list(losses(f"{name}-ar").values()) for name in ("fp32", "bf16"))
@@ -182,12 +182,12 @@ def test_bf16_follows_fp32(ray_cluster: None, chosen: TrainRecipe, backend: str)
 
 @pytest.mark.ray
 def test_a_resumed_run_ranks_checkpoints_that_no_quick_check_has_read(
-    ray_cluster: None, chosen: TrainRecipe
+    ray_cluster: None, recipe: TrainRecipe
 ) -> None:
     """Ray keeps the figures of checkpoints as JSON and compares them after a restart."""
     check = QuickCheck(recordings="nowhere", every=800)  # due long after this run
     first = replace(
-        chosen, quick_check=check, models=("ar",), steps={"ar": 8}, samples=0, keep_checkpoints=2
+        recipe, quick_check=check, models=("ar",), steps={"ar": 8}, samples=0, keep_checkpoints=2
     )
     fit(first, "ar")
     uri = fit(replace(first, steps={"ar": 24}), "ar")
@@ -197,25 +197,25 @@ def test_a_resumed_run_ranks_checkpoints_that_no_quick_check_has_read(
 
 def _training_workers() -> list[psutil.Process]:
     """Processes of this test's own cluster that run the training loop."""
-    found = []
+    workers = []
     for process in psutil.Process().children(recursive=True):
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
+                workers.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return workers
 
 
 @pytest.mark.ray
 def test_a_killed_worker_changes_nothing(
-    ray_cluster: None, chosen: TrainRecipe, home: Path
+    ray_cluster: None, recipe: TrainRecipe, home: Path
 ) -> None:
     """SIGKILL of one of two workers mid-run: the run finishes with the same losses and weights."""
     import threading
 
     steps = {"ar": 240}
-    long = replace(chosen, steps=steps, models=("ar",), checkpoint_every=40, samples=0)
+    long = replace(recipe, steps=steps, models=("ar",), checkpoint_every=40, samples=0)
     expected = fit(replace(long, run="uninterrupted"), "ar")
     killed: list[int] = []
 
@@ -229,35 +229,35 @@ def test_a_killed_worker_changes_nothing(
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    found = fit(replace(long, run="interrupted"), "ar")
+    uri = fit(replace(long, run="interrupted"), "ar")
     thread.join()
     assert killed
     first, second = losses("uninterrupted-ar"), losses("interrupted-ar")
     assert len(first) == 240 and first == second
-    ours = weights(found)
+    ours = weights(uri)
     for name, value in weights(expected).items():
         assert torch.equal(ours[name], value), name
 
 
 def test_a_mismatched_codec_is_noticed_before_training(
-    home: Path, tiny_codec: Codec, tmp_path: Path, chosen: TrainRecipe
+    home: Path, tiny_codec: Encodec, tmp_path: Path, recipe: TrainRecipe
 ) -> None:
     with pytest.raises(ValueError, match="codec mismatch: the dataset"):
-        prepare_run(replace(chosen, codec="nano"))
+        resolve_recipe(replace(recipe, codec="nano"))
 
 
-def test_warm_start_takes_weights_and_nothing_else(chosen: TrainRecipe, home: Path) -> None:
+def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Path) -> None:
     device = torch.device("cpu")
-    earlier = build_backend(replace(chosen, seed=5), "ar", device)
-    manifest = TokenDataset(chosen.data, home / "cache").manifest
-    about = checkpoint.describe("ar", chosen.model.resolve(), manifest.codec, "x", {})
-    checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), about)
+    earlier = build_backend(replace(recipe, seed=5), "ar", device)
+    manifest = TokenDataset(recipe.data, home / "cache").manifest
+    metadata = checkpoint.new_metadata("ar", recipe.model.resolve(), manifest.codec, "x", {})
+    checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), metadata)
 
-    warm = prepare_run(replace(chosen, warm_start={"ar": "runs/earlier-ar"}))
+    warm = resolve_recipe(replace(recipe, warm_start={"ar": "runs/earlier-ar"}))
     started = build_backend(warm, "ar", device, manifest.codec).weights()
     for name, value in earlier.weights().items():
         assert torch.equal(started[name], value), name
-    fresh = build_backend(chosen, "ar", device).weights()
+    fresh = build_backend(recipe, "ar", device).weights()
     assert not torch.equal(fresh["head.weight"], started["head.weight"])
 
     grouped = replace(warm, model=replace(warm.model, group=2))
@@ -273,14 +273,16 @@ def test_warm_start_takes_weights_and_nothing_else(chosen: TrainRecipe, home: Pa
     resumed = build_backend(warm, "ar", device).weights()  # of its own checkpoint, later
     assert torch.equal(resumed["head.weight"], fresh["head.weight"])
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        prepare_run(replace(chosen, warm_start={"ar": "runs/nowhere"}))
+        resolve_recipe(replace(recipe, warm_start={"ar": "runs/nowhere"}))
     with pytest.raises(ValueError, match="warm_start: 'arr' is none of ar, nar"):
-        replace(chosen, warm_start={"arr": "nano"})
+        replace(recipe, warm_start={"arr": "nano"})
 
 
 def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="model.size: 'nano' is called 'mini' now"):
+        TrainRecipe(data="x", run="y", model=ModelSize(size="nano"))
     with pytest.raises(ValueError, match="model.size: 'huge' is none of"):
-        TrainRecipe(data="x", run="y", model=Size(size="huge"))
+        TrainRecipe(data="x", run="y", model=ModelSize(size="huge"))
     with pytest.raises(ValueError, match="zero_stage: 4"):
         TrainRecipe(data="x", run="y", zero_stage=4)
     with pytest.raises(ValueError, match="'ar' needs to be ar or nar, with steps"):

@@ -10,7 +10,7 @@ import torch
 
 from valle.jobs.train_quantizer import QuantizerRecipe, reconstruction_error, train
 from valle.model.codec.quantizer import Quantizer, QuantizerConfig
-from valle.model.codec.storage import load_quantizer, save_quantizer
+from valle.model.codec.weights import load_quantizer, save_quantizer
 from valle.platform import audio
 from valle.platform.recipe import RecipeError
 
@@ -43,8 +43,8 @@ def test_batched_is_single(rate: int) -> None:
     assert together.shape == (3, 3, 80 * rate // 100)
     block = quantizer.config.features_per_block
     for row, length in enumerate(lengths.tolist()):
-        whole = -(-length // block) * block
-        alone = quantizer.encode(features[row : row + 1, :whole], lengths[row : row + 1])
+        padded = -(-length // block) * block
+        alone = quantizer.encode(features[row : row + 1, :padded], lengths[row : row + 1])
         assert torch.equal(together[row, :, : alone.shape[2]], alone[0])
 
 
@@ -53,16 +53,16 @@ def test_batched_is_single(rate: int) -> None:
 def test_streamed_is_whole(rate: int, lookahead: int) -> None:
     quantizer = tiny(rate, lookahead)
     codes = torch.randint(0, 16, (2, 3, 17))
-    whole = quantizer.decode(codes)
-    assert whole.shape[1] == {100: 17, 75: 24, 50: 34, 25: 68}[rate]  # 75: six blocks of four
+    expected = quantizer.decode(codes)
+    assert expected.shape[1] == {100: 17, 75: 24, 50: 34, 25: 68}[rate]  # 75: six blocks of four
     for chunks in ([1] * 17, [2, 7, 1, 7]):
         state, parts = quantizer.decoder.start(), []
         for chunk in codes.split(chunks, dim=2):
             features, state = quantizer.advance(chunk, state)
             parts.append(features)
         parts.append(quantizer.flush(state))
-        streamed = torch.cat(parts, 1)[:, : whole.shape[1]]
-        torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
+        streamed = torch.cat(parts, 1)[:, : expected.shape[1]]
+        torch.testing.assert_close(streamed, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_lookahead_is_as_said() -> None:
@@ -108,16 +108,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> QuantizerRecipe:
         path = folder / "corpus" / f"{name}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(audio.wav_bytes(wave.astype(np.float32)))
-    settings = QuantizerRecipe(
+    recipe = QuantizerRecipe(
         corpora=(str(folder / "corpus"),), out=str(folder / "out"),
-        held_out_speakers=("c",), steps=60, unquantised_steps=20, batch=4, log_every=20,
+        held_out_speakers=("c",), steps=60, unquantized_steps=20, batch_size=4, log_every=20,
         save_every=30, threads=1,
         quantizer=QuantizerConfig(
             n_codebooks=3, codebook_size=16, dimension=8, width=16, blocks=1
         ),
     )  # fmt: skip
-    train(settings)
-    return settings
+    train(recipe)
+    return recipe
 
 
 def test_training_learns_and_is_repeatable(trained: QuantizerRecipe) -> None:
@@ -148,7 +148,9 @@ def test_a_gpu_that_is_not_here_is_refused(
     trained: QuantizerRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match="quantizer.device: cuda, but torch has no GPU here"):
+    with pytest.raises(
+        RecipeError, match="train_quantizer.device: cuda, but torch has no GPU here"
+    ):
         train(replace(trained, device="cuda"))
 
 

@@ -7,40 +7,42 @@ import torch
 from helpers.token_datasets import write_dataset
 
 from valle.jobs.training.loader import Loader
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.platform.dataset import TokenDataset
 
 
-def loader(folder: Path, codec: Codec, shortest: float | None) -> Loader:
+def make_loader(folder: Path, codec: Encodec, shortest: float | None) -> Loader:
     write_dataset(str(folder / "tokens"), codec)
-    opened = TokenDataset(str(folder / "tokens"), folder / "cache")
-    return Loader(opened, prompt_seconds=0.25, shortest_prompt=shortest, held_out=6, seed=0)
+    dataset = TokenDataset(str(folder / "tokens"), folder / "cache")
+    return Loader(
+        dataset, prompt_seconds=0.25, min_prompt_seconds=shortest, validation_utterances=6, seed=0
+    )
 
 
 def test_prompts_are_pieces_of_other_recordings_by_the_speaker(
-    tmp_path: Path, tiny_codec: Codec
+    tmp_path: Path, tiny_codec: Encodec
 ) -> None:
-    made = loader(tmp_path, tiny_codec, None)
-    chosen = np.array([0, 25, 59])
-    batch = made.batch(chosen, [1, 2, 3])
+    loader = make_loader(tmp_path, tiny_codec, None)
+    utterances = np.array([0, 25, 59])
+    batch = loader.batch(utterances, [1, 2, 3])
     assert batch.prompt_frames.tolist() == [18, 18, 18]  # a quarter of a second
-    speakers = made.dataset.speakers()
-    for row, number in enumerate(chosen.tolist()):
+    speakers = loader.dataset.speakers()
+    for row, number in enumerate(utterances.tolist()):
         places = [
             other
-            for other in range(len(made.dataset))
-            if contains(made.dataset[other].codes, batch.prompt[row].numpy())
+            for other in range(len(loader.dataset))
+            if contains(loader.dataset[other].codes, batch.prompt[row].numpy())
         ]
         assert len(places) == 1 and places != [number]
         assert speakers[places[0]] == speakers[number]
-    again = made.batch(chosen, [1, 2, 3])
-    assert torch.equal(batch.prompt, again.prompt)
-    assert not torch.equal(batch.prompt, made.batch(chosen, [1, 2, 4]).prompt)
+    repeated = loader.batch(utterances, [1, 2, 3])
+    assert torch.equal(batch.prompt, repeated.prompt)
+    assert not torch.equal(batch.prompt, loader.batch(utterances, [1, 2, 4]).prompt)
 
 
-def test_lengths_of_prompts_vary_between_batches(tmp_path: Path, tiny_codec: Codec) -> None:
-    made = loader(tmp_path, tiny_codec, 0.1)
-    batches = [made.batch(np.array([0, 40]), [0, number]) for number in range(60)]
+def test_lengths_of_prompts_vary_between_batches(tmp_path: Path, tiny_codec: Encodec) -> None:
+    loader = make_loader(tmp_path, tiny_codec, 0.1)
+    batches = [loader.batch(np.array([0, 40]), [0, number]) for number in range(60)]
     lengths = {int(batch.prompt_frames.max()) for batch in batches}
     assert lengths == set(range(7, 19))
 

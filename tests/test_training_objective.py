@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 
 from valle.jobs.training.objective import (
     Objective,
-    Optimization,
-    build_optimizer,
-    cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
+    truncate_responses,
 )
+from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.ar import AR
 from valle.model.config import ModelConfig
 from valle.model.nar import NAR
@@ -27,8 +26,8 @@ SMALL = ModelConfig(width=64, n_heads=2, n_layers=2, dropout=0.0, frames_per_pho
 
 
 def test_schedule_rises_falls_and_keeps_its_end() -> None:
-    chosen = Optimization(learning_rate=1.0, warmup=10, final=0.1)
-    rates = [chosen.rate(step, 110) for step in range(120)]
+    optimization = Optimization(learning_rate=1.0, warmup=10, final_fraction=0.1)
+    rates = [optimization.learning_rate_at(step, 110) for step in range(120)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert max(rates) == rates[9] == rates[10]
     assert all(a > b for a, b in itertools.pairwise(rates[10:110]))
@@ -55,29 +54,31 @@ def test_levels_are_uniform_and_repeatable() -> None:
 
 def test_low_levels_can_be_asked_for_more_often() -> None:
     counts = torch.bincount(draw_levels(7_000, 8, "0/5/1", 1.0), minlength=8)[1:]
-    wanted = 7_000 / torch.arange(1, 8) / sum(1 / k for k in range(1, 8))
-    torch.testing.assert_close(counts.float(), wanted, rtol=0.1, atol=0)
+    expected = 7_000 / torch.arange(1, 8) / sum(1 / k for k in range(1, 8))
+    torch.testing.assert_close(counts.float(), expected, rtol=0.1, atol=0)
 
 
 def test_beginnings_are_cut_from_whole_sentences_by_the_step() -> None:
     items = random_items(60, 80, 12) * 100
     batch = collate(*zip(*items, strict=True))
-    cut = cut_responses(batch, "a", 0.25, 4.0)
-    changed = cut.expected != batch.expected
-    shorter = cut.frames < batch.frames
+    truncated = truncate_responses(batch, "a", 0.25, 4.0)
+    changed = truncated.total_frames != batch.total_frames
+    shorter = truncated.frames < batch.frames
     assert 0.15 < changed[batch.frames > 12].float().mean() < 0.35
     assert not shorter[batch.frames == 12].any(), "too short to be cut"
-    assert (cut.frames[shorter] >= 15).all()
+    assert (truncated.frames[shorter] >= 15).all()
     texts = 4 * batch.phoneme_lengths
-    assert torch.equal(cut.expected[changed], torch.maximum(texts, cut.frames)[changed])
+    assert torch.equal(
+        truncated.total_frames[changed], torch.maximum(texts, truncated.frames)[changed]
+    )
     for row in shorter.nonzero()[:, 0].tolist():
-        said = int(cut.frames[row])
-        assert torch.equal(cut.codes[row, :, :said], batch.codes[row, :, :said])
-        assert not cut.codes[row, :, said:].any()
-    assert torch.equal(cut.phonemes, batch.phonemes), "the text is all there"
-    assert torch.equal(cut.frames, cut_responses(batch, "a", 0.25, 4.0).frames)
-    assert not torch.equal(cut.frames, cut_responses(batch, "b", 0.25, 4.0).frames)
-    assert torch.equal(cut_responses(batch, "a", 0.0, 4.0).frames, batch.frames)
+        n_frames = int(truncated.frames[row])
+        assert torch.equal(truncated.codes[row, :, :n_frames], batch.codes[row, :, :n_frames])
+        assert not truncated.codes[row, :, n_frames:].any()
+    assert torch.equal(truncated.phonemes, batch.phonemes), "the text is all there"
+    assert torch.equal(truncated.frames, truncate_responses(batch, "a", 0.25, 4.0).frames)
+    assert not torch.equal(truncated.frames, truncate_responses(batch, "b", 0.25, 4.0).frames)
+    assert torch.equal(truncate_responses(batch, "a", 0.0, 4.0).frames, batch.frames)
 
 
 def test_hidden_conditions_are_a_function_of_the_step() -> None:
@@ -123,7 +124,7 @@ def test_accuracy_counts_what_is_right() -> None:
         for r, n in enumerate(batch.frames.tolist())
     )
     assert loss.correct.item() == right
-    assert loss.total.item() == pytest.approx(loss.loss.item() * 15, rel=1e-4)
+    assert loss.loss_sum.item() == pytest.approx(loss.loss.item() * 15, rel=1e-4)
 
 
 def overfit(model: AR | NAR, frames: tuple[int, ...], steps: int) -> list[float]:
@@ -151,12 +152,12 @@ def test_try_me_ar_says_back_what_it_overfitted() -> None:
     assert losses[-1] < 0.05
     model.eval()
     for phonemes, prompt, codes in random_items(20, 26):
-        said = model.generate(
+        output = model.generate(
             phonemes, prompt, sampling=Sampling(temperature=0.0), max_frames=60,
             generator=torch.Generator(),
         )  # fmt: skip
-        assert torch.equal(said.codes, codes[0])
-        assert not said.hit_limit  # it learnt where to stop
+        assert torch.equal(output.codes, codes[0])
+        assert not output.hit_limit  # it learnt where to stop
 
 
 @pytest.mark.slow
@@ -170,21 +171,21 @@ def test_try_me_nar_and_both_say_back_what_they_overfitted() -> None:
     ar.eval()
     nar.eval()
     for phonemes, prompt, codes in random_items(20, 26):
-        given = nar.generate(
+        teacher_forced = nar.generate(
             phonemes, prompt, codes[0], sampling=greedy, generator=torch.Generator()
         )
-        assert (given == codes).float().mean() > 0.98
+        assert (teacher_forced == codes).float().mean() > 0.98
         first = ar.generate(
             phonemes, prompt, sampling=greedy, max_frames=60, generator=torch.Generator()
         ).codes
         both = nar.generate(phonemes, prompt, first, sampling=greedy, generator=torch.Generator())
-        assert torch.equal(both, given)
+        assert torch.equal(both, teacher_forced)
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_golden_numbers(kind: str) -> None:
-    """A refactor leaves these as they are (`tests/make_golden.py` writes them anew)."""
+    """A refactor leaves these as they are (`tests/helpers/make_golden.py` writes them anew)."""
     expected = load_file(GOLDEN / f"{kind}_expected.safetensors")
-    found = golden_run(kind)
-    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found["losses"], expected["losses"], atol=1e-4, rtol=1e-3)
+    result = golden_run(kind)
+    torch.testing.assert_close(result["logits"], expected["logits"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result["losses"], expected["losses"], atol=1e-4, rtol=1e-3)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from valle.jobs.training.sampler import Batching, Prompts, balance, batches, plan
+from valle.jobs.training.sampler import Batching, PromptSampler, batches, cap_per_speaker, plan
 
 LENGTHS = np.random.default_rng(0).integers(100, 1600, 3000)
 
@@ -12,7 +12,7 @@ def test_plan_uses_every_utterance_once() -> None:
 
 
 def test_padding_is_at_most_five_percent_and_the_budget_holds() -> None:
-    batching = Batching(tokens=8000)
+    batching = Batching(max_tokens=8000)
     batches = plan(LENGTHS, batching, seed=0, epoch=0)
     padded = sum(LENGTHS[b].max() * len(b) for b in batches)
     assert all(LENGTHS[b].max() * len(b) <= 8000 for b in batches)
@@ -21,7 +21,7 @@ def test_padding_is_at_most_five_percent_and_the_budget_holds() -> None:
 
 def test_too_long_an_utterance_gets_a_batch_of_its_own() -> None:
     lengths = np.array([50, 60, 5000, 70])
-    alone = [b for b in plan(lengths, Batching(tokens=200), seed=0, epoch=0) if 2 in b]
+    alone = [b for b in plan(lengths, Batching(max_tokens=200), seed=0, epoch=0) if 2 in b]
     assert [list(b) for b in alone] == [[2]]
 
 
@@ -37,53 +37,54 @@ def test_plan_is_a_function_of_seed_and_epoch() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_a_plan_in_equal_parts(world_size: int) -> None:
     """Sharded = single process: the ranks' slices together are the whole plan, less a remainder."""
-    whole = plan(LENGTHS, Batching(), seed=0, epoch=0, world_size=world_size)
-    assert len(whole) % world_size == 0
+    batches = plan(LENGTHS, Batching(), seed=0, epoch=0, world_size=world_size)
+    assert len(batches) % world_size == 0
     full = plan(LENGTHS, Batching(), seed=0, epoch=0)
-    assert len(full) - len(whole) < world_size
-    slices = [whole[rank::world_size] for rank in range(world_size)]
+    assert len(full) - len(batches) < world_size
+    slices = [batches[rank::world_size] for rank in range(world_size)]
     assert len({len(part) for part in slices}) == 1
 
 
 def test_too_few_batches_for_the_workers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="too few for 8 workers; lower batching.tokens"):
+    with pytest.raises(ValueError, match="too few for 8 workers; lower batching.max_tokens"):
         plan(np.array([100, 100]), Batching(), seed=0, epoch=0, world_size=8)
 
 
 def test_an_epoch_takes_so_many_of_a_speaker_and_others_in_the_next() -> None:
     speakers = np.array([0] * 500 + [1, 2] * 5 + [3])
-    taken = [balance(speakers, 5, seed=0, epoch=epoch) for epoch in range(100)]
-    for numbers in taken:
+    draws = [cap_per_speaker(speakers, 5, seed=0, epoch=epoch) for epoch in range(100)]
+    for numbers in draws:
         assert len(set(numbers)) == len(numbers)
         assert np.bincount(speakers[numbers]).tolist() == [5, 5, 5, 1]
-    assert len({n for numbers in taken for n in numbers if n < 500}) > 250  # of 5 a time
-    assert (taken[3] == balance(speakers, 5, seed=0, epoch=3)).all()
+    assert len({n for numbers in draws for n in numbers if n < 500}) > 250  # of 5 a time
+    assert (draws[3] == cap_per_speaker(speakers, 5, seed=0, epoch=3)).all()
 
 
-@pytest.mark.parametrize("at_most", [None, 30])
-def test_resumed_position_repeats_the_rest(at_most: int | None) -> None:
+@pytest.mark.parametrize("limit", [None, 30])
+def test_resumed_position_repeats_the_rest(limit: int | None) -> None:
     speakers = np.repeat([0, 1, 2], [150, 40, 10])
 
     def take(epoch: int, batch: int, count: int) -> list[tuple[int, int, list[int]]]:
         stream = batches(
-            LENGTHS[:200], speakers, Batching(), at_most=at_most, seed=0, epoch=epoch, batch=batch,
-            rank=1, world_size=2,
+            LENGTHS[:200], speakers, Batching(), utterances_per_speaker=limit, seed=0, epoch=epoch,
+            batch=batch, rank=1, world_size=2,
         )  # fmt: skip
         return [
-            (e, n, next_.tolist()) for _, (e, n, next_) in zip(range(count), stream, strict=False)
+            (e, n, indices.tolist())
+            for _, (e, n, indices) in zip(range(count), stream, strict=False)
         ]
 
-    whole = take(0, 0, 60)
-    assert whole[-1][0] > 0  # crosses an epoch
-    epoch, batch, _ = whole[24]
-    assert take(epoch, batch + 1, 35) == whole[25:]
-    first = [speakers[n] for e, _, numbers in whole for n in numbers if e == 0]
-    assert at_most is None or np.bincount(first).max() <= at_most
+    uninterrupted = take(0, 0, 60)
+    assert uninterrupted[-1][0] > 0  # crosses an epoch
+    epoch, batch, _ = uninterrupted[24]
+    assert take(epoch, batch + 1, 35) == uninterrupted[25:]
+    first = [speakers[n] for e, _, numbers in uninterrupted for n in numbers if e == 0]
+    assert limit is None or np.bincount(first).max() <= limit
 
 
 def test_prompts_come_from_the_same_speaker() -> None:
     speakers = np.array([2, 0, 1, 0, 2, 2, 0])
-    prompts = Prompts(speakers)
+    prompts = PromptSampler(speakers)
     generator = np.random.default_rng(0)
     for number, speaker in enumerate(speakers):
         drawn = {prompts.draw(number, generator) for _ in range(60)}
@@ -92,5 +93,5 @@ def test_prompts_come_from_the_same_speaker() -> None:
 
 
 def test_a_tiny_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="tokens: 10 is too small"):
-        Batching(tokens=10)
+    with pytest.raises(ValueError, match="max_tokens: 10 is too small"):
+        Batching(max_tokens=10)

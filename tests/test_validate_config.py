@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from valle.serve.web.validate_config import main, problems
+from valle.serve.web.validate_config import config_errors, main
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve" / "config.yaml"
 
@@ -29,6 +29,11 @@ def test_ours_is_right(capsys: pytest.CaptureFixture[str]) -> None:
             [{"name": "AR", "max_queud_requests": 3}],
             "applications.0.deployments.0.max_queud_requests: no such key",
         ),
+        (
+            "applications.0.args.nar_slots",
+            4,
+            "applications.0.args.: Value error, nar_slots is called",
+        ),
         ("http_options.port", "many", "http_options.port: Input should be a valid integer"),
     ],
 )
@@ -39,6 +44,6 @@ def test_what_is_wrong_is_named(path: str, value: object, problem: str) -> None:
     for part in outer:
         place = place[int(part) if part.isdigit() else part]
     place[last] = value
-    found = list(problems(content))
-    assert any(line.startswith(problem) for line in found), found
-    assert list(problems([])) == ["not a mapping"]
+    errors = list(config_errors(content))
+    assert any(line.startswith(problem) for line in errors), errors
+    assert list(config_errors([])) == ["not a mapping"]

@@ -19,7 +19,7 @@ from valle.model.vocoder.bandwidth_layers import (
     doubling_taps,
     halving_taps,
 )
-from valle.model.vocoder.fargan import Fargan, Memory
+from valle.model.vocoder.fargan import Fargan, SubframeState
 from valle.model.vocoder.gru import run_gru
 from valle.model.vocoder.one_thread import one_thread
 from valle.model.vocoder.vocoder import HOP, Vocoder, VocoderState
@@ -36,7 +36,7 @@ def golden() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def vocoder() -> Vocoder:
-    return Vocoder.shipped()
+    return Vocoder.load()
 
 
 def several(golden: dict[str, Tensor], n_frames: int) -> Tensor:
@@ -115,8 +115,8 @@ def test_chunks_decoded_in_turn_are_the_whole(
     chunks: list[int], golden: dict[str, Tensor], vocoder: Vocoder
 ) -> None:
     features = several(golden, sum(chunks))
-    whole = vocoder(features)
-    assert whole.shape == (3, sum(chunks) * HOP) and whole.std() > 0.01
+    expected = vocoder(features)
+    assert expected.shape == (3, sum(chunks) * HOP) and expected.std() > 0.01
     state: VocoderState | None = None
     waves, end = [], 0
     for n_frames in chunks:
@@ -124,12 +124,12 @@ def test_chunks_decoded_in_turn_are_the_whole(
         last = end == features.shape[1]
         wave, state = vocoder.decode(features[:, start:end], state, last=last)
         # the state may go to another process
-        kept = pickle.dumps(state)
-        assert len(kept) < 3 * 40_000
-        state = pickle.loads(kept)
+        pickled = pickle.dumps(state)
+        assert len(pickled) < 3 * 40_000
+        state = pickle.loads(pickled)
         waves.append(wave)
     assert waves[0].shape[1] == max(0, chunks[0] * HOP - 382) or len(chunks) == 1
-    torch.testing.assert_close(torch.cat(waves, dim=1), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(waves, dim=1), expected, atol=1e-4, rtol=0)
 
 
 def test_batched_is_one_by_one_and_repeats_itself(
@@ -149,7 +149,7 @@ def test_memory_does_not_grow_with_what_is_decoded_at_once(
 ) -> None:
     """Long inputs go through in blocks; how long blocks are does not matter."""
     features = several(golden, 25)
-    whole = vocoder(features)
+    expected = vocoder(features)
     lengths: list[int] = []
     run = vocoder.fargan._recurrence
     assert run is not None
@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_what_is_decoded_at_once(
         return original(model, block, state)
 
     monkeypatch.setattr(Fargan, "_subframes", counted)
-    torch.testing.assert_close(vocoder(features), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(vocoder(features), expected, atol=1e-4, rtol=0)
     assert max(lengths) == 7
 
 
@@ -172,19 +172,19 @@ def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Voco
     state = model.start(features[:, 0])
     with torch.inference_mode():
         subframes, state = model._subframes(features[:, 1:], state)
-        memory = Memory(state.excitation, state.samples, state.hidden)
-        fast, fast_memory = model._run(subframes, state)
-        slow, slow_memory = model.run_plain(subframes, memory)
+        initial = SubframeState(state.excitation, state.samples, state.hidden)
+        fast, fast_state = model._run(subframes, state)
+        slow, slow_state = model.run_plain(subframes, initial)
     assert slow.abs().max() > 0.05
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
-    for quick, plain in zip(fast_memory.hidden, slow_memory.hidden, strict=True):
+    for quick, plain in zip(fast_state.hidden, slow_state.hidden, strict=True):
         torch.testing.assert_close(quick, plain, atol=1e-4, rtol=0)
-    torch.testing.assert_close(fast_memory.samples, slow_memory.samples, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fast_state.samples, slow_state.samples, atol=1e-5, rtol=0)
 
 
 def test_other_weights_are_taken_up(golden: dict[str, Tensor]) -> None:
     features = golden["features"][None, :4]
-    model = Fargan.shipped()
+    model = Fargan.load()
     before = model(features)
     weights = model.state_dict()
     weights["exit.weight"] = torch.zeros_like(weights["exit.weight"])

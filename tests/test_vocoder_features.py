@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from valle.model.vocoder import features, pitch, prediction
+from valle.model.vocoder import features, lpc, pitch
 from valle.model.vocoder.features import PITCH, VOICING, FeatureExtractor
 from valle.model.vocoder.pitch import PitchNet
 
@@ -101,8 +101,8 @@ def test_blocks_change_nothing(
     extractor: FeatureExtractor, golden: dict[str, Tensor], block_frames: int
 ) -> None:
     wave = golden["speech.samples"][None, 9_000:21_000]
-    whole = extractor(wave, block_frames=10_000)
-    _assert_alike(extractor(wave, block_frames=block_frames), whole)
+    expected = extractor(wave, block_frames=10_000)
+    _assert_alike(extractor(wave, block_frames=block_frames), expected)
 
 
 def test_a_frame_sees_80_samples_after_those_it_describes(
@@ -128,8 +128,8 @@ def test_pitch_of_a_buzz(extractor: FeatureExtractor, hertz: float) -> None:
     buzz = (np.cos(2 * np.pi * hertz * harmonics * time) / harmonics).sum(0)
     wave = torch.from_numpy(0.1 * buzz).float()[None]
     answer = extractor(wave)[0, 20:]
-    found = 16_000 * 2 ** (answer[:, PITCH] + 1.5) / 256
-    assert (found.median() - hertz).abs() < 0.01 * hertz
+    measured = 16_000 * 2 ** (answer[:, PITCH] + 1.5) / 256
+    assert (measured.median() - hertz).abs() < 0.01 * hertz
     assert answer[:, VOICING].median() > 0.4
 
 
@@ -217,7 +217,7 @@ def test_predictors_solve_the_normal_equations() -> None:
     noise = rng.normal(size=(5, 4_000))
     noise[:, 1:] += 0.5 * noise[:, :-1]
     lags = np.stack([[row[: 4_000 - k] @ row[k:] for k in range(17)] for row in noise])
-    answer = prediction.predictors(torch.from_numpy(lags)[None])[0].numpy()
+    answer = lpc.lpc_coefficients(torch.from_numpy(lags)[None])[0].numpy()
     for row, weights in zip(lags, answer, strict=True):
         matrix = row[np.abs(np.subtract.outer(np.arange(16), np.arange(16)))]
         np.testing.assert_allclose(weights, np.linalg.solve(matrix, -row[1:]), rtol=1e-3, atol=1e-3)
@@ -226,7 +226,7 @@ def test_predictors_solve_the_normal_equations() -> None:
 def test_a_predictor_stops_at_30_db() -> None:
     """A sine is explained by two samples; its power is far above the floor, so nothing follows."""
     lags = 1e9 * torch.cos(0.3 * torch.arange(17, dtype=torch.float64))
-    (weights,) = prediction.predictors(lags[None, None])[0]
+    (weights,) = lpc.lpc_coefficients(lags[None, None])[0]
     assert (weights[:2].abs() > 0.5).all() and not weights[2:].any()
 
 
@@ -237,7 +237,7 @@ def test_the_low_pass_is_the_recursive_filter() -> None:
         past = [(x[:, n - k], expected[:, n - k]) if n >= k else (0, 0) for k in (1, 2)]
         (x1, y1), (x2, y2) = past
         expected[:, n] = x[:, n] - 0.84946 * x1 + x2 + 1.54220 * y1 - 0.70781 * y2
-    torch.testing.assert_close(prediction.low_passed(x), expected, atol=1e-8, rtol=0)
+    torch.testing.assert_close(lpc.low_pass(x), expected, atol=1e-8, rtol=0)
 
 
 def test_correlations_are_inner_products() -> None:

@@ -16,23 +16,29 @@ from helpers import clusters
 from starlette.types import Message
 
 from valle.jobs.speakers import Joe
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP, SAMPLE_RATE
 from valle.platform.audio import AudioError, flac_bytes, read, wav_bytes
-from valle.serve.deployments.versions import Followed
+from valle.serve.deployments.versions import AliasWatcher
 from valle.serve.web.api import create_api
-from valle.serve.web.prompts import PROMPT_FRAMES, Prompts
+from valle.serve.web.prompts import PROMPT_FRAMES, PromptEncoder
 from valle.serve.web.schema import AppArgs, SpeechRequest
-from valle.serve.web.service import Speaker
-from valle.serve.web.voices import About, VoiceError, VoiceStore, pack, read_about
+from valle.serve.web.service import SpeechService
+from valle.serve.web.voices import (
+    VoiceError,
+    VoiceMetadata,
+    VoiceStore,
+    pack_codes,
+    read_voice_metadata,
+)
 
 TEXT = "The early train was late again, so we walked along the river and talked."
 
 
 @pytest.fixture(scope="module")
 def joe() -> Wave:
-    return Joe().speak(TEXT, "joe", "en-us")
+    return Joe().synthesize(TEXT, "joe", "en-us")
 
 
 @pytest.fixture
@@ -58,46 +64,51 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         server.wait()
 
 
-def ann(prompt: Codes) -> About:
-    return About(
-        seconds=4.5, consent="Ann", created=1, text=TEXT, prompt=pack(prompt), codec="0123abcd"
+def ann(prompt: Codes) -> VoiceMetadata:
+    return VoiceMetadata(
+        seconds=4.5,
+        consent="Ann",
+        created=1,
+        text=TEXT,
+        prompt=pack_codes(prompt),
+        codec="0123abcd",
     )
 
 
 def test_voices_are_kept_in_s3(bucket: str, joe: Wave) -> None:
     """Two replicas, one bucket: what one adds or deletes, the other sees."""
-    here, there = (VoiceStore(f"{bucket}/some/voices") for _ in range(2))
-    assert there.ids() == []
+    first_replica, second_replica = (VoiceStore(f"{bucket}/some/voices") for _ in range(2))
+    assert second_replica.ids() == []
     with pytest.raises(VoiceError, match="no voice 'Ann'"):
-        there.read("Ann")
+        second_replica.read("Ann")
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
-    wave = here.check("Ann", wav_bytes(joe))
-    here.add("Ann", wave, ann(prompt))
-    assert there.ids() == ["Ann"]
-    assert (read(there.read("Ann"), max_seconds=30) == wave).all()
-    assert read_about(there.read("Ann")) == ann(prompt)
+    wave = first_replica.validate_recording("Ann", wav_bytes(joe))
+    first_replica.add("Ann", wave, ann(prompt))
+    assert second_replica.ids() == ["Ann"]
+    assert (read(second_replica.read("Ann"), max_seconds=30) == wave).all()
+    assert read_voice_metadata(second_replica.read("Ann")) == ann(prompt)
     with pytest.raises(VoiceError, match="there is a voice 'Ann'; delete it first"):
-        there.check("Ann", wav_bytes(joe))
-    there.delete("Ann")
-    assert here.ids() == []
+        second_replica.validate_recording("Ann", wav_bytes(joe))
+    second_replica.delete("Ann")
+    assert first_replica.ids() == []
     with pytest.raises(VoiceError, match="no voice 'Ann'"):
-        here.read("Ann")
+        first_replica.read("Ann")
 
 
 def test_a_recording_is_kept_until_it_is_deleted(tmp_path: Path, joe: Wave) -> None:
     store = VoiceStore(str(tmp_path))
     silence = np.zeros(SAMPLE_RATE, np.float32)
-    wave = store.check("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])))
+    wave = store.validate_recording("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])))
     assert len(wave) / SAMPLE_RATE == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
     store.add("Ann-1", wave, ann(prompt))
     assert store.ids() == ["Ann-1"]
     assert [path.name for path in tmp_path.iterdir()] == ["Ann-1.flac"]
-    kept = read_about(store.read("Ann-1"))
-    assert kept == ann(prompt) and (kept.prompt_codes() == prompt).all()
+    metadata = read_voice_metadata(store.read("Ann-1"))
+    assert metadata == ann(prompt) and (metadata.prompt_codes() == prompt).all()
     assert (read(store.read("Ann-1"), max_seconds=30) == wave).all()
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
-        store.check("Ann-1", wav_bytes(joe))
+        store.validate_recording("Ann-1", wav_bytes(joe))
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'"):  # two at the same time
         store.add("Ann-1", wave, ann(prompt))
     store.delete("Ann-1")
@@ -111,10 +122,10 @@ def test_a_recording_put_there_by_hand_is_a_voice(tmp_path: Path, joe: Wave) -> 
     store = VoiceStore(str(tmp_path))
     for name in ("bob.wav", "no name.wav", "notes.txt", "BOB.WAV"):
         (tmp_path / name).write_bytes(wav_bytes(joe))
-    assert store.ids() == ["bob"] and read_about(store.read("bob")) is None
+    assert store.ids() == ["bob"] and read_voice_metadata(store.read("bob")) is None
     assert store.read("bob")[:4] == b"RIFF"
     with pytest.raises(VoiceError, match="there is a voice 'bob'"):
-        store.check("bob", wav_bytes(joe))
+        store.validate_recording("bob", wav_bytes(joe))
     store.delete("bob")
     assert store.ids() == []
 
@@ -130,12 +141,12 @@ def test_what_is_no_voice_is_refused_with_the_reason(tmp_path: Path, joe: Wave) 
         (noise, ".*% of it is speech, at least 40%"),
     ):
         with pytest.raises(AudioError, match=reason):
-            store.check("x", wav_bytes(wave))
+            store.validate_recording("x", wav_bytes(wave))
     with pytest.raises(AudioError, match="unreadable audio"):
-        store.check("x", b"PK not a sound")
+        store.validate_recording("x", b"PK not a sound")
     for name in ("../x", "a/b", "", "x" * 101, "a.b", "声" * 9):
         with pytest.raises(VoiceError, match="is no name"):
-            store.check(name, wav_bytes(joe))
+            store.validate_recording(name, wav_bytes(joe))
     assert not list(tmp_path.iterdir())
 
 
@@ -147,15 +158,15 @@ async def test_an_uploaded_voice_is_not_encoded_again(
     another codec and broken ones as well are encoded when they are asked for."""
     encoded = []
 
-    async def encode(prompts: Prompts, wave: Wave, version: str) -> Codes:
+    async def encode(prompts: PromptEncoder, wave: Wave, version: str) -> Codes:
         encoded.append(version)
         return np.zeros((8, 225), np.int16)
 
-    async def codec(prompts: Prompts, version: str) -> str:
+    async def codec_sha256(prompts: PromptEncoder, version: str) -> str:
         return {"one": "0123abcd", "two": "another"}[version]
 
-    monkeypatch.setattr(Prompts, "encode", encode)
-    monkeypatch.setattr(Prompts, "codec", codec)
+    monkeypatch.setattr(PromptEncoder, "encode", encode)
+    monkeypatch.setattr(PromptEncoder, "codec_sha256", codec_sha256)
     store = VoiceStore(str(tmp_path))
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
     store.add("ann", joe, ann(prompt))
@@ -166,36 +177,36 @@ async def test_an_uploaded_voice_is_not_encoded_again(
         ("kim", '{"year": 2019}'),
     ):
         (tmp_path / f"{name}.flac").write_bytes(flac_bytes(joe, comment))
-    prompts = Prompts(store)
+    prompts = PromptEncoder(store)
 
-    async def ask(voice: str, version: str) -> Codes:
-        return await prompts.of(SpeechRequest(input="x", voice=voice), version)
+    async def encode_prompt(voice: str, version: str) -> Codes:
+        return await prompts.for_request(SpeechRequest(input="x", voice=voice), version)
 
-    assert (await ask("ann", "one") == prompt).all() and encoded == []
-    asked = [("ann", "two"), ("bob", "one"), ("eve", "one"), ("dan", "one"), ("kim", "one")]
-    for voice, version in asked:
-        assert (await ask(voice, version) == 0).all() and encoded.pop() == version
-        await ask(voice, version)
+    assert (await encode_prompt("ann", "one") == prompt).all() and encoded == []
+    cases = [("ann", "two"), ("bob", "one"), ("eve", "one"), ("dan", "one"), ("kim", "one")]
+    for voice, version in cases:
+        assert (await encode_prompt(voice, version) == 0).all() and encoded.pop() == version
+        await encode_prompt(voice, version)
         assert encoded == []  # remembered
 
 
 @pytest.mark.anyio
 async def test_voices_over_http(
-    tmp_path: Path, joe: Wave, tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, joe: Wave, tiny_codec: Encodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def encode(prompts: Prompts, wave: Wave, version: str) -> Codes:
+    async def encode(prompts: PromptEncoder, wave: Wave, version: str) -> Codes:
         """What the codec's deployment does."""
         return tiny_codec.encode([wave[: PROMPT_FRAMES * HOP]])[0]
 
-    async def codec(prompts: Prompts, version: str) -> str:
+    async def codec_sha256(prompts: PromptEncoder, version: str) -> str:
         return tiny_codec.identity.sha256
 
-    async def version(followed: Followed) -> str:
+    async def version(watcher: AliasWatcher) -> str:
         return "models:/valle/1"
 
-    monkeypatch.setattr(Prompts, "encode", encode)
-    monkeypatch.setattr(Prompts, "codec", codec)
-    monkeypatch.setattr(Followed, "version", version)
+    monkeypatch.setattr(PromptEncoder, "encode", encode)
+    monkeypatch.setattr(PromptEncoder, "codec_sha256", codec_sha256)
+    monkeypatch.setattr(AliasWatcher, "version", version)
     app = create_api(AppArgs(voices=str(tmp_path), max_body_bytes=500_000))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -209,10 +220,10 @@ async def test_voices_over_http(
         assert added.status_code == 200, added.text
         assert added.json()["id"] == "ann" and added.json()["seconds"] > 2
         stored = VoiceStore(str(tmp_path)).read("ann")
-        kept = read_about(stored)
-        assert kept is not None and kept.consent == "Ann agreed"
-        expected = await encode(Prompts(VoiceStore("")), read(stored, max_seconds=30), "")
-        assert (kept.prompt_codes() == expected).all()
+        metadata = read_voice_metadata(stored)
+        assert metadata is not None and metadata.consent == "Ann agreed"
+        expected = await encode(PromptEncoder(VoiceStore("")), read(stored, max_seconds=30), "")
+        assert (metadata.prompt_codes() == expected).all()
         listed = await http.get("/v1/audio/voices")
         assert listed.json() == {"voices": [{"id": "ann", "name": "ann"}]}
         for data, status, param in (
@@ -255,17 +266,17 @@ async def test_a_stream_that_fails_does_not_end_as_if_it_were_whole(
         yield b"half"
         raise RuntimeError("the second sentence failed")
 
-    async def speak(speaker: Speaker, request: SpeechRequest) -> Response:
+    async def create_speech(service: SpeechService, request: SpeechRequest) -> Response:
         return StreamingResponse(half())
 
-    monkeypatch.setattr(Speaker, "speak", speak)
+    monkeypatch.setattr(SpeechService, "create_speech", create_speech)
     body = b'{"input": "One. Two."}'
     sent: list[Message] = []
-    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        if given:
-            return given.pop()
+        if incoming:
+            return incoming.pop()
         await asyncio.sleep(60)  # a client that stays
         raise AssertionError("the stream never ended")
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from valle.model.codec.interface import Wave
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
-from valle.model.valle import GUIDANCE_SCALE, Synthesis, Voice
+from valle.model.valle import GUIDANCE_SCALE, Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, registry
 
 
-def load(arguments: argparse.Namespace) -> Voice:
+def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
     """The networks named on the command line."""
     if not arguments.ar_ckpt and not arguments.nar_ckpt:
-        return registry.load_voice(registry.resolve(arguments.model), arguments.device)
+        return registry.load_synthesizer(registry.resolve(arguments.model), arguments.device)
     from valle.model.ar import AR
     from valle.model.codec import encodec
     from valle.model.nar import NAR
@@ -26,13 +26,13 @@ def load(arguments: argparse.Namespace) -> Voice:
     if not (arguments.ar_ckpt and arguments.nar_ckpt):
         raise ValueError("--ar-ckpt and --nar-ckpt go together")
     codec = encodec.load(arguments.codec, device=arguments.device)
-    ar, about_ar = checkpoint.load(arguments.ar_ckpt, arguments.device)
-    nar, about_nar = checkpoint.load(arguments.nar_ckpt, arguments.device)
+    ar, ar_metadata = checkpoint.load(arguments.ar_ckpt, arguments.device)
+    nar, nar_metadata = checkpoint.load(arguments.nar_ckpt, arguments.device)
     if not isinstance(ar, AR) or not isinstance(nar, NAR):
         raise ValueError("--ar-ckpt must hold an AR model, --nar-ckpt a NAR model")
-    codec.identity.check(about_ar.codec, "the AR checkpoint")
-    codec.identity.check(about_nar.codec, "the NAR checkpoint")
-    return Voice(ar, nar, codec)
+    codec.identity.check(ar_metadata.codec, "the AR checkpoint")
+    codec.identity.check(nar_metadata.codec, "the NAR checkpoint")
+    return Synthesizer(ar, nar, codec)
 
 
 def read_reference(names: str, seconds: float) -> Wave:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         default, scale = Synthesis(), arguments.guidance_scale
-        how = replace(
+        synthesis = replace(
             default,
             ar=replace(default.ar, temperature=arguments.ar_temp, guidance_scale=scale),
             nar=replace(default.nar, temperature=arguments.nar_temp, guidance_scale=scale),
@@ -80,18 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             language=arguments.language,
             seed=arguments.seed,
         )
-        voice = load(arguments)
-        prompt = read_reference(arguments.reference, how.prompt_seconds)
+        synthesizer = load_synthesizer(arguments)
+        prompt = read_reference(arguments.reference, synthesis.prompt_seconds)
         started = time.perf_counter()
-        spoken = voice.speak(arguments.text, prompt, how)
+        result = synthesizer.synthesize(arguments.text, prompt, synthesis)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.out.write_bytes(audio.wav_bytes(spoken.wave))
-    seconds = len(spoken.wave) / SAMPLE_RATE
-    taken = time.perf_counter() - started
-    limit = ", cut off by the length limit" if spoken.hit_limit else ""
-    print(f"{arguments.out}: {seconds:.2f} s of speech in {taken:.2f} s{limit}")
+    arguments.out.write_bytes(audio.wav_bytes(result.wave))
+    seconds = len(result.wave) / SAMPLE_RATE
+    elapsed = time.perf_counter() - started
+    limit = ", cut off by the length limit" if result.hit_limit else ""
+    print(f"{arguments.out}: {seconds:.2f} s of speech in {elapsed:.2f} s{limit}")
     return 0
 
 

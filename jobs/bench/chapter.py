@@ -3,8 +3,8 @@
     python -m valle.jobs.bench.chapter --characters 10000
 
 One request for a text of many sentences, streamed as it is made. Reports first audio, real-time
-factor, the share of pieces that were there before playback needed them, the memory of every replica
-while the text was read, and the words that a recogniser heard wrong in the whole of it.
+factor, the share of chunks that were there before playback needed them, the memory of every replica
+while the text was read, and the words that a recognizer heard wrong in the whole of it.
 """
 
 import argparse
@@ -20,30 +20,30 @@ import httpx
 import numpy as np
 from ray import serve
 
-from valle.jobs.bench.replicas import memory
-from valle.jobs.bench.serve import BYTES_A_SECOND
-from valle.jobs.evaluation.metrics import recogniser
-from valle.jobs.speakers.texts import sentences
+from valle.jobs.bench.replicas import replica_memory
+from valle.jobs.bench.serve import BYTES_PER_SECOND
+from valle.jobs.evaluation.metrics import words
+from valle.jobs.speakers.texts import load_sentences
 from valle.jobs.starter_voices import make_starter_voices
 from valle.model.codec.interface import Wave
 from valle.platform import audio, registry, settings
 from valle.platform.cluster import connect
-from valle.platform.progress import progress
+from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
 from valle.serve.web.schema import AppArgs
 
-CHARACTERS_A_SECOND = 15
+CHARACTERS_PER_SECOND = 15
 """About; for the progress bar."""
 
-EVERY = 20.0
+MEMORY_INTERVAL = 20.0
 """Seconds of speech between two looks at the memory."""
 
 
-def chapter(characters: int) -> str:
+def long_text(characters: int) -> str:
     """Sentences that no model here was trained on, in paragraphs."""
     lines: list[str] = []
     size = 0
-    for number, line in enumerate(sentences("held_out")):
+    for number, line in enumerate(load_sentences("held_out")):
         if size + len(line) > characters:
             break
         lines.append(line)
@@ -52,40 +52,41 @@ def chapter(characters: int) -> str:
     return "".join(lines).strip()
 
 
-def read_aloud(url: str, body: dict[str, Any]) -> tuple[Wave, dict[str, Any]]:
+def stream_speech(url: str, body: dict[str, Any]) -> tuple[Wave, dict[str, Any]]:
     """The speech, and how it came."""
-    pieces: list[bytes] = []
-    seen: dict[str, list[float]] = defaultdict(list)
+    chunks: list[bytes] = []
+    megabytes: dict[str, list[float]] = defaultdict(list)
     in_time = []
     received, first, next_look = 0, 0.0, 0.0
-    expected = len(body["input"]) // CHARACTERS_A_SECOND
+    expected = len(body["input"]) // CHARACTERS_PER_SECOND
     started = time.perf_counter()
     with (
-        httpx.stream("POST", url, json=body, timeout=600) as answer,
-        progress(total=expected, label="bench_chapter", unit="s of speech") as bar,
+        httpx.stream("POST", url, json=body, timeout=600) as response,
+        progress_bar(total=expected, label="bench.chapter", unit="s of speech") as bar,
     ):
-        answer.raise_for_status()
-        for data in answer.iter_raw():
+        response.raise_for_status()
+        for data in response.iter_raw():
             now = time.perf_counter()
             first = first or now
-            in_time.append(now - first <= received / BYTES_A_SECOND)
-            pieces.append(data)
+            in_time.append(now - first <= received / BYTES_PER_SECOND)
+            chunks.append(data)
             received += len(data)
-            if received / BYTES_A_SECOND >= next_look:
-                for name, megabytes in memory().items():
-                    seen[name].append(megabytes)
-                bar.update(round(EVERY) if next_look else 0)
-                next_look += EVERY
-    seconds = received / BYTES_A_SECOND
-    wave = np.frombuffer(b"".join(pieces), "<i2").astype(np.float32) / np.float32(32768)
+            if received / BYTES_PER_SECOND >= next_look:
+                for name, value in replica_memory().items():
+                    megabytes[name].append(value)
+                bar.update(round(MEMORY_INTERVAL) if next_look else 0)
+                next_look += MEMORY_INTERVAL
+    seconds = received / BYTES_PER_SECOND
+    wave = np.frombuffer(b"".join(chunks), "<i2").astype(np.float32) / np.float32(32768)
     return wave, {
         "minutes_of_speech": round(seconds / 60, 2),
         "first_audio": round(first - started, 2),
         "real_time_factor": round((time.perf_counter() - started) / seconds, 3),
-        "pieces": len(in_time),
-        "pieces_in_time": round(float(np.mean(in_time)), 3),
+        "chunks": len(in_time),
+        "chunks_in_time": round(float(np.mean(in_time)), 3),
         "megabytes_first_median_last": {
-            name: [values[0], float(np.median(values)), values[-1]] for name, values in seen.items()
+            name: [values[0], float(np.median(values)), values[-1]]
+            for name, values in megabytes.items()
         },
     }
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     voices = str(settings.read().home / "data" / "voices")
     make_starter_voices(voices)
-    text = chapter(arguments.characters)
+    text = long_text(arguments.characters)
     body = {
         "input": text, "voice": arguments.voice, "response_format": "pcm",
         "chunked": arguments.chunked,
@@ -118,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve.run(build_app(args), name="valle")
         url = f"http://127.0.0.1:{arguments.port}/v1/audio/speech"
         httpx.post(url, json=body | {"input": "Warm."}, timeout=60).raise_for_status()
-        wave, report = read_aloud(url, body)
+        wave, report = stream_speech(url, body)
         serve.shutdown()
     if arguments.out:
         arguments.out.write_bytes(audio.wav_bytes(wave))
-    heard = recogniser.Whisper(threads=2).transcribe(wave)
-    errors = asdict(recogniser.compare(text, heard))
+    hypothesis = words.Whisper(threads=2).transcribe(wave)
+    errors = asdict(words.count_edits(text, hypothesis))
     print(json.dumps({"characters": len(text), **report, **errors}, indent=2))
 
 

@@ -3,8 +3,8 @@
     python -m valle.jobs.bench.engine --model release/nano --plot docs/bench-engine.png
 
 Beside them the bandwidth limit: each step has to read all weights once, so no single stream can
-make more groups a second than the memory gives weights (in float32). Every way speaks the same text
-to the same length (the model may not stop), one torch thread, rounds in turn, without guidance
+make more groups a second than the memory gives weights (in float32). Every variant speaks the same
+text to the same length (the model may not stop), one torch thread, rounds in turn, without guidance
 except in the rows called so; the model's shape matters, its weights do not: `--size full` takes
 untrained ones.
 """
@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from valle.jobs.bench.timing import ratio, take_turns
+from valle.jobs.bench.gpu.workload import Workload
+from valle.jobs.bench.timing import median_ratio, time_interleaved
 from valle.model.ar import AR
 from valle.model.config import SIZES
-from valle.model.precision import Precision, convert
+from valle.model.quantize import Precision, convert
 from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
 from valle.model.valle import GUIDANCE_SCALE
@@ -40,73 +41,69 @@ N_PHONEMES, PROMPT_FRAMES = 60, 225
 """A sentence of four seconds, and three seconds of a voice."""
 
 SAMPLING = Sampling(top_p=0.9, repetition_threshold=0.1)
-GUIDED = replace(SAMPLING, guidance_scale=GUIDANCE_SCALE)
+GUIDED_SAMPLING = replace(SAMPLING, guidance_scale=GUIDANCE_SCALE)
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is spoken in every way."""
-
-    phonemes: list[int]
-    prompt: np.ndarray
-    frames: int
-
-
-def uncached(ar: AR, task: Task) -> None:
+def generate_uncached(ar: AR, workload: Workload) -> None:
     """The whole sequence again for every group: what research scripts do."""
-    _generate(ar, task, use_cache=False)
+    _generate(ar, workload, use_cache=False)
 
 
-def cached(ar: AR, task: Task) -> None:
+def generate_cached(ar: AR, workload: Workload) -> None:
     """`AR.generate`, the reference, with its cache."""
-    _generate(ar, task, use_cache=True)
+    _generate(ar, workload, use_cache=True)
 
 
-def _generate(ar: AR, task: Task, use_cache: bool) -> None:
-    said = ar.generate(
-        torch.tensor(task.phonemes), torch.from_numpy(task.prompt.astype(np.int64)),
-        sampling=SAMPLING, generator=torch.Generator().manual_seed(0), max_frames=task.frames,
+def _generate(ar: AR, workload: Workload, use_cache: bool) -> None:
+    output = ar.generate(
+        torch.tensor(workload.phonemes), torch.from_numpy(workload.prompt.astype(np.int64)),
+        sampling=SAMPLING, generator=torch.Generator().manual_seed(0), max_frames=workload.frames,
         use_cache=use_cache,
     )  # fmt: skip
-    assert len(said.codes) == task.frames, "the model was not to stop"
+    assert len(output.codes) == workload.frames, "the model was not to stop"
 
 
 @dataclass(frozen=True)
-class Setup:
+class EngineVariant:
     """An engine to measure."""
 
     ar: AR
     sampling: Sampling = SAMPLING
     compiled: bool = False
 
-    def build(self, task: Task, streams: int) -> Engine:
+    def build(self, workload: Workload, streams: int) -> Engine:
         """The engine for so many streams, warm."""
-        positions = self.ar.capacity(len(task.phonemes), PROMPT_FRAMES, task.frames)
+        positions = self.ar.capacity(len(workload.phonemes), PROMPT_FRAMES, workload.frames)
         runner = Runner(
-            self.ar, slots=streams, positions=positions, guided=self.sampling.guided,
+            self.ar, slots=streams, max_positions=positions, guided=self.sampling.guided,
             compiled=self.compiled,
         )  # fmt: skip
         engine = Engine(runner, Scheduler(streams))
-        together(engine, task, streams, self.sampling)
+        run_streams(engine, workload, streams, self.sampling)
         return engine
 
 
-def setups(ar: AR, precisions: Sequence[Precision], compiled: bool) -> dict[str, Setup]:
+def engine_variants(
+    ar: AR, precisions: Sequence[Precision], compiled: bool
+) -> dict[str, EngineVariant]:
     """The engines by name: as it is, guided, and each as well in other precisions."""
-    found = {"engine": Setup(ar), "guided": Setup(ar, GUIDED)}
+    engines = {"engine": EngineVariant(ar), "guided": EngineVariant(ar, GUIDED_SAMPLING)}
     for precision in precisions:
         other = convert(copy.deepcopy(ar), precision)
-        found |= {precision: Setup(other), f"guided {precision}": Setup(other, GUIDED)}
-    return found | ({"compiled": Setup(ar, compiled=True)} if compiled else {})
+        engines |= {
+            precision: EngineVariant(other),
+            f"guided {precision}": EngineVariant(other, GUIDED_SAMPLING),
+        }
+    return engines | ({"compiled": EngineVariant(ar, compiled=True)} if compiled else {})
 
 
-def together(engine: Engine, task: Task, streams: int, sampling: Sampling) -> None:
+def run_streams(engine: Engine, workload: Workload, streams: int, sampling: Sampling) -> None:
     """The engine with so many streams."""
     for number in range(streams):
         engine.add(
             Request(
-                id=str(number), phonemes=task.phonemes, prompt=task.prompt, sampling=sampling,
-                max_frames=task.frames, seed=number,
+                id=str(number), phonemes=workload.phonemes, prompt=workload.prompt,
+                sampling=sampling, max_frames=workload.frames, seed=number,
             )
         )  # fmt: skip
     while not engine.idle:
@@ -126,30 +123,37 @@ def read_bandwidth(n_bytes: int, seconds: float = 0.5) -> float:
 
 
 def measure(
-    ar: AR, task: Task, engines: dict[str, Setup], streams: Sequence[int], rounds: int
+    ar: AR,
+    workload: Workload,
+    engines: dict[str, EngineVariant],
+    streams: Sequence[int],
+    rounds: int,
 ) -> dict[str, list[float]]:
-    """Frames a second of each way, a figure a round; the ways take turns."""
-    ways: dict[str, tuple[int, Callable[[], None]]] = {
-        "uncached": (1, lambda: uncached(ar, task)),
-        "cached": (1, lambda: cached(ar, task)),
+    """Frames a second of each variant, a figure a round; the variants take turns."""
+    variants: dict[str, tuple[int, Callable[[], None]]] = {
+        "uncached": (1, lambda: generate_uncached(ar, workload)),
+        "cached": (1, lambda: generate_cached(ar, workload)),
     }
-    for (name, setup), n in itertools.product(engines.items(), streams):
-        engine = setup.build(task, n)
-        ways[f"{name}, {n}"] = (n, partial(together, engine, task, n, setup.sampling))
-    seconds = take_turns({name: run for name, (_, run) in ways.items()}, rounds, "bench_engine")
+    for (name, variant), n in itertools.product(engines.items(), streams):
+        engine = variant.build(workload, n)
+        variants[f"{name}, {n}"] = (n, partial(run_streams, engine, workload, n, variant.sampling))
+    seconds = time_interleaved(
+        {name: run for name, (_, run) in variants.items()}, rounds, "bench.engine"
+    )
     return {
-        name: [n * task.frames / taken for taken in seconds[name]] for name, (n, _) in ways.items()
+        name: [n * workload.frames / elapsed for elapsed in seconds[name]]
+        for name, (n, _) in variants.items()
     }
 
 
-def summarise(speeds: dict[str, list[float]], limit: float) -> dict[str, dict[str, float]]:
+def summarize(speeds: dict[str, list[float]], limit: float) -> dict[str, dict[str, float]]:
     """Medians, and the ratios in which they are claimed (each round its own ratio)."""
     one = speeds["engine, 1"]
     return {
         name: {
             "frames_per_second": round(statistics.median(values), 1),
-            "times_uncached": round(ratio(values, speeds["uncached"]), 2),
-            "times_engine_one": round(ratio(values, one), 2),
+            "speedup_over_uncached": round(median_ratio(values, speeds["uncached"]), 2),
+            "speedup_over_one_stream": round(median_ratio(values, one), 2),
             "share_of_fp32_limit": round(statistics.median(values) / limit, 3),
         }
         for name, values in speeds.items()
@@ -166,7 +170,9 @@ def plot(figures: dict[str, dict[str, float]], limit: float, path: Path) -> None
     figure, axis = pyplot.subplots(figsize=(7, 1 + 0.22 * len(figures)), layout="constrained")
     names = list(figures)
     bars = axis.barh(names, [figures[name]["frames_per_second"] for name in names])
-    axis.bar_label(bars, [f"{figures[n]['times_uncached']:g} x uncached" for n in names], padding=4)
+    axis.bar_label(
+        bars, [f"{figures[n]['speedup_over_uncached']:g} x uncached" for n in names], padding=4
+    )
     axis.axvline(limit, color="0.4", linestyle="--", label="one stream's bandwidth limit, float32")
     axis.invert_yaxis()
     axis.margins(x=0.2)
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         ar.head.bias[EOS] = -1e9
     random = np.random.default_rng(0)
-    task = Task(
+    workload = Workload(
         random.integers(2, ar.config.n_phonemes, N_PHONEMES).tolist(),
         random.integers(0, CODEBOOK_SIZE, (N_CODEBOOKS, PROMPT_FRAMES)).astype(np.int16),
         arguments.frames,
@@ -211,13 +217,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not n.endswith(("embedding.weight", "tables"))
     )
     read *= ar.head.weight.element_size()
-    engines = setups(ar, arguments.precisions, arguments.compiled)
-    speeds = measure(ar, task, engines, arguments.streams, arguments.rounds)
+    engines = engine_variants(ar, arguments.precisions, arguments.compiled)
+    speeds = measure(ar, workload, engines, arguments.streams, arguments.rounds)
     limit = read_bandwidth(read) / read * ar.config.group
-    figures = summarise(speeds, limit)
+    figures = summarize(speeds, limit)
     report = {
         "frames": arguments.frames, "weights_read_megabytes": round(read / 1e6, 1),
-        "limit_frames_per_second": round(limit, 1), "ways": figures,
+        "limit_frames_per_second": round(limit, 1), "variants": figures,
     }  # fmt: skip
     print(json.dumps(report, indent=2))
     if arguments.plot:

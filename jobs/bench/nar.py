@@ -2,9 +2,10 @@
 
     python -m valle.jobs.bench.nar --model release/nano
 
-Every way fills in the same speech, ways take turns, one torch thread. The plain way computes the
-prompt again at every level and for every sentence, as reference implementations do; guidance is
-twice the work at the levels that have it. In chunks, all that was said is filled in again for each.
+Every variant fills in the same speech, variants take turns, one torch thread. The plain way
+computes the prompt again at every level and for every sentence, as reference implementations do;
+guidance is twice the work at the levels that have it. In chunks, all that was said is filled in
+again for each.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from valle.jobs.bench.timing import ratio, take_turns
-from valle.model.chunks import Chunking, fill_in_chunks
+from valle.jobs.bench.timing import median_ratio, time_interleaved
+from valle.model.chunks import Chunking, nar_decode_chunks
 from valle.model.nar import NAR
-from valle.model.nar_decoding import Filler, Filling, Unfilled, fill_in
+from valle.model.nar_decoding import NARDecoder, NARDecoding, NARRequest, nar_decode
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, N_CODEBOOKS
 from valle.model.valle import Synthesis
 from valle.platform import registry
@@ -29,44 +30,54 @@ N_PHONEMES, PROMPT_FRAMES = 60, 225
 """A sentence of four seconds, and three seconds of a voice."""
 
 
-def one_after_the_other(nar: NAR, items: Sequence[Unfilled], how: Filling) -> None:
+def decode_plain(nar: NAR, items: Sequence[NARRequest], decoding: NARDecoding) -> None:
     """The plain way."""
     for item in items:
-        fill_in(nar, item, how)
+        nar_decode(nar, item, decoding)
 
 
-def in_chunks(filler: Filler, items: Sequence[Unfilled], how: Filling, group: int) -> None:
+def decode_chunked(
+    nar_decoder: NARDecoder, items: Sequence[NARRequest], decoding: NARDecoding, group: int
+) -> None:
     """Sentences as they are streamed, one after the other."""
     for item in items:
-        fill_in_chunks(lambda part: filler.fill_in([part], how)[0], item, Chunking(), group)
+        nar_decode_chunks(
+            lambda part: nar_decoder.decode([part], decoding)[0], item, Chunking(), group
+        )
 
 
-def alone(filler: Filler, items: Sequence[Unfilled], how: Filling) -> None:
+def decode_one_at_a_time(
+    nar_decoder: NARDecoder, items: Sequence[NARRequest], decoding: NARDecoding
+) -> None:
     """The prompt remembered, one sentence after the other."""
     for item in items:
-        filler.fill_in([item], how)
+        nar_decoder.decode([item], decoding)
 
 
-def ways_of(
-    nar: NAR, items: Sequence[Unfilled], guided_levels: int, group: int
+def decoding_variants(
+    nar: NAR, items: Sequence[NARRequest], guided_levels: int, group: int
 ) -> dict[str, Callable[[], object]]:
-    """Each way by its name."""
-    how = Synthesis().filling
+    """Each variant by its name."""
+    decoding = Synthesis().nar_decoding
     unguided, some, every = (
-        replace(how, guided_levels=n) for n in (0, guided_levels, N_CODEBOOKS - 1)
+        replace(decoding, guided_levels=n) for n in (0, guided_levels, N_CODEBOOKS - 1)
     )
-    filler = Filler(nar)
-    found: dict[str, Callable[[], object]] = {
-        "plain, all levels guided": partial(one_after_the_other, nar, items, every),
-        f"plain, {guided_levels} guided": partial(one_after_the_other, nar, items, some),
-        "plain, none guided": partial(one_after_the_other, nar, items, unguided),
+    nar_decoder = NARDecoder(nar)
+    variants: dict[str, Callable[[], object]] = {
+        "plain, all levels guided": partial(decode_plain, nar, items, every),
+        f"plain, {guided_levels} guided": partial(decode_plain, nar, items, some),
+        "plain, none guided": partial(decode_plain, nar, items, unguided),
     }
-    for label, chosen in (("all levels", every), (str(guided_levels), some), ("none", unguided)):
+    for label, guided in (("all levels", every), (str(guided_levels), some), ("none", unguided)):
         name = f"prompt remembered, {label} guided"
-        found[f"{name}, one at a time"] = partial(alone, filler, items, chosen)
-        found[f"{name}, together"] = partial(filler.fill_in, items, chosen)
-    found[f"in chunks, {guided_levels} guided"] = partial(in_chunks, filler, items, some, group)
-    return found
+        variants[f"{name}, one at a time"] = partial(
+            decode_one_at_a_time, nar_decoder, items, guided
+        )
+        variants[f"{name}, together"] = partial(nar_decoder.decode, items, guided)
+    variants[f"in chunks, {guided_levels} guided"] = partial(
+        decode_chunked, nar_decoder, items, some, group
+    )
+    return variants
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,25 +97,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     random = np.random.default_rng(0)
     prompt = random.integers(0, CODEBOOK_SIZE, (N_CODEBOOKS, PROMPT_FRAMES)).astype(np.int16)
     items = [
-        Unfilled(
+        NARRequest(
             random.integers(2, nar.config.n_phonemes, N_PHONEMES).tolist(), prompt,
             random.integers(0, CODEBOOK_SIZE, arguments.frames).astype(np.int16),
         )
         for _ in range(arguments.sentences)
     ]  # fmt: skip
     group = registry.load_ar(bundle).config.group
-    ways = ways_of(nar, items, arguments.guided_levels, group)
-    for run in ways.values():  # warm, prompts read
+    variants = decoding_variants(nar, items, arguments.guided_levels, group)
+    for run in variants.values():  # warm, prompts read
         run()
-    seconds = take_turns(ways, arguments.rounds, "bench_nar")
+    seconds = time_interleaved(variants, arguments.rounds, "bench.nar")
     plain = seconds["plain, all levels guided"]
     speech = arguments.sentences * arguments.frames / FRAME_RATE
     report = {
         name: {
-            "times_plain": round(ratio(plain, taken), 2),
-            "real_time_factor": round(statistics.median(taken) / speech, 3),
+            "speedup_over_plain": round(median_ratio(plain, elapsed), 2),
+            "real_time_factor": round(statistics.median(elapsed) / speech, 3),
         }
-        for name, taken in seconds.items()
+        for name, elapsed in seconds.items()
     }
     print(json.dumps(report, indent=2))
 

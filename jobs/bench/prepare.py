@@ -1,6 +1,6 @@
 """Tokenising: this project's batches on Ray actors against one file at a time, in one run.
 
-The opponent is what research scripts do: a loop over files, each read, resampled and put through
+The baseline is what research scripts do: a loop over files, each read, resampled and put through
 EnCodec alone, with all threads. Both get the same recordings; the rounds alternate.
 """
 
@@ -20,7 +20,7 @@ from valle.platform import settings
 from valle.platform.cluster import connect
 
 
-class Worker:
+class CodecWorker:
     """One codec on one core."""
 
     def __init__(self, codec: str, batch_seconds: float) -> None:
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, waves = load_recordings(arguments.recordings, arguments.count, 0.5)
     seconds = sum(len(w) for w in waves) / SAMPLE_RATE
     torch.set_num_threads(arguments.workers)
-    alone = encodec.load(arguments.codec, cache=settings.read().cache)
+    codec = encodec.load(arguments.codec, cache=settings.read().cache)
     ratios: dict[int, list[float]] = {}
     with connect():
         for workers in sorted({1, arguments.workers}):
-            actor = ray.remote(num_cpus=1)(Worker)
+            actor = ray.remote(num_cpus=1)(CodecWorker)
             pool = [actor.remote(arguments.codec, arguments.batch_seconds) for _ in range(workers)]
             shares = [waves[i::workers] for i in range(workers)]
             work = list(zip(pool, shares, strict=True))
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for _ in range(arguments.rounds):
                 started = time.perf_counter()
                 for wave in waves:
-                    alone.encode([wave])
+                    codec.encode([wave])
                 one_by_one = time.perf_counter() - started
                 started = time.perf_counter()
                 ray.get([a.encode.remote(share) for a, share in work])
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "recordings": len(waves),
         "speech_seconds": round(seconds, 1),
         "one_at_a_time_threads": arguments.workers,
-        "times_faster": {
+        "speedup": {
             f"{workers} worker(s)": {
                 "median": round(statistics.median(values), 2),
                 "rounds": [round(v, 2) for v in values],

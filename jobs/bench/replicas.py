@@ -6,24 +6,24 @@ from collections.abc import Iterator
 
 import psutil
 
-APP = "ray::ServeReplica:valle:"
+REPLICA_TITLE = "ray::ServeReplica:valle:"
 
 
-def replicas(deployment: str = "") -> list[psutil.Process]:
+def replica_processes(deployment: str = "") -> list[psutil.Process]:
     """Processes of all replicas, or of those of one deployment."""
-    return [process for process, name in _named(APP) if deployment in ("", name)]
+    return [process for process, name in _named(REPLICA_TITLE) if deployment in ("", name)]
 
 
-def memory() -> dict[str, float]:
+def replica_memory() -> dict[str, float]:
     """Megabytes of each replica, by deployment and process number."""
-    found = {}
-    for process, deployment in _named(APP):
+    megabytes = {}
+    for process, deployment in _named(REPLICA_TITLE):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found[f"{deployment} {process.pid}"] = round(process.memory_info().rss / 1e6, 1)
-    return found
+            megabytes[f"{deployment} {process.pid}"] = round(process.memory_info().rss / 1e6, 1)
+    return megabytes
 
 
-def cpu_seconds() -> float:
+def serve_cpu_seconds() -> float:
     """Of every application's replicas and of the proxies, so far."""
     total = 0.0
     for start in ("ray::ServeReplica:", "ray::ProxyActor"):

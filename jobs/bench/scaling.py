@@ -19,8 +19,8 @@ import httpx
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from valle.jobs.bench.baselines import Ask
-from valle.jobs.bench.serve import Run, ask_once
+from valle.jobs.bench.baselines import SpeechBody
+from valle.jobs.bench.serve import LoadResult, send_request
 from valle.jobs.evaluation.items import load_items
 from valle.jobs.starter_voices import make_starter_voices
 from valle.platform import registry, settings
@@ -28,18 +28,18 @@ from valle.serve.app import build_app
 from valle.serve.web.schema import AppArgs
 
 
-class Watch:
+class ReplicaMonitor:
     """Notes every change in the number of running replicas of each deployment."""
 
     def __init__(self) -> None:
         self.changes: dict[str, list[tuple[float, int]]] = {}
         self._stop = threading.Event()
         self._started = time.perf_counter()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._poll)
         self._thread.start()
 
     @property
-    def now(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._started
 
@@ -48,28 +48,28 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._stop.wait(0.25):
             for name, status in serve.status().applications["valle"].deployments.items():
                 running = next((n for s, n in status.replica_states.items() if s == "RUNNING"), 0)
                 changes = self.changes.setdefault(name, [])
                 if not changes or changes[-1][1] != running:
-                    changes.append((round(self.now, 1), running))
+                    changes.append((round(self.elapsed, 1), running))
 
 
-async def clients(url: str, sentences: Sequence[str], count: int, seconds: float) -> Run:
+async def run_clients(url: str, sentences: Sequence[str], count: int, seconds: float) -> LoadResult:
     """So many clients for so long, each asking again when answered."""
-    run, end = Run(), time.perf_counter() + seconds
+    result, end = LoadResult(), time.perf_counter() + seconds
 
     async def client(number: int) -> None:
         async with httpx.AsyncClient(timeout=300) as http:
             while time.perf_counter() < end:
-                ask = Ask(input=sentences[number % len(sentences)], voice="joe")
-                await ask_once(http, url, ask, run)
+                body = SpeechBody(input=sentences[number % len(sentences)], voice="joe")
+                await send_request(http, url, body, result)
                 number += count
 
     await asyncio.gather(*(client(number) for number in range(count)))
-    return run
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,23 +102,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         serve.run(build_app(args), name="valle")
         url = f"http://127.0.0.1:{arguments.port}/v1/audio/speech"
-        watch = Watch()
+        monitor = ReplicaMonitor()
         for count, seconds in ((1, 10), (arguments.clients, arguments.seconds), (1, 40)):
-            begun = watch.now
-            run = asyncio.run(clients(url, sentences, count, seconds))
+            started = monitor.elapsed
+            result = asyncio.run(run_clients(url, sentences, count, seconds))
             report["phases"].append(
                 {
-                    "begun_at": round(begun, 1),
+                    "started_at": round(started, 1),
                     "clients": count,
-                    "answers": len(run.first),
-                    "first_audio_p50": round(statistics.median(run.first), 2),
-                    "first_audio_p50_of_the_last_third": round(
-                        statistics.median(run.first[-max(1, len(run.first) // 3) :]), 2
+                    "responses": len(result.first_audio_seconds),
+                    "first_audio_p50": round(statistics.median(result.first_audio_seconds), 2),
+                    "first_audio_p50_last_third": round(
+                        statistics.median(
+                            result.first_audio_seconds[
+                                -max(1, len(result.first_audio_seconds) // 3) :
+                            ]
+                        ),
+                        2,
                     ),
                 }
             )
-        watch.close()
-        report["replicas_at_seconds"] = watch.changes
+        monitor.close()
+        report["replica_changes"] = monitor.changes
         serve.shutdown()
     finally:
         ray.shutdown()

@@ -1,12 +1,12 @@
-"""The endpoint under fire: thousands of requests, good and bad, cancelled and too many, then a
+"""The endpoint under fire: thousands of requests, valid and invalid, cancelled and too many, then a
 replica killed; every answer is checked.
 
     python -m valle.jobs.bench.soak --requests 10000
 
-Good requests have to be answered with what the model says offline for that text, voice and seed; of
-a burst, some with "come again". Bad ones have to be refused with the right status. Memory of every
-replica is taken before each burst and at the end. Then an AR replica is killed while clients ask:
-how many requests fail, and how long until one succeeds again.
+Valid requests have to be answered with what the model says offline for that text, voice and seed;
+of a burst, some with "come again". Invalid ones have to be refused with the right status. Memory of
+every replica is taken before each burst and at the end. Then an AR replica is killed while clients
+ask: how many requests fail, and how long until one succeeds again.
 """
 
 import argparse
@@ -30,28 +30,29 @@ import psutil
 import soundfile
 from ray import serve
 
-from valle.jobs.bench.replicas import memory, replicas
+from valle.jobs.bench.replicas import replica_memory, replica_processes
 from valle.jobs.evaluation.items import load_items
 from valle.jobs.starter_voices import make_starter_voices
-from valle.model.valle import Synthesis, text_ids
+from valle.model.text import phoneme_ids
+from valle.model.valle import Synthesis
 from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
-from valle.platform.progress import progress
+from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
-from valle.serve.engine.offline import Offline
+from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
-from valle.serve.web.audio import encode
+from valle.serve.web.audio_formats import encode_audio
 from valle.serve.web.schema import AppArgs
 
-Truth = dict[tuple[str, str, int], np.ndarray]
+ReferenceAudio = dict[tuple[str, str, int], np.ndarray]
 """Samples by text, voice and seed."""
 
-Bad = dict[str, tuple[int, dict[str, Any]]]
+InvalidRequests = dict[str, tuple[int, dict[str, Any]]]
 """What is wrong with a request: the status that says so, and the request."""
 
 VOICES = ("joe", "heart")
 SEEDS = range(3)
-WORDS = 5
+WORDS_PER_TEXT = 5
 """Of each text: short requests are the many ones."""
 
 BURST = 150
@@ -59,11 +60,11 @@ BURST = 150
 
 BURST_EVERY = 500
 
-SPEAKING = 0.3
+BUSY_CPU_SHARE = 0.3
 """Share of a core from which on the AR replica counts as speaking."""
 
 
-def bad_requests() -> Bad:
+def invalid_requests() -> InvalidRequests:
     """Requests to be refused."""
     hours = io.BytesIO()
     with soundfile.SoundFile(hours, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
@@ -74,7 +75,7 @@ def bad_requests() -> Bad:
         "three hours, packed": hours.getvalue(),
         "too short": audio.wav_bytes(np.full(2_400, 0.1, np.float32)),
     }  # fmt: skip
-    found: Bad = {
+    requests: InvalidRequests = {
         "no such voice": (404, {"input": "hello", "voice": "nobody"}),
         "no text": (400, {"input": "", "voice": "joe"}),
         "unknown field": (400, {"input": "hello", "voice": "joe", "volume": 11}),
@@ -82,42 +83,42 @@ def bad_requests() -> Bad:
         "no such language": (400, {"input": "One. Two.", "voice": "joe", "language": "xx"}),
     }
     for name, data in sounds.items():
-        found[name] = (400, {"input": "hello", "ref_audio": base64.b64encode(data).decode()})
-    return found
+        requests[name] = (400, {"input": "hello", "ref_audio": base64.b64encode(data).decode()})
+    return requests
 
 
 @dataclass
-class Outcome:
+class SoakResult:
     """What became of the requests."""
 
-    kinds: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
     memory: list[dict[str, float]] = field(default_factory=list)
     """Megabytes of each replica, on the way."""
 
 
-def expected(model: str, voices: str, texts: Sequence[str]) -> Truth:
+def reference_audio(model: str, voices: str, texts: Sequence[str]) -> ReferenceAudio:
     """Samples for every text, voice and seed, by the engine without Serve."""
-    voice = registry.load_voice(registry.resolve(model))
-    offline = Offline(voice, Synthesis(), slots=8, max_phonemes=1000)
+    synthesizer = registry.load_synthesizer(registry.resolve(model))
+    offline = OfflineSynthesizer(synthesizer, Synthesis(), slots=8, max_phonemes=1000)
     keys, requests = [], []
     for name in VOICES:
         recording = storage.read_bytes(storage.join(voices, f"{name}.wav"))
-        prompt = voice.encode_prompt(audio.read(recording, max_seconds=30), Synthesis())
+        prompt = synthesizer.encode_prompt(audio.read(recording, max_seconds=30), Synthesis())
         for text, seed in itertools.product(texts, SEEDS):
             keys.append((text, name, seed))
             requests.append(
                 Request(
-                    id=str(len(keys)), phonemes=text_ids(text, "en-us"), prompt=prompt,
+                    id=str(len(keys)), phonemes=phoneme_ids(text, "en-us"), prompt=prompt,
                     sampling=Synthesis().ar, max_frames=offline.max_frames, seed=seed,
                 )
             )  # fmt: skip
-    found = {}
-    for key, said in zip(keys, offline.speak(requests), strict=True):
-        if isinstance(said, ValueError):
-            raise said
-        found[key] = np.frombuffer(encode(said.wave, "pcm"), "<i2").astype(int)
-    return found
+    reference = {}
+    for key, result in zip(keys, offline.synthesize(requests), strict=True):
+        if isinstance(result, ValueError):
+            raise result
+        reference[key] = np.frombuffer(encode_audio(result.wave, "pcm"), "<i2").astype(int)
+    return reference
 
 
 class Client:
@@ -126,88 +127,95 @@ class Client:
     def __init__(
         self,
         http: httpx.AsyncClient,
-        truth: Truth,
-        bad: Bad,
-        outcome: Outcome,
+        reference: ReferenceAudio,
+        invalid: InvalidRequests,
+        result: SoakResult,
     ) -> None:
-        self._http, self._truth, self._bad, self._outcome = http, truth, bad, outcome
+        self._http, self._reference, self._invalid, self._result = http, reference, invalid, result
 
-    async def one(self, number: int) -> None:
+    async def send_one(self, number: int) -> None:
         """A request of a kind that its number decides."""
         chance = random.Random(number)
-        kind = chance.choices(["good", "cancelled", "bad", "malformed"], [75, 12, 12, 1])[0]
-        self._outcome.kinds[kind] += 1
-        if kind == "bad":
-            name, (status, body) = chance.choice(list(self._bad.items()))
-            answer = await self._http.post("/v1/audio/speech", json=body)
-            if answer.status_code != status or "error" not in answer.json():
-                self._outcome.wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
+        kind = chance.choices(["valid", "cancelled", "invalid", "malformed"], [75, 12, 12, 1])[0]
+        self._result.counts[kind] += 1
+        if kind == "invalid":
+            name, (status, body) = chance.choice(list(self._invalid.items()))
+            response = await self._http.post("/v1/audio/speech", json=body)
+            if response.status_code != status or "error" not in response.json():
+                self._result.failures.append(
+                    f"{name}: {response.status_code} {response.text[:200]}"
+                )
         elif kind == "malformed":
-            answer = await self._http.post("/v1/audio/speech", content=b"{")
-            if answer.status_code != 400:
-                self._outcome.wrong.append(f"malformed: {answer.status_code}")
+            response = await self._http.post("/v1/audio/speech", content=b"{")
+            if response.status_code != 400:
+                self._result.failures.append(f"malformed: {response.status_code}")
         else:
             leave_after = chance.random() * 0.5 if kind == "cancelled" else None
-            again_after = await self._speak(chance.choice(list(self._truth)), leave_after)
-            await asyncio.sleep(again_after)
+            retry_after = await self._speak(chance.choice(list(self._reference)), leave_after)
+            await asyncio.sleep(retry_after)
 
-    async def burst(self, number: int) -> None:
+    async def send_burst(self, number: int) -> None:
         """More than can be served, at once: some are, some are told to come again."""
-        self._outcome.kinds["in a burst"] += BURST
-        keys = random.Random(number).choices(list(self._truth), k=BURST)
+        self._result.counts["in a burst"] += BURST
+        keys = random.Random(number).choices(list(self._reference), k=BURST)
         waits = await asyncio.gather(*(self._speak(key) for key in keys))
-        refused = sum(again_after > 0 for again_after in waits)
-        self._outcome.kinds["refused in a burst"] += refused
+        refused = sum(retry_after > 0 for retry_after in waits)
+        self._result.counts["refused in a burst"] += refused
         if not 0 < refused < BURST:
-            self._outcome.wrong.append(f"a burst of {BURST}, of which {refused} were refused")
+            self._result.failures.append(f"a burst of {BURST}, of which {refused} were refused")
 
     async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> float:
         """Seconds to wait, where the answer was to come again."""
         text, voice, seed = key
-        truth = self._truth[key]
+        expected = self._reference[key]
         body = {
             "input": text, "voice": voice, "seed": seed, "response_format": "pcm",
             "chunked": leave_after is not None,
         }  # fmt: skip
         try:
             async with asyncio.timeout(leave_after):
-                answer = await self._http.post("/v1/audio/speech", json=body)
+                response = await self._http.post("/v1/audio/speech", json=body)
         except TimeoutError:
             return 0
-        if answer.status_code == 429 and float(answer.headers.get("retry-after", 0)) > 0:
-            self._outcome.kinds["refused for now"] += 1
-            return float(answer.headers["retry-after"])
-        if answer.status_code != 200:
-            self._outcome.wrong.append(f"{body}: {answer.status_code} {answer.text[:200]}")
+        if response.status_code == 429 and float(response.headers.get("retry-after", 0)) > 0:
+            self._result.counts["refused for now"] += 1
+            return float(response.headers["retry-after"])
+        if response.status_code != 200:
+            self._result.failures.append(f"{body}: {response.status_code} {response.text[:200]}")
         elif leave_after is None:
-            heard = np.frombuffer(answer.content, "<i2").astype(int)
-            if len(heard) != len(truth) or np.abs(heard - truth).max() > 2:
-                self._outcome.wrong.append(f"{body}: other samples than offline")
+            samples = np.frombuffer(response.content, "<i2").astype(int)
+            if len(samples) != len(expected) or np.abs(samples - expected).max() > 2:
+                self._result.failures.append(f"{body}: other samples than offline")
         return 0
 
 
-async def fire(
-    url: str, truth: Truth, bad: Bad, count: int, clients: int, minutes: float = float("inf")
-) -> Outcome:
+async def run_soak(
+    url: str,
+    reference: ReferenceAudio,
+    invalid: InvalidRequests,
+    count: int,
+    clients: int,
+    minutes: float = float("inf"),
+) -> SoakResult:
     """All requests, so many at a time, or as many as there is time for, and a burst among every
     `BURST_EVERY`."""
-    outcome, end = Outcome(), time.perf_counter() + 60 * minutes
+    result, end = SoakResult(), time.perf_counter() + 60 * minutes
     numbers = itertools.takewhile(lambda _: time.perf_counter() < end, range(count))
     limits = httpx.Limits(max_connections=None)
-    with progress(total=count, label="soak", unit="request") as bar:
+    with progress_bar(total=count, label="bench.soak", unit="request") as bar:
 
         async def work() -> None:
             async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
-                client = Client(http, truth, bad, outcome)
+                client = Client(http, reference, invalid, result)
                 for number in numbers:
                     if number % BURST_EVERY == BURST_EVERY // 2:
-                        outcome.memory.append(memory())
-                        await client.burst(number)
-                    await client.one(number)
+                        result.memory.append(replica_memory())
+                        await client.send_burst(number)
+                    await client.send_one(number)
                     bar.update()
 
         await asyncio.gather(*(work() for _ in range(clients)))
-    return outcome
+    return result
 
 
 async def _share_of_core(process: psutil.Process, seconds: float = 0.1) -> float:
@@ -218,10 +226,10 @@ async def _share_of_core(process: psutil.Process, seconds: float = 0.1) -> float
     return (after.user + after.system - before.user - before.system) / seconds
 
 
-async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
+async def kill_replica(url: str, reference: ReferenceAudio, clients: int) -> dict[str, Any]:
     """SIGKILL to the AR replica while it speaks."""
-    outcomes: list[tuple[float, float, bool]] = []  # begun, ended, answered
-    keys = list(truth)
+    attempts: list[tuple[float, float, bool]] = []  # started, ended, succeeded
+    keys = list(reference)
     stop = time.perf_counter() + 40
 
     async def work(number: int) -> None:
@@ -229,43 +237,43 @@ async def kill_one(url: str, truth: Truth, clients: int) -> dict[str, Any]:
             while time.perf_counter() < stop:
                 text, voice, seed = keys[number % len(keys)]
                 body = {"input": text, "voice": voice, "seed": seed, "response_format": "pcm"}
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 try:
-                    good = (await http.post("/v1/audio/speech", json=body)).status_code == 200
+                    succeeded = (await http.post("/v1/audio/speech", json=body)).status_code == 200
                 except httpx.HTTPError:
-                    good = False
-                outcomes.append((begun, time.perf_counter(), good))
+                    succeeded = False
+                attempts.append((started, time.perf_counter(), succeeded))
                 number += clients
-                if not good:
+                if not succeeded:
                     await asyncio.sleep(0.2)  # as a client that retries would
 
     running = [asyncio.create_task(work(number)) for number in range(clients)]
     await asyncio.sleep(8)
-    process = replicas("AR")[0]  # there is one: `max_replicas`
-    while (used := await _share_of_core(process)) < SPEAKING:
+    process = replica_processes("AR")[0]  # there is one: `max_replicas`
+    while (used := await _share_of_core(process)) < BUSY_CPU_SHARE:
         if time.perf_counter() > stop - 15:
             raise RuntimeError("the AR replica never spoke: there was nothing to interrupt")
     killed = time.perf_counter()
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.gather(*running)
     # who had begun before may have been past the AR model: only who came later needs a new one
-    after = [ended for begun, ended, good in outcomes if good and begun > killed]
+    after = [ended for started, ended, ok in attempts if ok and started > killed]
     return {
-        "before_the_kill": sum(good for _, ended, good in outcomes if ended <= killed),
-        "core_used_when_killed": round(used, 2),
-        "failed": sum(not good for _, _, good in outcomes),
-        "seconds_until_one_succeeds": round(min(after) - killed, 1) if after else None,
-        "succeeded_afterwards": len(after),
+        "succeeded_before": sum(ok for _, ended, ok in attempts if ended <= killed),
+        "cpu_share_at_kill": round(used, 2),
+        "failed": sum(not ok for _, _, ok in attempts),
+        "recovery_seconds": round(min(after) - killed, 1) if after else None,
+        "succeeded_after": len(after),
     }
 
 
-def summary(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    """What is reported of the fire."""
-    names = dict.fromkeys(name for sample in outcome.memory for name in sample)
+def summary(result: SoakResult, seconds: float) -> dict[str, Any]:
+    """What is reported of the soak."""
+    names = dict.fromkeys(name for sample in result.memory for name in sample)
     return {
-        "minutes": round(seconds / 60, 1), "kinds": dict(outcome.kinds),
-        "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:20],
-        "megabytes": {name: [sample.get(name) for sample in outcome.memory] for name in names},
+        "minutes": round(seconds / 60, 1), "counts": dict(result.counts),
+        "failures": len(result.failures), "first_failures": result.failures[:20],
+        "megabytes": {name: [sample.get(name) for sample in result.memory] for name in names},
     }  # fmt: skip
 
 
@@ -283,25 +291,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = registry.pin(registry.absolute(arguments.model))
     voices = str(settings.read().home / "data" / "voices")
     make_starter_voices(voices)
-    texts = [" ".join(item.text.split()[:WORDS]) for item in load_items("quick")][:8]
-    truth = expected(model, voices, texts)
+    texts = [" ".join(item.text.split()[:WORDS_PER_TEXT]) for item in load_items("quick")][:8]
+    reference = reference_audio(model, voices, texts)
     url = f"http://127.0.0.1:{arguments.port}"
-    bad = bad_requests()
+    invalid = invalid_requests()
     with connect():
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
         args = AppArgs(model=model, voices=voices, max_replicas=1)
         serve.run(build_app(args), name="valle")
-        asyncio.run(fire(url, truth, bad, 200, arguments.clients))  # caches fill up first
+        asyncio.run(
+            run_soak(url, reference, invalid, 200, arguments.clients)
+        )  # caches fill up first
         started = time.perf_counter()
-        outcome = asyncio.run(
-            fire(url, truth, bad, arguments.requests, arguments.clients, arguments.minutes)
+        result = asyncio.run(
+            run_soak(
+                url, reference, invalid, arguments.requests, arguments.clients, arguments.minutes
+            )
         )
-        outcome.memory.append(memory())
-        print(json.dumps(summary(outcome, time.perf_counter() - started), indent=2), flush=True)
-        killed = asyncio.run(kill_one(url, truth, arguments.clients))
+        result.memory.append(replica_memory())
+        print(json.dumps(summary(result, time.perf_counter() - started), indent=2), flush=True)
+        killed = asyncio.run(kill_replica(url, reference, arguments.clients))
         serve.shutdown()
     print(json.dumps({"replica_killed": killed}, indent=2))
-    if outcome.wrong or not killed["succeeded_afterwards"]:
+    if result.failures or not killed["succeeded_after"]:
         raise SystemExit(1)
 
 

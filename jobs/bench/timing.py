@@ -1,20 +1,20 @@
-"""Ways to do the same thing, timed in turn: what the benchmarks of one process share."""
+"""Variants of the same work, timed in turn: what the benchmarks of one process share."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from valle.platform.progress import progress
+from valle.platform.progress import progress_bar
 
 
-def take_turns(
-    ways: Mapping[str, Callable[[], object]], rounds: int, label: str
+def time_interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, label: str
 ) -> dict[str, list[float]]:
-    """Seconds that each way took, a figure a round: what slows the machine slows them all."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    with progress(total=rounds * len(ways), label=label, unit="way") as bar:
+    """Seconds that each variant took, a figure a round: what slows the machine slows them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with progress_bar(total=rounds * len(variants), label=label, unit="variant") as bar:
         for _ in range(rounds):
-            for name, run in ways.items():
+            for name, run in variants.items():
                 started = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - started)
@@ -22,6 +22,6 @@ def take_turns(
     return seconds
 
 
-def ratio(values: Sequence[float], to: Sequence[float]) -> float:
+def median_ratio(values: Sequence[float], to: Sequence[float]) -> float:
     """Median of the rounds' own ratios."""
     return statistics.median(a / b for a, b in zip(values, to, strict=True))

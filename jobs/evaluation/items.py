@@ -17,10 +17,12 @@ from pathlib import Path
 
 import dacite
 
-from valle.jobs.evaluation.metrics.recogniser import normalise
+from valle.jobs.evaluation.metrics.words import normalize_transcript
 from valle.platform import dataset, storage
 
-FOLDER = Path(__file__).parent / "sets"
+SETS = Path(__file__).parent / "sets"
+RENAMED_SETS = {"nano": "standard"}
+"""Former name of a set: its name now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +40,18 @@ class EvaluationItem:
     """What the item stands for: `seen voices`, `unseen voices`, `human` ..."""
 
 
-def load_items(source: str) -> list[EvaluationItem]:
+def load_items(name_or_uri: str) -> list[EvaluationItem]:
     """The items of a set in `jobs/evaluation/sets`, or of a JSONL file given by path or URI.
 
     Raises ValueError naming the line that is wrong.
     """
-    named = FOLDER / f"{source}.jsonl"
-    uri = str(named) if named.is_file() else source
+    path = SETS / f"{name_or_uri}.jsonl"
+    uri = str(path) if path.is_file() else name_or_uri
     if not storage.exists(uri):
-        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.jsonl")))
-        raise ValueError(f"items: no {source}; give a path to JSONL, or one of: {known}")
+        if name_or_uri in RENAMED_SETS:
+            raise ValueError(f"items: {name_or_uri!r} is called {RENAMED_SETS[name_or_uri]!r}")
+        names = ", ".join(sorted(path.stem for path in SETS.glob("*.jsonl")))
+        raise ValueError(f"items: no {name_or_uri}; give a path to JSONL, or one of: {names}")
     items: list[EvaluationItem] = []
     for number, line in enumerate(storage.read_bytes(uri).decode().splitlines(), start=1):
         try:
@@ -63,9 +67,9 @@ def load_items(source: str) -> list[EvaluationItem]:
     return items
 
 
-def item_seed(name: str, seed: int) -> int:
+def item_seed(item_id: str, seed: int) -> int:
     """A seed for one item, the same wherever and in whatever order it is spoken."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{item_id}".encode()).digest()[:6], "big")
 
 
 def check_unseen(items: Sequence[EvaluationItem], training_data: str) -> None:
@@ -74,11 +78,11 @@ def check_unseen(items: Sequence[EvaluationItem], training_data: str) -> None:
     texts: set[str] = set()
     speakers: set[str] = set()
     for shard in manifest.shards:
-        rows = dataset.columns(training_data, shard.name, ("text", "speaker"))
-        texts |= {normalise(text) for text in rows.column("text").to_pylist()}
+        rows = dataset.read_columns(training_data, shard.name, ("text", "speaker"))
+        texts |= {normalize_transcript(text) for text in rows.column("text").to_pylist()}
         speakers |= set(rows.column("speaker").to_pylist())
     for item in items:
-        if normalise(item.text) in texts:
+        if normalize_transcript(item.text) in texts:
             raise ValueError(f"items: {item.id}: its text is in {training_data}: {item.text!r}")
         if item.group.startswith("unseen") and item.speaker in speakers:
             raise ValueError(

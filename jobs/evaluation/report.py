@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from valle.jobs.evaluation import scores
+from valle.jobs.evaluation.scores import ItemResult, Metrics, paired_difference
 from valle.platform import audio, storage
-from valle.platform.spectrogram import spectrogram
+from valle.platform.spectrogram import spectrogram_png
 
-Content = dict[str, Any]
+Report = dict[str, Any]
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-WORST = 10
+N_WORST = 10
 
 COLUMNS = {
     "items": "items", "wer": "WER %", "second_wer": "WER 2 %", "cer": "CER %",
@@ -22,40 +22,40 @@ COLUMNS = {
 """Figures of a row, in the order shown. A `%` in the title multiplies by a hundred."""
 
 
-NOT_IN_NAMES = re.compile(r"[^\w ./:-]")
+INVALID_METRIC_CHARACTERS = re.compile(r"[^\w ./:-]")
 """What MLflow does not take in the name of a figure."""
 
 
-def write(content: Content, out: str, earlier: Content | None) -> None:
+def write_report(report: Report, out: str, baseline: Report | None) -> None:
     """Puts `report.json`, `report.md`, `report.html` and the worst spectrograms into `out`."""
-    storage.write_json(storage.join(out, "report.json"), content)
-    bad = worst(content)
-    for record in bad:
-        _draw(record, out)
-    text = markdown(content, bad, earlier)
+    storage.write_json(storage.join(out, "report.json"), report)
+    worst_results = worst(report)
+    for result in worst_results:
+        _draw(result, out)
+    text = markdown(report, worst_results, baseline)
     storage.write_bytes(storage.join(out, "report.md"), text.encode())
-    page = html(content, bad, earlier)
+    page = html(report, worst_results, baseline)
     storage.write_bytes(storage.join(out, "report.html"), page.encode())
 
 
-def worst(content: Content, count: int = WORST) -> list[Content]:
+def worst(report: Report, count: int = N_WORST) -> list[ItemResult]:
     """The model's own sentences (`cross`) with the most word errors per word."""
-    rows = [row for row in content["records"] if row["system"] == "cross"]
+    rows = [row for row in report["records"] if row["system"] == "cross"]
     return sorted(rows, key=lambda row: -row["word_errors"] / row["words"])[:count]
 
 
-def _draw(record: Content, out: str) -> None:
+def _draw(result: ItemResult, out: str) -> None:
     for system in ("cross", "recording"):
-        path = storage.join(out, "audio", system, f"{record['id']}.wav")
+        path = storage.join(out, "audio", system, f"{result['id']}.wav")
         if storage.exists(path):
             wave = audio.read(storage.read_bytes(path), max_seconds=120)
-            picture = spectrogram(wave, f"{system}: {record['text'][:70]}")
+            picture = spectrogram_png(wave, f"{system}: {result['text'][:70]}")
             storage.write_bytes(path.removesuffix(".wav") + ".png", picture)
 
 
-def cell(figures: Content, name: str) -> str:
+def cell(metrics: Metrics, name: str) -> str:
     """One figure as text, with its 95 % interval where it has one; empty when not measured."""
-    value = figures.get(name)
+    value = metrics.get(name)
     scale = 100 if "%" in COLUMNS[name] else 1
     digits = 1 if scale == 100 else 2
     if isinstance(value, dict):
@@ -68,45 +68,44 @@ def cell(figures: Content, name: str) -> str:
     return f"{value * scale:.{digits}f}"
 
 
-def markdown_table(content: Content, key: str | None = None) -> str:
+def markdown_table(report: Report, key: str | None = None) -> str:
     """Systems against figures; with `key` (group, language, speaker), the model's own parts."""
-    rows = content["systems"]
+    rows = report["systems"]
     if key is not None:
         rows = rows["cross"]["by"][key] if "cross" in rows else {}
-    names = [n for n in COLUMNS if any(cell(figures, n) for figures in rows.values())]
+    names = [n for n in COLUMNS if any(cell(metrics, n) for metrics in rows.values())]
     head = f"| | {' | '.join(COLUMNS[n] for n in names)} |\n|---|{'---|' * len(names)}\n"
     lines = [
-        f"| {row} | {' | '.join(cell(figures, n) for n in names)} |\n"
-        for row, figures in rows.items()
+        f"| {row} | {' | '.join(cell(metrics, n) for n in names)} |\n"
+        for row, metrics in rows.items()
     ]
     return head + "".join(lines)
 
 
-def markdown(content: Content, bad: list[Content], earlier: Content | None) -> str:
+def markdown(report: Report, worst_results: list[ItemResult], baseline: Report | None) -> str:
     """The report as a page of Markdown."""
     checked = (
         "No sentence and no unseen voice of the set is in the training data (checked)."
-        if content["training_data_checked"]
+        if report["training_data_checked"]
         else "Whether sentences or voices of the set were trained on was **not checked**."
     )
-    among = content["identified_among"]
-    if among:
-        checked += f" Voices are identified among {', '.join(among)}."
+    if candidates := report["identified_among"]:
+        checked += f" Voices are identified among {', '.join(candidates)}."
     parts = [
-        f"# Evaluation of {content['model']} on {content['items']}\n",
-        f"Code {content['code_version']}; codec {content['bundle']['codec']['name']}; "
-        f"{content['precision']}. Judges: "
-        f"{', '.join(filter(None, content['judges']))}. {checked} In brackets: 95 % bootstrap "
+        f"# Evaluation of {report['model']} on {report['items']}\n",
+        f"Code {report['code_version']}; codec {report['bundle']['codec']['name']}; "
+        f"{report['precision']}. Judges: "
+        f"{', '.join(filter(None, report['judges']))}. {checked} In brackets: 95 % bootstrap "
         "interval over items.\n",
-        markdown_table(content),
+        markdown_table(report),
     ]
-    if earlier is not None:
-        parts.append(_comparison(content, earlier))
+    if baseline is not None:
+        parts.append(_comparison(report, baseline))
     for key in ("group", "language", "speaker"):
-        parts.append(f"## The model by {key}\n\n{markdown_table(content, key)}")
+        parts.append(f"## The model by {key}\n\n{markdown_table(report, key)}")
     lines = [
         f"| {row['id']} | {row['text']} | {row['heard']} | {row['word_errors']}/{row['words']} |"
-        for row in bad
+        for row in worst_results
     ]
     parts.append(
         "## Worst\n\n| id | text | heard | errors |\n|---|---|---|---|\n" + "\n".join(lines)
@@ -114,43 +113,43 @@ def markdown(content: Content, bad: list[Content], earlier: Content | None) -> s
     return "\n".join(parts) + "\n"
 
 
-def _comparison(content: Content, earlier: Content) -> str:
+def _comparison(report: Report, baseline: Report) -> str:
     """Against an earlier report, on the items both have."""
     lines = []
-    for system in content["systems"]:
-        found = scores.difference(content["records"], earlier["records"], system)
-        if found is not None:
-            lines.append(f"| {system} | {cell({'wer': found}, 'wer')} |\n")
+    for system in report["systems"]:
+        difference = paired_difference(report["records"], baseline["records"], system)
+        if difference is not None:
+            lines.append(f"| {system} | {cell({'wer': difference}, 'wer')} |\n")
     return (
-        f"## Against {earlier['model']}\n\nWER minus the earlier model's, in points; an interval "
+        f"## Against {baseline['model']}\n\nWER minus the earlier model's, in points; an interval "
         "that holds 0 is noise.\n\n| | points |\n|---|---|\n" + "".join(lines)
     )
 
 
-def html(content: Content, bad: list[Content], earlier: Content | None) -> str:
+def html(report: Report, worst_results: list[ItemResult], baseline: Report | None) -> str:
     """The report as a page with players; it expects `audio/` beside it."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = cell
-    by_item: dict[str, dict[str, Content]] = {}
-    for record in content["records"]:
-        by_item.setdefault(record["id"], {})[record["system"]] = record
+    by_item: dict[str, dict[str, ItemResult]] = {}
+    for result in report["records"]:
+        by_item.setdefault(result["id"], {})[result["system"]] = result
     return environment.from_string(TEMPLATE.read_text()).render(
-        content=content, columns=COLUMNS, bad=bad, items=by_item,
-        comparison=_comparison(content, earlier) if earlier else None,
+        report=report, columns=COLUMNS, worst_results=worst_results, items=by_item,
+        comparison=_comparison(report, baseline) if baseline else None,
     )  # fmt: skip
 
 
-def metrics(content: Content) -> dict[str, float]:
+def mlflow_metrics(report: Report) -> dict[str, float]:
     """Figures as flat names for MLflow: `cross/wer`, `cross/unseen people/wer` ..."""
     flat: dict[str, float] = {}
-    for system, figures in content["systems"].items():
-        parts = {f"{system}/{group}": part for group, part in figures["by"]["group"].items()}
-        for path, row in {system: figures, **parts}.items():
+    for system, metrics in report["systems"].items():
+        parts = {f"{system}/{group}": part for group, part in metrics["by"]["group"].items()}
+        for path, row in {system: metrics, **parts}.items():
             for name in COLUMNS:
                 value = row.get(name)
                 value = value["value"] if isinstance(value, dict) else value
                 if value is not None:
-                    flat[f"{NOT_IN_NAMES.sub('', path)}/{name}"] = float(value)
+                    flat[f"{INVALID_METRIC_CHARACTERS.sub('', path)}/{name}"] = float(value)
     return flat

@@ -1,18 +1,19 @@
 """Where recordings and their texts come from: the layouts that `prepare` can read.
 
-Each source lists `Item`s without opening a recording; reading happens on the workers. A line or
-file name that cannot even be listed becomes a `Reject`.
+Each source lists `SourceItem`s without opening a recording; reading happens on the workers. A line
+or file name that cannot even be listed becomes a `Reject`.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from valle.platform import storage
+from valle.platform.recipe import formerly
 
-AUDIO = (".wav", ".flac", ".mp3", ".ogg")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Source:
     and wavs/. libritts: `{speaker}/{chapter}/{id}.wav` with `.normalized.txt`. manifest: one JSON
     object a line with audio, text, speaker and, where they differ, language and id."""
 
-    speaker: str = "{speaker}/*"
+    speaker_pattern: str = field(default="{speaker}/*", metadata=formerly("speaker"))
     """folder: how the end of a path names its speaker. `{speaker}` marks a folder that counts
     (several are joined by `_`), `*` one that does not; the last part is the file."""
 
@@ -36,11 +37,11 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.layout == "folder":
-            speaker_pattern(self.speaker)
+            compile_speaker_pattern(self.speaker_pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class SourceItem:
     """A recording to prepare."""
 
     id: str
@@ -62,7 +63,7 @@ class Reject:
     reason: str
 
 
-def speaker_pattern(pattern: str) -> re.Pattern[str]:
+def compile_speaker_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a path pattern such as `{speaker}/*` or `{speaker}/{speaker}/*`.
 
     Raises ValueError when it holds anything but `{speaker}` and `*`, or no speaker at all.
@@ -70,14 +71,14 @@ def speaker_pattern(pattern: str) -> re.Pattern[str]:
     parts = pattern.split("/")
     if "{speaker}" not in parts[:-1] or not set(parts) <= {"{speaker}", "*"}:
         raise ValueError(
-            f"speaker: {pattern!r} must be folders of `{{speaker}}` and `*` with the file last, "
-            "for instance `{speaker}/*` or `{speaker}/{speaker}/*`"
+            f"speaker_pattern: {pattern!r} must be folders of `{{speaker}}` and `*` with the file "
+            "last, for instance `{speaker}/*` or `{speaker}/{speaker}/*`"
         )
     expression = "/".join("([^/]+)" if part == "{speaker}" else "[^/]+" for part in parts)
     return re.compile(rf"(?:^|/){expression}$")
 
 
-def listing(source: Source) -> Iterator[Item | Reject]:
+def list_items(source: Source) -> Iterator[SourceItem | Reject]:
     """All items of a source. Raises FileNotFoundError when it is not there."""
     root = storage.absolute(source.path)
     if not storage.exists(root):
@@ -93,24 +94,24 @@ def _prefix(root: str) -> str:
     return root.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _folder(source: Source, root: str) -> Iterator[Item | Reject]:
-    pattern = speaker_pattern(source.speaker)
-    for path in storage.list_files(root, AUDIO):
+def _folder(source: Source, root: str) -> Iterator[SourceItem | Reject]:
+    pattern = compile_speaker_pattern(source.speaker_pattern)
+    for path in storage.list_files(root, AUDIO_SUFFIXES):
         stem = path.rsplit(".", 1)[0]
         uri = storage.join(root, path)
         identity = f"{_prefix(root)}/{stem}"
-        found = pattern.search(path)
-        if found is None:
-            reason = f"path does not match the speaker pattern: {source.speaker}"
+        match = pattern.search(path)
+        if match is None:
+            reason = f"path does not match the speaker pattern: {source.speaker_pattern}"
             yield Reject(id=identity, source=uri, reason=reason)
             continue
-        yield Item(
-            id=identity, speaker="_".join(found.groups()), language=source.language,
+        yield SourceItem(
+            id=identity, speaker="_".join(match.groups()), language=source.language,
             audio=uri, text=None, text_uri=storage.join(root, f"{stem}.txt"),
         )  # fmt: skip
 
 
-def _ljspeech(source: Source, root: str) -> Iterator[Item | Reject]:
+def _ljspeech(source: Source, root: str) -> Iterator[SourceItem | Reject]:
     content = storage.read_bytes(storage.join(root, "metadata.csv")).decode("utf-8-sig")
     for number, line in enumerate(content.splitlines(), 1):
         fields = line.split("|")
@@ -119,31 +120,31 @@ def _ljspeech(source: Source, root: str) -> Iterator[Item | Reject]:
             source_line = f"{root}/metadata.csv:{number}"
             yield Reject(id=identity, source=source_line, reason="metadata line without a text")
             continue
-        yield Item(
+        yield SourceItem(
             id=identity, speaker=_prefix(root), language=source.language,
             audio=storage.join(root, "wavs", f"{fields[0]}.wav"), text=fields[-1], text_uri=None,
         )  # fmt: skip
 
 
-def _libritts(source: Source, root: str) -> Iterator[Item | Reject]:
-    pattern = speaker_pattern("{speaker}/*/*")
+def _libritts(source: Source, root: str) -> Iterator[SourceItem | Reject]:
+    pattern = compile_speaker_pattern("{speaker}/*/*")
     for path in storage.list_files(root, (".wav",)):
         stem = path.removesuffix(".wav")
         uri, identity = storage.join(root, path), f"{_prefix(root)}/{stem}"
-        found = pattern.search(path)
-        if found is None:
+        match = pattern.search(path)
+        if match is None:
             yield Reject(id=identity, source=uri, reason="path is not speaker/chapter/file")
             continue
-        yield Item(
-            id=identity, speaker=found[1], language=source.language, audio=uri, text=None,
+        yield SourceItem(
+            id=identity, speaker=match[1], language=source.language, audio=uri, text=None,
             text_uri=storage.join(root, f"{stem}.normalized.txt"),
         )  # fmt: skip
 
 
-def _manifest(source: Source, root: str) -> Iterator[Item | Reject]:
+def _manifest(source: Source, root: str) -> Iterator[SourceItem | Reject]:
     folder = root.rsplit("/", 1)[0]
     for number, line in enumerate(storage.read_bytes(root).decode().splitlines(), 1):
-        where = f"{root}:{number}"
+        location = f"{root}:{number}"
         if not line.strip():
             continue
         try:
@@ -151,11 +152,11 @@ def _manifest(source: Source, root: str) -> Iterator[Item | Reject]:
             audio, text, speaker = str(row["audio"]), str(row["text"]), str(row["speaker"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             reason = f"bad manifest line: needs JSON with audio, text, speaker ({error})"
-            yield Reject(id=where, source=where, reason=reason)
+            yield Reject(id=location, source=location, reason=reason)
             continue
-        local = "://" not in audio and not audio.startswith("/")
-        yield Item(
+        is_relative = "://" not in audio and not audio.startswith("/")
+        yield SourceItem(
             id=str(row.get("id", f"{_prefix(root)}/{number}")), speaker=speaker,
             language=str(row.get("language", source.language)),
-            audio=storage.join(folder, audio) if local else audio, text=text, text_uri=None,
+            audio=storage.join(folder, audio) if is_relative else audio, text=text, text_uri=None,
         )  # fmt: skip

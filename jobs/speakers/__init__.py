@@ -12,9 +12,9 @@ from valle.jobs.speakers.kokoro import Heart, Kokoro
 from valle.jobs.speakers.piper import Joe
 from valle.model.codec.interface import Wave
 
-__all__ = ["ENGINES", "LICENCES", "Asterisk", "Engine", "Espeak", "Heart", "Joe", "Kokoro"]
+__all__ = ["LICENSES", "TTS_ENGINES", "Asterisk", "Espeak", "Heart", "Joe", "Kokoro", "TTSEngine"]
 
-LICENCES = {
+LICENSES = {
     "kokoro": "Kokoro-82M by hexgrad, int8 export by thewh1teagle: Apache-2.0 / MIT",
     "heart": "hibari by Maureese Williams, distilled from Kokoro-82M's voice heart: Apache-2.0",
     "joe": "Piper voice en_US-joe-medium: CC0 (fine-tuned from the lessac voice)",
@@ -27,13 +27,13 @@ LICENCES = {
 }
 
 
-class Engine(Protocol):
+class TTSEngine(Protocol):
     """Something that speaks."""
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """`text` in `voice` as 24 kHz samples."""
 
 
-ENGINES: dict[str, type[Engine]] = {
+TTS_ENGINES: dict[str, type[TTSEngine]] = {
     "kokoro": Kokoro, "heart": Heart, "joe": Joe, "espeak": Espeak, "asterisk": Asterisk,
 }  # fmt: skip

@@ -32,7 +32,7 @@ def _transcripts(base: str) -> Path:
 
 
 @cache
-def asterisk_prompts(language: str) -> dict[str, Recording]:
+def asterisk_recordings(language: str) -> dict[str, Recording]:
     """Name to recording of the human prompts that Debian's packages carry.
 
     Needs `asterisk-core-sounds-XX-g722` and its base package (which holds the transcripts).
@@ -43,25 +43,25 @@ def asterisk_prompts(language: str) -> dict[str, Recording]:
     folder = _ASTERISK / _ASTERISK_FOLDERS.get(base, "none")
     if not listing.exists() or not folder.exists():
         return {}
-    found = {}
+    recordings = {}
     for line in gzip.decompress(listing.read_bytes()).decode("utf-8-sig").splitlines():
         name, separator, text = line.partition(":")
         path = folder / f"{name.strip()}.g722"
         text = text.strip()
-        spoken = separator and re.search(r"\w", text) and not re.search(r"[\[\]()]", text)
-        if spoken and not name.startswith((";", "silence/")) and path.exists():
-            found[name.strip().replace("/", "-")] = Recording(path=path, text=text)
-    return found
+        is_speech = separator and re.search(r"\w", text) and not re.search(r"[\[\]()]", text)
+        if is_speech and not name.startswith((";", "silence/")) and path.exists():
+            recordings[name.strip().replace("/", "-")] = Recording(path=path, text=text)
+    return recordings
 
 
 class Asterisk:
     """Real people: telephone prompts in five languages, 16 kHz g722."""
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """The recording that `voice` names; `text` is its transcript."""
         import av
 
-        path = asterisk_prompts(language)[voice].path
+        path = asterisk_recordings(language)[voice].path
         with av.open(str(path), format="g722") as container:
             frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
             rate = container.streams.audio[0].rate

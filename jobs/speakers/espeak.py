@@ -9,7 +9,7 @@ from valle.platform import audio
 
 
 class Espeak:
-    """espeak-ng's voice variants (`+f2`, `+m3` ...): instant, robotic, hard on recognisers."""
+    """espeak-ng's voice variants (`+f2`, `+m3` ...): instant, robotic, hard on recognizers."""
 
     def __init__(self) -> None:
         import espeakng_loader
@@ -19,7 +19,7 @@ class Espeak:
             2, 0, espeakng_loader.get_data_path().encode(), 0
         )
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """`text` by the variant `voice`, for instance `f2`."""
         parts: list[np.ndarray] = []
 
@@ -35,7 +35,7 @@ class Espeak:
         self._library.espeak_SetSynthCallback(callback)
         if self._library.espeak_SetVoiceByName(f"{language}+{voice}".encode()):
             raise ValueError(f"espeak has no voice {language}+{voice}")
-        spoken = text.encode()
-        self._library.espeak_Synth(spoken, len(spoken) + 1, 0, 1, 0, 1, None, None)
+        data = text.encode()
+        self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
         wave = np.concatenate(parts).astype(np.float32) / np.float32(32768)
         return audio.trim(audio.resample(wave, self._rate))

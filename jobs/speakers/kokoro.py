@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.speakers import pitch
+from valle.jobs.speakers import speed_perturbation
 from valle.model import text as phonemes
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings
 
-STYLES = "kokoro-js-1.2.1.tgz"
+STYLES_PACKAGE = "kokoro-js-1.2.1.tgz"
 """The npm package that carries the style vectors of Kokoro's 54 voices (Apache-2.0)."""
-ENGLISH = ("af_", "am_", "bf_", "bm_")
+ENGLISH_PREFIXES = ("af_", "am_", "bf_", "bm_")
 """How the names of Kokoro's American and British voices begin."""
 STYLES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 
@@ -33,11 +33,11 @@ _SPELLING = (
 )  # fmt: skip
 
 
-def spell(text: str, language: str) -> str:
+def kokoro_phonemes(text: str, language: str) -> str:
     """Phonemes of `text` as Kokoro writes them."""
     ipa = phonemes.phonemize([text], language)[0]
-    for ours, theirs in _SPELLING:
-        ipa = ipa.replace(ours, theirs)
+    for espeak, kokoro in _SPELLING:
+        ipa = ipa.replace(espeak, kokoro)
     return ipa
 
 
@@ -65,9 +65,11 @@ class Kokoro:
             tables = np.load(file)
             self._japanese = np.stack([tables[name] for name in sorted(tables.files)]).squeeze(2)
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """`text` by the voice, blend or mix that `voice` names."""
-        ids = [self._vocabulary[c] for c in spell(text, language) if c in self._vocabulary][:498]
+        ids = [
+            self._vocabulary[c] for c in kokoro_phonemes(text, language) if c in self._vocabulary
+        ][:498]
         styles, speed = self._style(voice)
         inputs = {
             "tokens": np.array([[0, *ids, 0]], np.int64),
@@ -88,7 +90,7 @@ class Kokoro:
         styles = voice_styles(settings.read().cache)
         if kind == "blend":
             generator = np.random.default_rng(int(number))
-            english = sorted(name for name in styles if name.startswith(ENGLISH))
+            english = sorted(name for name in styles if name.startswith(ENGLISH_PREFIXES))
             first, second = generator.choice(english, 2, replace=False)
             share = generator.uniform(0.3, 0.7)
             blended = share * styles[first] + (1 - share) * styles[second]
@@ -104,7 +106,7 @@ def voice_styles(folder: Path) -> dict[str, NDArray[np.float32]]:
 
     Reads the npm package in `folder`, fetching it there first if need be; its hash is checked.
     """
-    package = folder / STYLES
+    package = folder / STYLES_PACKAGE
     if not package.exists():
         _fetch(package)
     if hashlib.sha256(package.read_bytes()).hexdigest() != STYLES_SHA256:
@@ -125,16 +127,16 @@ def _fetch(package: Path) -> None:
     if npm is None:
         raise ValueError(
             f"kokoro: its English voices come in an npm package and npm is not installed; "
-            f"install npm, or put {STYLES} from the npm registry at {package}"
+            f"install npm, or put {STYLES_PACKAGE} from the npm registry at {package}"
         )
     package.parent.mkdir(parents=True, exist_ok=True)
-    name, _, version = STYLES.removesuffix(".tgz").rpartition("-")
+    name, _, version = STYLES_PACKAGE.removesuffix(".tgz").rpartition("-")
     with tempfile.TemporaryDirectory(dir=package.parent) as folder:  # others may fetch it too
         subprocess.run(
             [npm, "pack", f"{name}@{version}", "--silent", "--pack-destination", folder],
             check=True, stdout=subprocess.DEVNULL, timeout=300,
         )  # fmt: skip
-        (Path(folder) / STYLES).replace(package)
+        (Path(folder) / STYLES_PACKAGE).replace(package)
 
 
 class Heart:
@@ -146,8 +148,8 @@ class Heart:
 
         self._engine = hibari.Hibari()
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """`text` by heart, or by heart made higher or lower; there is one language."""
-        higher = pitch.factor(voice, "heart")
-        wave = self._engine.from_phonemes(spell(text, language), speed=1 / higher, seed=0)
-        return audio.trim(pitch.raise_by(wave, SAMPLE_RATE, higher))
+        factor = speed_perturbation.parse_factor(voice, "heart")
+        wave = self._engine.from_phonemes(kokoro_phonemes(text, language), speed=1 / factor, seed=0)
+        return audio.trim(speed_perturbation.perturb_speed(wave, SAMPLE_RATE, factor))

@@ -5,7 +5,7 @@ from importlib import resources
 
 import numpy as np
 
-from valle.jobs.speakers import pitch
+from valle.jobs.speakers import speed_perturbation
 from valle.model import text as phonemes
 from valle.model.codec.interface import Wave
 from valle.platform import audio
@@ -24,13 +24,13 @@ class Joe:
         self._session = onnxruntime.InferenceSession(
             str(data / "en_US-joe-medium.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        settings = json.loads((data / "en_US-joe-medium.onnx.json").read_text())
-        self._ids: dict[str, list[int]] = settings["phoneme_id_map"]
-        self._rate = int(settings["audio"]["sample_rate"])
+        config = json.loads((data / "en_US-joe-medium.onnx.json").read_text())
+        self._ids: dict[str, list[int]] = config["phoneme_id_map"]
+        self._rate = int(config["audio"]["sample_rate"])
 
-    def speak(self, text: str, voice: str, language: str) -> Wave:
+    def synthesize(self, text: str, voice: str, language: str) -> Wave:
         """`text` by joe, or by joe made higher or lower; there is one language."""
-        higher = pitch.factor(voice, "joe")
+        factor = speed_perturbation.parse_factor(voice, "joe")
         ids = [*self._ids["^"], *self._ids["_"]]
         for symbol in phonemes.phonemize([text], language)[0]:
             if symbol in self._ids:
@@ -39,7 +39,7 @@ class Joe:
         inputs = {
             "input": np.array([ids], np.int64),
             "input_lengths": np.array([len(ids)], np.int64),
-            "scales": np.array([0.667, higher, 0.8], np.float32),  # noise, length, noise of lengths
+            "scales": np.array([0.667, factor, 0.8], np.float32),  # noise, length, noise of lengths
         }
         wave = np.asarray(self._session.run(None, inputs)[0], np.float32).ravel()
-        return audio.trim(pitch.raise_by(wave, self._rate, higher))
+        return audio.trim(speed_perturbation.perturb_speed(wave, self._rate, factor))

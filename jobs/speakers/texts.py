@@ -9,13 +9,13 @@ import random
 import re
 from pathlib import Path
 
-from valle.platform import recipe
+from valle.platform.recipe import RecipeError
 
 FOLDER = Path(__file__).parent / "sentences"
 WORDNET = Path("/usr/share/wordnet")
 
 
-def sentences(name: str) -> list[str]:
+def load_sentences(name: str) -> list[str]:
     """The list `name`: a file in `jobs/speakers/sentences`, or `wordnet`.
 
     Raises RecipeError when there is no such list.
@@ -24,8 +24,8 @@ def sentences(name: str) -> list[str]:
         return wordnet(WORDNET)
     path = FOLDER / f"{name}.txt"
     if not path.is_file():
-        known = ", ".join([*sorted(p.stem for p in FOLDER.glob("*.txt")), "wordnet"])
-        raise recipe.RecipeError(f"sentences: no list {name!r}; known: {known}")
+        names = ", ".join([*sorted(p.stem for p in FOLDER.glob("*.txt")), "wordnet"])
+        raise RecipeError(f"sentences: no list {name!r}; known: {names}")
     return path.read_text().splitlines()
 
 
@@ -36,17 +36,15 @@ def wordnet(folder: Path) -> list[str]:
     """
     files = sorted(folder.glob("data.*"))
     if not files:
-        raise recipe.RecipeError(
-            f"sentences: wordnet is not in {folder}; apt-get install wordnet-base"
-        )
+        raise RecipeError(f"sentences: wordnet is not in {folder}; apt-get install wordnet-base")
     glosses = [line for path in files for line in path.read_text("latin1").splitlines()]
-    found = {
+    sentences = {
         _sentence(example)
         for gloss in glosses if not gloss.startswith(" ")  # the licence, at the top of each file
         for example in re.findall(r'"([^"]+)"', gloss)
         if re.fullmatch(r"[A-Za-z][A-Za-z' ,;:!?.-]+", example.strip())
     }  # fmt: skip
-    short = sorted(s for s in found if 4 <= len(s.split()) <= 20)
+    short = sorted(s for s in sentences if 4 <= len(s.split()) <= 20)
     random.Random("wordnet").shuffle(short)
     lines = []
     while len(short) >= 3:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from valle.jobs.training.objective import Loss, Objective, Optimization, build_optimizer
+from valle.jobs.training.objective import Loss, Objective
+from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.sequence import Batch
 from valle.platform import checkpoint
 
@@ -28,7 +29,7 @@ class Backend(Protocol):
     writes_on_every_rank: bool
     """Whether each rank adds files of its own to a checkpoint."""
 
-    def step(self, batch: Batch, level: Tensor, rate: float) -> tuple[Loss, float]:
+    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
         """Forward, backward, clip, update; returns the loss and the gradient's norm."""
 
     def weights(self) -> dict[str, Tensor]:
@@ -41,31 +42,31 @@ class Backend(Protocol):
         """Takes weights and optimizer from a checkpoint folder."""
 
 
-class DDP:
+class DDPBackend:
     """PyTorch's DistributedDataParallel; with one worker, the plain module."""
 
     writes_on_every_rank = False
 
     def __init__(
-        self, model: nn.Module, chosen: Optimization, device: torch.device, bf16: bool
+        self, model: nn.Module, optimization: Optimization, device: torch.device, bf16: bool
     ) -> None:
         self.model = model.to(device)
         self._objective: nn.Module = Objective(self.model)  # type: ignore[arg-type]
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._objective = DistributedDataParallel(self._objective)
-        self._optimizer = build_optimizer(self.model, chosen)
-        self._chosen = chosen
+        self._optimizer = build_optimizer(self.model, optimization)
+        self._optimization = optimization
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def step(self, batch: Batch, level: Tensor, rate: float) -> tuple[Loss, float]:
-        """One update at learning rate `rate`."""
+    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
+        """One update at this learning rate."""
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         with self._autocast:
             loss: Loss = self._objective(batch, level)
         self._optimizer.zero_grad(set_to_none=True)
         loss.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._chosen.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optimization.clip)
         self._optimizer.step()
         return loss, float(norm)
 
@@ -83,13 +84,18 @@ class DDP:
         checkpoint.load_optimizer(folder, self.model, self._optimizer)
 
 
-class DeepSpeed:
+class DeepSpeedBackend:
     """ZeRO. Its shards can be read back by the same number of workers at the same stage only."""
 
     writes_on_every_rank = True
 
     def __init__(
-        self, model: nn.Module, chosen: Optimization, device: torch.device, bf16: bool, stage: int
+        self,
+        model: nn.Module,
+        optimization: Optimization,
+        device: torch.device,
+        bf16: bool,
+        stage: int,
     ) -> None:
         import deepspeed
         import deepspeed.ops
@@ -103,25 +109,26 @@ class DeepSpeed:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
         objective = Objective(model)  # type: ignore[arg-type]
-        settings = {
+        ds_config = {
             "train_micro_batch_size_per_gpu": 1,  # batches are counted in tokens, not in rows
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": chosen.clip,
+            "gradient_clipping": optimization.clip,
             "zero_optimization": {"stage": stage},
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**9,
         }
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=objective, model_parameters=list(objective.parameters()),
-            optimizer=build_optimizer(model, chosen), dist_init_required=False, config=settings,
+            optimizer=build_optimizer(model, optimization), config=ds_config,
+            dist_init_required=False,
         )  # fmt: skip
         self.model = model
         self._layout = {"world_size": dist.get_world_size(), "zero_stage": stage}
 
-    def step(self, batch: Batch, level: Tensor, rate: float) -> tuple[Loss, float]:
-        """One update at learning rate `rate`."""
+    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
+        """One update at this learning rate."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         loss: Loss = self._engine(batch, level)
         self._engine.backward(loss.loss)
         self._engine.step()

@@ -2,20 +2,21 @@
 
 from dataclasses import asdict, dataclass, field, replace
 
-from valle.jobs.training.objective import Optimization
+from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
 from valle.model.config import SIZES, Kind, ModelConfig
 from valle.platform import registry, storage
+from valle.platform.recipe import formerly
 from valle.platform.resources import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class ModelSize:
     """A preset and what differs from it."""
 
-    size: str = "nano"
-    """nano (256 wide, 6 layers), quarter, half or full (12 layers; 256, 512, 1024 wide)."""
+    size: str = "mini"
+    """mini (256 wide, 6 layers), quarter, half or full (12 layers; 256, 512, 1024 wide)."""
 
     width: int | None = None
     """Instead of the preset's."""
@@ -37,6 +38,8 @@ class Size:
 
     def resolve(self) -> ModelConfig:
         """The architecture."""
+        if self.size == "nano":
+            raise ValueError("model.size: 'nano' is called 'mini' now")
         if self.size not in SIZES:
             raise ValueError(f"model.size: {self.size!r} is none of {sorted(SIZES)}")
         changes = {k: v for k, v in asdict(self).items() if k != "size" and v is not None}
@@ -53,13 +56,13 @@ class TrainRecipe:
     run: str
     """Name of the run. The same name resumes; the models are kept as `{run}-ar` and `{run}-nar`."""
 
-    storage: str = "runs"
+    storage_path: str = field(default="runs", metadata=formerly("storage"))
     """Folder or URI for checkpoints."""
 
     models: tuple[Kind, ...] = ("ar", "nar")
     """What to train, in this order."""
 
-    model: Size = field(default_factory=Size)
+    model: ModelSize = field(default_factory=ModelSize)
     """Architecture of both."""
 
     steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
@@ -78,7 +81,7 @@ class TrainRecipe:
     prompt_seconds: float = 3.0
     """Longest prompt; each utterance gets a random piece of another one by its speaker."""
 
-    shortest_prompt: float | None = None
+    min_prompt_seconds: float | None = field(default=None, metadata=formerly("shortest_prompt"))
     """The length of a batch's prompts is drawn between this and `prompt_seconds`, so that the
     models know short ones and cost less to train; None: always `prompt_seconds`."""
 
@@ -94,7 +97,7 @@ class TrainRecipe:
     """Share of the utterances that are learnt without text and prompt, for a model that is to be
     spoken with a `guidance_scale` above 1; the paper has none."""
 
-    beginnings: float = 0.25
+    truncated_share: float = field(default=0.25, metadata=formerly("beginnings"))
     """Share of the utterances of which the NAR model is shown, and asked for, only the beginning:
     for streaming inside a sentence (`chunked`); the paper has none. Batches stay as wide as they
     were planned, so that `train/padding` rises with it."""
@@ -152,24 +155,23 @@ class TrainRecipe:
     """Initial weights, order of the data, prompts, levels, hidden conditions, dropout."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, value, options in (
             ("backend", self.backend, ("ddp", "deepspeed")),
             ("precision", self.precision, ("fp32", "bf16")),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is none of {known}")
-        if self.shortest_prompt is not None and not 0 < self.shortest_prompt <= self.prompt_seconds:
-            raise ValueError(
-                f"shortest_prompt: {self.shortest_prompt} is not in (0, {self.prompt_seconds}]"
-            )
+            if value not in options:
+                raise ValueError(f"{name}: {value!r} is none of {options}")
+        shortest = self.min_prompt_seconds
+        if shortest is not None and not 0 < shortest <= self.prompt_seconds:
+            raise ValueError(f"min_prompt_seconds: {shortest} is not in (0, {self.prompt_seconds}]")
         if self.utterances_per_speaker is not None and self.utterances_per_speaker < 1:
             raise ValueError(f"utterances_per_speaker: {self.utterances_per_speaker} is below 1")
         if self.level_emphasis < 0:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout: {self.condition_dropout} is not in [0, 1)")
-        if not 0 <= self.beginnings < 1:
-            raise ValueError(f"beginnings: {self.beginnings} is not in [0, 1)")
+        if not 0 <= self.truncated_share < 1:
+            raise ValueError(f"truncated_share: {self.truncated_share} is not in [0, 1)")
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage: {self.zero_stage} is none of 1, 2, 3")
         shared = self.placement.gpus_per_worker < 1 and self.placement.accelerator != "cpu"
@@ -188,7 +190,7 @@ class TrainRecipe:
         self.model.resolve()
 
 
-def warm_source(chosen: TrainRecipe, kind: Kind) -> str:
+def warm_start_uri(recipe: TrainRecipe, kind: Kind) -> str:
     """Where the weights come from that a new run begins with; `nano` comes with the code."""
-    source = chosen.warm_start[kind]
-    return str(registry.SHIPPED / kind) if source == "nano" else storage.absolute(source)
+    uri = recipe.warm_start[kind]
+    return str(registry.SHIPPED_BUNDLE / kind) if uri == "nano" else storage.absolute(uri)

@@ -5,7 +5,7 @@ same one and takes its slice. Equal step counts on all ranks and exact resume fo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ Indices = NDArray[np.int64]
 class Batching:
     """How utterances are grouped."""
 
-    tokens: int = 4000
+    # not recipe.formerly(): the bare machine of `make gpu` lacks what that module imports
+    max_tokens: int = field(default=4000, metadata={"formerly": ("tokens",)})
     """Padded positions of a batch (text + prompt + response) on one worker."""
 
     max_utterances: int = 64
@@ -27,8 +28,8 @@ class Batching:
     """Lengths are sorted with this much noise, so that neighbours change between epochs."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 100:
-            raise ValueError(f"tokens: {self.tokens} is too small for any utterance")
+        if self.max_tokens < 100:
+            raise ValueError(f"max_tokens: {self.max_tokens} is too small for any utterance")
 
 
 def plan(
@@ -49,32 +50,34 @@ def plan(
     for position, size in enumerate(sizes):
         longest = max(longest, size)
         count = position - start
-        if count and (longest * (count + 1) > batching.tokens or count == batching.max_utterances):
+        if count and (
+            longest * (count + 1) > batching.max_tokens or count == batching.max_utterances
+        ):
             batches.append(order[start:position])
             start, longest = position, size
     if len(order):
         batches.append(order[start:])
-    whole = len(batches) // world_size * world_size
-    if not whole:
+    n_batches = len(batches) // world_size * world_size
+    if not n_batches:
         raise ValueError(
             f"{len(lengths)} utterances make {len(batches)} batches: too few for {world_size} "
-            "workers; lower batching.tokens or the number of workers, or raise "
+            "workers; lower batching.max_tokens or the number of workers, or raise "
             "utterances_per_speaker where it is set"
         )
-    return [batches[i] for i in generator.permutation(len(batches))[:whole]]
+    return [batches[i] for i in generator.permutation(len(batches))[:n_batches]]
 
 
-def balance(speakers: Indices, at_most: int, *, seed: int, epoch: int) -> Indices:
+def cap_per_speaker(speakers: Indices, limit: int, *, seed: int, epoch: int) -> Indices:
     """Utterances of an epoch, at most so many of each speaker, drawn anew in every epoch."""
-    generator = np.random.default_rng([seed, epoch, at_most])
+    generator = np.random.default_rng([seed, epoch, limit])
     order = generator.permutation(len(speakers))
     order = order[np.argsort(speakers[order], kind="stable")]
     by_speaker = speakers[order]
-    place = np.arange(len(order)) - np.searchsorted(by_speaker, by_speaker)
-    return np.sort(order[place < at_most])
+    position = np.arange(len(order)) - np.searchsorted(by_speaker, by_speaker)
+    return np.sort(order[position < limit])
 
 
-class Prompts:
+class PromptSampler:
     """Draws, for an utterance, another one by the same speaker."""
 
     def __init__(self, speakers: Indices) -> None:
@@ -88,22 +91,23 @@ class Prompts:
         start, end = self._starts[speaker], self._starts[speaker + 1]
         if end - start == 1:
             return utterance
-        chosen = int(self._order[generator.integers(start, end - 1)])
-        return int(self._order[end - 1]) if chosen == utterance else chosen
+        prompt = int(self._order[generator.integers(start, end - 1)])
+        return int(self._order[end - 1]) if prompt == utterance else prompt
 
 
 def batches(
-    lengths: Indices, speakers: Indices, batching: Batching, *, at_most: int | None, seed: int,
-    epoch: int, batch: int, rank: int, world_size: int,
+    lengths: Indices, speakers: Indices, batching: Batching, *,
+    utterances_per_speaker: int | None, seed: int, epoch: int, batch: int, rank: int,
+    world_size: int,
 ) -> Iterator[tuple[int, int, Indices]]:  # fmt: skip
-    """Endless (epoch, batch, utterances) for one rank, from a resume position on; `at_most` of a
-    speaker in an epoch."""
-    taken = np.arange(len(lengths))
+    """Endless (epoch, batch, utterances) for one rank, from a resume position on; at most
+    `utterances_per_speaker` of each in an epoch."""
+    indices = np.arange(len(lengths))
     while True:
-        if at_most is not None:
-            taken = balance(speakers, at_most, seed=seed, epoch=epoch)
-        planned = plan(lengths[taken], batching, seed=seed, epoch=epoch, world_size=world_size)
-        mine = planned[rank::world_size]
-        for number in range(batch, len(mine)):
-            yield epoch, number, taken[mine[number]]
+        if utterances_per_speaker is not None:
+            indices = cap_per_speaker(speakers, utterances_per_speaker, seed=seed, epoch=epoch)
+        planned = plan(lengths[indices], batching, seed=seed, epoch=epoch, world_size=world_size)
+        rank_batches = planned[rank::world_size]
+        for number in range(batch, len(rank_batches)):
+            yield epoch, number, indices[rank_batches[number]]
         epoch, batch = epoch + 1, 0

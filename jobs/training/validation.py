@@ -1,13 +1,13 @@
-"""What a training run checks at each checkpoint: held-out loss, accuracy, samples, and words."""
+"""What a training run checks at each checkpoint: held-out loss, accuracy, samples, and WER."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from valle.jobs.evaluation.items import EvaluationItem, item_seed, load_items
-from valle.jobs.evaluation.metrics import recogniser
+from valle.jobs.evaluation.metrics import words
 from valle.jobs.training import sampler
 from valle.jobs.training.loader import Loader
 from valle.jobs.training.objective import Loss, Objective
@@ -15,11 +15,13 @@ from valle.jobs.training.sampler import Batching
 from valle.model.ar import AR
 from valle.model.codec.interface import SpeechCodec, Wave
 from valle.model.nar import NAR
-from valle.model.nar_decoding import Unfilled, fill_in
+from valle.model.nar_decoding import NARRequest, nar_decode
 from valle.model.sequence import Batch
+from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
-from valle.model.valle import Synthesis, Voice, text_ids
+from valle.model.valle import Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, storage
+from valle.platform.recipe import formerly
 
 MAX_SAMPLE_FRAMES = 600
 
@@ -37,7 +39,7 @@ class QuickCheck:
     every: int = 2000
     """Steps between checks, a multiple of `checkpoint_every`; the last step is checked too."""
 
-    partner: str | None = None
+    nar_checkpoint: str | None = field(default=None, metadata=formerly("partner"))
     """NAR checkpoint, or run, through which the AR model is heard. The NAR model needs none: it
     gets the true first codebook."""
 
@@ -47,7 +49,7 @@ class QuickCheck:
 
 
 @torch.inference_mode()
-def run(
+def validate(
     model: AR | NAR, loader: Loader, batching: Batching, device: torch.device
 ) -> dict[str, float]:
     """Loss and accuracy on the held-out utterances, per codebook, in evaluation mode.
@@ -56,28 +58,28 @@ def run(
     in length: the gap between the two says how much the model reads, long before one can hear it.
     """
     objective = Objective(model.eval())
-    right: list[Loss] = []
-    wrong: list[Loss] = []
+    losses: list[Loss] = []
+    wrong_text_losses: list[Loss] = []
     plan = sampler.plan(loader.lengths[loader.validation], batching, seed=0, epoch=0)
     by_length = loader.validation[np.argsort(loader.lengths[loader.validation], kind="stable")]
-    neighbour = dict(zip(by_length.tolist(), np.roll(by_length, 1).tolist(), strict=True))
+    neighbor = dict(zip(by_length.tolist(), np.roll(by_length, 1).tolist(), strict=True))
     rows = 0
-    for number, chosen in enumerate(plan):
-        utterances = loader.validation[chosen]
+    for number, indices in enumerate(plan):
+        utterances = loader.validation[indices]
         batch = loader.batch(utterances, [0, number]).to(device)
-        others = np.array([neighbour[u] for u in utterances.tolist()])
+        others = np.array([neighbor[u] for u in utterances.tolist()])
         other = loader.batch(others, [0, number]).to(device)
         # all levels in turn: with few utterances, drawing them would leave some out
         level = (torch.arange(rows, rows + len(batch.frames)) % (model.config.n_codebooks - 1)) + 1
         rows += len(batch.frames)
-        right.append(objective(batch, level.to(device)))
-        wrong.append(objective(_with_text_of(batch, other), level.to(device)))
+        losses.append(objective(batch, level.to(device)))
+        wrong_text_losses.append(objective(_with_text_of(batch, other), level.to(device)))
     metrics = {
-        "validation/loss": _mean(right),
-        "validation/loss_wrong_text": _mean(wrong),
+        "validation/loss": _mean(losses),
+        "validation/loss_wrong_text": _mean(wrong_text_losses),
     }
-    tokens = torch.stack([r.tokens for r in right]).sum(0)
-    correct = torch.stack([r.correct for r in right]).sum(0)
+    tokens = torch.stack([r.tokens for r in losses]).sum(0)
+    correct = torch.stack([r.correct for r in losses]).sum(0)
     first = 1 if isinstance(model, AR) else 2
     for offset, (hits, count) in enumerate(zip(correct.tolist(), tokens.tolist(), strict=True)):
         if count:
@@ -87,7 +89,7 @@ def run(
 
 def _mean(losses: list[Loss]) -> float:
     """Mean cross entropy per token over batches."""
-    total = torch.stack([x.total for x in losses]).sum()
+    total = torch.stack([x.loss_sum for x in losses]).sum()
     return float(total / torch.stack([x.tokens for x in losses]).sum())
 
 
@@ -96,7 +98,7 @@ def _with_text_of(batch: Batch, other: Batch) -> Batch:
     return replace(batch, phonemes=other.phonemes, phoneme_lengths=other.phoneme_lengths)
 
 
-def samples(
+def generate_samples(
     model: AR | NAR, loader: Loader, codec: SpeechCodec, count: int, device: torch.device
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """Held-out sentences spoken by the model alone, beside their recordings' reconstruction.
@@ -104,71 +106,78 @@ def samples(
     The AR model is heard through the first codebook only; the NAR model fills in the other seven
     of the true first codebook. So one hears which of the two is the weak one.
     """
-    generator, how = torch.Generator(device).manual_seed(0), Synthesis()
-    heard: list[tuple[str, NDArray[np.float32]]] = []
+    generator, synthesis = torch.Generator(device).manual_seed(0), Synthesis()
+    samples: list[tuple[str, NDArray[np.float32]]] = []
     for number in loader.validation[:count]:
         batch = loader.batch(np.array([number]), [0, int(number)]).to(device)
         if isinstance(model, AR):
-            said = model.generate(
+            output = model.generate(
                 batch.phonemes[0], batch.prompt[0], max_frames=MAX_SAMPLE_FRAMES,
-                sampling=how.ar, generator=generator,
+                sampling=synthesis.ar, generator=generator,
             )  # fmt: skip
-            codes = said.codes[None]
+            codes = output.codes[None]
         else:
             codes = model.generate(
                 batch.phonemes[0], batch.prompt[0], batch.codes[0, 0],
-                sampling=how.nar, generator=generator,
+                sampling=synthesis.nar, generator=generator,
             )  # fmt: skip
         stored = codes.cpu().numpy().astype(np.int16)
         if stored.shape[1]:
-            heard.append((f"{number}-model", codec.decode([stored])[0]))
-        heard.append((f"{number}-recording", codec.decode([loader.dataset[int(number)].codes])[0]))
-    return heard
+            samples.append((f"{number}-model", codec.decode([stored])[0]))
+        samples.append(
+            (f"{number}-recording", codec.decode([loader.dataset[int(number)].codes])[0])
+        )
+    return samples
 
 
-def words(model: AR | NAR, codec: SpeechCodec, chosen: QuickCheck) -> dict[str, float]:
-    """Word error rate on the quick set, by whisper tiny.en; nothing for an AR model that has no
-    partner to be heard through."""
-    if isinstance(model, AR) and chosen.partner is None:
+def word_error_rate(model: AR | NAR, codec: SpeechCodec, check: QuickCheck) -> dict[str, float]:
+    """Word error rate on the quick set, by whisper tiny.en; nothing for an AR model without
+    a `nar_checkpoint`."""
+    if isinstance(model, AR) and check.nar_checkpoint is None:
         return {}
-    partner = (
-        _load_partner(chosen.partner, codec) if isinstance(model, AR) and chosen.partner else None
+    nar = (
+        _load_nar(check.nar_checkpoint, codec)
+        if isinstance(model, AR) and check.nar_checkpoint
+        else None
     )
-    reader = recogniser.Whisper()
-    items = load_items(chosen.items)
-    waves = [_say(model, partner, codec, chosen, item) for item in items]
-    heard = [reader.transcribe(wave) if len(wave) > SAMPLE_RATE // 5 else "" for wave in waves]
-    return {checkpoint.WORD_ERROR_RATE: recogniser.word_error_rate([i.text for i in items], heard)}
+    recognizer = words.Whisper()
+    items = load_items(check.items)
+    waves = [_synthesize(model, nar, codec, check, item) for item in items]
+    hypotheses = [
+        recognizer.transcribe(wave) if len(wave) > SAMPLE_RATE // 5 else "" for wave in waves
+    ]
+    return {checkpoint.WORD_ERROR_RATE: words.word_error_rate([i.text for i in items], hypotheses)}
 
 
-def _load_partner(uri: str, codec: SpeechCodec) -> NAR:
-    model = checkpoint.load_from(storage.absolute(uri), codec.identity)
+def _load_nar(uri: str, codec: SpeechCodec) -> NAR:
+    model = checkpoint.load_from_uri(storage.absolute(uri), codec.identity)
     if not isinstance(model, NAR):
-        raise ValueError(f"quick_check.partner: {uri} holds no NAR model")
+        raise ValueError(f"quick_check.nar_checkpoint: {uri} holds no NAR model")
     return model.to(codec.device)
 
 
-def _say(
+def _synthesize(
     model: AR | NAR,
-    partner: NAR | None,
+    nar: NAR | None,
     codec: SpeechCodec,
-    chosen: QuickCheck,
+    check: QuickCheck,
     item: EvaluationItem,
 ) -> Wave:
     """One item: by both models, or by the NAR model on the reference's first codebook."""
 
     def read(name: str) -> Wave:
-        path = storage.join(chosen.recordings, name)
+        path = storage.join(check.recordings, name)
         return audio.read(storage.read_bytes(path), max_seconds=60)
 
-    how = replace(Synthesis(), language=item.language, seed=item_seed(item.id, 0))
+    synthesis = replace(Synthesis(), language=item.language, seed=item_seed(item.id, 0))
     if isinstance(model, AR):
-        assert partner is not None, "words() has loaded it"
-        return Voice(model, partner, codec).speak(item.text, read(item.prompt), how).wave
+        assert nar is not None, "word_error_rate() has loaded it"
+        synthesizer = Synthesizer(model, nar, codec)
+        return synthesizer.synthesize(item.text, read(item.prompt), synthesis).wave
     if item.reference is None:
         raise ValueError(f"quick_check.items: {item.id} has no reference")
-    prompt, truth = codec.encode([read(item.prompt), read(item.reference)])
-    prompt = prompt[:, : codec.identity.frames(how.prompt_seconds)]
-    unfilled = Unfilled(text_ids(item.text, item.language), prompt, truth[0])
-    codes = fill_in(model, unfilled, how.filling)
+    prompt, reference = codec.encode([read(item.prompt), read(item.reference)])
+    prompt = prompt[:, : codec.identity.frames(synthesis.prompt_seconds)]
+    nar_request = NARRequest(phoneme_ids(item.text, item.language), prompt, reference[0])
+    codes = nar_decode(model, nar_request, synthesis.nar_decoding)
     return codec.decode([codes])[0]

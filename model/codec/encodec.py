@@ -7,10 +7,7 @@ architecture made narrow, which ships with the repository.
 Codes are `int16 [Q, T]` everywhere outside a model, 75 frames a second, values 0 .. 1023.
 """
 
-import hashlib
 import json
-import sys
-import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import valle
-from valle.model.batches import by_length
+from valle.model.batches import batch_by_length
 from valle.model.codec.interface import CodecIdentity, Codes, Wave
+from valle.model.codec.torchaudio_stub import ensure_torchaudio
+from valle.model.codec.weights import weights_hash
 from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, HOP, N_CODEBOOKS, SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -32,11 +31,13 @@ if TYPE_CHECKING:
 
 OFFICIAL_URL: Final = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
 OFFICIAL_SHA256_PREFIX: Final = "d7cc33bc"
-NANO_FOLDER: Final = Path(valle.__file__).resolve().parent.parent / "release" / "nano" / "codec"
+NANO_CODEC_FOLDER: Final = (
+    Path(valle.__file__).resolve().parent.parent / "release" / "nano" / "codec"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecConfig:
+class EncodecConfig:
     """Size of an EnCodec. The defaults are the official 24 kHz model's."""
 
     name: str = "encodec-24khz"
@@ -55,7 +56,7 @@ class CodecConfig:
     """Codebooks the weights hold; the system uses the first 8."""
 
 
-def build(config: CodecConfig) -> "EncodecModel":
+def build(config: EncodecConfig) -> "EncodecModel":
     """An untrained EnCodec of the given size, on the CPU."""
     ensure_torchaudio()
     from encodec.model import EncodecModel
@@ -78,23 +79,7 @@ def build(config: CodecConfig) -> "EncodecModel":
     return EncodecModel(encoder, decoder, quantizer, bandwidths, SAMPLE_RATE, 1, name=config.name)
 
 
-def ensure_torchaudio() -> None:
-    """Puts an empty module where torchaudio cannot load.
-
-    `encodec` and `distillmos` import torchaudio at their top and need nothing of it on our path;
-    PyPI's torchaudio does not load beside a CPU build of torch (it asks for libc10_cuda.so).
-    """
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        stand_in = types.ModuleType("torchaudio")
-        transforms = types.ModuleType("torchaudio.transforms")
-        transforms.MFCC = None  # type: ignore[attr-defined]
-        stand_in.transforms = transforms  # type: ignore[attr-defined]
-        sys.modules |= {"torchaudio": stand_in, "torchaudio.transforms": transforms}
-
-
-class Codec:
+class Encodec:
     """A trained codec on a device, ready for batches.
 
     All convolutions are causal and every input is padded to whole frames, so the padding that
@@ -117,7 +102,7 @@ class Codec:
         """
         frames = [-(-len(wave) // HOP) for wave in waves]
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
-        for group in by_length(frames, int(batch_seconds * FRAME_RATE)):
+        for group in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
             batch = torch.zeros(len(group), 1, _padded(frames, group) * HOP)
             for row, index in enumerate(group):
                 batch[row, 0, : len(waves[index])] = torch.tensor(waves[index])
@@ -137,7 +122,7 @@ class Codec:
             self.check(item, f"codes[{number}]")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
-        for group in by_length(frames, int(batch_seconds * FRAME_RATE)):
+        for group in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
             n_codebooks = codes[group[0]].shape[0]
             batch = torch.zeros(len(group), n_codebooks, _padded(frames, group)).long()
             for row, index in enumerate(group):
@@ -168,26 +153,16 @@ def _fold_weight_norm(model: nn.Module) -> None:
             nn.utils.remove_weight_norm(module)
 
 
-def weights_hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, independent of the file format."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
-    return digest.hexdigest()
-
-
-def save(model: "EncodecModel", config: CodecConfig, folder: Path) -> None:
+def save(model: "EncodecModel", config: EncodecConfig, folder: Path) -> None:
     """Writes `model.safetensors` (half precision, read back as float32) and `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     # training-only averages double the size of the codebooks and are no part of the codec
-    kept = {
+    weights = {
         name: value.half().contiguous()
         for name, value in model.state_dict().items()
         if not _is_training_only(name)
     }
-    save_file(kept, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
@@ -195,7 +170,7 @@ def _is_training_only(name: str) -> bool:
     return name.endswith(("_codebook.embed_avg", "_codebook.cluster_size", "_codebook.inited"))
 
 
-def load(source: str = "nano", *, device: str = "cpu", cache: Path | None = None) -> Codec:
+def load(source: str = "nano", *, device: str = "cpu", cache: Path | None = None) -> Encodec:
     """The codec named by `source`.
 
     `nano` ships with the repository; `encodec-24khz` is downloaded once into `cache` (SHA-256
@@ -206,32 +181,32 @@ def load(source: str = "nano", *, device: str = "cpu", cache: Path | None = None
         if cache is None:
             raise ValueError("codec: encodec-24khz needs a cache folder to download into")
         return _load_official(_download(cache), device)
-    path = NANO_FOLDER if source == "nano" else Path(source)
+    path = NANO_CODEC_FOLDER if source == "nano" else Path(source)
     if path.suffix == ".th":
         return _load_official(path, device)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"codec: no config.json in {path}; give nano, encodec-24khz, a folder or a .th file"
         )
-    config = CodecConfig(**json.loads((path / "config.json").read_text()))
+    config = EncodecConfig(**json.loads((path / "config.json").read_text()))
     weights = load_file(path / "model.safetensors")
     return _assemble(config, weights, device)
 
 
-def _load_official(path: Path, device: str) -> Codec:
+def _load_official(path: Path, device: str) -> Encodec:
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    kept = {k: v for k, v in weights.items() if not _is_training_only(k)}
-    return _assemble(CodecConfig(), kept, device)
+    weights = {k: v for k, v in weights.items() if not _is_training_only(k)}
+    return _assemble(EncodecConfig(), weights, device)
 
 
-def _assemble(config: CodecConfig, weights: dict[str, Tensor], device: str) -> Codec:
+def _assemble(config: EncodecConfig, weights: dict[str, Tensor], device: str) -> Encodec:
     model = build(config)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not _is_training_only(name)]
     if missing or unexpected:
         raise ValueError(f"codec weights do not fit: missing {missing}, unexpected {unexpected}")
     identity = CodecIdentity(name=config.name, sha256=weights_hash(weights))
-    return Codec(model, identity, device)
+    return Encodec(model, identity, device)
 
 
 def _download(cache: Path) -> Path:

@@ -1,7 +1,7 @@
 """Decoding codes as they come: EnCodec's decoder with its state between calls.
 
 All of it is causal, so what a layer needs of the past is a fixed number of inputs (convolutions)
-or its hidden state (LSTM). Chunks decoded in turn are the waveform that `Codec.decode` gives for
+or its hidden state (LSTM). Chunks decoded in turn are the waveform that `Encodec.decode` gives for
 the whole. The state travels by value: a chunk may be decoded in another process than the last.
 """
 
@@ -13,49 +13,52 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.codec.interface import Codes, Wave
 
-FIRST = 8
+MIN_FIRST_CHUNK = 8
 """Frames of a first chunk, at least: the convolutions mirror the start of what they see."""
 
 
 @dataclass(frozen=True)
-class DecoderState:
+class EncodecState:
     """What the layers keep, in the order in which they are run; tens of kilobytes."""
 
-    kept: tuple[NDArray[np.float32], ...]
+    tensors: tuple[NDArray[np.float32], ...]
 
 
 @torch.inference_mode()
 def decode_next(
-    codec: Codec, codes: Codes, state: DecoderState | None
-) -> tuple[Wave, DecoderState]:
+    codec: Encodec, codes: Codes, state: EncodecState | None
+) -> tuple[Wave, EncodecState]:
     """Samples `[T * 320]` of the next codes `[8, T]` of a stream, and the state for those after.
 
-    `state` is None for the first chunk, which needs `FIRST` frames. Raises ValueError for less.
+    `state` is None for the first chunk, which needs `MIN_FIRST_CHUNK` frames. Raises ValueError
+    for less.
     """
-    if state is None and codes.shape[1] < FIRST:
-        raise ValueError(f"codes: {codes.shape[1]} frames in a first chunk, at least {FIRST}")
+    if state is None and codes.shape[1] < MIN_FIRST_CHUNK:
+        raise ValueError(
+            f"codes: {codes.shape[1]} frames in a first chunk, at least {MIN_FIRST_CHUNK}"
+        )
     codec.check(codes)
     device = codec.device
     # the package wants [Q, batch, T]
     indices = torch.from_numpy(codes.astype(np.int64)).to(device)[:, None]
-    walk = _Walk(state, device)
-    wave = walk(codec.network.decoder.model, codec.network.quantizer.decode(indices))
-    kept = tuple(left.cpu().numpy() for left in walk.left)
-    return wave[0, 0].cpu().numpy(), DecoderState(kept)
+    decoder_pass = _DecoderPass(state, device)
+    wave = decoder_pass(codec.network.decoder.model, codec.network.quantizer.decode(indices))
+    new_state = EncodecState(tuple(x.cpu().numpy() for x in decoder_pass.new_state))
+    return wave[0, 0].cpu().numpy(), new_state
 
 
-class _Walk:
+class _DecoderPass:
     """One pass through the layers that reads the old state and collects the new one."""
 
-    def __init__(self, state: DecoderState | None, device: torch.device) -> None:
-        self._old = iter(
-            [torch.from_numpy(kept).to(device) for kept in state.kept] if state else ()
+    def __init__(self, state: EncodecState | None, device: torch.device) -> None:
+        self._old_state = iter(
+            [torch.from_numpy(x).to(device) for x in state.tensors] if state else ()
         )
-        self._begins = state is None
-        self.left: list[Tensor] = []
+        self._is_first = state is None
+        self.new_state: list[Tensor] = []
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
         """`x [1, channels, time]` through a layer, with all that is inside it."""
@@ -83,25 +86,25 @@ class _Walk:
         n_past = (conv.kernel_size[0] - 1) * conv.dilation[0]
         if n_past == 0:
             return module.conv(x)
-        if self._begins:
+        if self._is_first:
             past = pad1d(x, (n_past, 0), mode=module.pad_mode)[..., :n_past]
         else:
-            past = next(self._old)
+            past = next(self._old_state)
         x = torch.cat([past, x], dim=-1)
-        self.left.append(x[..., -n_past:])
+        self.new_state.append(x[..., -n_past:])
         return module.conv(x)
 
     def _transposed(self, module: Any, x: Tensor) -> Tensor:
         stride = module.convtr.convtr.stride[0]
         # kernels of two strides: a sample depends on one input and the one before it
-        past = torch.zeros_like(x[..., :1]) if self._begins else next(self._old)
-        self.left.append(x[..., -1:])
+        past = torch.zeros_like(x[..., :1]) if self._is_first else next(self._old_state)
+        self.new_state.append(x[..., -1:])
         samples = module.convtr(torch.cat([past, x], dim=-1))
         return samples[..., stride : stride + x.shape[-1] * stride]
 
     def _lstm(self, module: Any, x: Tensor) -> Tensor:
         steps = x.permute(2, 0, 1)
-        past = None if self._begins else (next(self._old), next(self._old))
-        answer, hidden = module.lstm(steps, past)
-        self.left += hidden
-        return (answer + steps if module.skip else answer).permute(1, 2, 0)
+        past = None if self._is_first else (next(self._old_state), next(self._old_state))
+        output, hidden = module.lstm(steps, past)
+        self.new_state += hidden
+        return (output + steps if module.skip else output).permute(1, 2, 0)

@@ -14,7 +14,7 @@ differ, because a small network on small batches otherwise codes loudness and no
 Inference stays the package's own `EncodecModel`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -34,8 +34,13 @@ FLOOR: Final = 1e-3
 pause does not weigh as much as the vowel beside it."""
 
 
+def _formerly(name: str) -> dict[str, tuple[str, ...]]:
+    """`valle.platform.recipe.formerly`, which `model/` may not import: a field's former name."""
+    return {"formerly": (name,)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class CodecLoss:
+class EncodecLossConfig:
     """Weights of the terms and the quantiser's habits."""
 
     mel: float = 1.0
@@ -54,13 +59,13 @@ class CodecLoss:
     """The same afterwards: keeps directions that cost the decoder nothing from growing without
     bound and taking the first books with them."""
 
-    decay: float = 0.98
+    ema_decay: float = field(default=0.98, metadata=_formerly("decay"))
     """Of the moving averages that place the codebook entries."""
 
-    dead_below: float = 0.05
+    dead_threshold: float = field(default=0.05, metadata=_formerly("dead_below"))
     """An entry whose average count per step falls below this moves to a vector of the batch."""
 
-    taught_steps: int = 1500
+    teacher_steps: int = field(default=1500, metadata=_formerly("taught_steps"))
     """Steps at the start during which the decoder reads the teacher's features, quantised."""
 
 
@@ -92,7 +97,7 @@ class MelLoss(nn.Module):
 
 
 @torch.no_grad()
-def init_from_data(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> None:
+def init_convolutions(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> None:
     """Scales each convolution so that its output has unit deviation on `waves`.
 
     With the default initialisation the encoder's output hardly varies with its input, the decoder
@@ -187,8 +192,11 @@ def init_codebooks(
         residual = residual - F.embedding(index, book.embed)
 
 
-def quantise(
-    model: "EncodecModel", z: Float[Tensor, "B D T"], loss: CodecLoss, generator: torch.Generator
+def residual_quantize(
+    model: "EncodecModel",
+    z: Float[Tensor, "B D T"],
+    loss: EncodecLossConfig,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "B D T"], Int[Tensor, "Q N"], Tensor]:
     """Residual quantisation with moving-average updates, straight-through gradient.
 
@@ -196,7 +204,7 @@ def quantise(
     Counts and sums are added up over all workers, so every worker keeps the same codebooks.
     """
     residual = z.transpose(1, 2).reshape(-1, z.shape[1])
-    quantised = torch.zeros_like(residual)
+    quantized = torch.zeros_like(residual)
     commitment = z.new_zeros(())
     codes = []
     for layer in model.quantizer.vq.layers:
@@ -206,39 +214,39 @@ def quantise(
         commitment = commitment + F.mse_loss(residual, entry)
         _update(book, residual.detach(), index, loss, generator)
         residual = residual - entry
-        quantised = quantised + entry
+        quantized = quantized + entry
         codes.append(index)
-    quantised = quantised.view(z.shape[0], z.shape[2], -1).transpose(1, 2)
-    return z + (quantised - z).detach(), torch.stack(codes), commitment / len(codes)
+    quantized = quantized.view(z.shape[0], z.shape[2], -1).transpose(1, 2)
+    return z + (quantized - z).detach(), torch.stack(codes), commitment / len(codes)
 
 
 @torch.no_grad()
 def _update(
-    book: Any, vectors: Tensor, index: Tensor, loss: CodecLoss, generator: torch.Generator
+    book: Any, vectors: Tensor, index: Tensor, loss: EncodecLossConfig, generator: torch.Generator
 ) -> None:
     """One moving-average step of a codebook; dead entries restart at vectors of the batch."""
     counts = torch.bincount(index, minlength=CODEBOOK_SIZE).float()
     sums = torch.zeros_like(book.embed).index_add_(0, index, vectors)
-    chosen = torch.randint(len(vectors), (CODEBOOK_SIZE,), generator=generator)
-    fresh = vectors[chosen]
+    rows = torch.randint(len(vectors), (CODEBOOK_SIZE,), generator=generator)
+    fresh = vectors[rows]
     if dist.is_initialized():
         dist.all_reduce(counts)
         dist.all_reduce(sums)
         dist.broadcast(fresh, src=0)
-    book.cluster_size.lerp_(counts, 1 - loss.decay)
-    book.embed_avg.lerp_(sums, 1 - loss.decay)
+    book.cluster_size.lerp_(counts, 1 - loss.ema_decay)
+    book.embed_avg.lerp_(sums, 1 - loss.ema_decay)
     book.embed.copy_(book.embed_avg / book.cluster_size.clamp_min(1e-5)[:, None])
     # all three together, or the next average pulls a revived entry straight back
-    dead = book.cluster_size < loss.dead_below
+    dead = book.cluster_size < loss.dead_threshold
     book.embed[dead] = fresh[dead]
-    book.embed_avg[dead] = fresh[dead] * (2 * loss.dead_below)
-    book.cluster_size[dead] = 2 * loss.dead_below
+    book.embed_avg[dead] = fresh[dead] * (2 * loss.dead_threshold)
+    book.cluster_size[dead] = 2 * loss.dead_threshold
 
 
-class CodecTrainee(nn.Module):
+class EncodecObjective(nn.Module):
     """The codec with its losses as one module: what DDP wraps."""
 
-    def __init__(self, model: "EncodecModel", loss: CodecLoss) -> None:
+    def __init__(self, model: "EncodecModel", loss: EncodecLossConfig) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -246,9 +254,9 @@ class CodecTrainee(nn.Module):
         self.teacher = Teacher(model.quantizer.dimension)
 
     @torch.no_grad()
-    def initialise(self, waves: Float[Tensor, "B samples"], per_step: int, seed: int) -> None:
+    def initialize(self, waves: Float[Tensor, "B samples"], per_step: int, seed: int) -> None:
         """Convolutions, teacher and codebooks from a sample of speech (a few hundred crops)."""
-        init_from_data(self.model, waves[:16])
+        init_convolutions(self.model, waves[:16])
         self.teacher.fit(waves)
         vectors = self.teacher(waves).transpose(1, 2).flatten(0, 1)
         init_codebooks(self.model, vectors, per_step, seed)
@@ -260,11 +268,11 @@ class CodecTrainee(nn.Module):
         z = self.model.encoder(waves[:, None])
         features = self.teacher(waves)
         terms: dict[str, Tensor] = {"teacher": F.mse_loss(z, features)}
-        taught = step < self.loss.taught_steps
-        quantised, codes, terms["commitment"] = quantise(
+        taught = step < self.loss.teacher_steps
+        quantized, codes, terms["commitment"] = residual_quantize(
             self.model, features if taught else z, self.loss, generator
         )
-        output = self.model.decoder(quantised)[:, 0]
+        output = self.model.decoder(quantized)[:, 0]
         terms["mel"] = self.mel(output, waves)
         terms["waveform"] = F.l1_loss(output, waves)
         total = self.loss.mel * terms["mel"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from valle.model.codec import encodec, nano2
 from valle.model.codec.interface import SpeechCodec
-from valle.model.codec.nano2 import Nano2
+from valle.model.codec.nano2 import Nano2Codec
 
 
 def load_codec(source: str, *, device: str = "cpu", cache: Path | None = None) -> SpeechCodec:
@@ -13,12 +13,12 @@ def load_codec(source: str, *, device: str = "cpu", cache: Path | None = None) -
 
     Raises ValueError or FileNotFoundError with what to do.
     """
-    folder = nano2.FOLDER if source == "nano2" else Path(source)
-    described = folder / "config.json"
-    if source == "nano2" or (described.is_file() and "frame_rate" in _fields(described)):
-        return Nano2.load(folder, device)
+    folder = nano2.NANO2_CODEC_FOLDER if source == "nano2" else Path(source)
+    config_file = folder / "config.json"
+    if source == "nano2" or (config_file.is_file() and "frame_rate" in _fields(config_file)):
+        return Nano2Codec.load(folder, device)
     return encodec.load(source, device=device, cache=cache)
 
 
-def _fields(described: Path) -> set[str]:
-    return set(json.loads(described.read_text()))
+def _fields(config_file: Path) -> set[str]:
+    return set(json.loads(config_file.read_text()))

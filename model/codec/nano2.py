@@ -18,27 +18,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import valle
-from valle.model.batches import by_length
-from valle.model.codec.encodec import weights_hash
+from valle.model.batches import batch_by_length
 from valle.model.codec.interface import CodecIdentity, Codes, Wave
 from valle.model.codec.quantizer import FEATURE_RATE, N_FEATURES, Quantizer
-from valle.model.codec.storage import inference_weights, load_quantizer
+from valle.model.codec.weights import inference_weights, load_quantizer, weights_hash
+from valle.model.tokens import SAMPLE_RATE
 from valle.model.vocoder.features import FeatureExtractor
 from valle.model.vocoder.vocoder import HOP as FEATURE_HOP
-from valle.model.vocoder.vocoder import SAMPLE_RATE, Vocoder
-from valle.model.vocoder.weights import SHIPPED as VOCODER_WEIGHTS
+from valle.model.vocoder.vocoder import Vocoder
+from valle.model.vocoder.weights import WEIGHTS_FILE as VOCODER_WEIGHTS
 
-FOLDER: Final = Path(valle.__file__).resolve().parent.parent / "release" / "nano2" / "codec"
+NANO2_CODEC_FOLDER: Final = (
+    Path(valle.__file__).resolve().parent.parent / "release" / "nano2" / "codec"
+)
 
 
-class Nano2:
+class Nano2Codec:
     """The codec on a device, ready for batches: batched equals one by one."""
 
     def __init__(self, quantizer: Quantizer, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.quantizer = quantizer.eval().to(self.device)
         self.extractor = FeatureExtractor.load(VOCODER_WEIGHTS.parent).eval().to(self.device)
-        self.vocoder = Vocoder.shipped().to(self.device)
+        self.vocoder = Vocoder.load().to(self.device)
         config = quantizer.config
         self.identity = CodecIdentity(
             name="nano2", sha256=weights_hash(inference_weights(quantizer)),
@@ -46,7 +48,7 @@ class Nano2:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path = FOLDER, device: str = "cpu") -> "Nano2":
+    def load(cls, folder: Path = NANO2_CODEC_FOLDER, device: str = "cpu") -> "Nano2Codec":
         """With the quantiser in `folder`. Raises FileNotFoundError or ValueError."""
         return cls(load_quantizer(folder), device)
 
@@ -60,13 +62,13 @@ class Nano2:
         lengths = [len(item) for item in features]
         block = self.quantizer.config.features_per_block
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
-        for group in by_length(lengths, int(batch_seconds * FEATURE_RATE)):
+        for group in batch_by_length(lengths, int(batch_seconds * FEATURE_RATE)):
             longest = -(-max(lengths[index] for index in group) // block) * block
             batch = torch.zeros(len(group), longest, N_FEATURES)
             for row, index in enumerate(group):
                 batch[row, : lengths[index]] = torch.from_numpy(features[index])
-            present = torch.tensor([lengths[index] for index in group], device=self.device)
-            codes = self.quantizer.encode(batch.to(self.device), present).to("cpu", torch.int16)
+            n_features = torch.tensor([lengths[index] for index in group], device=self.device)
+            codes = self.quantizer.encode(batch.to(self.device), n_features).to("cpu", torch.int16)
             for row, index in enumerate(group):
                 n_frames = -(-len(waves[index]) // self.identity.hop)
                 result[index] = codes[row, :, :n_frames].numpy().copy()
@@ -84,7 +86,7 @@ class Nano2:
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
         budget = int(batch_seconds * self.quantizer.config.frame_rate)
-        for group in by_length(frames, budget):
+        for group in batch_by_length(frames, budget):
             features = self.features([codes[index] for index in group])
             waves = self.vocoder(features).cpu().numpy()
             for row, index in enumerate(group):
@@ -109,14 +111,14 @@ class Nano2:
 
     def check(self, codes: Codes, name: str = "codes") -> None:
         """Raises ValueError for codes of a wrong shape or beyond the codebooks' entries."""
-        most, entries = self.identity.n_codebooks, self.quantizer.config.codebook_size
-        if codes.ndim != 2 or not 1 <= codes.shape[0] <= most or codes.shape[1] == 0:
-            raise ValueError(f"{name}: expected [1..{most}, T], got {codes.shape}")
+        n_codebooks, entries = self.identity.n_codebooks, self.quantizer.config.codebook_size
+        if codes.ndim != 2 or not 1 <= codes.shape[0] <= n_codebooks or codes.shape[1] == 0:
+            raise ValueError(f"{name}: expected [1..{n_codebooks}, T], got {codes.shape}")
         if not (codes.min() >= 0 and codes.max() < entries):
             raise ValueError(f"{name}: values must lie in 0 .. {entries - 1}")
 
-    def unquantised(self, wave: NDArray[np.float32]) -> Wave:
+    def resynthesize(self, wave: NDArray[np.float32]) -> Wave:
         """The vocoder's own version of a recording: what no quantiser can surpass."""
         features = torch.from_numpy(self.extractor.extract([wave], SAMPLE_RATE)[0])
-        spoken: Tensor = self.vocoder(features[None].to(self.device))
-        return spoken[0, : len(wave)].cpu().numpy()
+        resynthesis: Tensor = self.vocoder(features[None].to(self.device))
+        return resynthesis[0, : len(wave)].cpu().numpy()

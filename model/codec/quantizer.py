@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from valle.model.codec.encodec import ensure_torchaudio
+from valle.model.codec.torchaudio_stub import ensure_torchaudio
 
 if TYPE_CHECKING:
     from encodec.quantization.core_vq import EuclideanCodebook
@@ -132,8 +132,8 @@ class ResidualBlock(nn.Module):
 
     def advance(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """The next frames of a stream; causal blocks only: as many come out as go in."""
-        mixed, kept = self.mix.advance(self._normed(x), past)
-        return x + self.out(F.gelu(mixed)), kept
+        mixed, new_past = self.mix.advance(self._normed(x), past)
+        return x + self.out(F.gelu(mixed)), new_past
 
     def _normed(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * self.scale
@@ -154,28 +154,28 @@ class Encoder(nn.Module):
         self.last = Pointwise(width, config.dimension)
 
     def forward(
-        self, features: Float[Tensor, "B F S"], present: Bool[Tensor, "B 1 S"]
+        self, features: Float[Tensor, "B F S"], mask: Bool[Tensor, "B 1 S"]
     ) -> Float[Tensor, "B D T"]:
         """Latents of normalised features; S is whole blocks, absent features are zeros.
 
         The mask is applied before every convolution, so that what stands behind the end of a
         recording is the same whatever it is batched with.
         """
-        x = self.first(features * present)
+        x = self.first(features * mask)
         for block in self.fine:
-            x = block(x * present)
-        batch, width, length = (x * present).shape
+            x = block(x * mask)
+        batch, width, length = (x * mask).shape
         blocks = length // self._config.features_per_block
-        grouped = (x * present).transpose(1, 2).reshape(batch, blocks, -1)
+        grouped = (x * mask).transpose(1, 2).reshape(batch, blocks, -1)
         x = self.join(grouped).reshape(batch, -1, width).transpose(1, 2)
-        kept = self._frames_present(present)
+        frame_mask = self._frame_mask(mask)
         for block in self.coarse:
-            x = block(x * kept)
-        return self.last(x * kept)
+            x = block(x * frame_mask)
+        return self.last(x * frame_mask)
 
-    def _frames_present(self, present: Tensor) -> Tensor:
+    def _frame_mask(self, mask: Tensor) -> Tensor:
         """`[B, 1, T]`: frames whose block holds at least one feature."""
-        first = present[:, :, :: self._config.features_per_block]
+        first = mask[:, :, :: self._config.features_per_block]
         return first.repeat_interleave(self._config.frames_per_block, dim=2)
 
 
@@ -185,7 +185,7 @@ class DecoderState:
     block that is not whole yet."""
 
     past: tuple[Tensor | None, ...]
-    waiting: Tensor | None
+    partial_block: Tensor | None
 
 
 class Decoder(nn.Module):
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         x = self.first(latents)
         for block in self.coarse:
             x = block(x)
-        x = self._finer(x)
+        x = self._upsample(x)
         for block in self.fine:
             x = block(x)
         return self.last(x)
@@ -222,24 +222,24 @@ class Decoder(nn.Module):
         They lag by the look-ahead; `Quantizer.flush` brings out the rest.
         """
         past = iter(state.past)
-        kept: list[Tensor | None] = []
-        x, left = self.first.advance(latents, next(past))
-        kept.append(left)
+        new_past: list[Tensor | None] = []
+        x, tail = self.first.advance(latents, next(past))
+        new_past.append(tail)
         for block in self.coarse:
             assert isinstance(block, ResidualBlock)
-            x, left = block.advance(x, next(past))
-            kept.append(left)
-        if state.waiting is not None:
-            x = torch.cat([state.waiting, x], 2)
-        whole = x.shape[2] - x.shape[2] % self._config.frames_per_block
-        x, waiting = self._finer(x[:, :, :whole]), x[:, :, whole:]
+            x, tail = block.advance(x, next(past))
+            new_past.append(tail)
+        if state.partial_block is not None:
+            x = torch.cat([state.partial_block, x], 2)
+        end = x.shape[2] - x.shape[2] % self._config.frames_per_block
+        x, partial_block = self._upsample(x[:, :, :end]), x[:, :, end:]
         for block in self.fine:
             assert isinstance(block, ResidualBlock)
-            x, left = block.advance(x, next(past))
-            kept.append(left)
-        return self.last(x), DecoderState(tuple(kept), waiting)
+            x, tail = block.advance(x, next(past))
+            new_past.append(tail)
+        return self.last(x), DecoderState(tuple(new_past), partial_block)
 
-    def _finer(self, x: Tensor) -> Tensor:
+    def _upsample(self, x: Tensor) -> Tensor:
         batch, width, length = x.shape
         blocks = length // self._config.frames_per_block
         grouped = x.transpose(1, 2).reshape(batch, blocks, width * self._config.frames_per_block)
@@ -279,7 +279,7 @@ class Quantizer(nn.Module):
 
         S is whole blocks. The first `n_codebooks` are used; None leaves quantisation out.
         """
-        x = self._normalised(features)
+        x = self._normalized(features)
         latents = self.encoder(x, torch.ones_like(x[:, :1], dtype=torch.bool))
         loss = latents.new_zeros(())
         if n_codebooks is not None:
@@ -292,8 +292,8 @@ class Quantizer(nn.Module):
     ) -> Int[Tensor, "B Q T"]:
         """Codes of recordings of `lengths` features each, padded to whole blocks together."""
         positions = torch.arange(features.shape[1], device=features.device)
-        present = (positions < lengths[:, None])[:, None]
-        latents = self.encoder(self._normalised(features), present)
+        mask = (positions < lengths[:, None])[:, None]
+        latents = self.encoder(self._normalized(features), mask)
         return self.books.encode(latents).transpose(0, 1)
 
     def latents(self, codes: Int[Tensor, "B Q T"]) -> Float[Tensor, "B D T"]:
@@ -326,7 +326,7 @@ class Quantizer(nn.Module):
         behind = first.new_zeros(first.shape[0], first.shape[1], n_frames)
         return self._restored(self.decoder.advance(behind, state)[0])
 
-    def _normalised(self, features: Tensor) -> Tensor:
+    def _normalized(self, features: Tensor) -> Tensor:
         return (features.transpose(1, 2) - self.mean) / self.deviation
 
     def _restored(self, features: Tensor) -> Tensor:

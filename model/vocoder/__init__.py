@@ -1,6 +1,6 @@
 """A neural vocoder for speech: 20 features a frame at 100 Hz to a waveform at 24 kHz.
 
-`features` computes the features of a recording (`prediction` and `pitch` are parts of it),
+`features` computes the features of a recording (`lpc` and `pitch` are parts of it),
 `fargan` makes speech at 16 kHz from features, `bandwidth` widens it to 24 kHz, and `vocoder` is
 the two in turn. Both networks are libopus' (FARGAN and BBWENet of version 1.6.1), computed here in
 PyTorch and numpy with the trained weights that `release/nano2/vocoder` holds; see `NOTICE`.

@@ -90,7 +90,7 @@ class BandwidthExtension(nn.Module):
         self.to_24k = Resampler(halving_taps(63), down=2, blocks=20)
 
     @classmethod
-    def shipped(cls) -> "BandwidthExtension":
+    def load(cls) -> "BandwidthExtension":
         """With the weights that the repository holds, ready to be run on the CPU."""
         model = cls()
         model.load_state_dict(load_weights("bandwidth"))
@@ -233,8 +233,8 @@ def _band_matrix() -> Tensor:
     bins = torch.arange(_WINDOW // 2 + 1, dtype=torch.float64)
     edges = torch.tensor([-1, *_EDGES, 161], dtype=torch.float64)
     rows = []
-    for low, centre, high in zip(edges, edges[1:], edges[2:], strict=False):
-        rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
+    for low, center, high in zip(edges, edges[1:], edges[2:], strict=False):
+        rising, falling = (bins - low) / (center - low), (high - bins) / (high - center)
         triangle = torch.minimum(rising, falling).clamp(min=0)
         rows.append(triangle / triangle.sum())
     return torch.stack(rows, dim=1).float()

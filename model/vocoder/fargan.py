@@ -10,7 +10,7 @@ frame before: nothing that comes later. It lies 240 samples before the recording
 the features of frame t are taken around sample 160 t, and the sound made with them is that of the
 samples 160 t - 240 to 160 t - 80. So the first frame makes no sound, it only sets the network up
 (`start`), and the sound of the second begins 80 samples before the recording does. `forward` is
-aligned with the recording; in a stream the caller drops the first `DELAY` samples, and `finish`
+aligned with the recording; in a stream the caller drops the first `DELAY` samples, and `flush`
 gives what is left.
 
 B batch, T frames, S = 4 T subframes.
@@ -35,8 +35,8 @@ DELAY: Final = 80
 
 _SUBFRAMES: Final = FRAME // SUBFRAME
 _CONDITION = 80
-_LONGEST_PERIOD: Final = 256
-_SHORTEST_PERIOD: Final = 32
+_MAX_PERIOD: Final = 256
+_MIN_PERIOD: Final = 32
 _PITCH = 18  # which feature it is
 _AROUND = 2  # samples before and after the 40 that lie one period ago
 _PULSE = SUBFRAME + 2 * _AROUND
@@ -49,7 +49,7 @@ class FarganState:
     """What a stream keeps between calls of `Fargan.decode`; some kilobytes a row."""
 
     features: Tensor
-    """`[B, 20]` of the last frame: its pitch serves the next frame, and `finish` repeats it."""
+    """`[B, 20]` of the last frame: its pitch serves the next frame, and `flush` repeats it."""
     frames: Tensor
     """`[B, 2, 64]`: what the convolution over frames still needs of the last two."""
     condition: Tensor
@@ -77,7 +77,7 @@ class Subframes(NamedTuple):
     """int64 `[B, S, 44]`: where in the last 256 samples the pulse of one period ago lies."""
 
 
-class Memory(NamedTuple):
+class SubframeState(NamedTuple):
     """What a subframe leaves to the next one; see `FarganState`."""
 
     excitation: Tensor
@@ -116,7 +116,7 @@ class Fargan(nn.Module):
         self._recurrence: Recurrence | None = None
 
     @classmethod
-    def shipped(cls) -> "Fargan":
+    def load(cls) -> "Fargan":
         """With the weights that the repository holds, ready to be run on the CPU."""
         model = cls()
         model.load_state_dict(load_weights("fargan"))
@@ -133,7 +133,7 @@ class Fargan(nn.Module):
             raise ValueError("features: no frames to make speech of")
         state = self.start(features[:, 0])
         wave, state = self.decode(features[:, 1:], state)
-        return torch.cat([wave, self.finish(state)], dim=1)[:, DELAY:]
+        return torch.cat([wave, self.flush(state)], dim=1)[:, DELAY:]
 
     @torch.inference_mode()
     def start(self, first: Tensor) -> FarganState:
@@ -151,13 +151,15 @@ class Fargan(nn.Module):
             frames=frames[:, :2],
             condition=first.new_zeros(batch, _CONDITION),
             excitation=first.new_zeros(batch, _PULSE + SUBFRAME),
-            samples=first.new_zeros(batch, _LONGEST_PERIOD),
+            samples=first.new_zeros(batch, _MAX_PERIOD),
             hidden=tuple(first.new_zeros(batch, width) for width in self._widths),
             emphasis=first.new_zeros(batch),
         )
         subframes, state = self._subframes(repeated[:, :1], silence)
-        _, memory = self._run(subframes._replace(gain=torch.zeros_like(subframes.gain)), silence)
-        return replace(state, **memory._asdict())
+        _, subframe_state = self._run(
+            subframes._replace(gain=torch.zeros_like(subframes.gain)), silence
+        )
+        return replace(state, **subframe_state._asdict())
 
     @torch.inference_mode()
     def decode(self, features: Tensor, state: FarganState) -> tuple[Tensor, FarganState]:
@@ -174,23 +176,25 @@ class Fargan(nn.Module):
         for start in range(0, features.shape[1], _BLOCK):
             block = features[:, start : start + _BLOCK]
             subframes, state = self._subframes(block, state)
-            samples, memory = self._run(subframes, state)
+            samples, subframe_state = self._run(subframes, state)
             samples, emphasis = self._de_emphasis(samples, state.emphasis)
-            state = replace(state, emphasis=emphasis, **memory._asdict())
+            state = replace(state, emphasis=emphasis, **subframe_state._asdict())
             wave[:, start * FRAME : start * FRAME + samples.shape[1]] = samples
         return wave, state
 
-    def finish(self, state: FarganState) -> Tensor:
+    def flush(self, state: FarganState) -> Tensor:
         """The last `[B, 240]` samples of a stream: as if its last frame were repeated twice."""
         wave, _ = self.decode(state.features[:, None].expand(-1, 2, -1), state)
         return wave[:, : FRAME + DELAY]
 
-    def run_plain(self, subframes: Subframes, memory: Memory) -> tuple[Tensor, Memory]:
+    def run_plain(
+        self, subframes: Subframes, subframe_state: SubframeState
+    ) -> tuple[Tensor, SubframeState]:
         """Samples `[B, S * 40]` before de-emphasis, in plain PyTorch on any device."""
-        excitation, samples, hidden = memory
+        excitation, samples, hidden = subframe_state
         columns = self.entry.weight.split([_CONDITION, _PULSE + SUBFRAME] * 2, dim=1)
         entry_weight = torch.cat([columns[1], columns[3]], dim=1)
-        made = []
+        wave = []
         for step in range(subframes.gain.shape[1]):
             gain, scale = subframes.gain[:, step, None], subframes.scale[:, step, None]
             pulse = samples.gather(1, subframes.lags[:, step])
@@ -208,21 +212,21 @@ class Fargan(nn.Module):
             hidden = tuple(states)
             x = torch.cat([*outputs[1:], outputs[0], pulses[:, 3], last], 1)
             x = _gated(torch.tanh(self.skip(x)), self.skip_gate)
-            made.append(torch.tanh(self.exit(x)) * gain)
-            samples = torch.cat([samples[:, SUBFRAME:], made[-1]], 1)
-        return torch.cat(made, 1), Memory(excitation, samples, hidden)
+            wave.append(torch.tanh(self.exit(x)) * gain)
+            samples = torch.cat([samples[:, SUBFRAME:], wave[-1]], 1)
+        return torch.cat(wave, 1), SubframeState(excitation, samples, hidden)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._recurrence = None  # it holds the weights that were
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _run(self, subframes: Subframes, state: FarganState) -> tuple[Tensor, Memory]:
-        memory = Memory(state.excitation, state.samples, state.hidden)
+    def _run(self, subframes: Subframes, state: FarganState) -> tuple[Tensor, SubframeState]:
+        subframe_state = SubframeState(state.excitation, state.samples, state.hidden)
         if subframes.gain.device.type != "cpu":
-            return self.run_plain(subframes, memory)
+            return self.run_plain(subframes, subframe_state)
         if self._recurrence is None:
             self._recurrence = Recurrence(self)
-        return self._recurrence.run(subframes, memory)
+        return self._recurrence.run(subframes, subframe_state)
 
     def _subframes(self, features: Tensor, state: FarganState) -> tuple[Subframes, FarganState]:
         """All that does not depend on the samples, and the state with its part of it brought up."""
@@ -249,7 +253,7 @@ class Fargan(nn.Module):
     def _frames(self, features: Tensor) -> Tensor:
         """The first layer over frames: `[B, T, 64]`."""
         periods = _periods(features[:, :, _PITCH])
-        embedded = self.pitch_embedding((periods - _SHORTEST_PERIOD).clamp(max=223))
+        embedded = self.pitch_embedding((periods - _MIN_PERIOD).clamp(max=223))
         return torch.tanh(self.frame_dense1(torch.cat([features, embedded], dim=2)))
 
     def _de_emphasis(self, samples: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,12 +279,12 @@ def _gated(x: Tensor, gate: nn.Module) -> Tensor:
 def _periods(pitch: Tensor) -> Tensor:
     """Samples of a period, int64, of the feature; kept within what the network was trained on."""
     periods = torch.floor(0.5 + 256 / 2 ** (pitch + 1.5))
-    return periods.clamp(_SHORTEST_PERIOD, _LONGEST_PERIOD).long()
+    return periods.clamp(_MIN_PERIOD, _MAX_PERIOD).long()
 
 
 def _lags(periods: Tensor) -> Tensor:
     """Positions `[B, T, 44]` in the last 256 samples: one period ago, two samples sooner to two
     later. Where the period is shorter than that, its last samples come once more."""
     within = torch.arange(_PULSE, device=periods.device) - _AROUND
-    lags = _LONGEST_PERIOD - periods[:, :, None] + within
-    return torch.where(lags >= _LONGEST_PERIOD, lags - periods[:, :, None], lags).clamp(min=0)
+    lags = _MAX_PERIOD - periods[:, :, None] + within
+    return torch.where(lags >= _MAX_PERIOD, lags - periods[:, :, None], lags).clamp(min=0)

@@ -32,15 +32,14 @@ from torch import Tensor, nn
 
 from valle.model import batches
 from valle.model.codec.interface import Wave
-from valle.model.vocoder import pitch, prediction
+from valle.model.vocoder import lpc, pitch
+from valle.model.vocoder.lpc import HOP, ORDER
 from valle.model.vocoder.pitch import PitchNet
-from valle.model.vocoder.prediction import HOP, ORDER
 
-"""Mono samples in [-1, 1], shape [samples]."""
 Features = NDArray[np.float32]
 """Shape [T, 20]."""
 
-SAMPLE_RATE = 16_000
+ANALYSIS_RATE = 16_000
 N_BANDS = 18
 PITCH, VOICING = 18, 19
 """Places of pitch and voicing, behind the cepstra."""
@@ -56,7 +55,7 @@ _FULL_SCALE = 32_768  # libopus computes on samples of 16 bits
 _BLOCK_FRAMES = 2_000  # of all recordings together, that are analysed at once
 _CONTEXT = 10  # frames before a block on which it depends, with two to spare
 _LEAST_BLOCK = 5 * _CONTEXT  # the context is computed twice
-_BATCH_SAMPLES = 16 * 10 * SAMPLE_RATE
+_BATCH_SAMPLES = 16 * 10 * ANALYSIS_RATE
 
 
 class FeatureExtractor(nn.Module):
@@ -87,9 +86,9 @@ class FeatureExtractor(nn.Module):
         resampled = [_at_16_khz(wave, sample_rate) for wave in waves]
         sizes = [len(wave) for wave in resampled]
         if 0 in sizes:
-            raise ValueError(f"waves[{sizes.index(0)}]: no samples at {SAMPLE_RATE} Hz")
+            raise ValueError(f"waves[{sizes.index(0)}]: no samples at {ANALYSIS_RATE} Hz")
         answers: list[Features] = [np.zeros((0, N_FEATURES), np.float32)] * len(waves)
-        for group in batches.by_length(sizes, _BATCH_SAMPLES):
+        for group in batches.batch_by_length(sizes, _BATCH_SAMPLES):
             frames = [-(-sizes[index] // HOP) for index in group]
             batch = np.zeros((len(group), max(frames) * HOP), np.float32)
             for row, index in enumerate(group):
@@ -118,17 +117,17 @@ class FeatureExtractor(nn.Module):
         if not torch.isfinite(wave).all():
             raise ValueError("wave: samples that are NaN or infinite")
         wave = wave[:, : n_frames * HOP].float() * _FULL_SCALE
-        emphasised = wave - PRE_EMPHASIS * F.pad(wave, (1, 0))[:, :-1]
-        emphasised = F.pad(emphasised, (HOP, 0))  # the silence in the first window
+        emphasized = wave - PRE_EMPHASIS * F.pad(wave, (1, 0))[:, :-1]
+        emphasized = F.pad(emphasized, (HOP, 0))  # the silence in the first window
 
-        state = emphasised.new_zeros(rows, self.pitch_net.width)
+        state = emphasized.new_zeros(rows, self.pitch_net.width)
         blocks = []
         step = block_frames or max(_LEAST_BLOCK, _BLOCK_FRAMES // rows)
         for begin in range(0, n_frames, step):
             first = max(0, begin - _CONTEXT)
             end = min(begin + step, n_frames)
             block, state = self._block(
-                emphasised[:, first * HOP : (end + 1) * HOP], begin - first, state
+                emphasized[:, first * HOP : (end + 1) * HOP], begin - first, state
             )
             blocks.append(block)
         return torch.cat(blocks, dim=1)
@@ -148,14 +147,14 @@ class FeatureExtractor(nn.Module):
 
         # the residual lies in the middle of the window: half a frame before the newest sample
         power = 10**levels
-        weights = prediction.predictors(power @ self.autocorrelation)
+        weights = lpc.lpc_coefficients(power @ self.autocorrelation)
         aligned = samples[:, HOP // 2 - ORDER :].unfold(-1, ORDER + HOP, HOP)
-        residual = prediction.residual(aligned, weights)
-        excitation = prediction.with_past(prediction.excitation(residual))
-        low = prediction.with_past(prediction.low_passed(residual))[:, context:]
+        residual = lpc.residual(aligned, weights)
+        excitation = lpc.with_past(lpc.excitation(residual))
+        low = lpc.with_past(lpc.low_pass(residual))[:, context:]
 
-        observed = self.pitch_net.observe(pitch.phases(spectrum), pitch.correlations(excitation))
-        tone, state = self.pitch_net.decide(observed[:, context:], state)
+        encoded = self.pitch_net.encode(pitch.phases(spectrum), pitch.correlations(excitation))
+        tone, state = self.pitch_net.predict(encoded[:, context:], state)
         tail = torch.stack([tone, pitch.voicing(low, tone)], dim=-1)
         return torch.cat([cepstra[:, context:], tail], dim=-1), state
 
@@ -178,9 +177,9 @@ class FeatureExtractor(nn.Module):
 
 def _at_16_khz(wave: Wave, sample_rate: int) -> Wave:
     """`wave` at the vocoder's rate, by soxr's polyphase filters of 20 bits; no delay."""
-    if sample_rate == SAMPLE_RATE:
+    if sample_rate == ANALYSIS_RATE:
         return wave
-    return soxr.resample(wave, sample_rate, SAMPLE_RATE).astype(np.float32)
+    return soxr.resample(wave, sample_rate, ANALYSIS_RATE).astype(np.float32)
 
 
 @functools.cache
@@ -188,7 +187,7 @@ def _constants() -> dict[str, NDArray[np.float64]]:
     """The analysis' window and matrices."""
     quarter = np.sin(0.5 * np.pi * (np.arange(HOP) + 0.5) / HOP)
     half = np.sin(0.5 * np.pi * quarter**2)  # Vorbis' window
-    triangles = prediction.interpolation(_EDGES, HOP)
+    triangles = lpc.interpolation(_EDGES, HOP)
     bands = triangles.T.copy()
     bands[:, [0, -1]] *= 2  # the outer bands are half triangles
     index = np.arange(N_BANDS)
@@ -201,5 +200,5 @@ def _constants() -> dict[str, NDArray[np.float64]]:
         "window": np.concatenate([half, half[::-1]]),
         "bands": bands,
         "cosines": cosines,
-        "autocorrelation": prediction.autocorrelation_of_bands(_EDGES, HOP) / widths[:, None],
+        "autocorrelation": lpc.autocorrelation_of_bands(_EDGES, HOP) / widths[:, None],
     }

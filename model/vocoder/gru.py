@@ -58,12 +58,12 @@ def run_gru(module: nn.GRU, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     halves[: 2 * width] = 0.5
     weights: dict[str, Tensor] = dict(module.named_parameters())
     inputs = (x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]) * halves
-    given = np.ascontiguousarray(inputs.permute(1, 2, 0).numpy())
+    values_per_step = np.ascontiguousarray(inputs.permute(1, 2, 0).numpy())
     weight, bias = ((0.5 * weights[name]).numpy() for name in ("weight_hh_l0", "bias_hh_l0"))
     gru = Gru(np.ascontiguousarray(hidden[0].T.numpy()).copy())
     outputs = np.empty((x.shape[1], width, len(x)), np.float32)
     with one_thread():
-        for step, values in enumerate(given):
+        for step, values in enumerate(values_per_step):
             gru.inputs[:] = values
             np.matmul(weight, gru.hidden, out=gru.recurrent)
             np.add(gru.recurrent, bias[:, None], out=gru.recurrent)

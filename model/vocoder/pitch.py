@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from valle.model.vocoder.prediction import HOP, LONGEST
+from valle.model.vocoder.lpc import HOP, MAX_PERIOD
 
-SHORTEST = 32
+MIN_PERIOD = 32
 """Samples of the shortest pitch period, 500 Hz."""
-N_PERIODS = LONGEST - SHORTEST
+N_PERIODS = MAX_PERIOD - MIN_PERIOD
 N_FREQUENCIES = 30
 """Lowest bins of a spectrum of 50 Hz steps, whose phases the network sees."""
 N_CONTEXT = 4
@@ -83,7 +83,7 @@ class PitchNet(nn.Module):
             raise ValueError(f"{path} does not hold the pitch network: {error}") from error
         return network.eval().requires_grad_(False)
 
-    def observe(
+    def encode(
         self, phases: Float[Tensor, "B T F"], correlations: Float[Tensor, "B T P"]
     ) -> Float[Tensor, "B T D"]:
         """What the recurrent layer hears of each frame; it sees the four frames before it too.
@@ -96,15 +96,15 @@ class PitchNet(nn.Module):
             y = torch.tanh(convolution(F.pad(y, (1, 1, 2, 0))))
         return torch.tanh(self.joint(torch.cat([y[:, 0], x], dim=-1)))
 
-    def decide(
-        self, observed: Float[Tensor, "B T D"], state: Float[Tensor, "B D"]
+    def predict(
+        self, encoded: Float[Tensor, "B T D"], state: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B D"]]:
         """Pitch of each frame, `log2(256 / period) - 1.5`, and the state after the last.
 
         The one part that goes frame by frame.
         """
         width, states = self.width, []
-        for x in self.gru_input(observed).unbind(1):
+        for x in self.gru_input(encoded).unbind(1):
             h = self.gru_state(state)
             update, reset = torch.sigmoid(x[:, : 2 * width] + h[:, : 2 * width]).chunk(2, dim=-1)
             candidate = torch.tanh(torch.addcmul(x[:, 2 * width :], h[:, 2 * width :], reset))
@@ -146,8 +146,8 @@ def correlations(frames: Float[Tensor, "B T N"]) -> Float[Tensor, "B T P"]:
     `frames [B, T, 416]` hold the 256 samples before a frame and the frame. Twice the inner product
     over the sum of both energies.
     """
-    now = frames[..., LONGEST:]
-    size = LONGEST + 128  # no sample is met twice: 160 + 223 of them
+    now = frames[..., MAX_PERIOD:]
+    size = MAX_PERIOD + 128  # no sample is met twice: 160 + 223 of them
     past = torch.fft.rfft(frames[..., :size], n=size)
     product = torch.fft.irfft(past * torch.fft.rfft(now, n=size).conj(), n=size)[..., :N_PERIODS]
     squares = F.pad(frames.square(), (1, 0)).cumsum(dim=-1, dtype=torch.float64)
@@ -158,7 +158,7 @@ def correlations(frames: Float[Tensor, "B T N"]) -> Float[Tensor, "B T P"]:
 
 def periods(pitch: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Whole samples of a pitch's period at 16 kHz, 32 to 256."""
-    return torch.floor(0.5 + LONGEST / 2 ** (pitch + 1.5)).long().clamp(SHORTEST, LONGEST)
+    return torch.floor(0.5 + MAX_PERIOD / 2 ** (pitch + 1.5)).long().clamp(MIN_PERIOD, MAX_PERIOD)
 
 
 def voicing(frames: Float[Tensor, "B T N"], pitch: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -167,8 +167,8 @@ def voicing(frames: Float[Tensor, "B T N"], pitch: Float[Tensor, "B T"]) -> Floa
     `frames [B, T, 416]` hold the 256 samples before a frame and the frame. The cosine c of the two
     is bent: log(1 + exp(5 c)) / log(1 + exp(5)) - 0.5, so that unlike and opposite are near.
     """
-    now = frames[..., LONGEST:]
-    begin = LONGEST - periods(pitch)[..., None]
+    now = frames[..., MAX_PERIOD:]
+    begin = MAX_PERIOD - periods(pitch)[..., None]
     past = frames.gather(-1, begin + torch.arange(HOP, device=frames.device))
     both = (now * past).sum(-1)
     cosine = both / torch.sqrt(1 + now.square().sum(-1) * past.square().sum(-1))

@@ -19,7 +19,7 @@ from valle.model.vocoder.gru import HALF, ONE, Array, Gru
 from valle.model.vocoder.one_thread import one_thread
 
 if TYPE_CHECKING:
-    from valle.model.vocoder.fargan import Fargan, Memory, Subframes
+    from valle.model.vocoder.fargan import Fargan, Subframes, SubframeState
 
 _SUBFRAME = 40
 _PULSE = 44
@@ -66,7 +66,7 @@ class Recurrence:
         self._skip_gate = _dense(model.skip_gate, rows=0.5)
         self._exit = _dense(model.exit, columns=0.5)
 
-    def run(self, subframes: "Subframes", memory: "Memory") -> tuple[Tensor, "Memory"]:
+    def run(self, subframes: "Subframes", state: "SubframeState") -> tuple[Tensor, "SubframeState"]:
         """Samples `[B, S * 40]` before de-emphasis, and what the next subframe needs."""
         batch, n_steps = subframes.gain.shape
         # [S, width, B], a step's values contiguous
@@ -74,9 +74,9 @@ class Recurrence:
         gain = _array(subframes.gain.T[:, None])
         scale = _array(subframes.scale.T[:, None])
         samples = np.empty((_HISTORY + n_steps * _SUBFRAME, batch), np.float32)
-        samples[:_HISTORY] = memory.samples.T.numpy()
+        samples[:_HISTORY] = state.samples.T.numpy()
         positions = _positions(subframes.lags)
-        work = _Workspace(self._grus, memory, batch)
+        work = _Workspace(self._grus, state, batch)
         with one_thread():
             for step in range(n_steps):
                 end = _HISTORY + step * _SUBFRAME
@@ -85,7 +85,7 @@ class Recurrence:
                 for index, weights in enumerate(self._grus):
                     work.grus[index].step(weights, work, index)
                 self._leave(work, gain[step], out=samples[end : end + _SUBFRAME])
-        return _out(samples[_HISTORY:]), memory._replace(
+        return _out(samples[_HISTORY:]), state._replace(
             excitation=_out(work.excitation),
             samples=_out(samples[-_HISTORY:]),
             hidden=tuple(_out(gru.hidden) for gru in work.grus),
@@ -116,14 +116,14 @@ class Recurrence:
 class _Workspace:
     """The arrays of one run, and names for their parts."""
 
-    def __init__(self, grus: list[_GruWeights], memory: "Memory", batch: int) -> None:
+    def __init__(self, grus: list[_GruWeights], state: "SubframeState", batch: int) -> None:
         def empty(width: int) -> Array:
             return np.empty((width, batch), np.float32)
 
         self.two = empty(2 * (_PULSE + _SUBFRAME))
         """What two subframes are given: each the pulse, then the last samples."""
         self.before, self.excitation = np.split(self.two, 2)
-        self.excitation[:] = memory.excitation.T.numpy()
+        self.excitation[:] = state.excitation.T.numpy()
         self.wide_pulse = self.excitation[:_PULSE]
         self.pulse = self.wide_pulse[2:-2]
         self.last = self.excitation[_PULSE:]
@@ -138,7 +138,7 @@ class _Workspace:
         sources = [self.entered, *outputs]
         self.grus = [
             _GatedGru(hidden.T.numpy().copy(), source, output)
-            for hidden, source, output in zip(memory.hidden, sources, outputs, strict=False)
+            for hidden, source, output in zip(state.hidden, sources, outputs, strict=False)
         ]
 
     def excite(self, samples: Array, positions: Any, end: int, scale: Array) -> None:
@@ -158,9 +158,9 @@ class _GatedGru(Gru):
     def __init__(self, hidden: Array, source: Array, output: Array) -> None:
         super().__init__(hidden)
         self.source, self.output = source, output
-        self.given = np.empty((len(source) + 2 * _SUBFRAME, hidden.shape[1]), np.float32)
+        self.gru_input = np.empty((len(source) + 2 * _SUBFRAME, hidden.shape[1]), np.float32)
         self.from_source, self.pulse, self.last = np.split(
-            self.given, [len(source), len(source) + _SUBFRAME]
+            self.gru_input, [len(source), len(source) + _SUBFRAME]
         )
         self.gate = np.empty_like(hidden)
 
@@ -169,7 +169,7 @@ class _GatedGru(Gru):
         self.from_source[:] = self.source
         np.multiply(work.pulse, work.pitch_gates[index : index + 1], out=self.pulse)
         self.last[:] = work.last
-        np.matmul(weights.inputs, self.given, out=self.inputs)
+        np.matmul(weights.inputs, self.gru_input, out=self.inputs)
         np.matmul(weights.recurrent, self.hidden, out=self.recurrent)
         self.advance()
         weights.gate.opening(self.hidden, out=self.gate)

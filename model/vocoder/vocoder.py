@@ -17,7 +17,6 @@ from valle.model.vocoder import bandwidth, fargan
 from valle.model.vocoder.bandwidth import BandwidthExtension, BandwidthState
 from valle.model.vocoder.fargan import Fargan, FarganState
 
-SAMPLE_RATE: Final = 24_000
 HOP: Final = fargan.FRAME * 3 // 2
 """Samples of a frame."""
 
@@ -30,7 +29,7 @@ class VocoderState:
 
     fargan: FarganState
     bandwidth: BandwidthState
-    early: int
+    samples_to_skip: int
     """Samples to come that lie before the recording's first."""
 
 
@@ -43,11 +42,11 @@ class Vocoder(nn.Module):
         self.bandwidth = BandwidthExtension()
 
     @classmethod
-    def shipped(cls) -> "Vocoder":
+    def load(cls) -> "Vocoder":
         """With the weights that the repository holds, ready to be run on the CPU."""
         model = cls()
-        model.fargan = Fargan.shipped()
-        model.bandwidth = BandwidthExtension.shipped()
+        model.fargan = Fargan.load()
+        model.bandwidth = BandwidthExtension.load()
         return model.eval()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -74,20 +73,24 @@ class Vocoder(nn.Module):
                 raise ValueError(f"features: expected [B, T, 20] of a frame or more, got {shape}")
             state = self._start(features[:, 0])
             features = features[:, 1:]
-        narrow, voice = self.fargan.decode(features, state.fargan)
+        narrow, fargan_state = self.fargan.decode(features, state.fargan)
         if last:
-            tail, voice = self.fargan.decode(voice.features[:, None].expand(-1, 2, -1), voice)
+            tail, fargan_state = self.fargan.decode(
+                fargan_state.features[:, None].expand(-1, 2, -1), fargan_state
+            )
             narrow = torch.cat([narrow, tail], dim=1)
-        wave, wide = self.bandwidth.decode(narrow, state.bandwidth)
+        wave, bandwidth_state = self.bandwidth.decode(narrow, state.bandwidth)
         end = wave.shape[1] - (HOP - _DELAY if last else 0)
         after = VocoderState(
-            fargan=voice, bandwidth=wide, early=max(0, state.early - wave.shape[1])
+            fargan=fargan_state,
+            bandwidth=bandwidth_state,
+            samples_to_skip=max(0, state.samples_to_skip - wave.shape[1]),
         )
-        return wave[:, state.early : end], after
+        return wave[:, state.samples_to_skip : end], after
 
     def _start(self, first: Tensor) -> VocoderState:
         return VocoderState(
             fargan=self.fargan.start(first),
             bandwidth=self.bandwidth.start(len(first)),
-            early=_DELAY,
+            samples_to_skip=_DELAY,
         )

@@ -9,13 +9,13 @@ from torch import Tensor
 
 import valle
 
-SHIPPED: Final = (
+WEIGHTS_FILE: Final = (
     Path(valle.__file__).resolve().parent.parent / "release/nano2/vocoder/model.safetensors"
 )
 _SCALE: Final = ".scale"
 
 
-def load_weights(network: str, path: Path = SHIPPED) -> dict[str, Tensor]:
+def load_weights(network: str, path: Path = WEIGHTS_FILE) -> dict[str, Tensor]:
     """Weights of `network` (`fargan` or `bandwidth`) as float32, by the module's own names.
 
     A matrix stored as int8 `[rows, columns]` has beside it `NAME.scale` `[rows]`, which its rows

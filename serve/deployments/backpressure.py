@@ -12,16 +12,18 @@ from valle.serve.web.schema import ApiError
 
 Item = TypeVar("Item")
 
-PATIENCE = 0.25
+RETRY_SECONDS = 0.25
 """Seconds until a full queue is tried again."""
 
 
-async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = False) -> Any:
+async def call_deployment(
+    call: Callable[[], DeploymentResponse[Any]], *, retry: bool = False
+) -> Any:
     """What a deployment answers; who stops waiting for it stops its work too.
 
     A full queue raises ApiError 429 (Serve itself would answer BackPressureError with 503, whatever
-    handler the application has); with `insist` it is waited for. A request that has begun
-    to answer insists, or those who come anew would break off those who are being served.
+    handler the application has); with `retry` it is waited for. A request that has begun
+    to answer retries, or those who come anew would break off those who are being served.
     """
     while True:
         response = call()
@@ -31,9 +33,9 @@ async def result(call: Callable[[], DeploymentResponse[Any]], *, insist: bool = 
             response.cancel()
             raise
         except BackPressureError as error:
-            if not insist:
+            if not retry:
                 raise _busy() from error
-        await asyncio.sleep(PATIENCE)
+        await asyncio.sleep(RETRY_SECONDS)
 
 
 def _busy() -> ApiError:
@@ -41,10 +43,10 @@ def _busy() -> ApiError:
     return ApiError(429, "the server is busy; try again in a moment", code="overloaded")
 
 
-async def results(
-    call: Callable[[], DeploymentResponseGenerator[Any]], *, insist: bool = False
+async def stream_deployment(
+    call: Callable[[], DeploymentResponseGenerator[Any]], *, retry: bool = False
 ) -> AsyncGenerator[Any]:
-    """What a deployment yields; who stops reading stops its work too. `insist` as above."""
+    """What a deployment yields; who stops reading stops its work too. `retry` as above."""
     while True:
         response = call()
         try:
@@ -55,14 +57,14 @@ async def results(
             response.cancel()
             raise
         except BackPressureError as error:  # comes before anything else
-            if not insist:
+            if not retry:
                 raise _busy() from error
-        await asyncio.sleep(PATIENCE)
+        await asyncio.sleep(RETRY_SECONDS)
 
 
-async def ahead(items: AsyncGenerator[Item], most: int) -> AsyncGenerator[Item]:
-    """The same items, made while those before them are still being used; `most` may wait."""
-    queue: asyncio.Queue[Item] = asyncio.Queue(most)
+async def prefetch(items: AsyncGenerator[Item], buffer_size: int) -> AsyncGenerator[Item]:
+    """The same items, made while those before them are still being used; `buffer_size` may wait."""
+    queue: asyncio.Queue[Item] = asyncio.Queue(buffer_size)
 
     async def produce() -> None:
         async with aclosing(items):
@@ -76,9 +78,9 @@ async def ahead(items: AsyncGenerator[Item], most: int) -> AsyncGenerator[Item]:
             try:
                 await asyncio.wait([getter, producer], return_when=asyncio.FIRST_COMPLETED)
             finally:  # the producer has ended without another item, or nobody waits any more
-                came = getter.done()
+                ready = getter.done()
                 getter.cancel()
-            if came:
+            if ready:
                 yield getter.result()
         await producer  # raises what it has ended with
     finally:

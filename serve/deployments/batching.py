@@ -11,12 +11,12 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LIKE = 1.5
+MAX_LENGTH_RATIO = 1.5
 """Longest over shortest of a batch, at most: padding costs as much as speech."""
 
 
-class Drain(Generic[Item, Result]):
-    """Runs `work` on batches of what `do` was asked for, one batch at a time."""
+class DynamicBatcher(Generic[Item, Result]):
+    """Runs `work` on batches of what `submit` was asked for, one batch at a time."""
 
     def __init__(
         self, work: Callable[[list[Item]], list[Result]], size: Callable[[Item], int], budget: int
@@ -27,7 +27,7 @@ class Drain(Generic[Item, Result]):
         self._waiting: list[tuple[Item, int, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def do(self, item: Item) -> Result:
+    async def submit(self, item: Item) -> Result:
         """The result for one item. Raises what `size` or `work` raises for it; cancelled before
         its turn comes, it is left out."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -38,12 +38,12 @@ class Drain(Generic[Item, Result]):
 
     async def _run(self) -> None:
         try:
-            while batch := self._take():
-                await self._answer(batch)
+            while batch := self._next_batch():
+                await self._run_batch(batch)
         finally:
             self._running = None
 
-    async def _answer(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             results = await asyncio.to_thread(self._work, [item for item, _ in batch])
             if len(results) != len(batch):
@@ -51,7 +51,7 @@ class Drain(Generic[Item, Result]):
         except Exception as error:  # told to the one it belongs to
             if len(batch) > 1:  # one bad item must not fail its neighbours
                 for one in batch:
-                    await self._answer([one])
+                    await self._run_batch([one])
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return
@@ -59,20 +59,23 @@ class Drain(Generic[Item, Result]):
             if not future.done():
                 future.set_result(result)
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         """The oldest that still waits, and what fits beside it, in the order they came."""
-        taken: list[tuple[Item, asyncio.Future[Result]]] = []
-        left: list[tuple[Item, int, asyncio.Future[Result]]] = []
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        remaining: list[tuple[Item, int, asyncio.Future[Result]]] = []
         low = high = 0
         for item, size, future in self._waiting:
             if future.done():  # cancelled: nobody waits for it any more
                 continue
             shortest, longest = min(low or size, size), max(high, size)
-            fits = longest <= LIKE * shortest and longest * (len(taken) + 1) <= self._budget
-            if taken and not fits:
-                left.append((item, size, future))
+            fits = (
+                longest <= MAX_LENGTH_RATIO * shortest
+                and longest * (len(batch) + 1) <= self._budget
+            )
+            if batch and not fits:
+                remaining.append((item, size, future))
                 continue
-            taken.append((item, future))
+            batch.append((item, future))
             low, high = shortest, longest
-        self._waiting = left
-        return taken
+        self._waiting = remaining
+        return batch

@@ -11,44 +11,44 @@ import torch
 from numpy.typing import NDArray
 
 from valle.model.chunks import Chunking
-from valle.model.codec.encodec import Codec
-from valle.model.codec.encodec_stream import DecoderState, decode_next
+from valle.model.codec.encodec import Encodec
+from valle.model.codec.encodec_stream import EncodecState, decode_next
 from valle.model.codec.interface import Codes
-from valle.model.nar_decoding import Filler, Unfilled
-from valle.model.precision import convert
+from valle.model.nar_decoding import NARDecoder, NARRequest
+from valle.model.quantize import convert
 from valle.model.tokens import FRAME_RATE, HOP
 from valle.model.valle import Synthesis
 from valle.platform import registry
-from valle.serve.deployments.batching import Drain
-from valle.serve.deployments.versions import Versioned
+from valle.serve.deployments.batching import DynamicBatcher
+from valle.serve.deployments.versions import MultiVersionDeployment
 from valle.serve.engine.engine import Engine
-from valle.serve.engine.request import Event, Finish, Request
+from valle.serve.engine.request import FinishReason, Request, StepOutput
 from valle.serve.engine.runner import Runner
 from valle.serve.engine.scheduler import Scheduler
 from valle.serve.engine.worker import EngineWorker
 from valle.serve.web.prompts import PROMPT_FRAMES
 from valle.serve.web.schema import AppArgs
 
-Chunk = tuple[NDArray[np.int16], bool, bool]
+CodesChunk = tuple[NDArray[np.int16], bool, bool]
 """New frames of the first codebook, whether they are the last, and if so because of the limit."""
 
-TOGETHER = 32
+MAX_ONGOING_REQUESTS = 32
 """Requests that a NAR or codec replica may hold; what fits is worked on at the same time."""
 
 
-class ARDeployment(Versioned[EngineWorker]):
+class ARDeployment(MultiVersionDeployment[EngineWorker]):
     """Phonemes and prompt to the first codebook, many requests at once (see engine.py)."""
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
-        max_frames = int(args.sentence_seconds * FRAME_RATE)
+        max_frames = int(args.max_sentence_seconds * FRAME_RATE)
 
         def load(version: str) -> EngineWorker:
             ar = registry.load_ar(registry.resolve(version, tracking_uri), device)
             ar = convert(ar, args.precision)
-            positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
+            max_positions = ar.capacity(args.max_phonemes, PROMPT_FRAMES, max_frames)
             runner = Runner(
-                ar, slots=args.slots, positions=positions, compiled=args.compiled,
+                ar, slots=args.slots, max_positions=max_positions, compiled=args.compiled,
                 guided=args.guidance_scale > 1,
             )  # fmt: skip
             return EngineWorker(Engine(runner, Scheduler(args.slots)))
@@ -57,16 +57,20 @@ class ARDeployment(Versioned[EngineWorker]):
 
     async def stream(
         self, version: str, request: Request, chunking: Chunking
-    ) -> AsyncGenerator[Chunk]:
+    ) -> AsyncGenerator[CodesChunk]:
         """The first codebook as it comes, in chunks."""
         codes: list[int] = []
         sizes = chunking.sizes()
         size = next(sizes)
-        async with aclosing(self._events(version, request)) as events:
-            async for event in events:
-                codes += event.codes
-                if event.finish is not None:
-                    yield np.array(codes, np.int16), True, event.finish is Finish.LENGTH
+        async with aclosing(self._outputs(version, request)) as outputs:
+            async for output in outputs:
+                codes += output.codes
+                if output.finish_reason is not None:
+                    yield (
+                        np.array(codes, np.int16),
+                        True,
+                        output.finish_reason is FinishReason.LENGTH,
+                    )
                 elif len(codes) >= size:
                     yield np.array(codes, np.int16), False, False
                     codes, size = [], next(sizes)
@@ -74,59 +78,61 @@ class ARDeployment(Versioned[EngineWorker]):
     async def generate(self, version: str, request: Request) -> tuple[NDArray[np.int16], bool]:
         """First codebook `[T]`, and whether the length limit ended it."""
         codes: list[int] = []
-        finish = None
-        async for event in self._events(version, request):
-            codes += event.codes
-            finish = event.finish
-        return np.array(codes, np.int16), finish is Finish.LENGTH
+        finish_reason = None
+        async for output in self._outputs(version, request):
+            codes += output.codes
+            finish_reason = output.finish_reason
+        return np.array(codes, np.int16), finish_reason is FinishReason.LENGTH
 
-    async def _events(self, version: str, request: Request) -> AsyncGenerator[Event]:
-        async with self.use(version) as worker, aclosing(worker.stream(request)) as events:
-            async for event in events:
-                yield event
+    async def _outputs(self, version: str, request: Request) -> AsyncGenerator[StepOutput]:
+        async with self.lease(version) as worker, aclosing(worker.stream(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine has died."""
-        for worker in self.loaded:
-            worker.check()
+        for worker in self.models:
+            worker.check_health()
 
 
-class NARDeployment(Versioned[Drain[Unfilled, Codes]]):
+class NARDeployment(MultiVersionDeployment[DynamicBatcher[NARRequest, Codes]]):
     """First codebook to all eight, for all that wait and are alike in length."""
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         _one_thread(device)
         budget = int(args.batch_seconds * FRAME_RATE)
 
-        def load(version: str) -> Drain[Unfilled, Codes]:
+        def load(version: str) -> DynamicBatcher[NARRequest, Codes]:
             nar = registry.load_nar(registry.resolve(version, tracking_uri), device)
             nar = convert(nar, args.precision)
             default = Synthesis()
-            how = replace(
+            synthesis = replace(
                 default, nar=replace(default.nar, guidance_scale=args.guidance_scale),
                 guided_levels=args.guided_levels,
             )  # fmt: skip
-            filler = Filler(nar, args.nar_prompts)
-            return Drain(partial(filler.fill_in, how=how.filling), _positions, budget)
+            nar_decoder = NARDecoder(nar, args.nar_prompt_cache_size)
+            return DynamicBatcher(
+                partial(nar_decoder.decode, decoding=synthesis.nar_decoding), _positions, budget
+            )
 
         super().__init__(load, _forget, registry.pin(model, tracking_uri))
 
-    async def fill_in(self, version: str, item: Unfilled) -> Codes:
+    async def generate(self, version: str, item: NARRequest) -> Codes:
         """Codes `[8, T]`."""
-        async with self.use(version) as drain:
-            return await drain.do(item)
+        async with self.lease(version) as batcher:
+            return await batcher.submit(item)
 
 
 @dataclass(frozen=True)
 class _Coder:
     """A codec and what waits for it."""
 
-    codec: Codec
-    encoding: Drain[NDArray[np.float32], Codes]
-    decoding: Drain[Codes, NDArray[np.float32]]
+    codec: Encodec
+    encoding: DynamicBatcher[NDArray[np.float32], Codes]
+    decoding: DynamicBatcher[Codes, NDArray[np.float32]]
 
 
-class CodecDeployment(Versioned[_Coder]):
+class CodecDeployment(MultiVersionDeployment[_Coder]):
     """Recordings to codes and codes to waveforms."""
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
@@ -135,36 +141,36 @@ class CodecDeployment(Versioned[_Coder]):
 
         def load(version: str) -> _Coder:
             codec = registry.load_codec(registry.resolve(version, tracking_uri), device)
-            encoding = Drain(codec.encode, lambda wave: len(wave) // HOP, budget)
-            return _Coder(codec, encoding, Drain(codec.decode, _frames, budget))
+            encoding = DynamicBatcher(codec.encode, lambda wave: len(wave) // HOP, budget)
+            return _Coder(codec, encoding, DynamicBatcher(codec.decode, _frames, budget))
 
         super().__init__(load, _forget, registry.pin(model, tracking_uri))
 
     async def encode(self, version: str, wave: NDArray[np.float32]) -> Codes:
         """Codes `[8, T]` of a recording."""
-        async with self.use(version) as coder:
-            return await coder.encoding.do(wave)
+        async with self.lease(version) as coder:
+            return await coder.encoding.submit(wave)
 
-    async def identity(self, version: str) -> str:
+    async def codec_sha256(self, version: str) -> str:
         """Hash of the codec's weights."""
-        async with self.use(version) as coder:
+        async with self.lease(version) as coder:
             return coder.codec.identity.sha256
 
     async def decode(self, version: str, codes: Codes) -> NDArray[np.float32]:
         """Samples at 24 kHz."""
-        async with self.use(version) as coder:
-            return await coder.decoding.do(codes)
+        async with self.lease(version) as coder:
+            return await coder.decoding.submit(codes)
 
     async def decode_next(
-        self, version: str, codes: Codes, state: DecoderState | None
-    ) -> tuple[NDArray[np.float32], DecoderState]:
+        self, version: str, codes: Codes, state: EncodecState | None
+    ) -> tuple[NDArray[np.float32], EncodecState]:
         """Samples of a stream's next codes, and what the replica that decodes more has to know."""
-        async with self.use(version) as coder:
+        async with self.lease(version) as coder:
             return await asyncio.to_thread(decode_next, coder.codec, codes, state)
 
 
-def _positions(item: Unfilled) -> int:
-    return item.positions
+def _positions(item: NARRequest) -> int:
+    return item.n_positions
 
 
 def _frames(codes: Codes) -> int:

@@ -4,21 +4,21 @@ import math
 
 from ray.serve.config import AutoscalingContext
 
-WANTED = "slots_wanted"
+SLOT_DEMAND = "slot_demand"
 """What replicas report: requests that they work on or that wait in them."""
 
 
-class BySlots:
-    """An autoscaling policy: so many replicas that the slots wanted fill a share of their slots.
+class SlotUtilizationPolicy:
+    """An autoscaling policy: so many replicas that the slot demand fills a share of their slots.
 
     Requests that no replica has taken yet count as well. Serve applies delays and bounds.
     """
 
-    def __init__(self, slots: int, share: float = 0.75) -> None:
-        self._wanted_each = slots * share
+    def __init__(self, slots: int, target_utilization: float = 0.75) -> None:
+        self._demand_per_replica = slots * target_utilization
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, object]]:
         """Replicas wanted, and no state to keep."""
-        reported = context.aggregated_metrics.get(WANTED, {})
-        wanted = sum(reported.values()) + context.total_queued_requests
-        return max(1, math.ceil(wanted / self._wanted_each)), {}
+        reported = context.aggregated_metrics.get(SLOT_DEMAND, {})
+        demand = sum(reported.values()) + context.total_queued_requests
+        return max(1, math.ceil(demand / self._demand_per_replica)), {}

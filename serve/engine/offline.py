@@ -5,61 +5,63 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.model.batches import by_length
+from valle.model.batches import batch_by_length
 from valle.model.codec.interface import Codes
-from valle.model.nar_decoding import Filler, Unfilled
+from valle.model.nar_decoding import NARDecoder, NARRequest
 from valle.model.tokens import FRAME_RATE
-from valle.model.valle import Spoken, Synthesis, Voice
+from valle.model.valle import Synthesis, SynthesisResult, Synthesizer
 from valle.serve.engine.engine import Engine
-from valle.serve.engine.request import Finish, Request
+from valle.serve.engine.request import FinishReason, Request
 from valle.serve.engine.runner import Runner
 from valle.serve.engine.scheduler import Scheduler
 
 
-class Offline:
+class OfflineSynthesizer:
     """A voice model with an engine of its own."""
 
     def __init__(
-        self, voice: Voice, how: Synthesis, *, slots: int, max_phonemes: int,
+        self, synthesizer: Synthesizer, synthesis: Synthesis, *, slots: int, max_phonemes: int,
         batch_seconds: float = 40.0,
     ) -> None:  # fmt: skip
-        """`max_phonemes` and the length limit of `how` bound a sentence; `batch_seconds` the padded
-        speech that the NAR model fills in at a time."""
-        self.voice = voice
-        self.max_frames = int(how.max_seconds * FRAME_RATE)
-        self._filler, self._filling = Filler(voice.nar), how.filling
+        """`max_phonemes` and the length limit of `synthesis` bound a sentence; `batch_seconds` the
+        padded speech that the NAR model decodes at a time."""
+        self.synthesizer = synthesizer
+        self.max_frames = int(synthesis.max_seconds * FRAME_RATE)
+        self._nar_decoder, self._nar_decoding = NARDecoder(synthesizer.nar), synthesis.nar_decoding
         self._batch_frames = int(batch_seconds * FRAME_RATE)
-        positions = voice.ar.capacity(
-            max_phonemes, int(how.prompt_seconds * FRAME_RATE), self.max_frames
+        max_positions = synthesizer.ar.capacity(
+            max_phonemes, int(synthesis.prompt_seconds * FRAME_RATE), self.max_frames
         )
-        guided = how.ar.guided
-        self._runner = Runner(voice.ar, slots=slots, positions=positions, guided=guided)
+        guided = synthesis.ar.guided
+        self._runner = Runner(
+            synthesizer.ar, slots=slots, max_positions=max_positions, guided=guided
+        )
         self._engine = Engine(self._runner, Scheduler(slots))
         self._limited: set[str] = set()  # ids that ended at their length limit, the last time
 
-    def speak(self, requests: Sequence[Request]) -> list[Spoken | ValueError]:
+    def synthesize(self, requests: Sequence[Request]) -> list[SynthesisResult | ValueError]:
         """Each request said, or what is wrong with it, in the order given."""
-        wrong: dict[str, ValueError] = {}
-        possible = []
+        errors: dict[str, ValueError] = {}
+        valid = []
         for request in requests:
             try:
-                self._runner.check(request)
-                possible.append(request)
+                self._runner.validate(request)
+                valid.append(request)
             except ValueError as error:
-                wrong[request.id] = error
-        first = self.first_codebooks(possible)
-        codes = self._fill_in(
+                errors[request.id] = error
+        first = self.first_codebooks(valid)
+        codes = self._nar_decode(
             [
-                Unfilled(r.phonemes, r.prompt, first[r.id], ended=r.id not in self._limited)
-                for r in possible
+                NARRequest(r.phonemes, r.prompt, first[r.id], complete=r.id not in self._limited)
+                for r in valid
             ]
         )
-        waves = self.voice.codec.decode(codes)
-        said = {
-            request.id: Spoken(wave, code, request.id in self._limited)
-            for request, wave, code in zip(possible, waves, codes, strict=True)
+        waves = self.synthesizer.codec.decode(codes)
+        results = {
+            request.id: SynthesisResult(wave, code, request.id in self._limited)
+            for request, wave, code in zip(valid, waves, codes, strict=True)
         }
-        return [wrong.get(request.id) or said[request.id] for request in requests]
+        return [errors.get(request.id) or results[request.id] for request in requests]
 
     def first_codebooks(self, requests: Sequence[Request]) -> dict[str, NDArray[np.int16]]:
         """The engine's part of it: frames of the first codebook of each."""
@@ -69,15 +71,15 @@ class Offline:
             self._engine.add(request)
             codes[request.id] = []
         while not self._engine.idle:
-            for event in self._engine.step():
-                codes[event.id] += event.codes
-                if event.finish is Finish.LENGTH:
-                    self._limited.add(event.id)
-        return {name: np.array(found, np.int16) for name, found in codes.items()}
+            for output in self._engine.step():
+                codes[output.request_id] += output.codes
+                if output.finish_reason is FinishReason.LENGTH:
+                    self._limited.add(output.request_id)
+        return {request_id: np.array(frames, np.int16) for request_id, frames in codes.items()}
 
-    def _fill_in(self, items: Sequence[Unfilled]) -> list[Codes]:
+    def _nar_decode(self, items: Sequence[NARRequest]) -> list[Codes]:
         filled: dict[int, Codes] = {}
-        for group in by_length([item.positions for item in items], self._batch_frames):
-            batch = self._filler.fill_in([items[i] for i in group], self._filling)
+        for group in batch_by_length([item.n_positions for item in items], self._batch_frames):
+            batch = self._nar_decoder.decode([items[i] for i in group], self._nar_decoding)
             filled |= dict(zip(group, batch, strict=True))
         return [filled[i] for i in range(len(items))]

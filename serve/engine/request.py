@@ -29,7 +29,7 @@ class Request:
     seed: int = 0
     """Same seed, same codes, whoever speaks beside it."""
 
-    urgency: float = 0.0
+    priority: float = 0.0
     """Seconds of waiting that this request is ahead of others: who waits that much longer is
     served before it, so nobody starves."""
 
@@ -40,7 +40,7 @@ class Request:
             raise ValueError(f"max_frames: {self.max_frames} is below 1")
 
 
-class Finish(StrEnum):
+class FinishReason(StrEnum):
     """Why a stream ended."""
 
     STOP = "stop"
@@ -51,7 +51,7 @@ class Finish(StrEnum):
 
 
 @dataclass
-class Stream:
+class RequestState:
     """A request and how far it has come."""
 
     request: Request
@@ -62,11 +62,11 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Event:
+class StepOutput:
     """What one step of the engine brought one stream."""
 
-    id: str
+    request_id: str
     codes: list[int]
     """New frames of the first codebook; empty where all that came was its end."""
-    finish: Finish | None
-    """Set in the last event of a stream."""
+    finish_reason: FinishReason | None
+    """Set in the last output of a stream."""

@@ -21,30 +21,30 @@ class Slots:
         if count < 1:
             raise ValueError(f"slots: {count} is below 1")
         self.count = count
-        self._owners: list[str] = []
+        self._request_ids: list[str] = []
 
     @property
-    def owners(self) -> tuple[str, ...]:
+    def request_ids(self) -> tuple[str, ...]:
         """Ids of the streams in slots 0, 1, 2 ..."""
-        return tuple(self._owners)
+        return tuple(self._request_ids)
 
     @property
     def full(self) -> bool:
         """Whether no slot is free."""
-        return len(self._owners) == self.count
+        return len(self._request_ids) == self.count
 
-    def take(self, owner: str) -> int:
+    def allocate(self, request_id: str) -> int:
         """Gives the next free slot to a stream; returns its number."""
         assert not self.full, "the scheduler admits no more than there are slots"
-        self._owners.append(owner)
-        return len(self._owners) - 1
+        self._request_ids.append(request_id)
+        return len(self._request_ids) - 1
 
     def release(self, slot: int) -> Move | None:
         """Frees a slot; the last one moves into the hole, if it is another."""
-        last = len(self._owners) - 1
+        last = len(self._request_ids) - 1
         assert 0 <= slot <= last, f"slot {slot} is not in use"
-        owner = self._owners.pop()
+        request_id = self._request_ids.pop()
         if slot == last:
             return None
-        self._owners[slot] = owner
+        self._request_ids[slot] = request_id
         return Move(source=last, target=slot)

@@ -1,8 +1,9 @@
 """The engine on a thread of its own, spoken to from coroutines.
 
 Coroutines put requests and aborts into a mailbox; the thread steps the engine as long as there is
-something to do and hands events back to the event loop. If a step fails, every stream ends with
-that error and `check` tells the health check: a dead thread never leaves a request hanging.
+something to do and hands step outputs back to the event loop. If a step fails, every stream ends
+with that error and `check_health` tells the health check: a dead thread never leaves a request
+hanging.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from valle.serve.engine.engine import Engine
-from valle.serve.engine.request import Event, Request
+from valle.serve.engine.request import Request, StepOutput
 
 logger = logging.getLogger("ray.serve")
 
@@ -22,7 +23,7 @@ class EngineError(RuntimeError):
     """The engine's thread has died; the message says of what."""
 
 
-Answer = Event | ValueError | EngineError
+WorkerOutput = StepOutput | ValueError | EngineError
 
 
 class EngineWorker:
@@ -32,37 +33,38 @@ class EngineWorker:
         """Starts the thread."""
         self._engine = engine
         self._mailbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
-        self._answers: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Answer]]] = {}
+        self._outputs: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[WorkerOutput]]] = {}
         self._error: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Event]:
-        """Events of one request as they come. Leaving early, or being cancelled, frees its slot.
+    async def stream(self, request: Request) -> AsyncGenerator[StepOutput]:
+        """Step outputs of one request as they come. Leaving early, or a cancellation, frees the
+        slot.
 
         Raises ValueError for a request that can never run, EngineError when the engine is dead.
         """
-        if request.id in self._answers:
+        if request.id in self._outputs:
             raise ValueError(f"id: {request.id!r} is in use")
-        answers: asyncio.Queue[Answer] = asyncio.Queue()
-        self._answers[request.id] = (asyncio.get_running_loop(), answers)
+        outputs: asyncio.Queue[WorkerOutput] = asyncio.Queue()
+        self._outputs[request.id] = (asyncio.get_running_loop(), outputs)
         finished = False
         try:
-            self.check()  # after the entry above: a thread that dies now would see it
+            self.check_health()  # after the entry above: a thread that dies now would see it
             self._mailbox.put(request)
             while not finished:
-                answer = await answers.get()
-                if not isinstance(answer, Event):
+                output = await outputs.get()
+                if not isinstance(output, StepOutput):
                     finished = True
-                    raise answer
-                finished = answer.finish is not None
-                yield answer
+                    raise output
+                finished = output.finish_reason is not None
+                yield output
         finally:
-            self._answers.pop(request.id, None)
+            self._outputs.pop(request.id, None)
             if not finished:
                 self._mailbox.put(request.id)
 
-    def check(self) -> None:
+    def check_health(self) -> None:
         """Raises EngineError when the thread no longer works."""
         if self._error is not None:
             raise self._error
@@ -75,8 +77,8 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             while self._read_mail():
-                for event in self._engine.step():
-                    self._answer(event.id, event)
+                for output in self._engine.step():
+                    self._deliver(output.request_id, output)
             self._stop("the engine is closed")
         except BaseException as error:  # whatever it is, nobody may wait for a dead thread
             logger.exception("the engine has stopped")
@@ -84,8 +86,8 @@ class EngineWorker:
 
     def _stop(self, reason: str) -> None:
         self._error = EngineError(reason)
-        for name in list(self._answers):
-            self._answer(name, self._error)
+        for request_id in list(self._outputs):
+            self._deliver(request_id, self._error)
 
     def _read_mail(self) -> bool:
         """Does what the mailbox says, waiting for mail while the engine is idle; False: stop."""
@@ -99,13 +101,13 @@ class EngineWorker:
             try:
                 self._engine.add(mail)
             except ValueError as error:
-                self._answer(mail.id, error)
+                self._deliver(mail.id, error)
         return True
 
-    def _answer(self, name: str, answer: Answer) -> None:
+    def _deliver(self, request_id: str, output: WorkerOutput) -> None:
         """Hands something to the coroutine that waits for it, in its own thread."""
-        if found := self._answers.get(name):  # else it has left
-            loop, answers = found
+        if entry := self._outputs.get(request_id):  # else it has left
+            loop, outputs = entry
             # a loop that has ended has nobody left to tell
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(answers.put_nowait, answer)
+                loop.call_soon_threadsafe(outputs.put_nowait, output)

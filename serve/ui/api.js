@@ -2,7 +2,7 @@
 
 export const RATE = 24000; // samples a second of `pcm`
 
-async function answer(path, options = {}, key = "") {
+async function fetchOk(path, options = {}, key = "") {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(path, { ...options, headers });
@@ -17,7 +17,7 @@ async function answer(path, options = {}, key = "") {
 }
 
 export async function listVoices(key) {
-  const { voices } = await (await answer("v1/audio/voices", {}, key)).json();
+  const { voices } = await (await fetchOk("v1/audio/voices", {}, key)).json();
   return voices.map((voice) => voice.id);
 }
 
@@ -26,18 +26,18 @@ export async function addVoice(name, wav, consent, key) {
   body.append("name", name);
   body.append("consent", consent);
   body.append("audio_sample", wav, "recording.wav");
-  return (await answer("v1/audio/voices", { method: "POST", body }, key)).json();
+  return (await fetchOk("v1/audio/voices", { method: "POST", body }, key)).json();
 }
 
 export async function deleteVoice(name, key) {
-  await answer(`v1/audio/voices/${encodeURIComponent(name)}`, { method: "DELETE" }, key);
+  await fetchOk(`v1/audio/voices/${encodeURIComponent(name)}`, { method: "DELETE" }, key);
 }
 
 // Calls `onSamples(Float32Array)` as sound comes; resolves to the answer's headers.
 export async function speak(request, key, signal, onSamples) {
   const body = JSON.stringify({ ...request, response_format: "pcm" });
   const headers = { "Content-Type": "application/json" };
-  const response = await answer("v1/audio/speech", { method: "POST", body, headers, signal }, key);
+  const response = await fetchOk("v1/audio/speech", { method: "POST", body, headers, signal }, key);
   const reader = response.body.getReader();
   let odd = new Uint8Array(0); // a chunk may end in the middle of a sample
   for (;;) {
@@ -46,8 +46,8 @@ export async function speak(request, key, signal, onSamples) {
     const bytes = new Uint8Array(odd.length + value.length);
     bytes.set(odd);
     bytes.set(value, odd.length);
-    const whole = bytes.length - (bytes.length % 2);
-    odd = bytes.slice(whole);
-    if (whole) onSamples(Float32Array.from(new Int16Array(bytes.buffer, 0, whole / 2), (s) => s / 32768));
+    const even = bytes.length - (bytes.length % 2);
+    odd = bytes.slice(even);
+    if (even) onSamples(Float32Array.from(new Int16Array(bytes.buffer, 0, even / 2), (s) => s / 32768));
   }
 }

@@ -1,17 +1,17 @@
 // The page: one form that speaks, one list of voices.
 
 import { addVoice, deleteVoice, listVoices, RATE, speak } from "./api.js";
-import { draw } from "./picture.js";
-import { decode, join, Player, record, toWav } from "./sound.js";
+import { drawPlot } from "./plot.js";
+import { decode, join, Player, record, toWav } from "./audio.js";
 
 const $ = (id) => document.getElementById(id);
 const key = () => $("key").value.trim();
 
 let player = null;
 let running = null; // the AbortController of the request that is being answered
-let pieces = []; // what has been heard so far
-let heard = 0; // samples in it
-let painted = 0; // samples in the picture
+let chunks = []; // what has been heard so far
+let receivedSamples = 0; // samples in it
+let plottedSamples = 0; // samples in the plot
 
 function show(error) {
   $("error").hidden = !error;
@@ -29,14 +29,14 @@ const attempt = (action) => async (event) => {
   }
 };
 
-async function showVoices(chosen = $("voice").value) {
+async function showVoices(selected = $("voice").value) {
   const names = await listVoices(key());
-  $("voice").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
-  $("voices").replaceChildren(...names.map(line));
+  $("voice").replaceChildren(...names.map((name) => new Option(name, name, false, name === selected)));
+  $("voices").replaceChildren(...names.map(voiceItem));
   if (!names.length) $("voices").textContent = "None yet: add a recording below.";
 }
 
-function line(name) {
+function voiceItem(name) {
   const item = document.createElement("li");
   const remove = document.createElement("button");
   remove.type = "button";
@@ -63,18 +63,18 @@ function request() {
   };
 }
 
-async function say() {
+async function submit() {
   stop();
   const mine = (running = new AbortController());
-  player = new Player(quiet);
+  player = new Player(onIdle);
   const started = performance.now();
   const since = () => (performance.now() - started) / 1000;
   begin();
   try {
     const headers = await speak(request(), key(), mine.signal, (samples) => {
-      if (!pieces.length) $("first").textContent = `${since().toFixed(2)} s`;
+      if (!chunks.length) $("first").textContent = `${since().toFixed(2)} s`;
       player.add(samples);
-      hear(samples, since());
+      receive(samples, since());
     });
     $("model").textContent = headers.get("x-model")?.replace("models:/", "") ?? "–";
   } finally {
@@ -83,8 +83,8 @@ async function say() {
 }
 
 function begin() {
-  pieces = [];
-  heard = painted = 0;
+  chunks = [];
+  receivedSamples = plottedSamples = 0;
   for (const id of ["first", "duration", "factor", "model"]) $(id).textContent = "…";
   if ($("download").href) URL.revokeObjectURL($("download").href);
   $("download").hidden = $("again").disabled = true;
@@ -97,16 +97,16 @@ function end() {
   running = null;
   $("speak").textContent = "Speak";
   $("result").setAttribute("aria-busy", "false");
-  $("result").hidden = !heard;
-  if (!player.sources.size) quiet();
-  if (!heard) return;
+  $("result").hidden = !receivedSamples;
+  if (!player.sources.size) onIdle();
+  if (!receivedSamples) return;
   paint();
   $("again").disabled = false;
-  $("download").href = URL.createObjectURL(toWav(join(pieces)));
+  $("download").href = URL.createObjectURL(toWav(join(chunks)));
   $("download").hidden = false;
 }
 
-function quiet() {
+function onIdle() {
   $("stop").hidden = running === null;
 }
 
@@ -115,26 +115,26 @@ function stop() {
   player?.close();
 }
 
-function hear(samples, taken) {
-  if (!pieces.length) requestAnimationFrame(paint);
-  pieces.push(samples);
-  heard += samples.length;
-  const length = heard / RATE;
+function receive(samples, seconds) {
+  if (!chunks.length) requestAnimationFrame(paint);
+  chunks.push(samples);
+  receivedSamples += samples.length;
+  const length = receivedSamples / RATE;
   $("duration").textContent = `${length.toFixed(2)} s`;
-  $("factor").textContent = (taken / (length * Number($("speed").value))).toFixed(2);
+  $("factor").textContent = (seconds / (length * Number($("speed").value))).toFixed(2);
 }
 
 // At most once for each frame of the screen, however fast sound comes.
 function paint() {
-  if (painted !== heard) draw($("picture"), join(pieces));
-  painted = heard;
+  if (plottedSamples !== receivedSamples) drawPlot($("plot"), join(chunks));
+  plottedSamples = receivedSamples;
   if (running) requestAnimationFrame(paint);
 }
 
-function again() {
+function replay() {
   player?.close();
-  player = new Player(quiet);
-  player.add(join(pieces));
+  player = new Player(onIdle);
+  player.add(join(chunks));
   $("stop").hidden = false;
 }
 
@@ -146,10 +146,10 @@ async function toggleRecording() {
     recorded = await recorder.stop();
     recorder = null;
     $("recording").value = "";
-    $("heard").textContent = `Recorded ${((await decode(recorded)).length / RATE).toFixed(1)} s.`;
+    $("recording-status").textContent = `Recorded ${((await decode(recorded)).length / RATE).toFixed(1)} s.`;
   } else {
     recorder = await record();
-    $("heard").textContent = "Recording: say a few sentences, then press again.";
+    $("recording-status").textContent = "Recording: say a few sentences, then press again.";
   }
   $("record").setAttribute("aria-pressed", String(recorder !== null));
   $("record").textContent = recorder ? "Stop recording" : "Record";
@@ -162,13 +162,13 @@ async function add() {
   const voice = await addVoice(name, toWav(await decode(file)), $("consent").value, key());
   $("add").reset();
   recorded = null;
-  $("heard").textContent = `${name} is here: ${voice.seconds.toFixed(1)} s of sound.`;
+  $("recording-status").textContent = `${name} is here: ${voice.seconds.toFixed(1)} s of sound.`;
   await showVoices(name);
 }
 
-$("ask").onsubmit = attempt(say);
+$("speech-form").onsubmit = attempt(submit);
 $("stop").onclick = stop;
-$("again").onclick = attempt(again);
+$("again").onclick = attempt(replay);
 $("record").onclick = attempt(toggleRecording);
 $("recording").onchange = () => (recorded = null);
 $("add").onsubmit = attempt(add);
@@ -178,6 +178,6 @@ $("key").onchange = attempt(async () => {
   await showVoices();
 });
 $("text").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("speech-form").requestSubmit();
 };
 attempt(showVoices)().then(() => document.body.setAttribute("data-ready", ""));

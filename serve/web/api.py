@@ -23,20 +23,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform.audio import AudioError
-from valle.serve.deployments.versions import Followed
-from valle.serve.web.keys import Guard, read_keys
-from valle.serve.web.metrics import Meter, Metrics
-from valle.serve.web.prompts import Prompts
+from valle.serve.deployments.versions import AliasWatcher
+from valle.serve.web.keys import ApiKeyMiddleware, read_keys
+from valle.serve.web.metrics import Metrics, MetricsMiddleware
+from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
-from valle.serve.web.service import Speaker
-from valle.serve.web.voices import About, VoiceError, VoiceStore, pack
+from valle.serve.web.service import SpeechService
+from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_codes
 
 UI = Path(__file__).resolve().parent.parent / "ui"
 
 logger = logging.getLogger("ray.serve")
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """ASGI middleware: refuses large bodies by their declared length, before they are read.
 
     Not one of Starlette's function middlewares: they end a stream that has failed as if it were
@@ -66,17 +66,19 @@ class BodyLimit:
 def create_api(args: AppArgs) -> FastAPI:
     """The application of one ingress replica."""
     store = VoiceStore(args.voices)
-    started = int(time.time())
+    created = int(time.time())
     metrics = Metrics()
-    model = Followed(args.model, args.tracking_uri or "", args.reload_seconds)
-    prompts = Prompts(store)
-    speaker = Speaker(args, prompts, model, metrics)
+    watcher = AliasWatcher(args.model, args.tracking_uri or "", args.registry_poll_seconds)
+    prompts = PromptEncoder(store)
+    speech_service = SpeechService(args, prompts, watcher, metrics)
     api = FastAPI(title="valle", description="Text to speech in the voice of a recording")
 
-    api.add_middleware(BodyLimit, limit=args.max_body_bytes)
+    api.add_middleware(BodyLimitMiddleware, limit=args.max_body_bytes)
     if args.api_keys:
-        api.add_middleware(Guard, keys=read_keys(args.api_keys))
-    api.add_middleware(Meter, metrics=metrics)  # added last: outermost, it counts refusals too
+        api.add_middleware(ApiKeyMiddleware, keys=read_keys(args.api_keys))
+    api.add_middleware(
+        MetricsMiddleware, metrics=metrics
+    )  # added last: outermost, it counts refusals too
 
     @api.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
@@ -113,18 +115,18 @@ def create_api(args: AppArgs) -> FastAPI:
         return JSONResponse(content, 503 if missing else 200)
 
     @api.get("/metrics")
-    async def figures() -> Response:
+    async def prometheus_metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/v1/models")
-    async def models() -> dict[str, object]:
+    async def list_models() -> dict[str, object]:
         """The one model, in the shape of OpenAI's list."""
-        known = {"id": "valle", "object": "model", "created": started, "owned_by": args.model}
-        return {"object": "list", "data": [known]}
+        entry = {"id": "valle", "object": "model", "created": created, "owned_by": args.model}
+        return {"object": "list", "data": [entry]}
 
     @api.get("/v1/audio/voices")
-    async def voices() -> dict[str, list[dict[str, str]]]:
+    async def list_voices() -> dict[str, list[dict[str, str]]]:
         """The reference recordings, in the shape that clients of OpenAI-like servers read."""
         names = await run_in_threadpool(store.ids)
         return {"voices": [{"id": name, "name": name} for name in names]}
@@ -139,22 +141,27 @@ def create_api(args: AppArgs) -> FastAPI:
         """Keeps a recording of 2 to 30 s as a voice. `consent`: who agreed to that."""
         data = await audio_sample.read()
         try:
-            wave = await run_in_threadpool(store.check, name, data)
-            version = await model.version()
-            about = About(
+            wave = await run_in_threadpool(store.validate_recording, name, data)
+            version = await watcher.version()
+            metadata = VoiceMetadata(
                 seconds=round(len(wave) / SAMPLE_RATE, 2), consent=consent, text=text,
-                created=int(time.time()), prompt=pack(await prompts.encode(wave, version)),
-                codec=await prompts.codec(version),
+                created=int(time.time()), prompt=pack_codes(await prompts.encode(wave, version)),
+                codec=await prompts.codec_sha256(version),
             )  # fmt: skip
-            await run_in_threadpool(store.add, name, wave, about)
+            await run_in_threadpool(store.add, name, wave, metadata)
         except AudioError as error:
             message = f"audio_sample: {error}"
             raise ApiError(400, message, "audio_sample", "unusable_recording") from error
         except VoiceError as error:
             status = 409 if error.code == "voice_exists" else 400
             raise ApiError(status, str(error), "name", error.code) from error
-        logger.info("voice added id=%s seconds=%.1f", name, about.seconds)
-        return {"id": name, "name": name, "seconds": about.seconds, "created_at": about.created}
+        logger.info("voice added id=%s seconds=%.1f", name, metadata.seconds)
+        return {
+            "id": name,
+            "name": name,
+            "seconds": metadata.seconds,
+            "created_at": metadata.created,
+        }
 
     @api.delete("/v1/audio/voices/{name}")
     async def delete_voice(name: str) -> dict[str, object]:
@@ -167,12 +174,12 @@ def create_api(args: AppArgs) -> FastAPI:
         return {"id": name, "deleted": True}
 
     @api.post("/v1/audio/speech", response_class=Response)
-    async def speech(request: SpeechRequest) -> Response:
+    async def create_speech(request: SpeechRequest) -> Response:
         """Speaks `input` in the voice of a recording; answers with a sound file."""
-        return await speaker.speak(request)
+        return await speech_service.create_speech(request)
 
     @api.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
+    async def index() -> FileResponse:
         """The page; it needs nothing from elsewhere, and may load nothing from there."""
         policy = "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'"
         return FileResponse(UI / "index.html", headers={"Content-Security-Policy": policy})

@@ -24,12 +24,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from valle.platform import storage
 from valle.serve.web.schema import ErrorDetail, error_response
 
-OPEN = re.compile(r"/|/health/(live|ready)|/ui/[a-z]+\.(css|js|svg)")
+PUBLIC_PATHS = re.compile(r"/|/health/(live|ready)|/ui/[a-z]+\.(css|js|svg)")
 """Paths that need no key: probes and the page, which asks its user for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class ApiKey:
     """One line of the file."""
 
     name: str
@@ -51,13 +51,13 @@ class Key:
             raise ValueError(f"{self.name}: limits must be above 0")
 
 
-def read_keys(uri: str) -> list[Key]:
+def read_keys(uri: str) -> list[ApiKey]:
     """The keys of a file. Raises ValueError that names what is wrong."""
     rows = yaml.safe_load(storage.read_bytes(uri))
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"api_keys: {uri} must be a list of keys, and not an empty one")
     try:
-        keys = [dacite.from_dict(Key, row, dacite.Config(strict=True)) for row in rows]
+        keys = [dacite.from_dict(ApiKey, row, dacite.Config(strict=True)) for row in rows]
     except (dacite.DaciteError, ValueError, TypeError) as error:
         raise ValueError(f"api_keys: {uri}: {error}") from error
     for field in ("name", "sha256"):
@@ -66,10 +66,10 @@ def read_keys(uri: str) -> list[Key]:
     return keys
 
 
-class Guard:
+class ApiKeyMiddleware:
     """ASGI middleware: lets through what has a key and is within its limits; health is open."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
         self._keys = {key.sha256: key for key in keys}
         self._window = limits.strategies.MovingWindowRateLimiter(limits.storage.MemoryStorage())
@@ -79,7 +79,7 @@ class Guard:
         """Counts a request as running until its last byte is sent, or its client has gone."""
         # whatever is not known to be open is closed; under a route prefix the path still holds it
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or OPEN.fullmatch(path):
+        if scope["type"] != "http" or PUBLIC_PATHS.fullmatch(path):
             await self._app(scope, receive, send)
             return
         key = self._key(Headers(scope=scope).get("authorization", ""))
@@ -104,13 +104,13 @@ class Guard:
         finally:
             self._running[key.name] -= 1
 
-    def _key(self, authorization: str) -> Key | None:
-        scheme, _, given = authorization.partition(" ")
+    def _key(self, authorization: str) -> ApiKey | None:
+        scheme, _, secret = authorization.partition(" ")
         if scheme.lower() != "bearer":
             return None
-        return self._keys.get(hashlib.sha256(given.strip().encode()).hexdigest())
+        return self._keys.get(hashlib.sha256(secret.strip().encode()).hexdigest())
 
-    def _wait(self, key: Key) -> int:
+    def _wait(self, key: ApiKey) -> int:
         """Seconds to come back in; 0: now is fine, and counted."""
         if self._running[key.name] >= key.concurrent:
             return 1

@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from valle.model.tokens import FRAME_RATE
-from valle.serve.web.stats import Speech
+from valle.serve.web.stats import SpeechStats
 
-SECONDS = (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40)
+LATENCY_BUCKETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40)
 
 
 class Metrics:
@@ -25,32 +25,32 @@ class Metrics:
         self._audio = Counter("valle_audio_seconds", "Speech made", registry=registry)
         self._characters = Counter("valle_input_characters", "Text spoken", registry=registry)
         self._limited = Counter(
-            "valle_hit_limit", "Answers cut at a length limit", registry=registry
+            "valle_responses_hit_limit", "Answers cut at a length limit", registry=registry
         )
         self._first = Histogram(
-            "valle_time_to_first_audio_seconds", "From request to first sound", buckets=SECONDS,
-            registry=registry,
+            "valle_time_to_first_audio_seconds", "From request to first sound",
+            buckets=LATENCY_BUCKETS, registry=registry,
         )  # fmt: skip
         self._factor = Histogram(
             "valle_real_time_factor", "Seconds of work for a second of speech",
             buckets=(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4), registry=registry,
         )  # fmt: skip
 
-    def spoken(self, speech: Speech) -> None:
+    def record_response(self, stats: SpeechStats) -> None:
         """Counts an answer that has ended."""
-        duration = speech.frames / FRAME_RATE
+        duration = stats.frames / FRAME_RATE
         self._audio.inc(duration)
-        self._characters.inc(speech.characters)
-        self._limited.inc(int(speech.hit_limit))
-        self._first.observe(speech.time_to_first_audio)
-        self._factor.observe(speech.seconds / duration)
+        self._characters.inc(stats.characters)
+        self._limited.inc(int(stats.hit_limit))
+        self._first.observe(stats.time_to_first_audio)
+        self._factor.observe(stats.wall_seconds / duration)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class Meter:
+class MetricsMiddleware:
     """ASGI middleware: counts answers by route and status, and those that still run."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

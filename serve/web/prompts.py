@@ -16,52 +16,63 @@ from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import FRAME_RATE, HOP, SAMPLE_RATE
 from valle.model.valle import Synthesis
 from valle.platform import audio
-from valle.serve.deployments.backpressure import result
+from valle.serve.deployments.backpressure import call_deployment
 from valle.serve.web.schema import ApiError, SpeechRequest
-from valle.serve.web.voices import LONGEST, VoiceError, VoiceStore, read_about
+from valle.serve.web.voices import (
+    MAX_RECORDING_SECONDS,
+    VoiceError,
+    VoiceStore,
+    read_voice_metadata,
+)
 
 PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
-SHORTEST = 1.0
+MIN_PROMPT_SECONDS = 1.0
 """Seconds of a recording that a voice can be told from."""
-KEPT, KEPT_SECONDS = 256, 600
+PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS = 256, 600
 """Prompts in memory, and how long: a deleted voice is not remembered for ever."""
 
 
-class Prompts:
+class PromptEncoder:
     """Codes of the recordings that requests name or bring."""
 
     def __init__(self, store: VoiceStore) -> None:
         self._store = store
-        self._kept: TTLCache[tuple[str, bytes], Codes] = TTLCache(KEPT, KEPT_SECONDS)
+        self._cache: TTLCache[tuple[str, bytes], Codes] = TTLCache(
+            PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS
+        )
         self._codecs: dict[str, str] = {}  # hash of each version's codec
 
-    async def of(self, request: SpeechRequest, version: str) -> Codes:
+    async def for_request(self, request: SpeechRequest, version: str) -> Codes:
         """`[8, P]` of the recording's first seconds, by that version's codec.
 
         Raises ApiError for what is no voice.
         """
         data, param = await run_in_threadpool(self._recording, request)
         # by content, since a voice may be replaced, and by version, since its codec may be another
-        name = (version, hashlib.sha256(data).digest())
-        codes = self._kept.get(name)
+        key = (version, hashlib.sha256(data).digest())
+        codes = self._cache.get(key)
         if codes is None:
-            known = await run_in_threadpool(read_about, data) if param == "voice" else None
-            if known and known.codec == await self.codec(version):
-                codes = known.prompt_codes()
+            metadata = (
+                await run_in_threadpool(read_voice_metadata, data) if param == "voice" else None
+            )
+            if metadata and metadata.codec == await self.codec_sha256(version):
+                codes = metadata.prompt_codes()
             else:
-                codes = await self.encode(await run_in_threadpool(_decoded, data, param), version)
-            self._kept[name] = codes
+                codes = await self.encode(await run_in_threadpool(_decode, data, param), version)
+            self._cache[key] = codes
         return codes
 
     async def encode(self, wave: Wave, version: str) -> Codes:
         """`[8, P]` of a recording's first seconds."""
         start = wave[: PROMPT_FRAMES * HOP]
-        return await result(lambda: _deployment().encode.remote(version, start))
+        return await call_deployment(lambda: _deployment().encode.remote(version, start))
 
-    async def codec(self, version: str) -> str:
+    async def codec_sha256(self, version: str) -> str:
         """Hash of the weights of that version's codec."""
         if version not in self._codecs:
-            self._codecs[version] = await result(lambda: _deployment().identity.remote(version))
+            self._codecs[version] = await call_deployment(
+                lambda: _deployment().codec_sha256.remote(version)
+            )
         return self._codecs[version]
 
     def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:
@@ -83,11 +94,13 @@ def _deployment() -> DeploymentHandle:
     return serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
 
 
-def _decoded(data: bytes, param: str) -> Wave:
+def _decode(data: bytes, param: str) -> Wave:
     try:
-        wave = audio.read(data, max_seconds=LONGEST)
-        if len(wave) < SHORTEST * SAMPLE_RATE:
-            raise audio.AudioError(f"{len(wave) / SAMPLE_RATE:.2f} s, at least {SHORTEST:g} s")
+        wave = audio.read(data, max_seconds=MAX_RECORDING_SECONDS)
+        if len(wave) < MIN_PROMPT_SECONDS * SAMPLE_RATE:
+            raise audio.AudioError(
+                f"{len(wave) / SAMPLE_RATE:.2f} s, at least {MIN_PROMPT_SECONDS:g} s"
+            )
     except audio.AudioError as error:
         raise ApiError(400, f"{param}: {error}", param) from error
     return wave

@@ -1,14 +1,21 @@
 """What clients send and get: pydantic at the HTTP border, and nowhere else."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
-from valle.model.precision import Precision
+from valle.model.quantize import Precision
 from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
-from valle.serve.web.audio import Format
+from valle.serve.web.audio_formats import AudioFormat
+
+RENAMED_ARGS = {
+    "reload_seconds": "registry_poll_seconds", "sentence_seconds": "max_sentence_seconds",
+    "nar_slots": "nar_target_ongoing_requests", "nar_prompts": "nar_prompt_cache_size",
+    "look_ahead": "lookahead",
+}  # fmt: skip
+"""Former name of a field of `AppArgs`: its name now."""
 
 
 class AppArgs(BaseModel):
@@ -29,7 +36,7 @@ class AppArgs(BaseModel):
     api_keys: str | None = None
     """File of keys (see `serve/web/keys.py`); None: everybody may ask."""
 
-    reload_seconds: float = Field(10.0, gt=0)
+    registry_poll_seconds: float = Field(10.0, gt=0)
     """How often to look whether the registry's alias has moved; then new requests get that
     version, and those that run are finished by the old one."""
 
@@ -42,7 +49,7 @@ class AppArgs(BaseModel):
     downscale_delay_s: float = Field(120.0, ge=0)
     """How long fewer must have been wanted before some are stopped."""
 
-    sentence_seconds: float = Field(20.0, gt=0, le=40)
+    max_sentence_seconds: float = Field(20.0, gt=0, le=40)
     """Length limit of one sentence's speech; what deployments hand each other ends at 4 MiB."""
 
     max_seconds: float = Field(600.0, gt=0)
@@ -56,11 +63,11 @@ class AppArgs(BaseModel):
     """Streams that one AR replica speaks at the same time; with guidance, each with two rows of
     key-value memory."""
 
-    nar_slots: int = Field(4, ge=1)
+    nar_target_ongoing_requests: int = Field(4, ge=1)
     """Requests that one NAR replica is to have, more want another: on a CPU eight at once take
     eight times as long as one; a GPU has room for more."""
 
-    nar_prompts: int = Field(8, ge=1)
+    nar_prompt_cache_size: int = Field(8, ge=1)
     """Prompts that a NAR replica remembers having read: 19 MB of memory each for nano, 155 MB for
     the paper's size."""
 
@@ -74,7 +81,7 @@ class AppArgs(BaseModel):
     first_chunk: int = Field(15, ge=8)
     """Frames of 1/75 s that are spoken first, in chunks."""
 
-    look_ahead: int = Field(12, ge=1)
+    lookahead: int = Field(12, ge=1)
     """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
 
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
@@ -103,6 +110,14 @@ class AppArgs(BaseModel):
     use_gpu: bool = False
     """One GPU per AR and NAR replica (written to the documentation, not run on a GPU yet)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed_fields_fail(cls, values: Any) -> Any:
+        for name, present in RENAMED_ARGS.items():
+            if isinstance(values, dict) and name in values:
+                raise ValueError(f"{name} is called {present} now")
+        return values
+
     @model_validator(mode="after")
     def _int8_is_for_cpus(self) -> Self:
         if self.precision == "int8" and (self.use_gpu or self.compiled):
@@ -111,7 +126,7 @@ class AppArgs(BaseModel):
 
     def chunking(self) -> Chunking:
         """Sizes of chunks."""
-        return Chunking(first=self.first_chunk, look_ahead=self.look_ahead)
+        return Chunking(first_frames=self.first_chunk, lookahead=self.lookahead)
 
 
 class SpeechRequest(BaseModel):
@@ -134,7 +149,7 @@ class SpeechRequest(BaseModel):
     ref_text: str | None = Field(None, max_length=4096)
     """What is said in `ref_audio`. Other servers need it; these models have no use for it."""
 
-    response_format: Format = "mp3"
+    response_format: AudioFormat = "mp3"
     """The answer's format; pcm is 16-bit little endian, mono, 24 kHz, without a header."""
 
     speed: float = Field(1.0, ge=0.25, le=4)

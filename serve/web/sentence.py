@@ -1,6 +1,6 @@
 """One sentence through AR, NAR and codec: whole, or in chunks as the AR model goes on.
 
-Whole is what `model.valle.Voice.speak` says, in chunks what `model.chunks` describes.
+Whole is what `model.valle.Synthesizer.synthesize` says, in chunks what `model.chunks` describes.
 """
 
 import uuid
@@ -14,38 +14,38 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from valle.model.chunks import Chunking
-from valle.model.codec.encodec_stream import FIRST, DecoderState
+from valle.model.codec.encodec_stream import MIN_FIRST_CHUNK, EncodecState
 from valle.model.codec.interface import Codes, Wave
-from valle.model.nar_decoding import Unfilled
+from valle.model.nar_decoding import NARRequest
 from valle.model.sampling import Sampling
 from valle.model.tokens import N_CODEBOOKS
 from valle.model.valle import Synthesis
-from valle.serve.deployments.backpressure import ahead, result, results
+from valle.serve.deployments.backpressure import call_deployment, prefetch, stream_deployment
 from valle.serve.engine.request import Request
 from valle.serve.web.schema import SpeechRequest
 
 
 @dataclass(frozen=True)
-class Piece:
+class AudioChunk:
     """Some of a sentence, said."""
 
     wave: Wave
     frames: int
     hit_limit: bool = False
     """The sentence ended here because of its length limit."""
-    ends: bool = True
-    """This is the sentence's last piece."""
+    last: bool = True
+    """This is the sentence's last chunk."""
 
 
-def deployments() -> tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]:
+def deployment_handles() -> tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]:
     """AR, NAR and codec of the application that this runs in."""
     app = serve.get_replica_context().app_name
     ar, nar, codec = (serve.get_deployment_handle(name, app) for name in ("AR", "NAR", "Codec"))
     return ar, nar, codec
 
 
-def ask(
-    ids: list[int],
+def engine_request(
+    phonemes: list[int],
     prompt: Codes,
     request: SpeechRequest,
     max_frames: int,
@@ -58,56 +58,64 @@ def ask(
         repetition_threshold=Synthesis().ar.repetition_threshold,
     )  # fmt: skip
     return Request(
-        id=uuid.uuid4().hex, phonemes=ids, prompt=prompt, sampling=sampling,
+        id=uuid.uuid4().hex, phonemes=phonemes, prompt=prompt, sampling=sampling,
         max_frames=max_frames, seed=seed,
     )  # fmt: skip
 
 
-async def say_whole(version: str, asked: Request, insist: bool) -> Piece:
+async def synthesize_sentence(version: str, request: Request, retry: bool) -> AudioChunk:
     """The sentence, when all of it is made. Raises ApiError where too many wait, unless this
-    one must insist."""
-    ar, nar, codec = deployments()
-    first, hit_limit = await result(lambda: ar.generate.remote(version, asked), insist=insist)
+    one must retry."""
+    ar, nar, codec = deployment_handles()
+    first, hit_limit = await call_deployment(
+        lambda: ar.generate.remote(version, request), retry=retry
+    )
     # from here on work has been spent on it
-    unfilled = Unfilled(asked.phonemes, asked.prompt, first, ended=not hit_limit)
-    codes = await result(lambda: nar.fill_in.remote(version, unfilled), insist=True)
-    wave = await result(lambda: codec.decode.remote(version, codes), insist=True)
-    return Piece(wave, len(first), hit_limit)
+    nar_request = NARRequest(request.phonemes, request.prompt, first, complete=not hit_limit)
+    codes = await call_deployment(lambda: nar.generate.remote(version, nar_request), retry=True)
+    wave = await call_deployment(lambda: codec.decode.remote(version, codes), retry=True)
+    return AudioChunk(wave, len(first), hit_limit)
 
 
-async def say_in_chunks(
-    version: str, asked: Request, insist: bool, chunking: Chunking
-) -> AsyncGenerator[Piece]:
-    """The sentence while it is being made. Raises as `say_whole` does."""
-    _, _, codec = deployments()
-    state: DecoderState | None = None
+async def stream_sentence(
+    version: str, request: Request, retry: bool, chunking: Chunking
+) -> AsyncGenerator[AudioChunk]:
+    """The sentence while it is being made. Raises as `synthesize_sentence` does."""
+    _, _, codec = deployment_handles()
+    state: EncodecState | None = None
     # the next chunk is filled in while this one is decoded
-    chunks = ahead(_filled(version, asked, insist, chunking), 1)
+    chunks = prefetch(_nar_decode(version, request, retry, chunking), 1)
     async with aclosing(chunks):
-        async for codes, ended, hit_limit in chunks:
-            if ended and state is None and codes.shape[1] < FIRST:  # too short for a stream
-                wave = await result(partial(codec.decode.remote, version, codes), insist=True)
+        async for codes, last, hit_limit in chunks:
+            if (
+                last and state is None and codes.shape[1] < MIN_FIRST_CHUNK
+            ):  # too short for a stream
+                wave = await call_deployment(
+                    partial(codec.decode.remote, version, codes), retry=True
+                )
             else:
                 decode = partial(codec.decode_next.remote, version, codes, state)
-                wave, state = await result(decode, insist=True)
-            yield Piece(wave, codes.shape[1], hit_limit, ended)
+                wave, state = await call_deployment(decode, retry=True)
+            yield AudioChunk(wave, codes.shape[1], hit_limit, last)
 
 
-async def _filled(
-    version: str, asked: Request, insist: bool, chunking: Chunking
+async def _nar_decode(
+    version: str, request: Request, retry: bool, chunking: Chunking
 ) -> AsyncGenerator[tuple[Codes, bool, bool]]:
     """Codes `[8, T]` of each chunk, whether it is the last, and if so because of the limit."""
-    ar, nar, _ = deployments()
+    ar, nar, _ = deployment_handles()
     first = np.zeros(0, np.int16)
-    spoken = np.zeros((N_CODEBOOKS, 0), np.int16)
-    talk = ar.options(stream=True).stream
-    chunks = results(lambda: talk.remote(version, asked, chunking), insist=insist)
+    prefix = np.zeros((N_CODEBOOKS, 0), np.int16)
+    stream = ar.options(stream=True).stream
+    chunks = stream_deployment(lambda: stream.remote(version, request, chunking), retry=retry)
     async with aclosing(chunks):
-        async for new, ended, hit_limit in chunks:
-            first = np.concatenate([first, new])
-            said, ready = spoken.shape[1], len(first) - (0 if ended else chunking.look_ahead)
-            said_all = ended and not hit_limit
-            unfilled = Unfilled(asked.phonemes, asked.prompt, first, spoken, said_all)
-            codes = await result(partial(nar.fill_in.remote, version, unfilled), insist=True)
-            spoken = codes[:, :ready]
-            yield codes[:, said:ready], ended, hit_limit
+        async for chunk, last, hit_limit in chunks:
+            first = np.concatenate([first, chunk])
+            start, end = prefix.shape[1], len(first) - (0 if last else chunking.lookahead)
+            complete = last and not hit_limit
+            nar_request = NARRequest(request.phonemes, request.prompt, first, prefix, complete)
+            codes = await call_deployment(
+                partial(nar.generate.remote, version, nar_request), retry=True
+            )
+            prefix = codes[:, :end]
+            yield codes[:, start:end], last, hit_limit

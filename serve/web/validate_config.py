@@ -14,10 +14,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from valle.serve.web.schema import AppArgs
 
-BUILDER = "valle.serve.app:build_app"
+APP_IMPORT_PATH = "valle.serve.app:build_app"
 
 
-def problems(content: object) -> Iterator[str]:
+def config_errors(content: object) -> Iterator[str]:
     """What is wrong with a configuration, a line each; nothing if it is right."""
     if not isinstance(content, dict):
         yield "not a mapping"
@@ -30,7 +30,7 @@ def problems(content: object) -> Iterator[str]:
         yield from _lines(error, "")
         return
     for number, app in enumerate(schema.applications):
-        if app.import_path == BUILDER:
+        if app.import_path == APP_IMPORT_PATH:
             try:
                 AppArgs.model_validate(app.args)
             except ValidationError as error:
@@ -42,8 +42,8 @@ def _unknown(values: dict[str, Any], schema: type[BaseModel], where: str) -> Ite
     for key, value in values.items():
         name = f"{where}{key}"
         if key not in schema.model_fields:
-            known = ", ".join(sorted(schema.model_fields))
-            yield f"{name}: no such key; known: {known}"
+            fields = ", ".join(sorted(schema.model_fields))
+            yield f"{name}: no such key; known: {fields}"
             continue
         inner = _inner(schema.model_fields[key].annotation)
         if inner is None:
@@ -59,7 +59,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     """The schema of a field that holds one, or a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _inner(part))), None)
+    return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
 
 
 def _lines(error: ValidationError, where: str) -> Iterator[str]:
@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="YAML for `serve deploy` or `serve run`")
     arguments = parser.parse_args(argv)
-    found = list(problems(yaml.safe_load(arguments.file.read_text())))
-    print("\n".join(found) or f"{arguments.file}: nothing wrong")
-    return 1 if found else 0
+    errors = list(config_errors(yaml.safe_load(arguments.file.read_text())))
+    print("\n".join(errors) or f"{arguments.file}: nothing wrong")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.vad import SpeechFraction
 
-SHORTEST, LONGEST = 2.0, 30.0
+MIN_VOICE_SECONDS, MAX_RECORDING_SECONDS = 2.0, 30.0
 """Seconds of an uploaded recording."""
-QUIETEST = -45.0
+MIN_RMS_DBFS = -45.0
 """dB of full scale, below which a recording is more room than voice."""
-LEAST_SPEECH = 0.4
+MIN_SPEECH_FRACTION = 0.4
 """Share of a recording that has to be speech."""
 
-ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+VOICE_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 SUFFIXES = (".flac", ".wav")
 
 
@@ -42,7 +42,7 @@ class VoiceError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class VoiceMetadata:
     """What is kept with an uploaded recording."""
 
     seconds: float
@@ -69,17 +69,17 @@ class About:
         return stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
 
 
-def pack(prompt: Codes) -> str:
-    """Codes for `About.prompt`."""
+def pack_codes(prompt: Codes) -> str:
+    """Codes for `VoiceMetadata.prompt`."""
     return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
 
 
-def read_about(data: bytes) -> About | None:
+def read_voice_metadata(data: bytes) -> VoiceMetadata | None:
     """What was said about an uploaded voice, from its file; None for one put there by hand, whose
     comment may say anything, or nothing."""
     try:
-        said = json.loads(audio.comment(data))
-        return from_dict(About, said) if isinstance(said, dict) else None
+        metadata = json.loads(audio.read_comment(data))
+        return from_dict(VoiceMetadata, metadata) if isinstance(metadata, dict) else None
     except (audio.AudioError, ValueError, DaciteError):  # no sound, no JSON, or not ours
         return None
 
@@ -94,9 +94,9 @@ class VoiceStore:
 
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
-        found = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
-        here = {path.stem for path in found if len(path.parts) == 1 and path.suffix in SUFFIXES}
-        return sorted(name for name in here if ID.fullmatch(name))
+        paths = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
+        names = {path.stem for path in paths if len(path.parts) == 1 and path.suffix in SUFFIXES}
+        return sorted(name for name in names if VOICE_ID_PATTERN.fullmatch(name))
 
     def read(self, name: str) -> bytes:
         """A voice's recording. Raises VoiceError where there is none."""
@@ -105,42 +105,44 @@ class VoiceStore:
                 return storage.read_bytes(path)
         raise VoiceError(f"no voice {name!r}", "voice_not_found")
 
-    def check(self, name: str, data: bytes) -> Wave:
+    def validate_recording(self, name: str, data: bytes) -> Wave:
         """A sound file as it would be kept: trimmed, and rounded as in its file.
 
         Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
         """
         self._check_free(name)
-        wave = audio.trim(audio.read(data, max_seconds=LONGEST))
+        wave = audio.trim(audio.read(data, max_seconds=MAX_RECORDING_SECONDS))
         seconds = len(wave) / SAMPLE_RATE
-        if seconds < SHORTEST:
-            raise audio.AudioError(f"too short: {seconds:.1f} s of sound, at least {SHORTEST:g} s")
-        if (level := audio.loudness(wave)) < QUIETEST:
-            raise audio.AudioError(f"too quiet: {level:.0f} dB, at least {QUIETEST:.0f} dB")
-        if (share := self._speech(wave)) < LEAST_SPEECH:
+        if seconds < MIN_VOICE_SECONDS:
             raise audio.AudioError(
-                f"{share:.0%} of it is speech, at least {LEAST_SPEECH:.0%} has to be"
+                f"too short: {seconds:.1f} s of sound, at least {MIN_VOICE_SECONDS:g} s"
             )
-        return audio.read(audio.wav_bytes(wave), max_seconds=LONGEST)
+        if (level := audio.rms_dbfs(wave)) < MIN_RMS_DBFS:
+            raise audio.AudioError(f"too quiet: {level:.0f} dB, at least {MIN_RMS_DBFS:.0f} dB")
+        if (share := self._speech(wave)) < MIN_SPEECH_FRACTION:
+            raise audio.AudioError(
+                f"{share:.0%} of it is speech, at least {MIN_SPEECH_FRACTION:.0%} has to be"
+            )
+        return audio.read(audio.wav_bytes(wave), max_seconds=MAX_RECORDING_SECONDS)
 
-    def add(self, name: str, wave: Wave, about: About) -> None:
-        """Keeps a recording that `check` has returned. Raises VoiceError for a name that has been
+    def add(self, name: str, wave: Wave, metadata: VoiceMetadata) -> None:
+        """Keeps a recording that `validate_recording` has returned. Raises VoiceError for a name
         taken meanwhile; of two that come in the same instant, the later one is kept."""
         self._check_free(name)
-        comment = json.dumps(asdict(about), ensure_ascii=False)
+        comment = json.dumps(asdict(metadata), ensure_ascii=False)
         storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
     def delete(self, name: str) -> None:
         """Removes a voice with all that is known of it. Raises VoiceError where there is none."""
-        there = [path for path in self._paths(name) if storage.exists(path)]
-        if not there:
+        paths = [path for path in self._paths(name) if storage.exists(path)]
+        if not paths:
             raise VoiceError(f"no voice {name!r}", "voice_not_found")
-        for path in there:
+        for path in paths:
             storage.delete(path)
 
     def _paths(self, name: str) -> list[str]:
         """Where a recording may be. Raises VoiceError for a name that could leave the folder."""
-        if not ID.fullmatch(name):
+        if not VOICE_ID_PATTERN.fullmatch(name):
             message = f"{name[:100]!r} is no name: a-z, A-Z, 0-9, _ and -, 100 at most"
             raise VoiceError(message, "invalid_name")
         return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def embedded(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
+def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
     """Ray inside this process, with a temp-dir of its own; the GPUs are numbers."""
     import ray
 
@@ -39,7 +39,7 @@ def embedded(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
     ray.init(
         address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False,
         _temp_dir=folder, object_store_memory=300_000_000, log_to_driver=True,
-        runtime_env={"env_vars": settings.forwarded()},
+        runtime_env={"env_vars": settings.worker_environment()},
     )  # fmt: skip
     try:
         yield
@@ -100,21 +100,23 @@ def head(
         path = Path(folder) / "cluster.json"
         path.write_text(json.dumps({**autoscaling, "provider": provider}))
         options.append(f"--autoscaling-config={path}")
-    here = Head(f"http://127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[0]}")
+    ready_head = Head(f"http://127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[0]}")
     try:
         with _started("head", folder, ["--head", *options], env):
-            wait_for(lambda: answers(f"{here.jobs}/api/version"), 120, "the job server")
-            yield here
+            wait_for(lambda: responds(f"{ready_head.jobs}/api/version"), 120, "the job server")
+            yield ready_head
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def joined(to: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str) -> Iterator[None]:
+def worker_node(
+    cluster_head: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str
+) -> Iterator[None]:
     """One more node on this machine, with labels such as `role=train`; its GPUs are numbers."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     options = [
-        f"--address={to.gcs}", f"--num-cpus={num_cpus}",
+        f"--address={cluster_head.gcs}", f"--num-cpus={num_cpus}",
         f"--num-gpus={num_gpus}", f"--temp-dir={folder}", f"--labels={labels}",
     ]  # fmt: skip
     try:
@@ -125,9 +127,9 @@ def joined(to: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str)
 
 
 @contextmanager
-def autoscaled(resources: Mapping[str, float], most: int) -> Iterator[Head]:
-    """A head without CPUs, and Ray's autoscaler, whose fake provider may start up to `most` nodes
-    with these resources on this machine."""
+def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator[Head]:
+    """A head without CPUs, and Ray's autoscaler, whose fake provider may start up to `max_nodes`
+    nodes with these resources on this machine."""
     identity = "f" * 51 + "00000"  # what the provider takes the head for
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     memory = {"object_store_memory": 300_000_000}
@@ -137,7 +139,7 @@ def autoscaled(resources: Mapping[str, float], most: int) -> Iterator[Head]:
         "cluster_synced_files",
     )  # fmt: skip
     configuration = {
-        "cluster_name": "fake", "max_workers": most, "idle_timeout_minutes": 5, "auth": {},
+        "cluster_name": "fake", "max_workers": max_nodes, "idle_timeout_minutes": 5, "auth": {},
         "upscaling_speed": 1.0,
         "provider": {
             "type": "external", "module": provider, "head_node_id": identity,
@@ -147,7 +149,7 @@ def autoscaled(resources: Mapping[str, float], most: int) -> Iterator[Head]:
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {**resources, **memory}, "node_config": {}, "min_workers": 0,
-                "max_workers": most,
+                "max_workers": max_nodes,
             },
         },
         "head_node_type": "ray.head.default", "file_mounts": {}, **{name: [] for name in empty},
@@ -156,31 +158,31 @@ def autoscaled(resources: Mapping[str, float], most: int) -> Iterator[Head]:
         0, autoscaling=configuration, RAY_FAKE_CLUSTER="1", RAY_enable_autoscaler_v2="1",
         RAY_CLOUD_INSTANCE_ID=identity, RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
         AUTOSCALER_UPDATE_INTERVAL_S="1",
-    ) as here:  # fmt: skip
-        yield here
+    ) as ready_head:  # fmt: skip
+        yield ready_head
 
 
 @contextmanager
-def started(num_cpus: int = 4) -> Iterator[str]:
+def job_server(num_cpus: int = 4) -> Iterator[str]:
     """A head started by `ray start`; yields the address of its job server."""
-    with head(num_cpus) as here:
-        yield here.jobs
+    with head(num_cpus) as ready_head:
+        yield ready_head.jobs
 
 
-def slots_wanted() -> int:
+def slot_demand() -> int:
     """Requests that the endpoint's AR deployment runs or keeps waiting."""
     from ray import serve
 
     ar = serve.get_deployment_handle("AR", "valle")
-    return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slots_wanted"])
+    return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slot_demand"])
 
 
-def idle() -> bool:
+def endpoint_idle() -> bool:
     """Whether it has had nothing to do for a second: between two sentences it is idle too."""
-    return not any(time.sleep(0.05) or slots_wanted() for _ in range(20))
+    return not any(time.sleep(0.05) or slot_demand() for _ in range(20))
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     """Whether a server gives 200."""
     try:
         return httpx.get(url, timeout=2).status_code == 200

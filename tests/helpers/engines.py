@@ -10,7 +10,7 @@ from valle.model.ar import AR
 from valle.model.sampling import Sampling
 from valle.model.tokens import EOS
 from valle.serve.engine.engine import Engine
-from valle.serve.engine.request import Event, Finish, Request
+from valle.serve.engine.request import FinishReason, Request, StepOutput
 from valle.serve.engine.runner import Runner
 from valle.serve.engine.scheduler import Scheduler
 
@@ -21,7 +21,7 @@ SAMPLINGS = [
 ]  # fmt: skip
 
 
-def lively_ar(group: int) -> AR:
+def short_ar(group: int) -> AR:
     """A model of random weights that stops somewhere between a frame and a few dozen."""
     model = tiny_ar(config=replace(TINY, group=group))
     perturb(model, 0.5)
@@ -37,29 +37,36 @@ def request(number: int, max_frames: int = 40) -> Request:
     )  # fmt: skip
 
 
-def build(
-    model: AR, slots: int, *, guided: bool = True, compiled: bool = False, piece: int = 16
+def build_engine(
+    model: AR, slots: int, *, guided: bool = True, compiled: bool = False, prefill_chunk: int = 16
 ) -> Engine:
     """Texts and prompts of the tests are 14 to 44 positions: most are read in several pieces."""
     runner = Runner(
-        model, slots=slots, positions=400, guided=guided, compiled=compiled, piece=piece
+        model,
+        slots=slots,
+        max_positions=400,
+        guided=guided,
+        compiled=compiled,
+        prefill_chunk=prefill_chunk,
     )
     return Engine(runner, Scheduler(slots))
 
 
-def alone(model: AR, asked: Request) -> tuple[list[int], Finish]:
+def generate_alone(model: AR, request: Request) -> tuple[list[int], FinishReason]:
     """The slow twin: `generate`, one request at a time."""
-    said = model.generate(
-        torch.tensor(asked.phonemes), torch.from_numpy(asked.prompt.astype(np.int64)),
-        sampling=asked.sampling, max_frames=asked.max_frames,
-        generator=torch.Generator().manual_seed(asked.seed),
+    output = model.generate(
+        torch.tensor(request.phonemes), torch.from_numpy(request.prompt.astype(np.int64)),
+        sampling=request.sampling, max_frames=request.max_frames,
+        generator=torch.Generator().manual_seed(request.seed),
     )  # fmt: skip
-    return said.codes.tolist(), Finish.LENGTH if said.hit_limit else Finish.STOP
+    return output.codes.tolist(), FinishReason.LENGTH if output.hit_limit else FinishReason.STOP
 
 
-def collect(events: list[Event], codes: dict[str, list[int]], ends: dict[str, Finish]) -> None:
-    for event in events:
-        assert event.id not in ends, "an event after the last one"
-        codes.setdefault(event.id, []).extend(event.codes)
-        if event.finish is not None:
-            ends[event.id] = event.finish
+def collect(
+    outputs: list[StepOutput], codes: dict[str, list[int]], ends: dict[str, FinishReason]
+) -> None:
+    for output in outputs:
+        assert output.request_id not in ends, "an output after the last one"
+        codes.setdefault(output.request_id, []).extend(output.codes)
+        if output.finish_reason is not None:
+            ends[output.request_id] = output.finish_reason

@@ -1,4 +1,4 @@
-"""Writes the golden weights and numbers: `python tests/make_golden.py`.
+"""Writes the golden weights and numbers: `python -m helpers.make_golden` in `tests/`.
 
 Run it only when a change is meant to change them, and say so in the commit.
 """

@@ -3,12 +3,12 @@
 import torch
 
 from valle.model.ar import AR
-from valle.model.codec.encodec import CodecConfig
+from valle.model.codec.encodec import EncodecConfig
 from valle.model.config import ModelConfig
 from valle.model.nar import NAR
 from valle.model.sequence import Batch, collate
 
-TINY_CODEC = CodecConfig(name="tiny", n_filters=2, dimension=8, lstm=0, n_codebooks=8)
+TINY_CODEC = EncodecConfig(name="tiny", n_filters=2, dimension=8, lstm=0, n_codebooks=8)
 
 TINY = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.0)
 

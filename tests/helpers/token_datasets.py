@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.platform import dataset
 from valle.platform.dataset import Statistics
 
@@ -28,13 +28,13 @@ def random_rows(count: int, seed: int = 0) -> list[dict[str, object]]:
     return rows
 
 
-def write_dataset(uri: str, codec: Codec, count: int = 60, per_shard: int = 25) -> list[dict]:
+def write_dataset(uri: str, codec: Encodec, count: int = 60, per_shard: int = 25) -> list[dict]:
     """A token dataset of `random_rows` in a few shards."""
     rows = random_rows(count)
     statistics = Statistics()
     shards = []
     for start in range(0, count, per_shard):
-        table = dataset.table(rows[start : start + per_shard])
+        table = dataset.to_table(rows[start : start + per_shard])
         statistics.add(table)
         shards.append(dataset.write_shard(uri, f"part{start:04d}", table))
     dataset.write_manifest(uri, codec.identity, shards, statistics)

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from valle.jobs.bench.gpu import timing
-from valle.jobs.bench.gpu.record import Bench
-from valle.jobs.bench.gpu.truth import relative
-from valle.model.sequence import mask
+from valle.jobs.bench.gpu import device_timing
+from valle.jobs.bench.gpu.numerics import relative_error
+from valle.jobs.bench.gpu.record import PhaseContext
+from valle.model.sequence import length_mask
 
 TOLERANCE = 1e-2
 """Relative norm of bf16 outputs' and gradients' differences: bf16 keeps three digits."""
 
-PAGED = ("seqused_k", "block_table", "num_splits")
+PAGED_ARGUMENTS = ("seqused_k", "block_table", "num_splits")
 
 
 def causal_arguments(function: Callable[..., object]) -> dict[str, Any]:
@@ -34,29 +34,29 @@ def causal_arguments(function: Callable[..., object]) -> dict[str, Any]:
     raise ValueError(f"varlen_attn: neither window_size nor is_causal among {', '.join(names)}")
 
 
-def compare(bench: Bench) -> None:
+def compare(context: PhaseContext) -> None:
     """Checks packed attention against each sequence alone, and times it against padding."""
-    record, device = bench.record, bench.device
+    record, device = context.record, context.device
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
-        record.leave_out("varlen_attn", f"this torch has none: {error}")
+        record.skip("varlen_attn", f"this torch has none: {error}")
         return
     names = inspect.signature(varlen_attn).parameters
     record.measurement(
         "varlen_attn", torch=torch.__version__, causal=str(causal_arguments(varlen_attn)),
-        paged=[name for name in PAGED if name in names],
+        paged=[name for name in PAGED_ARGUMENTS if name in names],
     )  # fmt: skip
-    if not bench.on_card:
-        record.leave_out("varlen_attn = SDPA", "its kernel is CUDA's only")
+    if not context.on_gpu:
+        record.skip("varlen_attn = SDPA", "its kernel is CUDA's only")
         return
     lengths = torch.tensor([900, 1250, 640, 1100, 1400, 800, 1000, 1200, 300, 1500, 700, 1250])
     for causal in (True, False):
-        _compare(bench, varlen_attn, lengths, causal, device)
+        _compare(context, varlen_attn, lengths, causal, device)
 
 
 def _compare(
-    bench: Bench, varlen_attn: Callable[..., Any], lengths: Tensor, causal: bool,
+    context: PhaseContext, varlen_attn: Callable[..., Any], lengths: Tensor, causal: bool,
     device: torch.device,
 ) -> None:  # fmt: skip
     """One of the two masks, forward and backward."""
@@ -69,55 +69,60 @@ def _compare(
         .requires_grad_()
         for _ in range(3)
     ]
-    toward = torch.randn(total, heads, width, generator=generator).to(device, torch.bfloat16)
+    grad_output = torch.randn(total, heads, width, generator=generator).to(device, torch.bfloat16)
     starts = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     arguments = causal_arguments(varlen_attn) if causal else {}
 
-    def together() -> Tensor:
+    def packed_attention() -> Tensor:
         output: Tensor = varlen_attn(*packed, starts, starts, longest, longest, **arguments)
         return output
 
-    def alone() -> Tensor:
+    def one_by_one() -> Tensor:
         parts = zip(*(part.split(lengths.tolist()) for part in packed), strict=True)
         return torch.cat(
             [sdpa([x.transpose(0, 1)[None] for x in part], None, causal)[0] for part in parts], 1
         ).transpose(0, 1)
 
-    found, expected = (gradients(run, packed, toward) for run in (together, alone))
-    error = max(relative(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+    actual, expected = (
+        gradients(run, packed, grad_output) for run in (packed_attention, one_by_one)
+    )
+    error = max(relative_error(a.float(), b.float()) for a, b in zip(actual, expected, strict=True))
     name = "causal" if causal else "all to all"
-    bench.record.check(f"varlen_attn = SDPA, {name}", error <= TOLERANCE, relative_error=error)
+    context.record.check(f"varlen_attn = SDPA, {name}", error <= TOLERANCE, relative_error=error)
 
     padded = [
         torch.randn(len(lengths), heads, longest, width, device=device, dtype=torch.bfloat16)
         .requires_grad_()
         for _ in range(3)
     ]  # fmt: skip
-    visible = None if causal else mask(lengths.to(device), longest)[:, None, None]
-    padded_toward = torch.randn_like(padded[0])
+    mask = None if causal else length_mask(lengths.to(device), longest)[:, None, None]
+    padded_grad_output = torch.randn_like(padded[0])
 
     def with_padding() -> Tensor:
-        return sdpa(padded, visible, causal)
+        return sdpa(padded, mask, causal)
 
-    def time(run: Callable[[], Tensor], inputs: list[Tensor], towards: Tensor) -> float:
-        times = timing.seconds(device, lambda: gradients(run, inputs, towards), 13)[3:]
-        return statistics.median(times)
+    def time(run: Callable[[], Tensor], inputs: list[Tensor], grad_output: Tensor) -> float:
+        times = device_timing.time_calls(device, lambda: gradients(run, inputs, grad_output), 13)
+        return statistics.median(times[3:])
 
-    fast, slow = time(together, packed, toward), time(with_padding, padded, padded_toward)
-    bench.record.measurement(
+    fast, slow = (
+        time(packed_attention, packed, grad_output),
+        time(with_padding, padded, padded_grad_output),
+    )
+    context.record.measurement(
         f"varlen_attn, {name}, forward and backward", milliseconds=1000 * fast,
-        padded_sdpa_milliseconds=1000 * slow, times_faster=slow / fast,
+        padded_sdpa_milliseconds=1000 * slow, speedup=slow / fast,
         padding=1 - total / (longest * len(lengths)),
     )  # fmt: skip
 
 
-def sdpa(parts: Sequence[Tensor], visible: Tensor | None, causal: bool) -> Tensor:
+def sdpa(parts: Sequence[Tensor], mask: Tensor | None, causal: bool) -> Tensor:
     """The twin: queries, keys and values `[B, H, S, K]`."""
     query, key, value = parts
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
-def gradients(run: Callable[[], Tensor], inputs: list[Tensor], toward: Tensor) -> list[Tensor]:
-    """The output and the gradients of its product with `toward`."""
+def gradients(run: Callable[[], Tensor], inputs: list[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """The output and the gradients of its product with `grad_output`."""
     output = run()
-    return [output.detach(), *torch.autograd.grad(output, inputs, toward)]
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]

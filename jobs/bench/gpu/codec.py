@@ -9,72 +9,76 @@ from functools import partial
 import numpy as np
 import torch
 
-from valle.jobs.bench.gpu import samples, timing
-from valle.jobs.bench.gpu.record import Bench
+from valle.jobs.bench.gpu import device_timing, synthetic
+from valle.jobs.bench.gpu.record import PhaseContext
 from valle.model.codec import encodec
-from valle.model.codec.encodec import Codec, CodecConfig
-from valle.model.codec.encodec_stream import DecoderState, decode_next
+from valle.model.codec.encodec import Encodec, EncodecConfig
+from valle.model.codec.encodec_stream import EncodecState, decode_next
 from valle.model.codec.interface import CodecIdentity, Codes
 from valle.model.tokens import FRAME_RATE, N_CODEBOOKS
 
-BATCHES = (60, 480, 120, 1920)
+BATCH_SECONDS = (60, 480, 120, 1920)
 """Seconds of padded audio that go through the network at once."""
 
 ITEM_SECONDS = 10
 CHUNK_FRAMES = 15
-SMALL = CodecConfig(name="small", n_filters=4, dimension=16, lstm=1, n_codebooks=8)
+SMALL = EncodecConfig(name="small", n_filters=4, dimension=16, lstm=1, n_codebooks=8)
 
 
-def run(bench: Bench) -> None:
+def run(context: PhaseContext) -> None:
     """Batches, then a stream."""
-    codec = build(bench)
-    sizes, item = ((2, 4), 1) if bench.quick else (BATCHES, ITEM_SECONDS)
+    codec = build(context)
+    sizes, item = ((2, 4), 1) if context.quick else (BATCH_SECONDS, ITEM_SECONDS)
     for tf32 in (True, False):
-        timing.allow_tf32(matmul=False, convolution=tf32)
+        device_timing.allow_tf32(matmul=False, convolution=tf32)
         for seconds in sizes if tf32 else sizes[:2]:
             name = f"{seconds} s a batch, TF32 {'on' if tf32 else 'off'}"
-            bench.record.attempt(name, partial(batch, bench, codec, name, seconds, item), 3)
-    timing.allow_tf32(matmul=False, convolution=False)
-    bench.record.attempt("stream", lambda: stream(bench, codec, item * 2), 2)
+            context.record.attempt(
+                name, partial(measure_batch, context, codec, name, seconds, item), 3
+            )
+    device_timing.allow_tf32(matmul=False, convolution=False)
+    context.record.attempt("stream", lambda: measure_stream(context, codec, item * 2), 2)
 
 
-def build(bench: Bench) -> Codec:
+def build(context: PhaseContext) -> Encodec:
     """A codec of random weights."""
-    config = SMALL if bench.quick else CodecConfig()
+    config = SMALL if context.quick else EncodecConfig()
     torch.manual_seed(0)
     model = encodec.build(config)
     for layer in model.quantizer.vq.layers:
         torch.nn.init.normal_(layer._codebook.embed, std=0.05)
     identity = CodecIdentity(name=config.name, sha256="0" * 64)
-    return Codec(model, identity, str(bench.device))
+    return Encodec(model, identity, str(context.device))
 
 
-def batch(bench: Bench, codec: Codec, name: str, seconds: int, item: int) -> None:
+def measure_batch(
+    context: PhaseContext, codec: Encodec, name: str, seconds: int, item: int
+) -> None:
     """One batch of so many seconds, encoded and decoded."""
-    wave = samples.recording(item)
+    wave = synthetic.recording(item)
     waves = [np.roll(wave, 1000 * number) for number in range(seconds // item)]
-    device = bench.device
+    device = context.device
     codes: list[Codes] = codec.encode(waves, seconds)
     codec.decode(codes, seconds)
     peaks = []
     times = []
     for work in (lambda: codec.encode(waves, seconds), lambda: codec.decode(codes, seconds)):
-        timing.reset_peak(device)
-        times.append(min(timing.seconds(device, work, 1 if bench.quick else 3)))
-        peaks.append(timing.peak_gigabytes(device))
+        device_timing.reset_peak(device)
+        times.append(min(device_timing.time_calls(device, work, 1 if context.quick else 3)))
+        peaks.append(device_timing.peak_gigabytes(device))
     encode, decode = times
-    bench.record.measurement(
+    context.record.measurement(
         name, encode_times_real_time=seconds / encode, decode_times_real_time=seconds / decode,
         encode_milliseconds=1000 * encode, decode_milliseconds=1000 * decode,
         encode_peak_gigabytes=peaks[0], decode_peak_gigabytes=peaks[1],
     )  # fmt: skip
 
 
-def stream(bench: Bench, codec: Codec, seconds: int) -> None:
+def measure_stream(context: PhaseContext, codec: Encodec, seconds: int) -> None:
     """Chunks in turn, as the endpoint decodes a sentence that is still being said; their samples
     are those of decoding all at once."""
-    codes = samples.random_codes(np.random.default_rng(0), N_CODEBOOKS, seconds * FRAME_RATE)
-    state: DecoderState | None = None
+    codes = synthetic.random_codes(np.random.default_rng(0), N_CODEBOOKS, seconds * FRAME_RATE)
+    state: EncodecState | None = None
     waves = []
     chunks = range(0, codes.shape[1], CHUNK_FRAMES)
     times = []
@@ -86,12 +90,12 @@ def stream(bench: Bench, codec: Codec, seconds: int) -> None:
             wave, state = decode_next(codec, chunk, state)
             waves.append(wave)
 
-        times += timing.seconds(bench.device, work)
-    taken = sum(times[1:])
-    whole = codec.decode([codes], seconds + 1)[0]
-    error = float(np.abs(np.concatenate(waves) - whole).max() / np.abs(whole).max())
-    bench.record.check("chunks = decoded at once", error <= 1e-3, relative_error=error)
-    bench.record.measurement(
-        f"chunks of {CHUNK_FRAMES} frames", milliseconds=1000 * taken / len(times[1:]),
-        times_real_time=len(times[1:]) * CHUNK_FRAMES / FRAME_RATE / taken,
+        times += device_timing.time_calls(context.device, work)
+    elapsed = sum(times[1:])
+    at_once = codec.decode([codes], seconds + 1)[0]
+    error = float(np.abs(np.concatenate(waves) - at_once).max() / np.abs(at_once).max())
+    context.record.check("chunks = decoded at once", error <= 1e-3, relative_error=error)
+    context.record.measurement(
+        f"chunks of {CHUNK_FRAMES} frames", milliseconds=1000 * elapsed / len(times[1:]),
+        times_real_time=len(times[1:]) * CHUNK_FRAMES / FRAME_RATE / elapsed,
     )  # fmt: skip

@@ -23,19 +23,19 @@ from torch._dynamo.utils import counters
 
 from valle.platform import settings
 
-FIRST_SECONDS, AGAIN_SECONDS = 60.0, 30.0
+COLD_COMPILE_SECONDS, WARM_COMPILE_SECONDS = 60.0, 30.0
 """What a compilation of a 12-layer model is given: by itself, and where a case before it left its
 kernels in inductor's cache."""
 
-QUICK_SECONDS = 20.0
+SHALLOW_COMPILE_SECONDS = 20.0
 """Of a model of two layers."""
 
 
 @dataclass
-class Compilations:
+class CompileCounters:
     """What the compiler has done since `strict` began."""
 
-    replays: int = 0
+    cudagraph_replays: int = 0
     """Launches of CUDA graphs."""
 
     @property
@@ -45,33 +45,33 @@ class Compilations:
         return int(counters["stats"]["unique_graphs"])
 
     @property
-    def skipped(self) -> int:
+    def cudagraph_skips(self) -> int:
         """How often inductor compiled without the CUDA graph it was asked for."""
         return int(counters["inductor"]["cudagraph_skips"])
 
 
 @contextmanager
-def strict(raises: bool = True) -> Iterator[Compilations]:
+def strict(raises: bool = True) -> Iterator[CompileCounters]:
     """A compiler that remembers nothing, and raises where a function is compiled for the ninth time
     instead of running it eagerly; unless it is told not to, where results matter and speed does
     not."""
     torch._dynamo.reset()
     counters.clear()
-    compilations = Compilations()
+    compile_counters = CompileCounters()
     replay: Callable[[Any], None] = torch.cuda.CUDAGraph.replay
 
     def counted(graph: Any) -> None:
-        compilations.replays += 1
+        compile_counters.cudagraph_replays += 1
         replay(graph)
 
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=raises),
         patch.object(torch.cuda.CUDAGraph, "replay", counted),
     ):
-        yield compilations
+        yield compile_counters
 
 
-def missing(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why `torch.compile` does not work here, by compiling a function of two lines; None where it
     does. The traceback is printed."""
     values = torch.arange(64.0, device=device)
@@ -82,7 +82,8 @@ def missing(device: torch.device) -> str | None:
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
-        return f"torch.compile does not work here: {type(error).__name__}: {first} ({explain()})"
+        reason = f"{type(error).__name__}: {first} ({describe_toolchain()})"
+        return f"torch.compile does not work here: {reason}"
     return None
 
 
@@ -92,9 +93,9 @@ def _wave(values: torch.Tensor) -> torch.Tensor:
     return shifted * values
 
 
-def explain() -> str:
+def describe_toolchain() -> str:
     """What is known to be needed, and what of it was found: for people to whom it failed."""
-    compiler = settings.environment().get("CC") or next(
+    compiler = settings.child_environment().get("CC") or next(
         (path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None
     )
     schemes = {"posix_prefix", sysconfig.get_default_scheme()}

@@ -1,8 +1,8 @@
 """P4, decoding the first codebook: without a cache, with one, and many streams in the engine.
 
 An untrained model that may not stop says 300 frames after a prompt of three seconds. The bound is
-memory: a tick of the engine reads every matrix once, and the keys and values of every row (two rows
-to a guided stream); bytes by the bandwidth that P0 measured are the least a tick can take. Ticks
+memory: a step of the engine reads every matrix once, and the keys and values of every row (two rows
+to a guided stream); bytes by the bandwidth that P0 measured are the least a step can take. Steps
 are timed where all streams run and none is read in; frames a second of the whole run are beside.
 
 `compiled` promises CUDA graphs. Whether there are any is asserted by what the compiler counts as
@@ -19,27 +19,27 @@ from typing import Final
 import numpy as np
 import torch
 
-from valle.jobs.bench.gpu import agreement, compiling, samples, timing
-from valle.jobs.bench.gpu.record import Bench
-from valle.jobs.bench.gpu.streams import (
-    PROFILED,
-    Measured,
-    Task,
-    add,
-    drain,
-    engine_and_runner,
+from valle.jobs.bench.gpu import compiling, device_timing, engine_numerics, synthetic
+from valle.jobs.bench.gpu.record import PhaseContext
+from valle.jobs.bench.gpu.workload import (
+    PROFILED_STEPS,
+    EngineTiming,
+    Workload,
+    add_streams,
+    build_engine,
+    endless_ar,
     measure,
-    profile,
-    tick_bytes,
-    untrained,
+    profile_steps,
+    run_until_idle,
+    step_bytes,
 )
 from valle.model.ar import AR
-from valle.model.precision import Precision
+from valle.model.quantize import Precision
 from valle.model.sampling import Sampling
 from valle.model.tokens import FRAME_RATE
 from valle.serve.engine.engine import Engine
 
-WARM_FRAMES = 10
+WARMUP_FRAMES = 10
 """Before a clock."""
 
 
@@ -59,198 +59,208 @@ class Case:
         return f"engine {self.streams} {self.precision}{guided}{self.compiled * ', compiled'}"
 
 
-FIRST: Final = (
+FIRST_CASES: Final = (
     Case("bf16", 1, False), Case("bf16", 16, False), Case("bf16", 64, False),
     Case("fp32", 16, False),
 )  # fmt: skip
-REST: Final = (
+OTHER_CASES: Final = (
     Case("bf16", 16, True), Case("bf16", 1, True), Case("bf16", 64, True),
     Case("fp32", 1, False), Case("fp32", 64, False),
     Case("fp32", 1, True), Case("fp32", 16, True), Case("fp32", 64, True),
 )  # fmt: skip
-QUICK: Final = (Case("fp32", 1, False), Case("fp32", 3, True), Case("bf16", 2, False))
-COMPILED: Final = tuple(
+QUICK_CASES: Final = (Case("fp32", 1, False), Case("fp32", 3, True), Case("bf16", 2, False))
+COMPILED_CASES: Final = tuple(
     Case("bf16", streams, guided, compiled=True)
     for guided, streams in ((True, 16), (True, 1), (True, 64), (False, 1), (False, 16), (False, 64))
 )
-COMPILED_QUICK: Final = (Case("bf16", 3, True, compiled=True),)
+QUICK_COMPILED_CASES: Final = (Case("bf16", 3, True, compiled=True),)
 
 FLOORS: Final = {
     "16 streams by one, bf16": ("engine 16 bf16", "engine 1 bf16", 5.0),
     "16 streams by uncached, fp32": ("engine 16 fp32", "uncached generate fp32", 20.0),
 }
-"""Frames a second of one way by another's, and how many times as many there must be."""
+"""Frames a second of one case by another's, and how many times as many there must be."""
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingState:
     """What the cases share."""
 
-    bench: Bench
-    task: Task
+    context: PhaseContext
+    workload: Workload
     models: dict[Precision, AR]
     """By precision, once used."""
     speeds: dict[str, float]
     """Frames a second by the name of what was measured."""
-    measured: dict[Case, Measured]
+    timings: dict[Case, EngineTiming]
 
     def model(self, precision: Precision) -> AR:
         """The untrained model in a precision."""
         if precision not in self.models:
-            self.models[precision] = untrained(self.bench, precision)
+            self.models[precision] = endless_ar(self.context, precision)
         return self.models[precision]
 
 
-def run(bench: Bench) -> None:
+def run(context: PhaseContext) -> None:
     """First whether it is right, then what says most about speed; a compilation of all layers is
     begun where there is time for it."""
-    timing.allow_tf32(matmul=False, convolution=False)
-    decoding = Decoding(bench, Task.of(bench.quick), {}, {}, {})
-    record = bench.record
+    device_timing.allow_tf32(matmul=False, convolution=False)
+    decoding = DecodingState(context, Workload.default(context.quick), {}, {}, {})
+    record = context.record
     for name, (_, _, floor) in FLOORS.items():
-        if not bench.quick:
+        if not context.quick:
             record.expect_floor(name, floor)
-    missing = "only on a card" if not bench.on_card else compiling.missing(bench.device)
-    if missing is not None:
-        record.leave_out("compiled engines", missing, required=bench.on_card)
-    truths = [("engine beside the model", agreement.with_reference, 2.0)]
-    if missing is None:
-        truths.insert(0, ("compiled engine", agreement.compiled, compiling.QUICK_SECONDS))
-    for name, compare, seconds in truths:
-        record.attempt(name, partial(compare, bench, decoding.task), seconds, required=True)
-    speak(decoding, (("cached", "fp32"), ("uncached", "fp32")))
-    eager(decoding, QUICK if bench.quick else FIRST)
-    graphed = COMPILED_QUICK if bench.quick else COMPILED
-    if missing is None:
-        compiled(decoding, graphed[0], compiling.FIRST_SECONDS)
-    speak(decoding, (("cached", "bf16"),))
-    eager(decoding, () if bench.quick else REST)
-    for case in decoding.measured:
+    unavailable = (
+        "only on a card" if not context.on_gpu else compiling.unavailable_reason(context.device)
+    )
+    if unavailable is not None:
+        record.skip("compiled engines", unavailable, required=context.on_gpu)
+    checks = [("engine beside the model", engine_numerics.check_against_generate, 2.0)]
+    if unavailable is None:
+        checks.insert(
+            0,
+            ("compiled engine", engine_numerics.check_compiled, compiling.SHALLOW_COMPILE_SECONDS),
+        )
+    for name, check, seconds in checks:
+        record.attempt(name, partial(check, context, decoding.workload), seconds, required=True)
+    run_generate(decoding, (("cached", "fp32"), ("uncached", "fp32")))
+    run_eager(decoding, QUICK_CASES if context.quick else FIRST_CASES)
+    compiled_cases = QUICK_COMPILED_CASES if context.quick else COMPILED_CASES
+    if unavailable is None:
+        run_compiled(decoding, compiled_cases[0], compiling.COLD_COMPILE_SECONDS)
+    run_generate(decoding, (("cached", "bf16"),))
+    run_eager(decoding, () if context.quick else OTHER_CASES)
+    for case in decoding.timings:
         if not case.compiled:
-            record.attempt(f"{case.name}: a tick", partial(count_kernels, decoding, case), 2)
-    for case in graphed[1:] if missing is None else ():
-        compiled(decoding, case, compiling.AGAIN_SECONDS)
+            record.attempt(f"{case.name}: a step", partial(count_kernels, decoding, case), 2)
+    for case in compiled_cases[1:] if unavailable is None else ():
+        run_compiled(decoding, case, compiling.WARM_COMPILE_SECONDS)
 
 
-def speak(decoding: Decoding, ways: tuple[tuple[str, Precision], ...]) -> None:
-    """Times `AR.generate` in some ways."""
-    for way, precision in ways:
-        name = f"{way} generate {precision}"
-        work = partial(measure_generate, decoding, name, precision, way == "cached")
-        decoding.bench.record.attempt(name, work, 3)
-        judge(decoding)
+def run_generate(decoding: DecodingState, variants: tuple[tuple[str, Precision], ...]) -> None:
+    """Times `AR.generate` in some variants."""
+    for variant, precision in variants:
+        name = f"{variant} generate {precision}"
+        work = partial(measure_generate, decoding, name, precision, variant == "cached")
+        decoding.context.record.attempt(name, work, 3)
+        report_floors(decoding)
 
 
-def eager(decoding: Decoding, cases: tuple[Case, ...]) -> None:
+def run_eager(decoding: DecodingState, cases: tuple[Case, ...]) -> None:
     """Times some engines."""
     for case in cases:
-        decoding.bench.record.attempt(case.name, partial(measure_engine, decoding, case), 5)
-        judge(decoding)
+        decoding.context.record.attempt(case.name, partial(measure_engine, decoding, case), 5)
+        report_floors(decoding)
 
 
-def compiled(decoding: Decoding, case: Case, seconds: float) -> None:
+def run_compiled(decoding: DecodingState, case: Case, seconds: float) -> None:
     """Times a compiled engine, with all that is known of its graphs."""
-    if decoding.bench.quick:
-        seconds = compiling.QUICK_SECONDS
-    decoding.bench.record.attempt(case.name, partial(measure_compiled, decoding, case), seconds)
+    if decoding.context.quick:
+        seconds = compiling.SHALLOW_COMPILE_SECONDS
+    decoding.context.record.attempt(case.name, partial(measure_compiled, decoding, case), seconds)
 
 
-def measure_generate(decoding: Decoding, name: str, precision: Precision, use_cache: bool) -> None:
+def measure_generate(
+    decoding: DecodingState, name: str, precision: Precision, use_cache: bool
+) -> None:
     """`AR.generate`, one sentence at a time."""
-    bench, task, model = decoding.bench, decoding.task, decoding.model(precision)
-    text = torch.tensor(task.phonemes, device=bench.device)
-    prompt = torch.from_numpy(task.prompt.astype(np.int64)).to(bench.device)
-    say = partial(
-        agreement.generate, model, text, prompt, samples.SPOKEN, use_cache=use_cache
+    context, workload, model = decoding.context, decoding.workload, decoding.model(precision)
+    text = torch.tensor(workload.phonemes, device=context.device)
+    prompt = torch.from_numpy(workload.prompt.astype(np.int64)).to(context.device)
+    generate = partial(
+        engine_numerics.generate, model, text, prompt, synthetic.SAMPLING, use_cache=use_cache
     )  # its codes come to the host, so that the clock stops when all is done
-    say(frames=WARM_FRAMES)
+    generate(frames=WARMUP_FRAMES)
     started = time.perf_counter()
-    say(frames=task.frames)
-    speed = task.frames / (time.perf_counter() - started)
+    generate(frames=workload.frames)
+    speed = workload.frames / (time.perf_counter() - started)
     decoding.speeds[name] = speed
-    bytes_read = tick_bytes(bench.config, model, 1, task)
-    limit = bench.card.bytes_per_second / bytes_read * bench.config.group
-    bench.record.measurement(
+    bytes_read = step_bytes(context.config, model, 1, workload)
+    limit = context.limits.copy_bytes_per_second / bytes_read * context.config.group
+    context.record.measurement(
         name, frames_per_second=speed, limit_frames_per_second=limit, share_of_bound=speed / limit,
         times_real_time=speed / FRAME_RATE,
     )  # fmt: skip
 
 
-def measure_engine(decoding: Decoding, case: Case) -> Engine:
-    """Times an engine: a whole run, and its steady ticks; returns it, idle.
+def measure_engine(decoding: DecodingState, case: Case) -> Engine:
+    """Times an engine: a whole run, and its steady steps; returns it, idle.
 
-    A compiled one says all of the task before the clock, so that every shape has been compiled and
-    captured; what else is slow at first is few ticks, of which the median takes no notice.
+    A compiled one says all of the workload before the clock, so that every shape has been compiled
+    and captured; what else is slow at first is few steps, of which the median takes no notice.
     """
-    bench, task, model = decoding.bench, decoding.task, decoding.model(case.precision)
+    context, workload, model = decoding.context, decoding.workload, decoding.model(case.precision)
     sampling = sampling_of(case)
-    timing.reset_peak(bench.device)
-    begun = time.perf_counter()
-    speaker, _ = engine_and_runner(
-        model, task, case.streams, guided=case.guided, compiled=case.compiled
+    device_timing.reset_peak(context.device)
+    started = time.perf_counter()
+    engine, _ = build_engine(
+        model, workload, case.streams, guided=case.guided, compiled=case.compiled
     )
-    add(speaker, task, case.streams, sampling, task.frames if case.compiled else WARM_FRAMES)
-    drain(speaker)
-    warm_seconds = time.perf_counter() - begun
-    measured = measure(bench, speaker, task, case.streams, sampling)
-    decoding.measured[case] = measured
-    decoding.speeds[case.name] = measured.frames_per_second
+    warmup_frames = workload.frames if case.compiled else WARMUP_FRAMES
+    add_streams(engine, workload, case.streams, sampling, warmup_frames)
+    run_until_idle(engine)
+    warmup_seconds = time.perf_counter() - started
+    timing = measure(context, engine, workload, case.streams, sampling)
+    decoding.timings[case] = timing
+    decoding.speeds[case.name] = timing.frames_per_second
     rows = case.streams * (2 if case.guided else 1)
-    least = tick_bytes(bench.config, model, rows, task) / bench.card.bytes_per_second
-    group = bench.config.group
-    whole = all(len(codes) == task.frames for codes in measured.codes.values())
-    bench.record.check(f"{case.name}: every stream says {task.frames} frames", whole)
-    bench.record.measurement(
-        case.name, frames_per_second=case.streams * group / measured.tick_seconds,
+    least = step_bytes(context.config, model, rows, workload) / context.limits.copy_bytes_per_second
+    group = context.config.group
+    complete = all(len(codes) == workload.frames for codes in timing.codes.values())
+    context.record.check(f"{case.name}: every stream says {workload.frames} frames", complete)
+    context.record.measurement(
+        case.name, frames_per_second=case.streams * group / timing.step_seconds,
         limit_frames_per_second=case.streams * group / least,
-        share_of_bound=least / measured.tick_seconds,
-        tick_milliseconds=1000 * measured.tick_seconds, ticks=measured.ticks,
-        whole_run_frames_per_second=measured.frames_per_second,
-        times_real_time=measured.frames_per_second / FRAME_RATE,
-        peak_gigabytes=timing.peak_gigabytes(bench.device), warm_up_seconds=warm_seconds,
+        share_of_bound=least / timing.step_seconds,
+        step_milliseconds=1000 * timing.step_seconds, steps=timing.steps,
+        run_frames_per_second=timing.frames_per_second,
+        times_real_time=timing.frames_per_second / FRAME_RATE,
+        peak_gigabytes=device_timing.peak_gigabytes(context.device), warmup_seconds=warmup_seconds,
     )  # fmt: skip
-    return speaker
+    return engine
 
 
-def measure_compiled(decoding: Decoding, case: Case) -> None:
-    """Times a compiled engine, counts its kernels, and checks that its ticks are CUDA graphs."""
-    with compiling.strict() as compilations:
-        speaker = measure_engine(decoding, case)
-        before = compilations.replays
-        add(speaker, decoding.task, case.streams, sampling_of(case), decoding.task.frames)
-        drain(speaker)
-        agreement.captured(
-            decoding.bench, case.name, compilations, compilations.replays - before,
-            decoding.measured[case].ticks,
+def measure_compiled(decoding: DecodingState, case: Case) -> None:
+    """Times a compiled engine, counts its kernels, and checks that its steps are CUDA graphs."""
+    with compiling.strict() as counters:
+        engine = measure_engine(decoding, case)
+        before = counters.cudagraph_replays
+        add_streams(
+            engine, decoding.workload, case.streams, sampling_of(case), decoding.workload.frames
+        )
+        run_until_idle(engine)
+        engine_numerics.check_cudagraphs(
+            decoding.context, case.name, counters, counters.cudagraph_replays - before,
+            decoding.timings[case].steps,
         )  # fmt: skip
-        count_kernels(decoding, case, speaker)
+        count_kernels(decoding, case, engine)
 
 
 def sampling_of(case: Case) -> Sampling:
     """How its streams are drawn."""
-    return samples.GUIDED if case.guided else samples.SPOKEN
+    return synthetic.GUIDED_SAMPLING if case.guided else synthetic.SAMPLING
 
 
-def count_kernels(decoding: Decoding, case: Case, speaker: Engine | None = None) -> None:
-    """Kernels of a tick, and how busy they keep the card; of an engine of its own, unless there is
+def count_kernels(decoding: DecodingState, case: Case, engine: Engine | None = None) -> None:
+    """Kernels of a step, and how busy they keep the card; of an engine of its own, unless there is
     one that has been warmed up."""
-    bench, task = decoding.bench, decoding.task
-    if speaker is None:
+    context, workload = decoding.context, decoding.workload
+    if engine is None:
         model = decoding.model(case.precision)
-        speaker, _ = engine_and_runner(
-            model, task, case.streams, guided=case.guided, compiled=case.compiled
+        engine, _ = build_engine(
+            model, workload, case.streams, guided=case.guided, compiled=case.compiled
         )
-    launched = profile(bench, speaker, task, case.streams, sampling_of(case))
-    bench.record.measurement(
-        f"{case.name}: a tick", kernels=launched.kernels / PROFILED,
-        card_busy=launched.busy_seconds / PROFILED / decoding.measured[case].tick_seconds,
-        graphs=launched.graphs / PROFILED,
+    launches = profile_steps(context, engine, workload, case.streams, sampling_of(case))
+    context.record.measurement(
+        f"{case.name}: a step", kernels=launches.kernels / PROFILED_STEPS,
+        card_busy=launches.busy_seconds / PROFILED_STEPS / decoding.timings[case].step_seconds,
+        graphs=launches.graphs / PROFILED_STEPS,
     )  # fmt: skip
 
 
-def judge(decoding: Decoding) -> None:
+def report_floors(decoding: DecodingState) -> None:
     """Tells the record each floor as soon as both its figures are there."""
-    speeds, record = decoding.speeds, decoding.bench.record
+    speeds, record = decoding.speeds, decoding.context.record
     waiting = {floor["name"] for floor in record.floors if floor["value"] is None}
     for name, (over, under, _) in FLOORS.items():
         if name in waiting and over in speeds and under in speeds:

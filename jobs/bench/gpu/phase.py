@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from valle.jobs.bench.gpu.card import Card
-from valle.jobs.bench.gpu.plan import PHASES, SIZES
-from valle.jobs.bench.gpu.record import TINY, Bench, Record
+from valle.jobs.bench.gpu.device import DeviceLimits
+from valle.jobs.bench.gpu.record import TINY, PhaseContext, Record
+from valle.jobs.bench.gpu.schedule import PHASES, SIZES
 from valle.model import config
 
 
@@ -30,14 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--card", default="", help="constants that P0 measured, as JSON")
+    parser.add_argument("--limits", default="", help="constants that P0 measured, as JSON")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args(argv)
     record = Record(arguments.result, arguments.deadline)
     try:
-        bench = _bench(arguments, record)
-        record.card = asdict(bench.card)
-        importlib.import_module(f"valle.jobs.bench.gpu.{PHASES[arguments.phase].module}").run(bench)
+        context = make_context(arguments, record)
+        record.limits = asdict(context.limits)
+        importlib.import_module(f"valle.jobs.bench.gpu.{PHASES[arguments.phase].module}").run(
+            context
+        )
     except Exception:
         record.error(arguments.phase)
         record.status = "failed"
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if record.status == "done" else 1
 
 
-def _bench(arguments: argparse.Namespace, record: Record) -> Bench:
+def make_context(arguments: argparse.Namespace, record: Record) -> PhaseContext:
     """What the phase is given. Raises RuntimeError where the device is not there."""
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -60,14 +62,14 @@ def _bench(arguments: argparse.Namespace, record: Record) -> Bench:
         device = torch.device("cuda", 0)
     elif arguments.quick:
         torch.set_num_threads(1)
-    if arguments.card:
-        card = Card(**json.loads(arguments.card))
+    if arguments.limits:
+        limits = DeviceLimits(**json.loads(arguments.limits))
     else:
-        card = Card.measure(device, arguments.quick)
+        limits = DeviceLimits.measure(device, arguments.quick)
     size = TINY if arguments.size == "tiny" else config.SIZES[arguments.size]
-    return Bench(
+    return PhaseContext(
         device=device, config=replace(size, dropout=0.1), quick=arguments.quick, record=record,
-        scratch=arguments.scratch, card=card,
+        scratch=arguments.scratch, limits=limits,
     )  # fmt: skip
 
 

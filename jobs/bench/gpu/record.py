@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from valle.jobs.bench.gpu.card import Card
+from valle.jobs.bench.gpu.device import DeviceLimits
 from valle.model.config import ModelConfig
 
 TINY = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.0)
@@ -34,9 +34,9 @@ class Record:
         self.checks: list[dict[str, Any]] = []
         self.floors: list[dict[str, Any]] = []
         self.measurements: list[dict[str, Any]] = []
-        self.left_out: list[dict[str, Any]] = []
+        self.skipped: list[dict[str, Any]] = []
         self.errors: list[dict[str, str]] = []
-        self.card: dict[str, Any] | None = None
+        self.limits: dict[str, Any] | None = None
         self.write()
 
     def check(self, name: str, passed: bool, **figures: Any) -> None:
@@ -63,9 +63,9 @@ class Record:
         self.measurements.append({"name": name, **_plain(figures)})
         self.write()
 
-    def leave_out(self, name: str, reason: str, required: bool = False) -> None:
+    def skip(self, name: str, reason: str, required: bool = False) -> None:
         """Something that was not measured, and why; what is `required` must not be missing."""
-        self.left_out.append({"name": name, "reason": reason, "required": required})
+        self.skipped.append({"name": name, "reason": reason, "required": required})
         self.write()
 
     def error(self, name: str) -> None:
@@ -84,13 +84,13 @@ class Record:
         remaining = self._deadline - time.time()
         if remaining < seconds or remaining <= 0:
             reason = f"no time: {max(0.0, remaining):.0f} s left, {seconds:.0f} needed"
-            self.leave_out(name, reason, required)
+            self.skip(name, reason, required)
             return False
         try:
             work()
             return True
         except torch.OutOfMemoryError as error:
-            self.leave_out(name, f"out of memory: {str(error).splitlines()[0]}", required)
+            self.skip(name, f"out of memory: {str(error).splitlines()[0]}", required)
         except Exception:
             self.error(name)
         finally:
@@ -104,17 +104,17 @@ class Record:
         values = {
             "status": self.status, "seconds": round(time.time() - self._started, 2),
             "checks": self.checks, "floors": self.floors, "measurements": self.measurements,
-            "left_out": self.left_out, "errors": self.errors,
+            "skipped": self.skipped, "errors": self.errors,
         }  # fmt: skip
-        if self.card is not None:
-            values["card"] = self.card
+        if self.limits is not None:
+            values["limits"] = self.limits
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(values))
         os.replace(part, self._path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class PhaseContext:
     """What every phase is given."""
 
     device: torch.device
@@ -131,11 +131,11 @@ class Bench:
     scratch: Path
     """A folder for files, removed at the end of the run."""
 
-    card: Card
+    limits: DeviceLimits
     """The constants that shares refer to."""
 
     @property
-    def on_card(self) -> bool:
+    def on_gpu(self) -> bool:
         """Whether there is a card."""
         return self.device.type == "cuda"
 

@@ -12,25 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAILED, MISSED = 1, 3
+EXIT_FAILED, EXIT_MISSED = 1, 3
 """Exit statuses: a check failed; only a floor of speed was missed."""
 
 
 class Results:
     """What has been shown so far."""
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+    def __init__(self, out: Path, header: dict[str, Any]) -> None:
         self._out = out
-        self.card: dict[str, Any] | None = None
+        self.limits: dict[str, Any] | None = None
         """Constants of the first phase that measured them."""
-        self.values: dict[str, Any] = {**about, "card": None, "phases_run": {}}
+        self.values: dict[str, Any] = {**header, "limits": None, "phases_run": {}}
         self._write()
 
     def add(self, phase: str, result: dict[str, Any]) -> None:
         """Takes in a phase's result and writes the file."""
-        self.card = self.card or result.pop("card", None)
-        result.pop("card", None)
-        self.values["card"] = self.card
+        self.limits = self.limits or result.pop("limits", None)
+        result.pop("limits", None)
+        self.values["limits"] = self.limits
         self.values["phases_run"][phase] = result
         self._write()
 
@@ -72,13 +72,13 @@ def exit_code(phases: dict[str, dict[str, Any]]) -> int:
     not measured."""
     for result in phases.values():
         checks = result.get("checks", [])
-        missing = any(entry["required"] for entry in result.get("left_out", []))
-        if result["status"] != "done" or result["errors"] or missing:
-            return FAILED
+        skipped = any(entry["required"] for entry in result.get("skipped", []))
+        if result["status"] != "done" or result["errors"] or skipped:
+            return EXIT_FAILED
         if not all(check["passed"] for check in checks):
-            return FAILED
+            return EXIT_FAILED
     floors = [floor for result in phases.values() for floor in result["floors"]]
-    return 0 if all(floor["met"] for floor in floors) else MISSED
+    return 0 if all(floor["met"] for floor in floors) else EXIT_MISSED
 
 
 def table(values: dict[str, Any]) -> str:
@@ -103,11 +103,11 @@ def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str
         f"{result.get('wall_seconds', 0)} s"
     ]
     shown += [f"  {_line(m)}" for m in result.get("measurements", [])]
-    shown += [f"  left out: {o['name']}: {o['reason']}" for o in result.get("left_out", [])]
+    shown += [f"  skipped: {o['name']}: {o['reason']}" for o in result.get("skipped", [])]
     wrong = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
     wrong += [
         f"NOT SHOWN {phase} {o['name']}: {o['reason']}"
-        for o in result.get("left_out", [])
+        for o in result.get("skipped", [])
         if o["required"]
     ]
     for floor in result.get("floors", []):
@@ -129,6 +129,17 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A `gpu.json`, also of a version that called `limits` card and `skipped` left_out."""
+    values: dict[str, Any] = json.loads(path.read_text())
+    if "card" in values:
+        values["limits"] = values.pop("card")
+    for result in values["phases_run"].values():
+        if "left_out" in result:
+            result["skipped"] = result.pop("left_out")
+    return values
 
 
 def draw(values: dict[str, Any], path: Path) -> None:
@@ -155,14 +166,14 @@ def draw(values: dict[str, Any], path: Path) -> None:
     if speeds:
         decoding.set_xscale("log")
         decoding.legend()
-    card = (values["card"] or {}).get("name", "no card measured")
-    figure.suptitle(f"{card}, models of size {values['size']}")
+    device = (values["limits"] or {}).get("name", "no card measured")
+    figure.suptitle(f"{device}, models of size {values['size']}")
     figure.savefig(path, dpi=110)
 
 
 def _measurements(values: dict[str, Any], phase: str, with_figure: str) -> list[dict[str, Any]]:
-    found = values["phases_run"].get(phase, {}).get("measurements", [])
-    return [m for m in found if m.get(with_figure) is not None]
+    measurements = values["phases_run"].get(phase, {}).get("measurements", [])
+    return [m for m in measurements if m.get(with_figure) is not None]
 
 
 def source_hash(root: Path) -> str:
@@ -179,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="a gpu.json")
     path = parser.parse_args(argv).results
-    values = json.loads(path.read_text())
+    values = load(path)
     draw(values, path.with_suffix(".png"))
     sys.stdout.write(table(values) + "\n")
 

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from valle.jobs.bench.gpu.plan import Schedule
     from valle.jobs.bench.gpu.report import Results
+    from valle.jobs.bench.gpu.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "valle.jobs.bench.gpu.run"
@@ -45,23 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `python3 jobs/bench/gpu/run.py` where nothing is installed: as a module, from the root
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments])
-    return bench(arguments)
+    return run(arguments)
 
 
-def bench(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """The command proper, once the package is importable."""
     from valle.jobs.bench.gpu import report
-    from valle.jobs.bench.gpu.plan import schedule
+    from valle.jobs.bench.gpu.schedule import schedule_for
 
-    arguments = parse(argv)
+    arguments = parse_arguments(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     phases: tuple[str, ...] = arguments.phases
-    times = schedule(phases).scaled(arguments.time_scale)
-    ends = time.time() + times.total
+    schedule = schedule_for(phases).scaled(arguments.time_scale)
+    deadline = time.time() + schedule.total
     out: Path = arguments.out
     results = report.Results(
-        out, about={
+        out, header={
             "device": arguments.device, "size": arguments.size, "quick": arguments.quick,
             "phases": list(phases), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "source_sha256": report.source_hash(ROOT),
@@ -74,12 +74,12 @@ def bench(argv: Sequence[str]) -> int:
         scratch = Path(name)
         try:
             for phase in phases:
-                result = run_or_skip(phase, arguments, results, times, ends, scratch, log)
+                result = run_or_skip(phase, arguments, results, schedule, deadline, scratch, log)
                 results.add(phase, result)
                 print(results.lines(phase), flush=True)
                 if result["status"] == "stopped":
                     break
-        except Stopped as error:  # between two phases
+        except StopRequested as error:  # between two phases
             for phase in [name for name in phases if name not in results.values["phases_run"]][:1]:
                 results.add(phase, {"status": "stopped", "reason": f"before it began: {error}"})
     results.finish()
@@ -87,15 +87,17 @@ def bench(argv: Sequence[str]) -> int:
     return results.exit_code
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, with defaults filled in."""
-    from valle.jobs.bench.gpu.plan import DEFAULT, PHASES, SIZES
+    from valle.jobs.bench.gpu.schedule import DEFAULT_PHASES, PHASES, SIZES
 
     parser = argparse.ArgumentParser(
-        prog="bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--phases", default=",".join(DEFAULT), help=f"of {', '.join(PHASES)}; `all` (%(default)s)"
+        "--phases",
+        default=",".join(DEFAULT_PHASES),
+        help=f"of {', '.join(PHASES)}; `all` (%(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -123,36 +125,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run_or_skip(
-    phase: str, arguments: argparse.Namespace, results: "Results", times: "Schedule", ends: float,
-    scratch: Path, log: Any,
+    phase: str, arguments: argparse.Namespace, results: "Results", schedule: "Schedule",
+    deadline: float, scratch: Path, log: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A phase's result; what it has measured is in `results` before. `ends`: Unix time at which the
-    last phase is to be through."""
-    from valle.jobs.bench.gpu.plan import PHASES
+    """A phase's result; what it has measured is in `results` before. `deadline`: Unix time at
+    which the last phase is to be through."""
+    from valle.jobs.bench.gpu.schedule import PHASES
 
-    limit = times.limit(arguments.phases, phase, ends - time.time())
+    limit = schedule.limit(arguments.phases, phase, deadline - time.time())
     if limit < 1:
         return {"status": "skipped", "reason": "no time was left"}
     print(f"{phase} {PHASES[phase].title}: {limit:.0f} s at most", flush=True)
-    show = partial(results.add, phase)
-    return run_phase(phase, arguments, results.card, limit, scratch, log, show)
+    on_result = partial(results.add, phase)
+    return run_phase(phase, arguments, results.limits, limit, scratch, log, on_result)
 
 
-class Stopped(Exception):
+class StopRequested(Exception):
     """The command was told to stop."""
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Stopped(signal.Signals(number).name)
+    raise StopRequested(signal.Signals(number).name)
 
 
 def run_phase(
-    phase: str, arguments: argparse.Namespace, card: dict[str, Any] | None, limit: float,
-    scratch: Path, log: Any, show: Callable[[dict[str, Any]], None],
+    phase: str, arguments: argparse.Namespace, limits: dict[str, Any] | None, limit: float,
+    scratch: Path, log: Any, on_result: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """A phase's result, whatever became of its process; `show` is given what it has measured so
-    far, now and then: the machine may be taken away at any moment."""
-    from valle.jobs.bench.gpu.plan import GRACE, PHASES
+    """A phase's result, whatever became of its process; `on_result` is given what it has measured
+    so far, now and then: the machine may be taken away at any moment."""
+    from valle.jobs.bench.gpu.schedule import GRACE_SECONDS, PHASES
 
     path = scratch / f"{phase}.json"
     started = time.time()
@@ -161,11 +163,11 @@ def run_phase(
         "--deadline", str(started + limit), "--device", arguments.device,
         "--size", arguments.size, "--scratch", str(scratch),
     ]  # fmt: skip
-    command += ["--card", json.dumps(card)] if card else []
+    command += ["--limits", json.dumps(limits)] if limits else []
     command += ["--quick"] if arguments.quick else []
     log.write(f"==> {phase}\n".encode())
     log.flush()
-    begins = log.tell()
+    start = log.tell()
     # a session of its own: what it starts (compilers' workers) ends with it
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -173,23 +175,23 @@ def run_phase(
         start_new_session=True,
     )  # fmt: skip
     try:
-        code = wait(process, started + limit + GRACE, path, show)
+        code = wait_for_phase(process, started + limit + GRACE_SECONDS, path, on_result)
         status, reason = "crashed", f"the process ended with status {code}"
     except subprocess.TimeoutExpired:
-        status, reason = "killed", f"it went on {GRACE:.0f} s after its time"
-    except Stopped as error:
+        status, reason = "killed", f"it went on {GRACE_SECONDS:.0f} s after its time"
+    except StopRequested as error:
         status, reason = "stopped", f"the command was told to stop: {error}"
     finally:
-        end_session(process)
+        kill_process_group(process)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if status == "stopped" or result.get("status") not in ("done", "failed"):
-        result |= {"status": status, "reason": reason, "log": log_tail(Path(log.name), begins)}
+        result |= {"status": status, "reason": reason, "log": log_tail(Path(log.name), start)}
     return result | {"wall_seconds": round(time.time() - started, 1)}
 
 
-def wait(
+def wait_for_phase(
     process: "subprocess.Popen[bytes]", until: float, path: Path,
-    show: Callable[[dict[str, Any]], None], every: float = 1.0,
+    on_result: Callable[[dict[str, Any]], None], every: float = 1.0,
 ) -> int:  # fmt: skip
     """A phase's exit status; shows its file meanwhile, whenever there is a new one. Raises
     TimeoutExpired when the process is still there at the Unix time `until`."""
@@ -200,12 +202,12 @@ def wait(
         except subprocess.TimeoutExpired:
             if path.exists() and (changed := path.stat().st_mtime_ns) != seen:
                 seen = changed
-                show(json.loads(path.read_text()))
+                on_result(json.loads(path.read_text()))
             if time.time() >= until:
                 raise
 
 
-def end_session(process: "subprocess.Popen[bytes]") -> None:
+def kill_process_group(process: "subprocess.Popen[bytes]") -> None:
     """Kills what is left of a phase's own process group, which is never this one."""
     with contextlib.suppress(ProcessLookupError):  # all of it had ended
         os.killpg(process.pid, signal.SIGKILL)
@@ -219,7 +221,7 @@ def phase_environment(device: str, scratch: Path) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return settings.environment(
+    return settings.child_environment(
         VALLE_HOME=str(scratch), VALLE_CACHE=str(scratch / "cache"),
         TORCHINDUCTOR_CACHE_DIR=str(scratch / "inductor"), TRITON_CACHE_DIR=str(scratch / "triton"),
         TORCH_EXTENSIONS_DIR=str(scratch / "extensions"), MPLCONFIGDIR=str(scratch / "matplotlib"),
@@ -229,11 +231,11 @@ def phase_environment(device: str, scratch: Path) -> dict[str, str]:
     )  # fmt: skip
 
 
-def log_tail(path: Path, begins: int, n_bytes: int = 4000) -> str:
-    """The end of what a phase printed, of which the first byte is number `begins` of the file."""
+def log_tail(path: Path, start: int, n_bytes: int = 4000) -> str:
+    """The end of what a phase printed, of which the first byte is number `start` of the file."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(begins, size - n_bytes))
+        file.seek(max(start, size - n_bytes))
         return file.read().decode(errors="replace")
 
 

@@ -24,18 +24,18 @@ from typing import Final
 import numpy as np
 import torch
 
-from valle.jobs.bench.gpu import attention, compiling, samples, timing
-from valle.jobs.bench.gpu.parallel import CODEC
-from valle.jobs.bench.gpu.record import Bench
+from valle.jobs.bench.gpu import attention, compiling, device_timing, synthetic
+from valle.jobs.bench.gpu.parallel import CODEC_IDENTITY
+from valle.jobs.bench.gpu.record import PhaseContext
 from valle.jobs.training import backends
 from valle.jobs.training.loader import Loader
 from valle.jobs.training.objective import (
-    Optimization,
-    cut_responses,
     draw_levels,
     drop_conditions,
     seed_step,
+    truncate_responses,
 )
+from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.model.config import Kind, ModelConfig
 from valle.model.sequence import Batch
@@ -46,18 +46,18 @@ from valle.platform.dataset import Statistics, TokenDataset
 
 KINDS: Final[tuple[Kind, ...]] = ("ar", "nar")
 MODES: Final = ("fp32", "TF32", "bf16", "bf16 + compile")
-TOKENS: Final = (4_000, 32_000, 64_000)
+BATCH_TOKENS: Final = (4_000, 32_000, 64_000)
 FLOOR_TOKENS = 32_000
-CONDITION_DROPOUT, BEGINNINGS = 0.1, 0.25
+CONDITION_DROPOUT, TRUNCATED_SHARE = 0.1, 0.25
 """As recipes have them."""
 
 FLOOR_NAME, FLOOR = "MFU of ar, bf16, compiled, 32,000 tokens", 0.15
 """Against P0's rate."""
 
-WARM, MOST, LEAST_SECONDS = 3, 8, 3.0
+WARMUP_STEPS, MAX_STEPS, MIN_SECONDS = 3, 8, 3.0
 """Steps before the clock, steps under it, and the time after which fewer will do."""
 
-PRODUCTS_SHARE: Final = {"fp32": 0.8, "TF32": 0.3, "bf16": 0.15, "bf16 + compile": 0.2}
+MATMUL_SHARE: Final = {"fp32": 0.8, "TF32": 0.3, "bf16": 0.15, "bf16 + compile": 0.2}
 """Least share of the time that matrix products are expected to take, to know what a case needs."""
 
 
@@ -79,27 +79,29 @@ class Case:
         """Whether its blocks are."""
         return self.mode.endswith("compile")
 
-    def seconds(self, bench: Bench) -> float:
+    def estimated_seconds(self, context: PhaseContext) -> float:
         """What it needs: twelve steps and a start; and compiling, which takes less where the same
         model has been compiled before."""
-        card, config = bench.card, bench.config
-        peak = {"fp32": card.fp32_flops, "TF32": card.tf32_flops}.get(self.mode, card.bf16_flops)
+        limits, config = context.limits, context.config
+        peak = {"fp32": limits.fp32_flops, "TF32": limits.tf32_flops}.get(
+            self.mode, limits.bf16_flops
+        )
         flops = 12 * self.tokens * 80 * config.n_layers * config.width**2
-        needed = flops / (peak * PRODUCTS_SHARE[self.mode]) + 3
+        needed = flops / (peak * MATMUL_SHARE[self.mode]) + 3
         if not self.compiled:
             return needed
-        if bench.quick:
-            return needed + compiling.QUICK_SECONDS
-        anew = self.tokens == FLOOR_TOKENS
-        return needed + (compiling.FIRST_SECONDS if anew else compiling.AGAIN_SECONDS)
+        if context.quick:
+            return needed + compiling.SHALLOW_COMPILE_SECONDS
+        cold = self.tokens == FLOOR_TOKENS
+        return needed + (compiling.COLD_COMPILE_SECONDS if cold else compiling.WARM_COMPILE_SECONDS)
 
 
-def cases(quick: bool, on_card: bool) -> list[Case]:
+def cases(quick: bool, on_gpu: bool) -> list[Case]:
     """All combinations, those first that say most: time may end before they do."""
     if quick:
         eager = [Case(kind, 600, mode) for kind in KINDS for mode in ("fp32", "bf16")]
-        return [*eager, Case("ar", 600, "bf16 + compile")] if on_card else eager
-    small, middle, large = TOKENS
+        return [*eager, Case("ar", 600, "bf16 + compile")] if on_gpu else eager
+    small, middle, large = BATCH_TOKENS
     eager_modes, compiled = MODES[:-1], MODES[-1]
     return [
         Case("ar", middle, "bf16"),
@@ -117,29 +119,35 @@ def cases(quick: bool, on_card: bool) -> list[Case]:
     ]
 
 
-def run(bench: Bench) -> None:
+def run(context: PhaseContext) -> None:
     """All cases; packed attention, whose kernel could break the card's context, after the first of
     them."""
-    record = bench.record
-    if not bench.quick:
+    record = context.record
+    if not context.quick:
         record.expect_floor(FLOOR_NAME, FLOOR)
-    loader = make_loader(bench)
-    todo = cases(bench.quick, bench.on_card)
-    missing = compiling.missing(bench.device) if any(case.compiled for case in todo) else None
+    loader = make_loader(context)
+    todo = cases(context.quick, context.on_gpu)
+    unavailable = (
+        compiling.unavailable_reason(context.device)
+        if any(case.compiled for case in todo)
+        else None
+    )
     for number, case in enumerate(todo):
         if number == 2:
-            record.attempt("varlen_attn", partial(attention.compare, bench), 5)
-        if case.compiled and missing is not None:
-            record.leave_out(case.name, missing)
+            record.attempt("varlen_attn", partial(attention.compare, context), 5)
+        if case.compiled and unavailable is not None:
+            record.skip(case.name, unavailable)
             continue
-        record.attempt(case.name, partial(measure, bench, loader, case), case.seconds(bench))
+        record.attempt(
+            case.name, partial(measure, context, loader, case), case.estimated_seconds(context)
+        )
 
 
-def make_loader(bench: Bench) -> Loader:
+def make_loader(context: PhaseContext) -> Loader:
     """The training job's loader over utterances like LibriTTS's: two to twenty seconds, eleven on
     average, a phoneme for four frames."""
     generator = np.random.default_rng(0)
-    count, scale = (60, 0.05) if bench.quick else (1000, 1.0)
+    count, scale = (60, 0.05) if context.quick else (1000, 1.0)
     seconds = np.clip(generator.lognormal(np.log(10), 0.4, count), 2, 20) * scale
     rows = []
     for number, frames in enumerate((seconds * FRAME_RATE).astype(int).tolist()):
@@ -147,80 +155,86 @@ def make_loader(bench: Bench) -> Loader:
             {
                 "id": f"u{number:05d}", "speaker": f"s{number // 20}", "language": "en-us",
                 "text": "", "phonemes": generator.integers(2, 100, max(1, frames // 4)).tolist(),
-                "codes": samples.random_codes(generator, N_CODEBOOKS, frames), "frames": frames,
+                "codes": synthetic.random_codes(generator, N_CODEBOOKS, frames), "frames": frames,
                 "source": "made",
             }
         )  # fmt: skip
-    uri, statistics, shards = str(bench.scratch / "tokens"), Statistics(), []
+    uri, statistics, shards = str(context.scratch / "tokens"), Statistics(), []
     for start in range(0, count, 250):
-        table = dataset.table(rows[start : start + 250])
+        table = dataset.to_table(rows[start : start + 250])
         statistics.add(table)
         shards.append(dataset.write_shard(uri, f"part{start}", table))
-    dataset.write_manifest(uri, CODEC, shards, statistics)
+    dataset.write_manifest(uri, CODEC_IDENTITY, shards, statistics)
     return Loader(
-        TokenDataset(uri, bench.scratch / "cache"), prompt_seconds=3.0 * scale, held_out=10, seed=0
+        TokenDataset(uri, context.scratch / "cache"),
+        prompt_seconds=3.0 * scale,
+        validation_utterances=10,
+        seed=0,
     )
 
 
-def measure(bench: Bench, loader: Loader, case: Case) -> None:
+def measure(context: PhaseContext, loader: Loader, case: Case) -> None:
     """Steps of one case, compiled or not."""
     if not case.compiled:
-        measure_steps(bench, loader, case)
+        measure_steps(context, loader, case)
         return
-    with compiling.strict() as compilations:
-        measure_steps(bench, loader, case, compilations)
+    with compiling.strict() as counters:
+        measure_steps(context, loader, case, counters)
 
 
 def measure_steps(
-    bench: Bench, loader: Loader, case: Case, compilations: compiling.Compilations | None = None
+    context: PhaseContext,
+    loader: Loader,
+    case: Case,
+    counters: compiling.CompileCounters | None = None,
 ) -> None:
     """Steps of one case, and a last one in which waits are counted."""
-    device, config = bench.device, bench.config
-    timing.allow_tf32(matmul=case.mode == "TF32", convolution=False)
-    timing.reset_peak(device)
-    model = samples.build(case.kind, config, device)
+    device, config = context.device, context.config
+    device_timing.allow_tf32(matmul=case.mode == "TF32", convolution=False)
+    device_timing.reset_peak(device)
+    model = synthetic.build_model(case.kind, config, device)
     if case.compiled:
         model.transformer.compile(dynamic=True)
-    backend = backends.DDP(model, Optimization(), device, case.mode.startswith("bf16"))
+    backend = backends.DDPBackend(model, Optimization(), device, case.mode.startswith("bf16"))
     model.train()
-    stream = prepared(loader, case, config)
-    begun = time.perf_counter()
-    for step in range(WARM):
-        take_step(backend, *next(stream), step)
-    timing.synchronize(device)
-    warm_seconds = time.perf_counter() - begun
+    stream = training_batches(loader, case, config)
+    started = time.perf_counter()
+    for step in range(WARMUP_STEPS):
+        train_step(backend, *next(stream), step)
+    device_timing.synchronize(device)
+    warmup_seconds = time.perf_counter() - started
     batches: list[Batch] = []
     loader_seconds = 0.0
     started = time.perf_counter()
-    for step in range(MOST):
+    for step in range(MAX_STEPS):
         before = time.perf_counter()
         batch, level = next(stream)
         loader_seconds += time.perf_counter() - before
-        loss = take_step(backend, batch, level, step)
+        loss = train_step(backend, batch, level, step)
         batches.append(batch)
-        if time.perf_counter() - started > LEAST_SECONDS and step >= 2:
+        if time.perf_counter() - started > MIN_SECONDS and step >= 2:
             break
-    timing.synchronize(device)
+    device_timing.synchronize(device)
     seconds = time.perf_counter() - started
     totals, steps = Totals.of(case.kind, config, batches), len(batches)
-    rate, data_sheet = totals.flops / seconds, bench.card.data_sheet
-    bench.record.measurement(
-        case.name, milliseconds=1000 * seconds / steps, mfu=rate / bench.card.bf16_flops,
-        mfu_data_sheet=None if data_sheet is None else rate / data_sheet,
+    rate, data_sheet_flops = totals.flops / seconds, context.limits.data_sheet_flops
+    context.record.measurement(
+        case.name, milliseconds=1000 * seconds / steps, mfu=rate / context.limits.bf16_flops,
+        mfu_data_sheet=None if data_sheet_flops is None else rate / data_sheet_flops,
         tokens_per_second=totals.tokens / seconds, tokens_per_step=totals.tokens / steps,
-        rows_per_step=totals.rows / steps, peak_gigabytes=timing.peak_gigabytes(device),
+        rows_per_step=totals.rows / steps, peak_gigabytes=device_timing.peak_gigabytes(device),
         padding=1 - totals.tokens / totals.padded, loader_share=loader_seconds / seconds,
-        steps=steps, warm_up_seconds=warm_seconds,
-        graphs_traced=None if compilations is None else compilations.graphs,
+        steps=steps, warmup_seconds=warmup_seconds,
+        graphs_traced=None if counters is None else counters.graphs,
     )  # fmt: skip
     if case == Case("ar", FLOOR_TOKENS, "bf16 + compile"):
-        bench.record.floor(FLOOR_NAME, rate / bench.card.bf16_flops)
+        context.record.floor(FLOOR_NAME, rate / context.limits.bf16_flops)
     value = loss.item()
-    bench.record.check(f"{case.name}: the loss is a number", math.isfinite(value), loss=value)
+    context.record.check(f"{case.name}: the loss is a number", math.isfinite(value), loss=value)
     batch, level = next(stream)
-    copies = timing.count_syncs(device, lambda: (batch.to(device), level.to(device)))
-    syncs = timing.count_syncs(device, lambda: take_step(backend, batch, level, 0))
-    bench.record.measurement(
+    copies = device_timing.count_syncs(device, lambda: (batch.to(device), level.to(device)))
+    syncs = device_timing.count_syncs(device, lambda: train_step(backend, batch, level, 0))
+    context.record.measurement(
         f"{case.name}: waits for the card", per_step=syncs, of_these_copies=copies
     )
 
@@ -246,22 +260,22 @@ class Totals:
         )
 
 
-def prepared(
+def training_batches(
     loader: Loader, case: Case, config: ModelConfig
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Batches and levels on the CPU, as the training loop prepares them."""
     # tokens alone bound a batch: a bound on rows would leave large ones half empty
-    batching = Batching(tokens=case.tokens, max_utterances=10**6)
+    batching = Batching(max_tokens=case.tokens, max_utterances=10**6)
     for _, number, batch in loader.batches(batching, TrainState(), 0, 1):
         key = f"bench/{number}"
         level = draw_levels(len(batch.frames), N_CODEBOOKS, key)
         batch = drop_conditions(batch, key, CONDITION_DROPOUT)
         if case.kind == "nar":
-            batch = cut_responses(batch, key, BEGINNINGS, config.frames_per_phoneme)
+            batch = truncate_responses(batch, key, TRUNCATED_SHARE, config.frames_per_phoneme)
         yield batch, level
 
 
-def take_step(
+def train_step(
     backend: backends.Backend, batch: Batch, level: torch.Tensor, step: int
 ) -> torch.Tensor:
     """One update; returns the loss, still on the device."""

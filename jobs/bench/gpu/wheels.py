@@ -20,10 +20,10 @@ FOLDER = ROOT / ".whl"
 LIMIT = 64 * 2**20
 """Bytes that tree and wheels may be together."""
 
-BUILT: Final = ("encodec", "deepspeed")
+SOURCE_ONLY: Final = ("encodec", "deepspeed")
 """Published as source only."""
 
-DOWNLOADED: Final = (
+WHEELS: Final = (
     "annotated-types", "cachetools", "dacite", "einops", "filelock", "hjson", "jaxtyping",
     "msgpack", "packaging", "psutil", "py-cpuinfo", "pydantic", "pydantic-core", "tqdm",
     "typing-extensions", "typing-inspection", "wadler-lindig",
@@ -37,35 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", type=Path, default=FOLDER, help="folder, emptied (%(default)s)")
-    folder = parser.parse_args(argv).to
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder, emptied (%(default)s)")
+    folder = parser.parse_args(argv).out
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pins = versions((ROOT / "constraints.txt").read_text())
+    pins = pinned_versions((ROOT / "constraints.txt").read_text())
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "-w", str(folder), *pinned(BUILT, pins)], check=True
+        [*pip, "wheel", "--no-deps", "-w", str(folder), *requirements(SOURCE_ONLY, pins)],
+        check=True,
     )
-    where = [part for platform in PLATFORMS for part in ("--platform", platform)]
+    platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
     subprocess.run(
         [
             *pip, "download", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
-            "--python-version", PYTHON_VERSION, *where, "-d", str(folder),
-            *pinned(DOWNLOADED, pins),
+            "--python-version", PYTHON_VERSION, *platforms, "-d", str(folder),
+            *requirements(WHEELS, pins),
         ],
         check=True,
     )  # fmt: skip
     wheels = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
-    return report(wheels, tracked_bytes())
+    return print_sizes(wheels, tracked_bytes())
 
 
-def versions(constraints: str) -> dict[str, str]:
+def pinned_versions(constraints: str) -> dict[str, str]:
     """Exact versions by normalised name, of lines like `name==1.2`."""
     lines = re.findall(r"^([\w.-]+)==(\S+)", constraints, re.MULTILINE)
     return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
-def pinned(names: Sequence[str], pins: dict[str, str]) -> list[str]:
+def requirements(names: Sequence[str], pins: dict[str, str]) -> list[str]:
     """Requirements with exact versions. Raises ValueError for a name that has none."""
     missing = [name for name in names if name not in pins]
     if missing:
@@ -81,7 +82,7 @@ def tracked_bytes() -> int:
     return sum((ROOT / name).lstat().st_size for name in names if name and (ROOT / name).exists())
 
 
-def report(wheels: dict[str, int], tree: int) -> int:
+def print_sizes(wheels: dict[str, int], tree: int) -> int:
     """Prints sizes; 1 when they are over the limit, else 0."""
     for name, size in wheels.items():
         print(f"{size / 2**20:7.2f} MiB  {name}")

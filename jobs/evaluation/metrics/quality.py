@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from valle.jobs.evaluation.metrics import JUDGE_RATE
-from valle.model.codec.encodec import ensure_torchaudio
+from valle.jobs.evaluation.metrics import METRIC_SAMPLE_RATE
 from valle.model.codec.interface import Wave
+from valle.model.codec.torchaudio_stub import ensure_torchaudio
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
 
@@ -23,7 +23,7 @@ class DistillMos:
         import torch
 
         with torch.inference_mode():
-            samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, JUDGE_RATE))
+            samples = torch.from_numpy(audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE))
             return float(self._model(samples[None]).item())
 
 
@@ -34,5 +34,5 @@ class Dnsmos:
         """Score of a 24 kHz recording; short ones are repeated up to nine seconds."""
         from speechmos import dnsmos
 
-        samples = audio.resample(wave, SAMPLE_RATE, JUDGE_RATE)
-        return float(dnsmos.run(np.clip(samples, -1, 1), JUDGE_RATE)["ovrl_mos"])
+        samples = audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE)
+        return float(dnsmos.run(np.clip(samples, -1, 1), METRIC_SAMPLE_RATE)["ovrl_mos"])

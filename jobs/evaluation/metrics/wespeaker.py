@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.metrics import JUDGE_RATE
+from valle.jobs.evaluation.metrics import METRIC_SAMPLE_RATE
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MARK: Final = b"ORTM"
 """Identifier of an ONNX Runtime flatbuffer, four bytes after its start."""
-_SHORTEST: Final = 0.4
+_MIN_SECONDS: Final = 0.4
 """Seconds; a shorter recording has no embedding worth comparing."""
 
 
@@ -42,10 +42,10 @@ class WeSpeaker:
         None for silence and for less than 0.4 s of sound.
         """
         try:
-            samples = audio.resample(audio.trim(wave), SAMPLE_RATE, JUDGE_RATE)
+            samples = audio.resample(audio.trim(wave), SAMPLE_RATE, METRIC_SAMPLE_RATE)
         except audio.AudioError:
             return None
-        if len(samples) < _SHORTEST * JUDGE_RATE:
+        if len(samples) < _MIN_SECONDS * METRIC_SAMPLE_RATE:
             return None
         features = filterbank(samples)
         features -= features.mean(0)  # of the channel, as in its training
@@ -60,12 +60,12 @@ def filterbank(samples: Wave) -> NDArray[np.float32]:
     from kaldi_native_fbank import FbankOptions, OnlineFbank
 
     options = FbankOptions()
-    options.frame_opts.samp_freq = JUDGE_RATE
+    options.frame_opts.samp_freq = METRIC_SAMPLE_RATE
     options.frame_opts.dither = 0.0
     options.frame_opts.window_type = "hamming"
     options.mel_opts.num_bins = 80
     computer = OnlineFbank(options)
-    computer.accept_waveform(JUDGE_RATE, (samples * 32768).tolist())  # Kaldi's 16-bit scale
+    computer.accept_waveform(METRIC_SAMPLE_RATE, (samples * 32768).tolist())  # Kaldi's 16-bit scale
     computer.input_finished()
     frames = [computer.get_frame(index) for index in range(computer.num_frames_ready)]
     return np.stack(frames).astype(np.float32)

@@ -23,8 +23,8 @@ from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS, SAMPLE_RATE
 from valle.serve.engine.request import Request
 
 GOLDEN = Path(valle.__file__).resolve().parent.parent / "tests" / "golden"
-SPOKEN = Sampling(top_p=0.9, repetition_threshold=0.1)
-GUIDED = replace(SPOKEN, guidance_scale=1.5)
+SAMPLING = Sampling(top_p=0.9, repetition_threshold=0.1)
+GUIDED_SAMPLING = replace(SAMPLING, guidance_scale=1.5)
 """How sentences are spoken by default: `model.valle.Synthesis().ar`, whose module needs packages
 for text that a bare machine lacks."""
 
@@ -37,7 +37,7 @@ SAMPLINGS = (
 """Guided ways to draw, all different."""
 
 
-def build(kind: Kind, config: ModelConfig, device: torch.device, seed: int = 0) -> AR | NAR:
+def build_model(kind: Kind, config: ModelConfig, device: torch.device, seed: int = 0) -> AR | NAR:
     """An untrained model, made on the device: a large one's weights take seconds on a CPU."""
     torch.manual_seed(seed)
     with device:
@@ -52,7 +52,7 @@ def perturb(model: AR | NAR, size: float) -> None:
         parameter.data += size * noise.to(parameter)
 
 
-def golden(kind: Kind) -> AR | NAR:
+def golden_model(kind: Kind) -> AR | NAR:
     """A model with the weights that the repository's tests pin."""
     model = AR(TINY) if kind == "ar" else NAR(TINY)
     weights = load_file(GOLDEN / f"{kind}.safetensors")
@@ -60,7 +60,7 @@ def golden(kind: Kind) -> AR | NAR:
     return model.eval()
 
 
-def lively(group: int, config: ModelConfig = TINY) -> AR:
+def short_ar(group: int, config: ModelConfig = TINY) -> AR:
     """An AR model of random weights that stops somewhere between a frame and a few dozen."""
     torch.manual_seed(0)
     model = AR(replace(config, group=group))
@@ -90,19 +90,19 @@ def random_batch(*frames: int, seed: int = 0) -> Batch:
     return collate(phonemes, prompts, codes)
 
 
-def requests(count: int, max_frames: int = 40) -> list[Request]:
+def random_requests(count: int, max_frames: int = 40) -> list[Request]:
     """Guided requests of unequal lengths, each with a seed and a way to draw of its own."""
-    asked = []
+    requests = []
     for number in range(count):
         phonemes, prompt, _ = random_items(12 + 3 * number, seed=number)[0]
-        asked.append(
+        requests.append(
             Request(
                 id=f"r{number}", phonemes=phonemes.tolist(),
                 prompt=prompt.numpy().astype(np.int16), max_frames=max_frames, seed=number,
                 sampling=SAMPLINGS[number % len(SAMPLINGS)],
             )
         )  # fmt: skip
-    return asked
+    return requests
 
 
 def random_codes(generator: np.random.Generator, *shape: int) -> NDArray[np.int16]:

@@ -18,15 +18,15 @@ from valle.jobs.evaluate import EvaluateRecipe, evaluate
 from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe, prepare
 from valle.jobs.synthesize import SynthesizeRecipe, synthesize
-from valle.jobs.train import fit, prepare_run
+from valle.jobs.train import fit, resolve_recipe
 from valle.jobs.train_codec import CodecRecipe
 from valle.jobs.train_codec import fit as fit_codec
-from valle.jobs.training.recipe import Size, TrainRecipe
+from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.sampler import Batching
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.platform import checkpoint, resources, settings
 from valle.platform.autoscaler import NodeShape
-from valle.platform.capacity import survey
+from valle.platform.capacity import inspect_cluster
 from valle.platform.cluster import connect
 from valle.platform.resources import Accelerator, Placement
 
@@ -44,7 +44,7 @@ def driver(head: clusters.Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         yield
 
 
-def placed(head: clusters.Head, name: str) -> list[tuple[str, float]]:
+def actor_placements(head: clusters.Head, name: str) -> list[tuple[str, float]]:
     """(node id, share of a GPU) of every actor whose class has `name` in it, dead ones included,
     but not those that were never placed."""
     from ray.util.state import list_actors
@@ -62,7 +62,7 @@ def gpu_share(required: dict[str, float]) -> float:
     return max((share for key, share in required.items() if key.startswith("GPU")), default=0.0)
 
 
-def ran(head: clusters.Head, name: str) -> set[str]:
+def task_nodes(head: clusters.Head, name: str) -> set[str]:
     """Nodes that ran a task whose name has `name` in it."""
     from ray.util.state import list_tasks
 
@@ -77,7 +77,7 @@ def gpu_node() -> str:
     return str(node)
 
 
-def preparation(
+def make_prepare_recipe(
     home: Path, codec: Path, accelerator: Accelerator, shards: int = 1
 ) -> PrepareRecipe:
     """Eight recordings of noise."""
@@ -93,12 +93,14 @@ def preparation(
     )  # fmt: skip
 
 
-def training(home: Path, codec: Path, data: str, placement: Placement, workers: int) -> TrainRecipe:
-    return prepare_run(
+def make_train_recipe(
+    home: Path, codec: Path, data: str, placement: Placement, workers: int
+) -> TrainRecipe:
+    return resolve_recipe(
         TrainRecipe(
             data=data, run="placed", codec=str(codec), workers=workers, models=("ar",),
-            model=Size(width=16, n_heads=2, n_layers=1), steps={"ar": 2}, samples=0,
-            batching=Batching(tokens=300), prompt_seconds=0.3, validation_utterances=3,
+            model=ModelSize(width=16, n_heads=2, n_layers=1), steps={"ar": 2}, samples=0,
+            batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=3,
             checkpoint_every=2, placement=placement,
         )
     )  # fmt: skip
@@ -106,7 +108,7 @@ def training(home: Path, codec: Path, data: str, placement: Placement, workers: 
 
 @pytest.mark.ray
 def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A head without a GPU, a node with two: `gpu` and `auto` alike leave the head alone, and with
@@ -117,44 +119,45 @@ def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     write_dataset(str(home / "data"), tiny_codec)
     with (
-        clusters.head(4) as head, clusters.joined(head, 3, 2, "role=train"),
+        clusters.head(4) as head, clusters.worker_node(head, 3, 2, "role=train"),
         driver(head, monkeypatch),
     ):  # fmt: skip
         clusters.wait_for(lambda: ray.cluster_resources().get("GPU") == 2, 60, "the second node")
-        there = gpu_node()
+        node = gpu_node()
         labels = {"role": "train"}
-        chosen = preparation(home, tiny_codec_folder, "gpu", shards=2)
-        chosen = replace(chosen, placement=replace(chosen.placement, node_labels=labels))
-        report = prepare(chosen)
+        recipe = make_prepare_recipe(home, tiny_codec_folder, "gpu", shards=2)
+        recipe = replace(recipe, placement=replace(recipe.placement, node_labels=labels))
+        report = prepare(recipe)
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
-        assert set(placed(head, "Quantise")) == {(there, 1.0)}
-        assert set(placed(head, "Phonemise")) == {(there, 0.0)}
-        assert ran(head, "Decode") == {there}
+        assert set(actor_placements(head, "EncodeShard")) == {(node, 1.0)}
+        assert set(actor_placements(head, "Phonemize")) == {(node, 0.0)}
+        assert task_nodes(head, "DecodeAudio") == {node}
         assert (
-            "prepare: placed: 0.5 CPUs and 1 GPUs for each worker, on nodes with {'role': 'train'};"
-            " workers that fit now: 2, at most: 2" in capsys.readouterr().err
+            "prepare: placement: 0.5 CPUs and 1 GPUs for each worker, "
+            "on nodes with {'role': 'train'}; workers that fit now: 2, at most: 2"
+            in capsys.readouterr().err
         )
 
         # three halves on two GPUs: at least two of them are one GPU's
         half = Placement(accelerator="auto", gpus_per_worker=0.5)
-        uri = fit(training(home, tiny_codec_folder, "data", half, workers=3), "ar")
+        uri = fit(make_train_recipe(home, tiny_codec_folder, "data", half, workers=3), "ar")
         assert checkpoint.load_state(Path(uri)).step == 2
-        assert placed(head, "RayTrainWorker") == [(there, 0.5)] * 3
+        assert actor_placements(head, "RayTrainWorker") == [(node, 0.5)] * 3
 
         with pytest.raises(
             ValueError, match="train.workers: 4 worker.*the cluster holds 3: 2 node"
         ):
-            fit(training(home, tiny_codec_folder, "data", half, workers=4), "ar")
+            fit(make_train_recipe(home, tiny_codec_folder, "data", half, workers=4), "ar")
         assert ray.util.placement_group([{"GPU": 1}] * 2).wait(60)
         capsys.readouterr()
-        share = resources.resolve(Placement(), "evaluate", cpus=0.9)
-        assert (share.fits_now, share.fits_at_most) == (0, 2)
+        allocation = resources.resolve(Placement(), "evaluate", cpus=0.9)
+        assert (allocation.fits_now, allocation.fits_at_most) == (0, 2)
         assert "evaluate: waiting: 2 of 2 GPUs are in use" in capsys.readouterr().err
-        seen = ray.get(ray.remote(num_cpus=0)(settings.forwarded).remote())
-        assert seen["AWS_ENDPOINT_URL"] == "http://storage:9000"
-        assert seen["VALLE_HOME"] == str(home) == os.environ["VALLE_HOME"]
-        shipped = ray.get_runtime_context().runtime_env["env_vars"]
-        assert "planted" not in shipped.values()
+        worker_env = ray.get(ray.remote(num_cpus=0)(settings.worker_environment).remote())
+        assert worker_env["AWS_ENDPOINT_URL"] == "http://storage:9000"
+        assert worker_env["VALLE_HOME"] == str(home) == os.environ["VALLE_HOME"]
+        env_vars = ray.get_runtime_context().runtime_env["env_vars"]
+        assert "planted" not in env_vars.values()
 
 
 @pytest.mark.ray
@@ -174,25 +177,25 @@ def test_a_job_brings_the_nodes_it_needs(
             time.sleep(2)
             return pa.table({"node": [ray.get_runtime_context().get_node_id()]})
 
-    with clusters.autoscaled({"CPU": 2, "GPU": 1}, 2) as head, driver(head, monkeypatch):
-        cluster = survey()
+    with clusters.autoscaling_head({"CPU": 2, "GPU": 1}, 2) as head, driver(head, monkeypatch):
+        cluster = inspect_cluster()
         assert [(node.cpus, node.gpus) for node in cluster.nodes] == [(0, 0)]
-        assert cluster.node_types == (NodeShape(name="worker", cpus=2, gpus=1, most=2),)
-        share = resources.resolve(Placement(), "train", cpus=1, workers=2, cluster=cluster)
-        assert (share.gpus, share.fits_now, share.fits_at_most) == (1.0, 0, 2)
+        assert cluster.node_types == (NodeShape(name="worker", cpus=2, gpus=1, max_count=2),)
+        allocation = resources.resolve(Placement(), "train", cpus=1, workers=2, cluster=cluster)
+        assert (allocation.gpus, allocation.fits_now, allocation.fits_at_most) == (1.0, 0, 2)
         with pytest.raises(ValueError, match="may be added: worker .2 CPUs, 1 GPUs; 2 at most"):
             resources.resolve(Placement(), "train", cpus=1, workers=3, cluster=cluster)
 
-        share.bound_data()
+        allocation.configure_ray_data()
         blocks = ray.data.from_arrow([pa.table({"number": [number]}) for number in range(24)])
-        rows = share.map_blocks(blocks, Slow, (), None, 24).take_all()
+        rows = allocation.map_blocks(blocks, Slow, (), None, 24).take_all()
         assert len(rows) == 24 and {row["node"] for row in rows} == AUTOSCALED
-        report = prepare(preparation(home, tiny_codec_folder, "auto"))
+        report = prepare(make_prepare_recipe(home, tiny_codec_folder, "auto"))
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
-        ((node, gpus),) = set(placed(head, "Quantise"))
+        ((node, gpus),) = set(actor_placements(head, "EncodeShard"))
         assert node in AUTOSCALED and gpus == 1.0
         # asked from a node other than the head, it is the head that is looked at
-        remote = ray.remote(num_gpus=0.1)(survey)
+        remote = ray.remote(num_gpus=0.1)(inspect_cluster)
         assert ray.get(remote.remote()).node_types == cluster.node_types
 
 
@@ -203,22 +206,23 @@ def test_shares_of_a_core_leave_room_for_what_feeds_them(
 ) -> None:
     """Four actors of half a core would take both cores, and nothing would ever be decoded."""
     half = Placement(accelerator="cpu", cpus_per_worker=0.5)
-    chosen = replace(preparation(home, tiny_codec_folder, "cpu", shards=8), placement=half)
-    with clusters.embedded(num_cpus=2):
-        assert prepare(chosen)["prepared"] == 8
+    recipe = replace(make_prepare_recipe(home, tiny_codec_folder, "cpu", shards=8), placement=half)
+    with clusters.embedded_cluster(num_cpus=2):
+        assert prepare(recipe)["prepared"] == 8
 
 
 @pytest.mark.ray
 def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> None:
     write_dataset(str(home / "data"), tiny_codec)
     gpu = Placement(accelerator="gpu")
-    with clusters.embedded(num_cpus=2):
+    with clusters.embedded_cluster(num_cpus=2):
         for section, job in (
-            ("prepare", lambda: prepare(preparation(home, tiny_codec_folder, "gpu"))),
-            ("train", lambda: fit(training(home, tiny_codec_folder, "data", gpu, 1), "ar")),
-            ("codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
+            ("prepare", lambda: prepare(make_prepare_recipe(home, tiny_codec_folder, "gpu"))),
+            ("train", lambda: fit(
+                make_train_recipe(home, tiny_codec_folder, "data", gpu, 1), "ar")),
+            ("train_codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
             ("synthesize", lambda: synthesize(
                 SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu))),
             ("evaluate", lambda: evaluate(EvaluateRecipe(
@@ -236,7 +240,7 @@ def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use it")
 def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> None:
     """A node whose driver is broken must not train on its CPU without a word."""
     import ray
@@ -247,7 +251,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
         answer: str = ray.get(task.remote())
         return answer
 
-    with clusters.embedded(num_cpus=2, num_gpus=1):
+    with clusters.embedded_cluster(num_cpus=2, num_gpus=1):
         assert ask(0) == "cpu"
         assert ask(0.5, VALLE_LOGICAL_GPUS="1") == "cpu"
         with pytest.raises(RuntimeError, match="Ray gave this worker GPU 0 of node .*, but torch"):
@@ -255,6 +259,6 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
         # a worker of Ray Train has its GPU by a placement group
         write_dataset(str(home / "data"), tiny_codec)
         half = Placement(accelerator="gpu", gpus_per_worker=0.5)  # gloo: this torch has no NCCL
-        chosen = training(home, tiny_codec_folder, "data", half, workers=2)
+        recipe = make_train_recipe(home, tiny_codec_folder, "data", half, workers=2)
         with pytest.raises(TrainingFailedError, match="Ray gave this worker GPU 0 of node"):
-            fit(replace(chosen, max_failures=0), "ar")
+            fit(replace(recipe, max_failures=0), "ar")

@@ -1,9 +1,14 @@
-"""Weights of nano 2's quantiser: safetensors in half precision and a JSON of its sizes."""
+"""Weights of codecs: their hash, and the files of nano 2's quantiser.
 
+These are safetensors in half precision and a JSON of its sizes.
+"""
+
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -11,6 +16,16 @@ from valle.model.codec.quantizer import Quantizer, QuantizerConfig
 
 _TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
 """Running averages of the codebooks, needed to go on training only."""
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, independent of the file format."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else b"")
+    return digest.hexdigest()
 
 
 def inference_weights(quantizer: Quantizer) -> dict[str, Tensor]:
@@ -25,8 +40,10 @@ def inference_weights(quantizer: Quantizer) -> dict[str, Tensor]:
 def save_quantizer(quantizer: Quantizer, folder: Path) -> None:
     """Writes `model.safetensors` and `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: value.half().contiguous() for name, value in inference_weights(quantizer).items()}
-    save_file(kept, folder / "model.safetensors")
+    weights = {
+        name: value.half().contiguous() for name, value in inference_weights(quantizer).items()
+    }
+    save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(quantizer.config), indent=2) + "\n")
 
 

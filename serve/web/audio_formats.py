@@ -12,9 +12,9 @@ import numpy as np
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 
-Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
-FORMATS: tuple[str, ...] = get_args(Format)
+AUDIO_FORMATS: tuple[str, ...] = get_args(AudioFormat)
 
 MEDIA_TYPES = {
     "mp3": "audio/mpeg", "opus": "audio/ogg", "aac": "audio/aac", "flac": "audio/flac",
@@ -32,14 +32,14 @@ _BIT_RATE = 64_000
 """Of the lossy formats: transparent for one voice at 24 kHz."""
 
 
-class Encoder:
+class AudioEncoder:
     """Takes samples in pieces and gives the bytes of a file in pieces.
 
     Nothing is ever written twice, so the pieces can be sent as they come. Headers that would hold
-    the length say that it is unknown; `encode` has it and says so.
+    the length say that it is unknown; `encode_audio` has it and says so.
     """
 
-    def __init__(self, format: Format, speed: float = 1.0) -> None:
+    def __init__(self, format: AudioFormat, speed: float = 1.0) -> None:
         self._pipe = _Pipe()
         self._writer = _Writer(self._pipe, format, speed)
 
@@ -54,7 +54,7 @@ class Encoder:
         return self._pipe.take()
 
 
-def encode(wave: Wave, format: Format, speed: float = 1.0) -> bytes:
+def encode_audio(wave: Wave, format: AudioFormat, speed: float = 1.0) -> bytes:
     """A whole recording as a file, with its length in the header where the format has one."""
     buffer = io.BytesIO()
     writer = _Writer(buffer, format, speed)
@@ -74,14 +74,14 @@ class _Pipe:
         return len(data)
 
     def take(self) -> bytes:
-        taken, self._parts = b"".join(self._parts), []
-        return taken
+        data, self._parts = b"".join(self._parts), []
+        return data
 
 
 class _Writer:
     """Samples through `atempo` and a codec into a container."""
 
-    def __init__(self, file: Any, format: Format, speed: float) -> None:
+    def __init__(self, file: Any, format: AudioFormat, speed: float) -> None:
         self._container = av.open(file, "w", format=_CONTAINERS[format])
         self._stream = self._container.add_stream(_CODECS[format], rate=SAMPLE_RATE)
         self._stream.codec_context.layout = "mono"
@@ -93,8 +93,8 @@ class _Writer:
     def add(self, wave: Wave) -> None:
         if not len(wave):
             return
-        whole = (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
+        pcm = (np.clip(wave, -1, 1) * 32767).round().astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(pcm[None], format="s16", layout="mono")
         frame.sample_rate = SAMPLE_RATE
         frame.pts = self._samples
         self._samples += len(wave)

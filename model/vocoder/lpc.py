@@ -17,7 +17,7 @@ ORDER = 16
 """Past samples that a predictor weighs."""
 HOP = 160
 """Samples of a frame, and from one frame to the next."""
-LONGEST = 256
+MAX_PERIOD = 256
 """Samples of the longest pitch period."""
 
 _NOISE_FLOOR = 1e-4  # of the energy, 40 dB below it
@@ -49,7 +49,7 @@ def interpolation(edges: tuple[int, ...], n_bins: int) -> Float[np.ndarray, "K F
     return np.stack([np.interp(bins, edges, row) for row in np.eye(len(edges))])
 
 
-def predictors(correlation: Float[Tensor, "B T L"]) -> Float[Tensor, "B T K"]:
+def lpc_coefficients(correlation: Float[Tensor, "B T L"]) -> Float[Tensor, "B T K"]:
     """Weights `[B, T, 16]` of the 16 last samples, latest first, by Levinson and Durbin.
 
     They are signed so that sample + weights * past is the residual. A predictor that leaves less
@@ -96,7 +96,7 @@ def excitation(residual: Float[Tensor, "B M"]) -> Float[Tensor, "B M"]:
     return answer
 
 
-def low_passed(residual: Float[Tensor, "B M"]) -> Float[Tensor, "B M"]:
+def low_pass(residual: Float[Tensor, "B M"]) -> Float[Tensor, "B M"]:
     """The residual below 1,200 Hz, in which voicing is measured; whole frames of samples."""
     filter_ = torch.from_numpy(_low_pass_of_a_frame()).to(residual)
     frames = torch.nn.functional.pad(residual, (HOP, 0)).unfold(-1, 2 * HOP, HOP)
@@ -120,4 +120,4 @@ def _low_pass_of_a_frame() -> Float[np.ndarray, "N M"]:
 
 def with_past(signal: Float[Tensor, "B M"]) -> Float[Tensor, "B T N"]:
     """Each frame of `signal` behind the longest period before it: `[B, T, 256 + 160]`."""
-    return torch.nn.functional.pad(signal, (LONGEST, 0)).unfold(-1, LONGEST + HOP, HOP)
+    return torch.nn.functional.pad(signal, (MAX_PERIOD, 0)).unfold(-1, MAX_PERIOD + HOP, HOP)

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.metrics import JUDGE_RATE
-from valle.jobs.evaluation.metrics.recogniser import load_class
+from valle.jobs.evaluation.metrics import METRIC_SAMPLE_RATE, load_class
 from valle.jobs.evaluation.metrics.wespeaker import WeSpeaker
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
@@ -45,24 +44,24 @@ class Resemblyzer:
         from resemblyzer import preprocess_wav
 
         samples = preprocess_wav(
-            audio.resample(wave, SAMPLE_RATE, JUDGE_RATE), source_sr=JUDGE_RATE
+            audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE), source_sr=METRIC_SAMPLE_RATE
         )
-        if len(samples) < JUDGE_RATE // 4:
+        if len(samples) < METRIC_SAMPLE_RATE // 4:
             return None
         return np.asarray(self._encoder.embed_utterance(samples), np.float32)
 
 
-def load_encoder(name: str) -> SpeakerEncoder:
+def load_speaker_encoder(name: str) -> SpeakerEncoder:
     """The encoder that `name` stands for."""
     if name == "resemblyzer":
         return Resemblyzer()
     if name == "wespeaker":
         return WeSpeaker()
-    built: SpeakerEncoder = load_class(name)()
-    return built
+    encoder: SpeakerEncoder = load_class(name)()
+    return encoder
 
 
-def identified(cosines: NDArray[np.float64], own: NDArray[np.int64]) -> NDArray[np.bool_]:
+def top1_correct(cosines: NDArray[np.float64], own: NDArray[np.int64]) -> NDArray[np.bool_]:
     """For each output (row), whether its own prompt (column `own`) is the nearest of all."""
     return cosines.argmax(1) == own
 

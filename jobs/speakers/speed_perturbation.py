@@ -9,19 +9,19 @@ from valle.model.codec.interface import Wave
 from valle.platform import audio
 
 
-def factor(voice: str, name: str = "") -> float:
+def parse_factor(voice: str, name: str = "") -> float:
     """How much higher `voice` is than the engine's own: `x1.2` is 1.2, and `name` itself is 1."""
     if name and voice == name:
         return 1.0
     try:
-        wanted = float(voice.removeprefix("x"))
+        factor = float(voice.removeprefix("x"))
     except ValueError:
-        wanted = 0.0
-    if not voice.startswith("x") or not 0.6 <= wanted <= 1.6:
+        factor = 0.0
+    if not voice.startswith("x") or not 0.6 <= factor <= 1.6:
         raise ValueError(f"voices: {voice!r} is not {f'{name} or ' if name else ''}x0.6 to x1.6")
-    return wanted
+    return factor
 
 
-def raise_by(wave: Wave, rate: int, by: float) -> Wave:
-    """24 kHz samples of `wave` (at `rate`), `by` times as high and as fast."""
-    return audio.resample(wave, round(rate * by))
+def perturb_speed(wave: Wave, rate: int, factor: float) -> Wave:
+    """24 kHz samples of `wave` (at `rate`), `factor` times as high and as fast."""
+    return audio.resample(wave, round(rate * factor))

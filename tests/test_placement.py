@@ -1,4 +1,4 @@
-"""Where work is placed, on clusters of several nodes: the tests of `apart/placement.py`.
+"""Where work is placed, on clusters of several nodes: the tests of `isolated/placement.py`.
 
 Each runs in a pytest of its own: Ray keeps the way it authenticates, and Ray Data what it has put
 into a cluster's memory, for the life of a process, so that a process which has had one cluster
@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-APART = Path(__file__).parent / "apart" / "placement.py"
-NAMES = re.findall(r"^def (test_\w+)", APART.read_text(), re.MULTILINE)
+ISOLATED = Path(__file__).parent / "isolated" / "placement.py"
+NAMES = re.findall(r"^def (test_\w+)", ISOLATED.read_text(), re.MULTILINE)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_placement(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{APART}::{name}"]
+    options = ["-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, f"{ISOLATED}::{name}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     run = subprocess.run(command, capture_output=True, text=True, timeout=850, env=environment)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

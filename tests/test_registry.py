@@ -25,12 +25,12 @@ from valle.platform import audio, checkpoint, registry, storage, tracking
 
 
 def test_publish_registers_plain_files_and_moves_the_alias(
-    published: PublishRecipe, home: Path
+    publish_recipe: PublishRecipe, home: Path
 ) -> None:
     import mlflow
 
-    assert publish(published) == 1
-    assert publish(published) == 2
+    assert publish(publish_recipe) == 1
+    assert publish(publish_recipe) == 2
     folder = registry.resolve(registry.CHAMPION)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {
@@ -44,14 +44,14 @@ def test_publish_registers_plain_files_and_moves_the_alias(
 
 
 def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
-    published: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
+    publish_recipe: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absolute = replace(published, ar=str(home / published.ar), nar=f"file://{home / published.nar}")
-    version = publish(absolute)
-    judged = home / "judged"
-    judged.mkdir()
-    (judged / "report.json").write_text(f'{{"bundle": {{"ar": "{home}/runs/test-ar"}}}}')
-    registry.attach(version, judged)
+    ar, nar = home / publish_recipe.ar, home / publish_recipe.nar
+    version = publish(replace(publish_recipe, ar=str(ar), nar=f"file://{nar}"))
+    evaluation = home / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "report.json").write_text(f'{{"bundle": {{"ar": "{home}/runs/test-ar"}}}}')
+    registry.attach(version, evaluation)
     (home / "small").mkdir()
     (home / "small/report.md").write_text("of another model")
     source = registry.resolve(registry.CHAMPION)
@@ -64,28 +64,33 @@ def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
     assert '"ar": "runs/test-ar"' in (small / "report.json").read_text()
     assert not (small / "report.md").exists()
     prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=60)
-    how = Synthesis(max_seconds=0.4)
-    said = [registry.load_voice(f).speak("Hello.", prompt, how).codes for f in (source, exact)]
-    np.testing.assert_array_equal(*said)
+    synthesis = Synthesis(max_seconds=0.4)
+    results = [
+        registry.load_synthesizer(folder).synthesize("Hello.", prompt, synthesis)
+        for folder in (source, exact)
+    ]
+    np.testing.assert_array_equal(*[result.codes for result in results])
     ours, theirs = (checkpoint.load_weights(f / "nar") for f in (small, source))
     for name, value in theirs.items():
         bound = value.abs().amax(-1, keepdim=True) / 253
         assert ((ours[name] - value).abs() <= bound).all(), name
 
-    assert registry.seed() is None  # there is a champion already
+    assert registry.publish_shipped() is None  # there is a champion already
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/another.db")
-    monkeypatch.setattr(registry, "SHIPPED", small)
-    assert registry.seed() == 1 and registry.seed() is None
-    assert registry.champion() == 1
+    monkeypatch.setattr(registry, "SHIPPED_BUNDLE", small)
+    assert registry.publish_shipped() == 1 and registry.publish_shipped() is None
+    assert registry.champion_version() == 1
     again = registry.load_ar(registry.resolve(registry.CHAMPION)).head.weight
     assert again.equal(registry.load_ar(small).head.weight)
 
 
-def test_weights_without_their_scales_are_refused(published: PublishRecipe, home: Path) -> None:
+def test_weights_without_their_scales_are_refused(
+    publish_recipe: PublishRecipe, home: Path
+) -> None:
     folder = home / "runs/test-ar/step_00000020"
-    stored = to_int8(checkpoint.load_weights(folder))
-    del stored["head.weight.scale"]
-    checkpoint.save(folder, stored, checkpoint.read(folder))
+    weights = to_int8(checkpoint.load_weights(folder))
+    del weights["head.weight.scale"]
+    checkpoint.save(folder, weights, checkpoint.read_metadata(folder))
     with pytest.raises(ValueError, match="head.weight is int8 and has no head.weight.scale"):
         checkpoint.load(folder)
 
@@ -114,7 +119,7 @@ def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        clusters.wait_for(lambda: clusters.answers(f"{address}/health"), 120, "MLflow")
+        clusters.wait_for(lambda: clusters.responds(f"{address}/health"), 120, "MLflow")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         yield address
     finally:
@@ -125,14 +130,14 @@ def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def log_as_worker(run_id: str, address: str) -> None:
     """What the first worker of a training does, in a process of its own."""
     worker = tracking.worker_run(run_id, address)
-    worker.metrics({"train/loss": 2.5}, step=3)
-    worker.samples([("hello", np.zeros(2_400, np.float32))], step=3)
+    worker.log_metrics({"train/loss": 2.5}, step=3)
+    worker.log_audio([("hello", np.zeros(2_400, np.float32))], step=3)
     worker.close()
 
 
 @pytest.mark.slow
 def test_runs_and_registry_on_a_real_mlflow_server(
-    published: PublishRecipe, home: Path, mlflow_server: str
+    publish_recipe: PublishRecipe, home: Path, mlflow_server: str
 ) -> None:
     import mlflow
 
@@ -145,46 +150,48 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     run = client.get_run(run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 2.5)
     assert run.data.params == {"optimization.warmup": "5"}
-    kept = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
-    assert kept == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
+    artifacts = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
+    assert artifacts == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
 
-    assert publish(published) == 1
+    assert publish(publish_recipe) == 1
     folder = registry.resolve(registry.CHAMPION)
     assert (folder / "codec/model.safetensors").read_bytes() == (
-        Path(published.codec) / "model.safetensors"
+        Path(publish_recipe.codec) / "model.safetensors"
     ).read_bytes()
     prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=10)
-    spoken = registry.load_voice(folder).speak("hello", prompt, Synthesis(max_seconds=0.2))
-    assert spoken.codes.shape[0] == 8
+    result = registry.load_synthesizer(folder).synthesize(
+        "hello", prompt, Synthesis(max_seconds=0.2)
+    )
+    assert result.codes.shape[0] == 8
     # artifacts went through the server, not into a folder of this process
     assert any((home / "server-artifacts").rglob("sample.wav"))
     assert not (home / "mlruns").exists() and not (home / "mlflow.db").exists()
 
 
 def test_parts_that_do_not_belong_together_are_refused(
-    published: PublishRecipe, home: Path
+    publish_recipe: PublishRecipe, home: Path
 ) -> None:
     with pytest.raises(ValueError, match="ar: the checkpoint holds a model of kind 'nar'"):
-        publish(replace(published, ar="runs/test-nar"))
+        publish(replace(publish_recipe, ar="runs/test-nar"))
     with pytest.raises(ValueError, match="codec mismatch: the AR checkpoint"):
-        publish(replace(published, codec="nano"))
+        publish(replace(publish_recipe, codec="nano"))
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*: train first"):
-        checkpoint.choose(str(home / "runs/none"))
+        checkpoint.find_best(str(home / "runs/none"))
     with pytest.raises(FileNotFoundError, match="train and publish one"):
         registry.resolve("models:/valle@champion")
 
 
 def test_command_line_speaks_and_is_repeatable(
-    published: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+    publish_recipe: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish(published)
+    publish(publish_recipe)
     arguments = ["hello there", str(home / "voices/ann.wav")]
     for name in ("one.wav", "two.wav"):
         assert speak_main([*arguments, str(home / name), "--max-ar-steps", "40"]) == 0
     assert (home / "one.wav").read_bytes() == (home / "two.wav").read_bytes()
     by_path = [
         "--ar-ckpt", str(home / "runs/test-ar/step_00000020"),
-        "--nar-ckpt", str(home / "runs/test-nar/step_00000020"), "--codec", published.codec,
+        "--nar-ckpt", str(home / "runs/test-nar/step_00000020"), "--codec", publish_recipe.codec,
     ]  # fmt: skip
     assert speak_main([*arguments, str(home / "three.wav"), "--max-ar-steps", "40", *by_path]) == 0
     assert (home / "three.wav").read_bytes() == (home / "one.wav").read_bytes()

@@ -4,7 +4,7 @@ const SIZE = 512; // samples of a window, at 24 kHz
 const BINS = 170; // up to 8 kHz: there is little speech above
 const WAVE = 0.35; // share of the height
 
-export function draw(canvas, samples) {
+export function drawPlot(canvas, samples) {
   const paper = canvas.getContext("2d");
   const { width, height } = canvas;
   const waveHeight = Math.round(height * WAVE);

@@ -11,29 +11,29 @@ from helpers import clusters
 from helpers.tiny_models import TINY, tiny_ar, tiny_nar
 from helpers.token_datasets import write_dataset
 
-from valle.jobs import registry as registry_job
+from valle.jobs import model_versions
 from valle.jobs.evaluate import EvaluateRecipe, evaluate
 from valle.jobs.evaluation import scores
-from valle.jobs.evaluation.gate import Bound, refusals
-from valle.jobs.evaluation.items import FOLDER, EvaluationItem, check_unseen, item_seed, load_items
-from valle.jobs.evaluation.metrics.likeness import equal_error_rate, load_encoder
-from valle.jobs.evaluation.metrics.recogniser import compare, load_recogniser, word_error_rate
+from valle.jobs.evaluation.gate import Bound, violations
+from valle.jobs.evaluation.items import SETS, EvaluationItem, check_unseen, item_seed, load_items
+from valle.jobs.evaluation.metrics.speaker_similarity import equal_error_rate, load_speaker_encoder
+from valle.jobs.evaluation.metrics.words import count_edits, load_recognizer, word_error_rate
 from valle.jobs.publish import GateError, PublishRecipe, publish
 from valle.jobs.speakers import Espeak
-from valle.model.codec.encodec import Codec
+from valle.model.codec.encodec import Encodec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.resources import Placement
 
 
 def test_error_rates_compare_words_not_spelling() -> None:
-    errors = compare("Dr. Smith's colour is twenty-one.", "doctor smith's color is 21")
+    errors = count_edits("Dr. Smith's colour is twenty-one.", "doctor smith's color is 21")
     assert errors.word_errors == 0
-    errors = compare("the cat sat down", "the bat sat")
+    errors = count_edits("the cat sat down", "the bat sat")
     assert (errors.words, errors.word_errors) == (4, 2)
     assert word_error_rate(["good", "bad dog"], ["good", "bad"]) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="nothing to compare"):
-        compare("...", "hello")
+        count_edits("...", "hello")
 
 
 def test_repetitions_are_found_whatever_their_period() -> None:
@@ -50,7 +50,9 @@ def test_repetitions_are_found_whatever_their_period() -> None:
     assert scores.faults(None, False)["stopped"] and scores.faults(natural[:5], False)["stopped"]
 
 
-def record(number: int, errors: int = 0, speaker: str = "a", **more: object) -> scores.Record:
+def item_result(
+    number: int, errors: int = 0, speaker: str = "a", **more: object
+) -> scores.ItemResult:
     axis = [0.0, 0.0, 0.0]
     axis["abc".index(speaker)] = 1.0
     return {
@@ -58,27 +60,28 @@ def record(number: int, errors: int = 0, speaker: str = "a", **more: object) -> 
         "speaker": speaker, "text": "t", "heard": "h", "words": 10, "word_errors": errors,
         "characters": 50, "character_errors": errors, "seconds": 2.0, "synthesis_seconds": 1.0,
         "hit_limit": False, "stopped": False, "looped": False, "distillmos": 3.0, "dnsmos": 2.0,
-        "speech_fraction": 0.9, "voice": axis, "prompt_voice": axis, "cosine_own": 1.0, **more,
+        "speech_fraction": 0.9, "embedding": axis, "prompt_embedding": axis, "cosine_own": 1.0,
+        **more,
     }  # fmt: skip
 
 
 def test_figures_and_their_intervals() -> None:
-    rows = [record(n, errors=n % 3, speaker="abc"[n % 3]) for n in range(60)]
-    found = scores.summarise(rows)["cross"]
-    assert found["wer"]["value"] == pytest.approx(0.1)
-    assert 0.07 < found["wer"]["low"] < 0.1 < found["wer"]["high"] < 0.13
-    assert found["identified"]["value"] == 1.0 and found["equal_error_rate"] == 0.0
-    assert found["cosine_other"]["value"] == 0.0 and found["voices"] == 3
-    assert found["real_time_factor"] == 0.5
-    assert found["by"]["speaker"]["b"]["wer"]["value"] == pytest.approx(0.1)
-    assert [found["by"]["speaker"][s]["items"] for s in "abc"] == [20, 20, 20]
+    rows = [item_result(n, errors=n % 3, speaker="abc"[n % 3]) for n in range(60)]
+    metrics = scores.summarize(rows)["cross"]
+    assert metrics["wer"]["value"] == pytest.approx(0.1)
+    assert 0.07 < metrics["wer"]["low"] < 0.1 < metrics["wer"]["high"] < 0.13
+    assert metrics["identified"]["value"] == 1.0 and metrics["equal_error_rate"] == 0.0
+    assert metrics["cosine_other"]["value"] == 0.0 and metrics["voices"] == 3
+    assert metrics["real_time_factor"] == 0.5
+    assert metrics["by"]["speaker"]["b"]["wer"]["value"] == pytest.approx(0.1)
+    assert [metrics["by"]["speaker"][s]["items"] for s in "abc"] == [20, 20, 20]
     # voices that all sound like `a` are identified only where that is right
     for row in rows:
-        row["voice"] = [1.0, 0.0, 0.0]
-    assert scores.summarise(rows)["cross"]["identified"]["value"] == pytest.approx(1 / 3)
+        row["embedding"] = [1.0, 0.0, 0.0]
+    assert scores.summarize(rows)["cross"]["identified"]["value"] == pytest.approx(1 / 3)
     # among two of the voices, one output of two is right; other figures go on being of all
-    some = scores.summarise(rows, ("a", "b", "nobody"))["cross"]
-    assert (some["identified"]["value"], some["voices"], some["items"]) == (0.5, 2, 60)
+    subset = scores.summarize(rows, ("a", "b", "nobody"))["cross"]
+    assert (subset["identified"]["value"], subset["voices"], subset["items"]) == (0.5, 2, 60)
 
 
 def test_equal_error_rate() -> None:
@@ -88,45 +91,49 @@ def test_equal_error_rate() -> None:
     assert equal_error_rate(same, different) == pytest.approx(0.1587, abs=0.015)  # Phi(-1)
 
 
-def content(rows: list[scores.Record]) -> dict:
-    return {"systems": scores.summarise(rows), "records": rows}
+def report_of(rows: list[scores.ItemResult]) -> dict:
+    return {"systems": scores.summarize(rows), "records": rows}
 
 
 def test_the_gate_names_the_figure() -> None:
-    good, bad = ([record(n, errors=e) for n in range(40)] for e in (1, 4))
-    bounds = (Bound(figure="cross/wer", at_most=0.3), Bound(figure="cross/distillmos", at_least=2))
-    assert refusals(content(good), bounds, None) == []
-    assert refusals(content(bad), bounds, None) == ["cross/wer is 0.400, at most 0.3 is allowed"]
-    missing = (Bound(figure="codec/wer", above="recording/wer", at_most=0.1),)
-    assert refusals(content(good), missing, None) == ["codec/wer is not in the report"]
-    part = (Bound(figure="cross/unseen, own words/wer", at_most=0.3),)
-    assert refusals(content(bad), part, None) == [
+    good, bad = ([item_result(n, errors=e) for n in range(40)] for e in (1, 4))
+    bounds = (Bound(metric="cross/wer", at_most=0.3), Bound(metric="cross/distillmos", at_least=2))
+    assert violations(report_of(good), bounds, None) == []
+    assert violations(report_of(bad), bounds, None) == [
+        "cross/wer is 0.400, at most 0.3 is allowed"
+    ]
+    missing = (Bound(metric="codec/wer", minus="recording/wer", at_most=0.1),)
+    assert violations(report_of(good), missing, None) == ["codec/wer is not in the report"]
+    part = (Bound(metric="cross/unseen, own words/wer", at_most=0.3),)
+    assert violations(report_of(bad), part, None) == [
         "cross/unseen, own words/wer is not in the report"
     ]
-    part = (Bound(figure="cross/g/wer", at_most=0.3),)
-    assert refusals(content(bad), part, None) == ["cross/g/wer is 0.400, at most 0.3 is allowed"]
-    apart = (Bound(figure="cross/wer", above="cross/cer", at_most=0.05),)
-    assert refusals(content(good), apart, None) == [
+    part = (Bound(metric="cross/g/wer", at_most=0.3),)
+    assert violations(report_of(bad), part, None) == [
+        "cross/g/wer is 0.400, at most 0.3 is allowed"
+    ]
+    apart = (Bound(metric="cross/wer", minus="cross/cer", at_most=0.05),)
+    assert violations(report_of(good), apart, None) == [
         "cross/wer minus cross/cer is 0.080, at most 0.05 is allowed"
     ]
     # the champion: worse beyond noise is refused, within noise is not
-    (reason,) = refusals(content(bad), (), content(good))
+    (reason,) = violations(report_of(bad), (), report_of(good))
     assert reason.startswith("word_errors loses to the champion by 0.300")
-    assert refusals(content(good), (), content(bad)) == []
-    noisy = [record(n, errors=n % 3) for n in range(40)]
-    assert refusals(content(noisy), (), content(good)) == []
-    duller = [record(n, errors=1, distillmos=2.0) for n in range(40)]
-    (reason,) = refusals(content(duller), (), content(good))
+    assert violations(report_of(good), (), report_of(bad)) == []
+    noisy = [item_result(n, errors=n % 3) for n in range(40)]
+    assert violations(report_of(noisy), (), report_of(good)) == []
+    duller = [item_result(n, errors=1, distillmos=2.0) for n in range(40)]
+    (reason,) = violations(report_of(duller), (), report_of(good))
     assert reason.startswith("distillmos loses to the champion by 1.000")
-    others = [record(n + 100) for n in range(40)]
-    assert "other items" in refusals(content(others), (), content(good))[0]
-    with pytest.raises(ValueError, match="'cross/werr' is no figure"):
-        Bound(figure="cross/werr", at_most=1)
+    others = [item_result(n + 100) for n in range(40)]
+    assert "other items" in violations(report_of(others), (), report_of(good))[0]
+    with pytest.raises(ValueError, match="'cross/werr' is no metric"):
+        Bound(metric="cross/werr", at_most=1)
     with pytest.raises(ValueError, match="needs at_most or at_least"):
-        Bound(figure="cross/wer")
+        Bound(metric="cross/wer")
 
 
-def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec: Codec) -> None:
+def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec: Encodec) -> None:
     good = {"id": "1", "text": "Hello there.", "prompt": "p.wav", "speaker": "x"}
     path = home / "set.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "id": 2}))
@@ -137,6 +144,8 @@ def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec:
         load_items(str(path))
     with pytest.raises(ValueError, match="give a path to JSONL, or one of: "):
         load_items("none")
+    with pytest.raises(ValueError, match="items: 'nano' is called 'standard'"):
+        load_items("nano")
 
     write_dataset(str(home / "tokens"), tiny_codec)
     item = EvaluationItem(id="1", text="Hello there.", prompt="p", speaker="s0")
@@ -148,25 +157,25 @@ def test_sets_are_validated_and_kept_apart_from_training(home: Path, tiny_codec:
 
 
 def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
-    from valle.jobs.evaluation.metrics.recogniser import normalise
+    from valle.jobs.evaluation.metrics.words import normalize_transcript
     from valle.jobs.speakers import texts
 
     trained = {
-        normalise(line)
+        normalize_transcript(line)
         for path in texts.FOLDER.glob("*.txt")
         if path.stem != "held_out"
         for line in path.read_text().splitlines()
     }
-    sets = sorted(FOLDER.glob("*.jsonl"))
+    sets = sorted(SETS.glob("*.jsonl"))
     assert sets
     for path in sets:
         for item in load_items(str(path)):
-            assert normalise(item.text) not in trained, (path.name, item.id)
+            assert normalize_transcript(item.text) not in trained, (path.name, item.id)
 
 
 @pytest.fixture
-def judged(
-    home: Path, tiny_codec: Codec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+def recipe_with_evaluation(
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[PublishRecipe]:
     """Untrained models and three items in two espeak voices, on a cluster of their own, whose one
     GPU is a number."""
@@ -174,15 +183,15 @@ def judged(
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = 3.5
-        about = checkpoint.describe(kind, TINY, tiny_codec.identity, "test", {})
-        checkpoint.save(home / f"runs/{kind}/step_00000001", model.state_dict(), about)
+        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
+        checkpoint.save(home / f"runs/{kind}/step_00000001", model.state_dict(), metadata)
     engine = Espeak()
     items = []
     for number, (voice, text) in enumerate(
         [("m3", "Good morning to you."), ("f2", "Good evening."), ("m3", "See you tomorrow.")]
     ):
         for name, words in (("prompt", "The weather is fine today."), ("reference", text)):
-            wave = engine.speak(words, voice, "en-us")
+            wave = engine.synthesize(words, voice, "en-us")
             storage.write_bytes(f"speech/{name}{number}.wav", audio.wav_bytes(wave))
         items.append(
             {"id": f"i{number}", "text": text, "prompt": f"prompt{number}.wav", "speaker": voice}
@@ -191,7 +200,7 @@ def judged(
     (home / "set.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report",
                                 placement=Placement(gpus_per_worker=0.5))  # fmt: skip
-    with clusters.embedded(num_gpus=1):
+    with clusters.embedded_cluster(num_gpus=1):
         yield PublishRecipe(
             ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
             sample_prompt="speech/prompt0.wav", evaluation=evaluation,
@@ -200,14 +209,14 @@ def judged(
 
 @pytest.mark.ray
 def test_evaluation_gate_and_rollback(
-    judged: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+    recipe_with_evaluation: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Untrained models through the real judges: shared out over two halves of a GPU = single on
     the CPU, then promotion and rollback."""
-    assert publish(judged) == 1
-    assert registry.champion() == 1
-    kept = registry.resolve(registry.CHAMPION)
-    first = storage.read_json(str(kept / "report.json"))
+    assert publish(recipe_with_evaluation) == 1
+    assert registry.champion_version() == 1
+    bundle_folder = registry.resolve(registry.CHAMPION)
+    first = storage.read_json(str(bundle_folder / "report.json"))
     rows = {(r["id"], r["system"]) for r in first["records"]}
     with_reference = {(f"i{n}", s) for n in (1, 2) for s in first["systems"]}
     assert rows == with_reference | {("i0", "cross")} and len(first["systems"]) == 5
@@ -218,25 +227,27 @@ def test_evaluation_gate_and_rollback(
     assert page.count("<audio") >= 8 and (home / "report/version-1/audio/codec/i1.wav").exists()
 
     on_cpu = Placement(accelerator="cpu")
-    single = evaluate(replace(judged.evaluation, workers=1, out="single", placement=on_cpu))
+    single = evaluate(
+        replace(recipe_with_evaluation.evaluation, workers=1, out="single", placement=on_cpu)
+    )
     assert (first["accelerator"], single["accelerator"]) == ("gpu", "cpu")
     timing = {"synthesis_seconds"}
-    for ours, theirs in zip(single["records"], first["records"], strict=True):
-        assert {k: v for k, v in ours.items() if k not in timing} == {
-            k: v for k, v in theirs.items() if k not in timing
+    for result, expected in zip(single["records"], first["records"], strict=True):
+        assert {k: v for k, v in result.items() if k not in timing} == {
+            k: v for k, v in expected.items() if k not in timing
         }
 
-    strict = replace(judged, gate=(Bound(figure="cross/wer", at_most=0.01),))
+    strict = replace(recipe_with_evaluation, gate=(Bound(metric="cross/wer", at_most=0.01),))
     with pytest.raises(GateError, match="version 2 stays a candidate: cross/wer is .* at most"):
         publish(strict)
-    assert registry.champion() == 1
+    assert registry.champion_version() == 1
     assert publish(replace(strict, force="a rehearsal")) == 3
-    assert registry.champion() == 3
-    registry_job.main(["rollback", "--reason", "rehearsed"])
-    assert registry.champion() == 1
-    shown = capsys.readouterr().out
-    assert "forced: a rehearsal (refused for: cross/wer is" in shown
-    assert "rolled back: rehearsed" in shown and "candidate" in shown
+    assert registry.champion_version() == 3
+    model_versions.main(["rollback", "--reason", "rehearsed"])
+    assert registry.champion_version() == 1
+    output = capsys.readouterr().out
+    assert "forced: a rehearsal (refused for: cross/wer is" in output
+    assert "rolled back: rehearsed" in output and "candidate" in output
     with pytest.raises(ValueError, match="version 1 replaced no other"):
         registry.roll_back("again")
     with pytest.raises(ValueError, match="the registry has no 9"):
@@ -249,7 +260,9 @@ def test_every_item_has_its_own_seed() -> None:
 
 
 def test_unknown_judges_are_named() -> None:
-    with pytest.raises(ValueError, match="nothing.here:Judge: no such class"):
-        load_recogniser("nothing.here:Judge")
-    with pytest.raises(ValueError, match="valle.jobs.evaluation.gate:Judge: no such class"):
-        load_encoder("valle.jobs.evaluation.gate:Judge")
+    with pytest.raises(ValueError, match="nothing.here:Recognizer: no such class"):
+        load_recognizer("nothing.here:Recognizer")
+    with pytest.raises(
+        ValueError, match="valle.jobs.evaluation.gate:SpeakerEncoder: no such class"
+    ):
+        load_speaker_encoder("valle.jobs.evaluation.gate:SpeakerEncoder")

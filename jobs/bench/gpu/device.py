@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from valle.jobs.bench.gpu import compiling, timing
+from valle.jobs.bench.gpu import compiling, device_timing
 
 if TYPE_CHECKING:
-    from valle.jobs.bench.gpu.record import Bench
+    from valle.jobs.bench.gpu.record import PhaseContext
 
 PACKAGES = ("torch", "triton", "numpy", "pyarrow", "safetensors", "deepspeed", "encodec", "ninja")
 
-DATA_SHEET: Final = {
+DATA_SHEET_TFLOPS: Final = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,
     "B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
 }  # fmt: skip
@@ -25,7 +25,7 @@ DATA_SHEET: Final = {
 
 
 @dataclass(frozen=True)
-class Card:
+class DeviceLimits:
     """What the card can do at most, as measured on it."""
 
     name: str
@@ -33,22 +33,22 @@ class Card:
     """Floating-point operations a second of a large bf16 matrix product."""
     tf32_flops: float
     fp32_flops: float
-    bytes_per_second: float
+    copy_bytes_per_second: float
     """Of a device-to-device copy, bytes read plus bytes written."""
     launch_seconds: float
     """Host time of a kernel launch through PyTorch's dispatcher."""
 
     @property
-    def data_sheet(self) -> float | None:
+    def data_sheet_flops(self) -> float | None:
         """Operations a second in bf16, dense, by NVIDIA's data sheet; None for a card not listed.
         What cards measure is about four fifths of it."""
-        for part, teraflops in DATA_SHEET.items():
+        for part, teraflops in DATA_SHEET_TFLOPS.items():
             if part in self.name:
                 return teraflops * 1e12
         return None
 
     @classmethod
-    def measure(cls, device: torch.device, quick: bool) -> "Card":
+    def measure(cls, device: torch.device, quick: bool) -> "DeviceLimits":
         """Takes about two seconds; quick, or without a card, a fraction of one."""
         small = quick or device.type == "cpu"
         size = 256 if small else 8192
@@ -66,12 +66,12 @@ class Card:
 
 def _product(device: torch.device, size: int, dtype: torch.dtype, tf32: bool = False) -> float:
     """Operations a second of a square product; random factors, because zeros run faster."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    target = torch.empty_like(left)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    target = torch.empty_like(a)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        times = timing.seconds(device, lambda: torch.mm(left, right, out=target), 13)[3:]
+        times = device_timing.time_calls(device, lambda: torch.mm(a, b, out=target), 13)[3:]
     finally:
         torch.set_float32_matmul_precision(before)
     return float(2 * size**3 / statistics.median(times))
@@ -80,7 +80,7 @@ def _product(device: torch.device, size: int, dtype: torch.dtype, tf32: bool = F
 def _copy(device: torch.device, n_bytes: int) -> float:
     source = torch.randint(255, (n_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = timing.seconds(device, lambda: target.copy_(source), 13)[3:]
+    times = device_timing.time_calls(device, lambda: target.copy_(source), 13)[3:]
     return 2 * n_bytes / statistics.median(times)
 
 
@@ -91,27 +91,27 @@ def _launch(device: torch.device) -> float:
         for _ in range(1000):
             value.add_(1)
 
-    return statistics.median(timing.seconds(device, many, 5)) / 1000
+    return statistics.median(device_timing.time_calls(device, many, 5)) / 1000
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, and what is known of what `torch.compile` needs."""
-    about: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "python": platform.python_version(),
         "cpu_threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "to_compile": compiling.explain(),
+        "to_compile": compiling.describe_toolchain(),
     }
     if device.type == "cuda":
-        of = torch.cuda.get_device_properties(device)
-        about |= {
-            "name": of.name, "capability": f"{of.major}.{of.minor}",
-            "multiprocessors": of.multi_processor_count,
-            "gigabytes": round(of.total_memory / 1e9, 1),
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "gigabytes": round(properties.total_memory / 1e9, 1),
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
             "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()), "driver": _driver(),
         }  # fmt: skip
-    return about
+    return machine
 
 
 def _version(package: str) -> str | None:
@@ -132,33 +132,35 @@ def _driver() -> str:
         return f"unknown: {error}"
 
 
-def run(bench: "Bench") -> None:
+def run(context: "PhaseContext") -> None:
     """The constants, a check that the card reports them in a plausible order, and whether
     `torch.compile` works."""
-    card, record = bench.card, bench.record
-    record.measurement("machine", **describe(bench.device))
+    limits, record = context.limits, context.record
+    data_sheet = limits.data_sheet_flops
+    record.measurement("machine", **describe(context.device))
     record.measurement(
-        "constants", bf16_tflops=card.bf16_flops / 1e12, tf32_tflops=card.tf32_flops / 1e12,
-        fp32_tflops=card.fp32_flops / 1e12, copy_gigabytes_per_second=card.bytes_per_second / 1e9,
-        launch_microseconds=card.launch_seconds * 1e6,
-        data_sheet_bf16_tflops=None if card.data_sheet is None else card.data_sheet / 1e12,
+        "constants", bf16_tflops=limits.bf16_flops / 1e12, tf32_tflops=limits.tf32_flops / 1e12,
+        fp32_tflops=limits.fp32_flops / 1e12,
+        copy_gigabytes_per_second=limits.copy_bytes_per_second / 1e9,
+        launch_microseconds=limits.launch_seconds * 1e6,
+        data_sheet_bf16_tflops=None if data_sheet is None else data_sheet / 1e12,
     )  # fmt: skip
-    if not bench.on_card:
+    if not context.on_gpu:
         return
-    if not bench.quick:  # a product of width 256 takes as long as its launch, however exact
+    if not context.quick:  # a product of width 256 takes as long as its launch, however exact
         record.check(
             "tensor cores are used: bf16 > TF32 > fp32",
-            card.bf16_flops > card.tf32_flops > card.fp32_flops,
+            limits.bf16_flops > limits.tf32_flops > limits.fp32_flops,
         )
-    record.attempt("torch.compile", lambda: _compile(bench))
+    record.attempt("torch.compile", lambda: _compile(context))
 
 
-def _compile(bench: "Bench") -> None:
+def _compile(context: "PhaseContext") -> None:
     """Where it does not work, the phases that need it say so again: here comes why."""
     started = time.perf_counter()
-    reason = compiling.missing(bench.device)
+    reason = compiling.unavailable_reason(context.device)
     if reason is None:
-        taken = time.perf_counter() - started
-        bench.record.measurement("torch.compile, two lines", seconds=taken)
+        elapsed = time.perf_counter() - started
+        context.record.measurement("torch.compile, two lines", seconds=elapsed)
     else:
-        bench.record.leave_out("torch.compile", reason)
+        context.record.skip("torch.compile", reason)

@@ -8,8 +8,7 @@ from helpers.tiny_models import perturb, random_batch, tiny_ar, tiny_nar
 from torch import nn
 
 from valle.model.config import ModelConfig
-from valle.model.precision import Int8Linear, convert
-from valle.model.quantize import from_int8, to_int8
+from valle.model.quantize import Int8Linear, convert, from_int8, to_int8
 from valle.serve.web.schema import AppArgs
 
 
@@ -22,10 +21,10 @@ def test_an_int8_layer_is_the_float_layer_of_the_shipped_weights(bias: bool) -> 
     with torch.inference_mode():
         exact = copy.deepcopy(layer)
         exact.weight.copy_(from_int8(to_int8({"weight": layer.weight}))["weight"])
-        expected, given = exact(x), Int8Linear(layer)(x)
-    error = (given - expected).norm() / expected.norm()
+        expected, output = exact(x), Int8Linear(layer)(x)
+    error = (output - expected).norm() / expected.norm()
     assert 0 < error < 0.005
-    assert given.shape == expected.shape and given.dtype == torch.float32
+    assert output.shape == expected.shape and output.dtype == torch.float32
 
 
 def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> None:
@@ -34,12 +33,12 @@ def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> N
     batch = random_batch(30, 40)
     with torch.inference_mode():
         expected = ar(batch).log_softmax(-1)
-        given = convert(copy.deepcopy(ar), "int8")(batch).log_softmax(-1)
-    assert 0 < (given - expected).abs().mean() < 0.02
+        quantized = convert(copy.deepcopy(ar), "int8")(batch).log_softmax(-1)
+    assert 0 < (quantized - expected).abs().mean() < 0.02
     assert {p.dtype for p in convert(tiny_nar(), "int8").parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("with_it", [{"use_gpu": True}, {"compiled": True}])
-def test_int8_is_refused_where_it_cannot_work(with_it: dict[str, bool]) -> None:
+@pytest.mark.parametrize("options", [{"use_gpu": True}, {"compiled": True}])
+def test_int8_is_refused_where_it_cannot_work(options: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="precision: int8 is for CPUs"):
-        AppArgs.model_validate({"precision": "int8", **with_it})
+        AppArgs.model_validate({"precision": "int8", **options})

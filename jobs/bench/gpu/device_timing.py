@@ -15,7 +15,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(device: torch.device, work: Callable[[], object], repeats: int = 1) -> list[float]:
+def time_calls(device: torch.device, work: Callable[[], object], repeats: int = 1) -> list[float]:
     """Seconds of each of some calls, the card's work included."""
     times = []
     for _ in range(repeats):
@@ -77,7 +77,7 @@ class Launches:
     """Launches of CUDA graphs."""
 
 
-def launches(device: torch.device, work: Callable[[], object]) -> Launches:
+def profile_launches(device: torch.device, work: Callable[[], object]) -> Launches:
     """Runs `work` under PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -2,10 +2,10 @@
 
 import { RATE } from "./api.js";
 
-// Plays pieces one after the other, without a gap as long as they come in time.
+// Plays chunks one after the other, without a gap as long as they come in time.
 export class Player {
-  constructor(onQuiet) {
-    this.onQuiet = onQuiet; // called whenever nothing more is there to play
+  constructor(onIdle) {
+    this.onIdle = onIdle; // called whenever nothing more is there to play
     this.context = new AudioContext({ sampleRate: RATE });
     this.next = 0;
     this.sources = new Set();
@@ -19,7 +19,7 @@ export class Player {
     source.connect(this.context.destination);
     source.onended = () => {
       this.sources.delete(source);
-      if (!this.sources.size) this.onQuiet();
+      if (!this.sources.size) this.onIdle();
     };
     this.sources.add(source);
     // a little later than now at first: scheduling itself takes time
@@ -34,14 +34,14 @@ export class Player {
   }
 }
 
-export function join(pieces) {
-  const whole = new Float32Array(pieces.reduce((sum, piece) => sum + piece.length, 0));
+export function join(chunks) {
+  const samples = new Float32Array(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
   let at = 0;
-  for (const piece of pieces) {
-    whole.set(piece, at);
-    at += piece.length;
+  for (const chunk of chunks) {
+    samples.set(chunk, at);
+    at += chunk.length;
   }
-  return whole;
+  return samples;
 }
 
 // 16-bit mono wav.

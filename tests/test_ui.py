@@ -26,8 +26,8 @@ pytestmark = [
 def page(endpoint: str, tmp_path: Path) -> Iterator[Page]:
     """The page, ready, joe at the microphone; whatever it says on the console as an error fails the
     test."""
-    said = "The early train was late again, so we walked along the river and talked until dark."
-    (tmp_path / "microphone.wav").write_bytes(wav_bytes(Joe().speak(said, "joe", "en-us")))
+    text = "The early train was late again, so we walked along the river and talked until dark."
+    (tmp_path / "microphone.wav").write_bytes(wav_bytes(Joe().synthesize(text, "joe", "en-us")))
     with sync_playwright() as playwright:
         arguments = [
             "--no-sandbox", "--autoplay-policy=no-user-gesture-required",
@@ -55,20 +55,20 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
     link.wait_for()
     with page.expect_download() as loaded:
         link.click()
-    heard, rate = soundfile.read(loaded.value.path(), dtype="int16")
-    asked = {
+    samples, rate = soundfile.read(loaded.value.path(), dtype="int16")
+    body = {
         "input": "Hello there. Good bye.", "voice": "ann", "response_format": "wav", "chunked": True
     }  # fmt: skip
-    same = httpx.post(f"{endpoint}/v1/audio/speech", json=asked, timeout=60)
+    same = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     wave, _ = soundfile.read(io.BytesIO(same.content), dtype="int16")
-    assert rate == 24_000 and np.abs(heard.astype(int) - wave).max() <= 1
+    assert rate == 24_000 and np.abs(samples.astype(int) - wave).max() <= 1
     expect(page.locator("#duration")).to_have_text(f"{len(wave) / 24_000:.2f} s")
     expect(page.locator("#model")).to_have_text("valle/1")
-    painted = page.evaluate(
+    pixel_values = page.evaluate(
         "() => new Set(document.querySelector('canvas').getContext('2d')"
         ".getImageData(0, 0, 1200, 320).data).size"
     )
-    assert painted > 20  # not one colour
+    assert pixel_values > 20  # not one colour
 
     page.get_by_label("Text").fill("And on and on it goes. " * 150)
     page.get_by_role("button", name="Speak").click()
@@ -77,8 +77,8 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
     # while it speaks it says "Speaking ..."; unstopped, this text takes many seconds
     speak = page.get_by_role("button", name="Speak", exact=True)
     expect(speak).to_be_visible(timeout=2000)
-    heard = float(page.locator("#duration").inner_text().removesuffix(" s"))
-    assert 0 < heard < 60  # of 150 and more: the rest was not wanted
+    seconds = float(page.locator("#duration").inner_text().removesuffix(" s"))
+    assert 0 < seconds < 60  # of 150 and more: the rest was not wanted
     expect(page.get_by_role("alert")).to_be_hidden()  # it has not just failed
 
     page.get_by_label("Text").fill("...")
@@ -87,7 +87,7 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
 
     form = page.get_by_role("form", name="Add a voice")
     noise = np.random.default_rng(0).normal(0, 0.1, 72_000).astype(np.float32)
-    joe = Joe().speak("The early train was late again, so we walked along.", "joe", "en-us")
+    joe = Joe().synthesize("The early train was late again, so we walked along.", "joe", "en-us")
     for name, wave in (("noise", noise), ("joe", joe)):
         (tmp_path / f"{name}.wav").write_bytes(wav_bytes(wave))
         form.get_by_label("Name").fill(name)
@@ -113,7 +113,7 @@ def test_a_voice_from_the_microphone(page: Page, endpoint: str) -> None:
     expect(stop).to_have_attribute("aria-pressed", "true")
     page.wait_for_timeout(4000)
     stop.click()
-    expect(page.locator("#heard")).to_contain_text("Recorded ")
+    expect(page.locator("#recording-status")).to_contain_text("Recorded ")
     form.get_by_label("Name").fill("me")
     form.get_by_label("Who agreed").fill("The one who speaks")
     form.get_by_role("button", name="Add voice").click()
@@ -121,5 +121,5 @@ def test_a_voice_from_the_microphone(page: Page, endpoint: str) -> None:
     expect(page.get_by_role("alert")).to_be_hidden()
     names = [voice["id"] for voice in httpx.get(f"{endpoint}/v1/audio/voices").json()["voices"]]
     assert names == ["ann", "me"]
-    asked = {"input": "Hello.", "voice": "me", "max_seconds": 1, "response_format": "wav"}
-    assert httpx.post(f"{endpoint}/v1/audio/speech", json=asked, timeout=60).status_code == 200
+    body = {"input": "Hello.", "voice": "me", "max_seconds": 1, "response_format": "wav"}
+    assert httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60).status_code == 200

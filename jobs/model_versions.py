@@ -1,8 +1,8 @@
 """Which version is served: history, promotion by hand, rollback.
 
-python -m valle.jobs.registry history
-python -m valle.jobs.registry promote 3 --reason "passes on the cluster's larger set"
-python -m valle.jobs.registry rollback --reason "clicks in long sentences"
+python -m valle.jobs.model_versions history
+python -m valle.jobs.model_versions promote 3 --reason "passes on the cluster's larger set"
+python -m valle.jobs.model_versions rollback --reason "clicks in long sentences"
 """
 
 import argparse
@@ -14,7 +14,7 @@ from valle.platform import registry
 def history() -> str:
     """A line per version: number, aliases, when and why it was promoted or rolled back."""
     lines = []
-    for version in registry.history():
+    for version in registry.list_versions():
         tags = version.tags
         events = [
             f"{tags[f'{event}_at']} {words}: {tags[f'{event}_because']}"
@@ -29,7 +29,7 @@ def history() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: `python -m valle.jobs.registry history`."""
+    """Command line: `python -m valle.jobs.model_versions history`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-LOGGED: Final = {"TORCH_LOGS": "recompiles,graph_breaks,cudagraphs"}
+COMPILER_LOGS: Final = {"TORCH_LOGS": "recompiles,graph_breaks,cudagraphs"}
 """Why something was compiled again, in parts, or without CUDA graphs: into gpu.log."""
 
 
@@ -23,21 +23,21 @@ class Phase:
 
 
 PHASES: Final[Mapping[str, Phase]] = {
-    "P0": Phase(module="card", title="the card"),
-    "P1": Phase(module="truth", title="truth: card = CPU, fast = slow"),
-    "P3": Phase(module="training", title="training steps", environment=LOGGED),
-    "P4": Phase(module="decoding", title="decoding", environment=LOGGED),
+    "P0": Phase(module="device", title="the card"),
+    "P1": Phase(module="numerics", title="numerics: card = CPU, fast = slow"),
+    "P3": Phase(module="training", title="training steps", environment=COMPILER_LOGS),
+    "P4": Phase(module="decoding", title="decoding", environment=COMPILER_LOGS),
     "P2": Phase(
         module="parallel", title="DDP and ZeRO 1, 2, 3",
         # products that repeat to the bit
-        environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **LOGGED},
+        environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **COMPILER_LOGS},
     ),
     "P5": Phase(module="codec", title="EnCodec"),
-    "P6": Phase(module="filling", title="NAR, memory"),
+    "P6": Phase(module="nar", title="NAR, memory"),
 }  # fmt: skip
 """In the order in which `all` runs them: what says most comes first."""
 
-DEFAULT: Final = ("P0", "P1", "P3", "P4")
+DEFAULT_PHASES: Final = ("P0", "P1", "P3", "P4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,12 @@ NINE_MINUTES: Final = Schedule(
 )
 """Of any other choice; with the last one's grace, nine minutes."""
 
-GRACE: Final = 15.0
+GRACE_SECONDS: Final = 15.0
 """Seconds that a phase may go on after its time, to end what it had begun; then it is killed."""
 
-SIZES: Final = ("tiny", "nano", "quarter", "half", "full")
+SIZES: Final = ("tiny", "mini", "quarter", "half", "full")
 
 
-def schedule(phases: Sequence[str]) -> Schedule:
+def schedule_for(phases: Sequence[str]) -> Schedule:
     """The times of a run of these phases."""
-    return FIVE_MINUTES if set(phases) <= set(DEFAULT) else NINE_MINUTES
+    return FIVE_MINUTES if set(phases) <= set(DEFAULT_PHASES) else NINE_MINUTES

@@ -1,0 +1,8 @@
+"""`python -m valle.jobs.bench.gpu`: see run.py."""
+
+import sys
+
+from valle.jobs.bench.gpu.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

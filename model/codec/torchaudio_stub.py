@@ -1,0 +1,20 @@
+"""An empty torchaudio for packages that import it and use nothing of it."""
+
+import sys
+import types
+
+
+def ensure_torchaudio() -> None:
+    """Puts an empty module where torchaudio cannot load.
+
+    `encodec` and `distillmos` import torchaudio at their top and need nothing of it on our path;
+    PyPI's torchaudio does not load beside a CPU build of torch (it asks for libc10_cuda.so).
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        stand_in = types.ModuleType("torchaudio")
+        transforms = types.ModuleType("torchaudio.transforms")
+        transforms.MFCC = None  # type: ignore[attr-defined]
+        stand_in.transforms = transforms  # type: ignore[attr-defined]
+        sys.modules |= {"torchaudio": stand_in, "torchaudio.transforms": transforms}
