@@ -133,7 +133,7 @@ class AR(nn.Module):
         *,
         sampling: Sampling,
         max_frames: int,
-        generator: torch.Generator,
+        seed: int,
         prefix: Int[Tensor, " T"] | None = None,
         use_cache: bool = True,
     ) -> AROutput:
@@ -165,7 +165,8 @@ class AR(nn.Module):
                     logits = guide(logits[:1], logits[1:], sampling.guidance_scale)
                 empty = torch.tensor([not len(codes)], device=codes.device)
                 logits = suppress_eos(logits, empty)
-                token = sample(logits, sampling, history=codes[None], generator=generator)
+                position = torch.full((1,), len(codes), device=codes.device)
+                token = sample(logits, sampling, seed=seed, positions=position, history=codes[None])
                 if int(token) == EOS:
                     return AROutput(codes, hit_limit=False)
                 codes = torch.cat([codes, token])

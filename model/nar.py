@@ -122,7 +122,7 @@ class NAR(nn.Module):
         first_codebook: Int[Tensor, " T"],
         *,
         sampling: Sampling,
-        generator: torch.Generator,
+        seed: int,
         guided_levels: int | None = None,
         prefix: Int[Tensor, "Q S"] | None = None,
         total_frames: int | None = None,
@@ -134,6 +134,7 @@ class NAR(nn.Module):
         """
         codes = first_codebook.new_zeros(self.config.n_codebooks, len(first_codebook))
         codes[0] = first_codebook
+        positions = torch.arange(len(first_codebook), device=first_codebook.device)
         for level in range(1, self.config.n_codebooks):
             totals = None if total_frames is None else [total_frames]
             batch = collate([phonemes], [prompt], [codes], totals).to(self.heads.device)
@@ -141,7 +142,9 @@ class NAR(nn.Module):
             logits = self(batch, levels)
             if sampling.guided and (guided_levels is None or level <= guided_levels):
                 logits = guide(logits, self(unconditional(batch), levels), sampling.guidance_scale)
-            codes[level] = sample(logits[0], sampling, generator=generator)
+            codes[level] = sample(
+                logits[0], sampling, seed=seed, positions=positions, codebook=level
+            )
             if prefix is not None:
                 codes[level, : prefix.shape[1]] = prefix[level]
         return codes

@@ -13,7 +13,7 @@ from torch import Tensor
 from valle.model.codec.interface import Codes
 from valle.model.nar import NAR
 from valle.model.prompt import PromptKV
-from valle.model.sampling import Sampling, guide, sample
+from valle.model.sampling import Sampling, guide, sample, validate_seed
 from valle.model.sequence import collate, estimate_total_frames, with_unconditional
 from valle.model.tokens import NULL_CODE
 
@@ -32,6 +32,7 @@ class NARDecoding:
     """Of sampling, if there is any."""
 
     def __post_init__(self) -> None:
+        validate_seed(self.seed)
         if self.guided_levels < 0:
             raise ValueError(f"guided_levels: {self.guided_levels} is below 0")
 
@@ -72,7 +73,7 @@ def nar_decode(nar: NAR, item: NARRequest, decoding: NARDecoding) -> Codes:
         torch.tensor(item.phonemes, device=device), _codes(item.prompt, device),
         _codes(item.first_codebook, device),
         sampling=decoding.sampling, guided_levels=decoding.guided_levels,
-        generator=torch.Generator(device).manual_seed(decoding.seed),
+        seed=decoding.seed,
         prefix=None if item.prefix is None else _codes(item.prefix, device),
         total_frames=item.total_frames(nar.config.frames_per_phoneme),
     )  # fmt: skip
@@ -99,7 +100,7 @@ class NARDecoder:
         no_prompts = [texts[0].new_empty(nar.config.n_codebooks, 0)] * len(items)
         codes = [_codes(item.first_codebook, device) for item in items]
         codes = [torch.cat([row[None], row.new_zeros(nar.n_levels, len(row))]) for row in codes]
-        generators = [torch.Generator(device).manual_seed(decoding.seed) for _ in items]
+        positions = [torch.arange(len(item.first_codebook), device=device) for item in items]
         guided_levels = min(decoding.guided_levels, nar.n_levels) if decoding.sampling.guided else 0
         prompts = [self._prompt(item.prompt) for item in items]
         null_prompts = [
@@ -114,8 +115,11 @@ class NARDecoder:
                 logits = guide(logits, unconditional, decoding.sampling.guidance_scale)
             else:
                 logits = nar.forward_cached(prompts, batch, level)
-            for row, scores, item, generator in zip(codes, logits, items, generators, strict=True):
-                row[level] = sample(scores[: row.shape[1]], decoding.sampling, generator=generator)
+            for row, scores, item, frames in zip(codes, logits, items, positions, strict=True):
+                row[level] = sample(
+                    scores[: len(frames)], decoding.sampling, seed=decoding.seed,
+                    positions=frames, codebook=level,
+                )  # fmt: skip
                 if item.prefix is not None:
                     row[level, : item.prefix.shape[1]] = _codes(item.prefix[level], device)
         return [row.to("cpu", torch.int16).numpy() for row in codes]

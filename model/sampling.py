@@ -1,7 +1,10 @@
 """From logits to tokens: guidance, temperature, top-k, top-p, repetition-aware sampling.
 
-Rows may have settings of their own, and each draws from uniform numbers it is given: a stream says
-the same alone and in a batch.
+Each row of a batch has its own settings. Random numbers come from a counter-based generator: a
+uniform is a hash of the seed, the token's codebook and position, and the number of the draw (Salmon
+et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). There is no state to carry along. A
+stream therefore draws the same numbers on CPU and GPU, alone and in a batch, and inside a CUDA
+graph.
 
 Legend: R rows (streams or frames), V classes, T tokens so far, W window.
 """
@@ -14,7 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 UNIFORMS_PER_TOKEN = 2
-"""Uniform numbers per token: one for the token, one for drawing it again."""
+"""Uniform numbers per token: one for the first draw, one for repetition-aware sampling's second."""
+
+MAX_SEED = 2**63 - 1
+"""Seeds are 0 to this: what an int64 tensor holds."""
+
+_CODEBOOK_SHIFT = 40
+"""Positions count below 2**40, the codebook from there on: codebooks share no counter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +108,73 @@ def guide(
     return conditional + (scale - 1) * (conditional - unconditional.float().log_softmax(-1))
 
 
+def validate_seed(seed: int) -> None:
+    """Raises ValueError for a seed outside 0 to `MAX_SEED`."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed: {seed} is not in 0 to 2**63 - 1")
+
+
 def sample(
     logits: Float[Tensor, "R V"],
     sampling: Sampling,
     *,
-    generator: torch.Generator,
+    seed: int,
+    positions: Int[Tensor, " R"],
+    codebook: int = 0,
     history: Int[Tensor, "R T"] | None = None,
 ) -> Int[Tensor, " R"]:
-    """One token per row. `history` is what repetition-aware sampling looks back on."""
+    """One token per row, by the same settings and seed.
+
+    `positions` are the tokens' frames in the response. `history` holds the tokens before each, for
+    repetition-aware sampling. Raises ValueError for a seed outside 0 to `MAX_SEED`.
+    """
+    validate_seed(seed)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     rows = SamplingTensors.from_rows([sampling] * len(logits), logits.device)
     recent = None if history is None else history[:, -sampling.repetition_window :]
-    return sample_rows(logits, rows, draw_uniforms(generator, len(logits)), recent)
+    uniforms = draw_uniforms(torch.full_like(positions, seed), positions, codebook)
+    return sample_rows(logits, rows, uniforms, recent)
 
 
-def draw_uniforms(generator: torch.Generator, rows: int) -> Float[Tensor, "2 {rows}"]:
-    """The uniform numbers that one token of each row needs."""
-    return torch.rand(UNIFORMS_PER_TOKEN, rows, generator=generator, device=generator.device)
+def draw_uniforms(
+    seeds: Int[Tensor, " R"], positions: Int[Tensor, " R"], codebook: int = 0
+) -> Float[Tensor, "2 R"]:
+    """The uniform numbers, in [0, 1), of the token at each position (below 2**40) of a codebook.
+
+    Each is the element of a splitmix64 sequence (Steele, Lea and Flood 2014) whose state is hashed
+    from the seed, and whose index is built of codebook, position and draw. int64 multiplication
+    wraps as the algorithm's unsigned one does. Tensor operations only: nothing waits for a device.
+    """
+    draws = torch.arange(UNIFORMS_PER_TOKEN, device=positions.device)[:, None]
+    token = positions + (codebook << _CODEBOOK_SHIFT)
+    counters = token * UNIFORMS_PER_TOKEN + draws
+    # consecutive seeds must not give shifted copies of one sequence: hash them first
+    state = _mix(seeds + _GOLDEN_GAMMA)
+    bits = _mix(state + counters * _GOLDEN_GAMMA)
+    # the upper 24 bits are what float32 holds exactly: 1 is never reached
+    return _shift_right(bits, 40).float() * 2.0**-24
+
+
+def _int64(unsigned: int) -> int:
+    """The signed number of the same 64 bits."""
+    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+
+_GOLDEN_GAMMA = _int64(0x9E3779B97F4A7C15)
+_MULTIPLIERS = _int64(0xBF58476D1CE4E5B9), _int64(0x94D049BB133111EB)
+
+
+def _mix(x: Int[Tensor, "*R"]) -> Int[Tensor, "*R"]:
+    """splitmix64's finaliser: a bijection in which each bit in changes half of the bits out."""
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Int[Tensor, "*R"], count: int) -> Int[Tensor, "*R"]:
+    """Logical shift: torch's repeats the sign bit, which the mask removes."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
 
 
 def sample_rows(

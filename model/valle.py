@@ -12,7 +12,7 @@ from valle.model.ar import AR
 from valle.model.codec.interface import Codes, SpeechCodec, Wave
 from valle.model.nar import NAR
 from valle.model.nar_decoding import NARDecoding, NARRequest, nar_decode
-from valle.model.sampling import Sampling
+from valle.model.sampling import Sampling, validate_seed
 from valle.model.text import phoneme_ids
 
 GUIDANCE_SCALE = 1.5
@@ -51,7 +51,10 @@ class Synthesis:
     """espeak voice name of the text."""
 
     seed: int = 0
-    """Same seed, same speech."""
+    """Same seed, same speech; 0 to 2**63 - 1."""
+
+    def __post_init__(self) -> None:
+        validate_seed(self.seed)
 
     @property
     def nar_decoding(self) -> NARDecoding:
@@ -116,12 +119,11 @@ class Synthesizer:
     ) -> SynthesisResult:
         """The same from phoneme ids and prompt codes `[8, P]`, after the codes of `prefix`."""
         device = self.codec.device
-        generator = torch.Generator(device).manual_seed(synthesis.seed)
         text = torch.tensor(ids, device=device)
         prompt_codes = torch.from_numpy(prompt).long().to(device)
         prefix_codes = None if prefix is None else torch.from_numpy(prefix).long().to(device)
         ar_output = self.ar.generate(
-            text, prompt_codes, sampling=synthesis.ar, generator=generator,
+            text, prompt_codes, sampling=synthesis.ar, seed=synthesis.seed,
             max_frames=self.codec.identity.frames(synthesis.max_seconds),
             prefix=None if prefix_codes is None else prefix_codes[0],
         )  # fmt: skip

@@ -57,7 +57,7 @@ def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group
     with_cache, without_cache = (
         model.generate(
             phonemes, prompt, sampling=sampling, max_frames=25, use_cache=use_cache,
-            generator=torch.Generator().manual_seed(3),
+            seed=3,
         )
         for use_cache in (True, False)
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
     for scale, code in zip((1.0, 10.0), expected, strict=True):
         output = model.generate(
             phonemes, prompt, sampling=Sampling(temperature=0.0, guidance_scale=scale),
-            max_frames=1, generator=torch.Generator(),
+            max_frames=1, seed=0,
         )  # fmt: skip
         assert output.codes.tolist() == [int(code)]
 
@@ -97,7 +97,7 @@ def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
     perturb(model, 0.5)
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
-    arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}
+    arguments = {"sampling": GREEDY, "max_frames": 12, "seed": 0}
     codes = model.generate(phonemes, prompt, **arguments).codes
     assert len(codes.unique()) > 2
     for length in (group, 6, 12):
@@ -126,7 +126,7 @@ def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
 def test_length_limit_is_reported_and_eos_stops() -> None:
     model = tiny_ar()
     phonemes, prompt, _ = random_items(20)[0]
-    arguments = {"sampling": GREEDY, "max_frames": 5, "generator": torch.Generator()}
+    arguments = {"sampling": GREEDY, "max_frames": 5, "seed": 0}
     model.head.bias.data[EOS] = -100.0
     assert model.generate(phonemes, prompt, **arguments).hit_limit
     model.head.bias.data[EOS] = 100.0
@@ -217,9 +217,7 @@ def test_nar_loss_falls_on_the_response_at_its_level() -> None:
 def test_nar_generates_all_codebooks_from_the_first() -> None:
     model = tiny_nar()
     phonemes, prompt, codes = random_items(15)[0]
-    generated = model.generate(
-        phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator()
-    )
+    generated = model.generate(phonemes, prompt, codes[0], sampling=GREEDY, seed=0)
     assert generated.shape == (8, 15)
     assert torch.equal(generated[0], codes[0])
     # teacher-forced with its own output, each level predicts itself

@@ -57,7 +57,7 @@ def generate_cached(ar: AR, workload: Workload) -> None:
 def _generate(ar: AR, workload: Workload, use_cache: bool) -> None:
     output = ar.generate(
         torch.tensor(workload.phonemes), torch.from_numpy(workload.prompt.astype(np.int64)),
-        sampling=SAMPLING, generator=torch.Generator().manual_seed(0), max_frames=workload.frames,
+        sampling=SAMPLING, seed=0, max_frames=workload.frames,
         use_cache=use_cache,
     )  # fmt: skip
     assert len(output.codes) == workload.frames, "the model was not to stop"

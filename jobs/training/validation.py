@@ -106,20 +106,20 @@ def generate_samples(
     The AR model is heard through the first codebook only; the NAR model fills in the other seven
     of the true first codebook. So one hears which of the two is the weak one.
     """
-    generator, synthesis = torch.Generator(device).manual_seed(0), Synthesis()
+    synthesis = Synthesis()
     samples: list[tuple[str, NDArray[np.float32]]] = []
     for number in loader.validation[:count]:
         batch = loader.batch(np.array([number]), [0, int(number)]).to(device)
         if isinstance(model, AR):
             output = model.generate(
                 batch.phonemes[0], batch.prompt[0], max_frames=MAX_SAMPLE_FRAMES,
-                sampling=synthesis.ar, generator=generator,
+                sampling=synthesis.ar, seed=int(number),
             )  # fmt: skip
             codes = output.codes[None]
         else:
             codes = model.generate(
                 batch.phonemes[0], batch.prompt[0], batch.codes[0, 0],
-                sampling=synthesis.nar, generator=generator,
+                sampling=synthesis.nar, seed=int(number),
             )  # fmt: skip
         stored = codes.cpu().numpy().astype(np.int16)
         if stored.shape[1]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from valle.model.codec.interface import Codes
-from valle.model.sampling import Sampling
+from valle.model.sampling import Sampling, validate_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Request:
             raise ValueError("phonemes: the text is empty")
         if self.max_frames < 1:
             raise ValueError(f"max_frames: {self.max_frames} is below 1")
+        validate_seed(self.seed)
 
 
 class FinishReason(StrEnum):

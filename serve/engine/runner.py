@@ -111,7 +111,7 @@ class Runner:
         self._hidden = like.new_zeros(rows, config.width)
         self._recent = self._zeros(slots, MAX_REPETITION_WINDOW) - 1
         self._frames = self._zeros(slots)
-        self._generators: list[torch.Generator] = []
+        self._seeds = self._zeros(slots)
         self._sampling: list[Sampling] = []
         self._sampling_tensors = SamplingTensors.from_rows([], self._device)
 
@@ -121,7 +121,7 @@ class Runner:
     @property
     def batch_size(self) -> int:
         """Slots in use."""
-        return len(self._generators)
+        return len(self._sampling)
 
     def validate(self, request: Request) -> None:
         """Raises ValueError, naming the field, for a request that no slot can hold."""
@@ -165,7 +165,7 @@ class Runner:
         self._hidden[rows] = hidden
         self._recent[slot] = -1
         self._frames[slot] = 0
-        self._generators.append(torch.Generator(self._device).manual_seed(request.seed))
+        self._seeds[slot] = request.seed
         self._sampling.append(request.sampling)
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)
 
@@ -182,9 +182,7 @@ class Runner:
             previous = recent[:, MAX_REPETITION_WINDOW - index :].clamp(0, CODEBOOK_SIZE - 1)
             logits = self._logits(previous)
             logits = suppress_eos(logits, recent[:, -1] < 0)
-            uniforms = torch.cat(
-                [draw_uniforms(generator, 1) for generator in self._generators], dim=1
-            )
+            uniforms = draw_uniforms(self._seeds[:batch_size], self._frames[:batch_size] + index)
             tokens = sample_rows(logits, self._sampling_tensors, uniforms, recent)
             recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)
         self._recent[:batch_size] = recent
@@ -220,16 +218,16 @@ class Runner:
 
     def release(self, slot: int, move: Move | None) -> None:
         """Forgets the stream of a slot; the last slot's stream takes its place."""
-        generator, sampling = self._generators.pop(), self._sampling.pop()
+        sampling = self._sampling.pop()
         if move is not None:
             assert move == Move(self.batch_size, slot), "only the last slot moves"
-            self._generators[slot], self._sampling[slot] = generator, sampling
+            self._sampling[slot] = sampling
             source, target = self._slot_rows(move.source), self._slot_rows(slot)
             length = int(self._cache.lengths[source][0])
             for store in (self._cache.keys, self._cache.values):
                 store[:, target, :, :length] = store[:, source, :, :length]
             for rows in (self._cache.lengths, self._hidden):
                 rows[target] = rows[source]
-            for row in (self._recent, self._frames):
+            for row in (self._recent, self._frames, self._seeds):
                 row[slot] = row[move.source]
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)

@@ -57,7 +57,7 @@ def generate_alone(model: AR, request: Request) -> tuple[list[int], FinishReason
     output = model.generate(
         torch.tensor(request.phonemes), torch.from_numpy(request.prompt.astype(np.int64)),
         sampling=request.sampling, max_frames=request.max_frames,
-        generator=torch.Generator().manual_seed(request.seed),
+        seed=request.seed,
     )  # fmt: skip
     return output.codes.tolist(), FinishReason.LENGTH if output.hit_limit else FinishReason.STOP
 
