@@ -5,7 +5,9 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from helpers.golden import GOLDEN, golden_tokens
 from helpers.tiny_models import TINY, perturb, random_batch, random_items, tiny_ar, tiny_nar
+from safetensors.torch import load_file
 
 from valle.jobs.training.objective import ar_loss, nar_loss
 from valle.model.ar import AR
@@ -86,6 +88,15 @@ def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
             max_frames=1, seed=0,
         )  # fmt: skip
         assert output.codes.tolist() == [int(code)]
+
+
+def test_generate_gives_the_golden_tokens() -> None:
+    """Sampler and both models: a change that moves every voice (`tests/helpers/make_golden.py`)."""
+    expected = load_file(GOLDEN / "tokens.safetensors")
+    tokens = golden_tokens()
+    assert tokens.keys() == expected.keys()
+    for name, codes in tokens.items():
+        assert torch.equal(codes, expected[name]), name
 
 
 @pytest.mark.parametrize("group", [1, 3])
