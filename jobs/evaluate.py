@@ -206,7 +206,7 @@ class Evaluator:
             lambda request: self._nar_decoder.decode([request], synthesis.nar_decoding)[0],
             NARRequest(phonemes, prompt_codes, result.codes[0], complete=not result.hit_limit),
             Chunking(),
-            self._synthesizer.ar.config.group,
+            self._synthesizer.ar.config.group_size,
         )  # fmt: skip
         return replace(result, wave=self._synthesizer.codec.decode([codes])[0], codes=codes)
 

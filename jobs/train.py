@@ -46,7 +46,7 @@ def build_backend(
     """A fresh model on a worker, the same on every rank; given the data's `codec`, a new run's
     model takes the weights of the recipe's `warm_start`."""
     torch.manual_seed(recipe.seed)
-    model = checkpoint.build_model(kind, recipe.model.resolve())
+    model = checkpoint.build_model(recipe.model.resolve(kind))
     if codec is not None and kind in recipe.warm_start:
         checkpoint.warm_start(model, warm_start_uri(recipe, kind), codec)
     if recipe.compile:
@@ -97,7 +97,7 @@ def train(values: dict[str, Any]) -> None:
         level = draw_levels(len(batch.frames), n_codebooks, key, recipe.level_emphasis)
         batch = drop_conditions(batch, key, recipe.condition_dropout)
         if kind == "nar":
-            per_phoneme = recipe.model.resolve().frames_per_phoneme
+            per_phoneme = recipe.model.resolve(kind).frames_per_phoneme
             batch = truncate_responses(batch, key, recipe.truncated_share, per_phoneme)
         learning_rate = recipe.optimization.learning_rate_at(state.step, total)
         loss, norm = backend.step(batch.to(device), level.to(device), learning_rate)
@@ -147,7 +147,7 @@ def _report(
         if rank == 0:
             manifest = loader.dataset.manifest
             metadata = checkpoint.new_metadata(
-                kind, recipe.model.resolve(), manifest.codec, tracking.code_version(),
+                recipe.model.resolve(kind), manifest.codec, tracking.code_version(),
                 asdict(recipe),
             )  # fmt: skip
             checkpoint.save(folder, weights, metadata)

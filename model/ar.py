@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from valle.model.config import ModelConfig
+from valle.model.config import ARConfig
 from valle.model.layers import Cache, CodeEmbedding, KVCache, Transformer
 from valle.model.sampling import Sampling, guide, sample
 from valle.model.sequence import (
@@ -46,17 +46,17 @@ class AROutput:
 class AR(nn.Module):
     """Predicts the next frame's first code from text, prompt and the frames so far."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ARConfig) -> None:
         super().__init__()
         self.config = config
         self.text_embedding = nn.Embedding(config.n_phonemes, config.width)
         self.prompt_embedding = CodeEmbedding(config.n_codebooks, config.width)
-        self.code_embedding = CodeEmbedding(config.group, config.width)
+        self.code_embedding = CodeEmbedding(config.group_size, config.width)
         self.separators = nn.Parameter(torch.zeros(2, config.width))
         # text, prompt and response overlap in position: what each is has to be said
         self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, n_levels=1)
-        self.within = GroupConditioning(config) if config.group > 1 else None
+        self.within = GroupConditioning(config) if config.group_size > 1 else None
         self.head = nn.Linear(config.width, CODEBOOK_SIZE + 1)
         for parameter in (
             self.text_embedding.weight,
@@ -68,7 +68,7 @@ class AR(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B T1 1025"]:
         """Logits of the T response frames and, one further, of EOS (T1 = T + 1)."""
-        frames, group_size = batch.codes.shape[2], self.config.group
+        frames, group_size = batch.codes.shape[2], self.config.group_size
         hidden = self.hidden(batch)
         codes = _grouped(
             F.pad(batch.codes[:, 0], (0, hidden.shape[1] * group_size - frames)), group_size
@@ -82,7 +82,7 @@ class AR(nn.Module):
         level = sequence.starts[0].new_zeros(len(sequence.x))
         hidden = self.transformer(sequence.x, sequence.positions, level)
         # `<go>` is one position before the response and predicts its first group
-        size = batch.codes.shape[2] // self.config.group + 1
+        size = batch.codes.shape[2] // self.config.group_size + 1
         return gather_span(hidden, sequence.starts[4] - 1, size)
 
     def logits(
@@ -98,7 +98,7 @@ class AR(nn.Module):
         rows = len(batch.phonemes)
         one = batch.frames.new_ones(rows)
         end, go = self.separators[:, None, None].expand(-1, rows, 1, -1)
-        rate, group_size = self.config.frames_per_phoneme, self.config.group
+        rate, group_size = self.config.frames_per_phoneme, self.config.group_size
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * rate
         text_end = batch.phoneme_lengths[:, None] * rate
         text = self.text_embedding(batch.phonemes) + self.segments[0]
@@ -120,7 +120,7 @@ class AR(nn.Module):
 
     def _prompt_groups(self, prompt: Int[Tensor, "B Q P"]) -> Float[Tensor, "B groups D"]:
         """A prompt's frames, averaged over groups; what is left over at its end is not heard."""
-        group_size = self.config.group
+        group_size = self.config.group_size
         groups = prompt.shape[2] // group_size
         embedded = self.prompt_embedding(prompt[:, :, : groups * group_size])
         return embedded.unflatten(1, (groups, group_size)).mean(2)
@@ -145,7 +145,7 @@ class AR(nn.Module):
         `use_cache=False` runs the whole sequence again for every group: the slow twin.
         """
         codes = phonemes.new_empty(0) if prefix is None else prefix
-        group_size = self.config.group
+        group_size = self.config.group_size
         if len(codes) % group_size:
             raise ValueError(
                 f"prefix: {len(codes)} frames are no multiple of the group's {group_size}"
@@ -178,7 +178,7 @@ class AR(nn.Module):
 
     def capacity(self, n_phonemes: int, prompt_frames: int, max_frames: int) -> int:
         """Positions that a cache needs for a text, a prompt and the speech that follows."""
-        group_size = self.config.group
+        group_size = self.config.group_size
         return (
             n_phonemes
             + prompt_frames // group_size
@@ -223,9 +223,9 @@ def suppress_eos(
 class GroupConditioning(nn.Module):
     """Tells a group's later frames which codes come before them in the group."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ARConfig) -> None:
         super().__init__()
-        self.codes = CodeEmbedding(config.group - 1, config.width)
+        self.codes = CodeEmbedding(config.group_size - 1, config.width)
         self.mix = nn.Sequential(
             nn.LayerNorm(config.width),
             nn.Linear(config.width, 2 * config.width),

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from valle.model.config import ModelConfig
+from valle.model.config import NARConfig
 from valle.model.layers import CodeEmbedding, Transformer
 from valle.model.prompt import BatchedPromptKV, KVRecorder, PromptKV
 from valle.model.sampling import Sampling, guide, sample
@@ -40,7 +40,7 @@ PROMPT_SEGMENT = 2
 class NAR(nn.Module):
     """Predicts codebook `level` of every frame from the codebooks below it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: NARConfig) -> None:
         super().__init__()
         self.config = config
         self.n_levels = config.n_codebooks - 1

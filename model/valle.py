@@ -108,7 +108,7 @@ class Synthesizer:
         The prefix is cut to `prompt_seconds`; it serves as prompt as well.
         """
         prompt = self.encode_prompt(prefix, synthesis)
-        group_size = self.ar.config.group
+        group_size = self.ar.config.group_size
         prompt = prompt[:, : prompt.shape[1] // group_size * group_size]
         return self.synthesize_phonemes(
             phoneme_ids(text, synthesis.language), prompt, synthesis, prefix=prompt

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.codec.interface import CodecIdentity
-from valle.model.config import Kind, ModelConfig
+from valle.model.config import ARConfig, Kind, NARConfig
 from valle.model.nar import NAR
 from valle.model.quantize import from_int8
 from valle.model.text import INVENTORY
@@ -34,9 +34,13 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STATE = "state"
-FORMAT = 2
-"""In 1, prompts of the NAR model saw all there is: its weights mean something else in 2, where a
-prompt sees only itself. AR models are the same in both."""
+FORMAT = 3
+"""What the files mean. 3: only an AR model's config has a `group_size`. 2: every config has a
+`group`, which NAR models ignore. 1: a NAR model's prompt sees everything, so that its weights mean
+something else; since 2 a prompt sees only itself. AR weights are the same in all."""
+
+FIRST_NAR_FORMAT = 2
+"""NAR weights of earlier formats can begin a training run, but generate badly."""
 
 WORD_ERROR_RATE = "validation/wer"
 """Name of the metric that decides which checkpoint of a run is the best."""
@@ -65,7 +69,7 @@ class CheckpointMetadata:
     """`config.json`: everything about a checkpoint but its numbers."""
 
     kind: Kind
-    model: ModelConfig
+    model: ARConfig | NARConfig
     codec: CodecIdentity
     inventory: list[str]
     """Phoneme symbols by id."""
@@ -74,22 +78,22 @@ class CheckpointMetadata:
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     format: int = 1
-    """What the weights mean; see `FORMAT`."""
+    """See `FORMAT`. As read: this code's, unless the weights mean something else."""
 
 
 def new_metadata(
-    kind: Kind, model: ModelConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
+    model: ARConfig | NARConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
 ) -> CheckpointMetadata:
     """Metadata with this code's phoneme inventory."""
     return CheckpointMetadata(
-        kind=kind, model=model, codec=codec, inventory=list(INVENTORY),
+        kind=model.kind, model=model, codec=codec, inventory=list(INVENTORY),
         code_version=code_version, recipe=recipe, format=FORMAT,
     )  # fmt: skip
 
 
-def build_model(kind: Kind, config: ModelConfig) -> AR | NAR:
+def build_model(config: ARConfig | NARConfig) -> AR | NAR:
     """A fresh model."""
-    return AR(config) if kind == "ar" else NAR(config)
+    return AR(config) if isinstance(config, ARConfig) else NAR(config)
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
@@ -106,12 +110,31 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
     try:
-        metadata = dacite.from_dict(CheckpointMetadata, json.loads(path.read_text()), _STRICT)
-    except (json.JSONDecodeError, dacite.DaciteError) as error:
+        metadata = _parse_metadata(json.loads(path.read_text()))
+    except (json.JSONDecodeError, dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
     if metadata.inventory != list(INVENTORY[: len(metadata.inventory)]):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
     return metadata
+
+
+def _parse_metadata(content: dict[str, Any]) -> CheckpointMetadata:
+    """The content of a `config.json` of any format. Raises DaciteError or ValueError."""
+    kind, format = content.get("kind"), content.get("format", 1)
+    if kind not in _CONFIGS:
+        raise ValueError(f"kind: {kind!r} is none of {sorted(_CONFIGS)}")
+    if format > FORMAT:
+        raise ValueError(f"format: {format} is of newer code; this code reads up to {FORMAT}")
+    model = dict(content.get("model", {}))
+    if format < FORMAT and "group" in model:
+        group_size = model.pop("group")
+        if kind == "ar":
+            model["group_size"] = group_size
+    if kind == "ar" or format >= FIRST_NAR_FORMAT:
+        format = FORMAT
+    config = dacite.from_dict(_CONFIGS[kind], model, _STRICT)
+    content = {**content, "model": config, "format": format}
+    return dacite.from_dict(CheckpointMetadata, content, _STRICT)
 
 
 def load(
@@ -119,16 +142,16 @@ def load(
 ) -> tuple[AR | NAR, CheckpointMetadata]:
     """The model of a checkpoint, in evaluation mode, and its metadata.
 
-    Raises ValueError for a NAR model of an earlier format, which would speak badly without a word;
-    `allow_old_format` takes it as a beginning.
+    Raises ValueError for a NAR model before `FIRST_NAR_FORMAT`, which would silently generate bad
+    codes; `allow_old_format` loads it as the beginning of a training run.
     """
     metadata = read_metadata(folder)
-    if metadata.kind == "nar" and metadata.format < FORMAT and not allow_old_format:
+    if metadata.kind == "nar" and metadata.format < FIRST_NAR_FORMAT and not allow_old_format:
         raise ValueError(
             f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt saw more "
             f"than itself; train it further with this code (`warm_start.nar=...`)"
         )
-    model = build_model(metadata.kind, metadata.model)
+    model = build_model(metadata.model)
     try:
         weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -158,9 +181,8 @@ def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
     if type(other) is not type(model):
         raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
     theirs, ours = asdict(other.config), asdict(model.config)
-    ignored = ("dropout",) if isinstance(model, AR) else ("dropout", "group")
     for field in theirs:
-        if theirs[field] != ours[field] and field not in ignored:
+        if theirs[field] != ours[field] and field != "dropout":
             raise ValueError(
                 f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
             )
@@ -242,4 +264,5 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
         }
 
 
+_CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
 _STRICT = dacite.Config(strict=True)

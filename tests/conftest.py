@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import clusters
-from helpers.tiny_models import TINY, TINY_CODEC, tiny_ar, tiny_nar
+from helpers.tiny_models import TINY_CODEC, tiny_ar, tiny_nar
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
@@ -57,7 +57,7 @@ def publish_recipe(
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = eos_bias
-        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
+        metadata = checkpoint.new_metadata(model.config, tiny_codec.identity, "test", {})
         for step in (5, 20):
             folder = home / f"runs/test-{kind}/step_{step:08d}"
             checkpoint.save(folder, model.state_dict(), metadata)

@@ -24,7 +24,7 @@ import pytest
 import soundfile
 import yaml
 from helpers import clusters
-from helpers.tiny_models import TINY, tiny_ar, tiny_nar
+from helpers.tiny_models import tiny_ar, tiny_nar
 from ray import serve
 
 from valle.jobs.bench.replicas import replica_processes
@@ -112,7 +112,7 @@ def check_chunks(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None:
 
     decoded = nar_decode_chunks(
         lambda nar_request: nar_decode(synthesizer.nar, nar_request, synthesis.nar_decoding),
-        NARRequest(ids, codes, sentence_codes[0]), Chunking(), synthesizer.ar.config.group,
+        NARRequest(ids, codes, sentence_codes[0]), Chunking(), synthesizer.ar.config.group_size,
     )  # fmt: skip
     wave = synthesizer.codec.decode([decoded])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
@@ -299,7 +299,7 @@ def test_the_champion_changes_while_people_ask(
         for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
             if kind == "ar":
                 model.head.bias.data[EOS] = 4.2
-            metadata = checkpoint.new_metadata(kind, TINY, codec, "test", {})
+            metadata = checkpoint.new_metadata(model.config, codec, "test", {})
             folder = home / f"runs/test-{kind}/step_{30:08d}"
             checkpoint.save(folder, model.state_dict(), metadata)
         assert publish(publish_recipe) == 2

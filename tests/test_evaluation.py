@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import clusters
-from helpers.tiny_models import TINY, tiny_ar, tiny_nar
+from helpers.tiny_models import tiny_ar, tiny_nar
 from helpers.token_datasets import write_dataset
 
 from valle.jobs import model_versions
@@ -183,7 +183,7 @@ def recipe_with_evaluation(
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = 3.5
-        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
+        metadata = checkpoint.new_metadata(model.config, tiny_codec.identity, "test", {})
         checkpoint.save(home / f"runs/{kind}/step_00000001", model.state_dict(), metadata)
     engine = Espeak()
     items = []

@@ -6,7 +6,15 @@ import jaxtyping
 import pytest
 import torch
 from helpers.golden import GOLDEN, golden_tokens
-from helpers.tiny_models import TINY, perturb, random_batch, random_items, tiny_ar, tiny_nar
+from helpers.tiny_models import (
+    TINY,
+    TINY_AR,
+    perturb,
+    random_batch,
+    random_items,
+    tiny_ar,
+    tiny_nar,
+)
 from safetensors.torch import load_file
 
 from valle.jobs.training.objective import ar_loss, nar_loss
@@ -22,7 +30,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_cached_steps_equal_the_full_forward(group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model)
     phonemes, prompt, codes = random_items(30)[0]
     first = codes[0]
@@ -53,7 +61,7 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
     ],
 )
 def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
     with_cache, without_cache = (
@@ -104,7 +112,7 @@ def test_generate_gives_the_golden_tokens() -> None:
 def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
     use_cache: bool, group: int
 ) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model, 0.5)
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
@@ -122,7 +130,7 @@ def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
 
 
 def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
-    model = tiny_ar(config=replace(TINY, group=3))
+    model = tiny_ar(config=replace(TINY_AR, group_size=3))
     perturb(model, 0.5)
     phonemes, prompt, codes = random_items(20)[0]
     base = model(single_batch(phonemes, prompt, codes[0]))[0]
@@ -147,7 +155,7 @@ def test_length_limit_is_reported_and_eos_stops() -> None:
 
 @pytest.mark.parametrize(("kind", "group"), [("ar", 1), ("ar", 3), ("nar", 1)])
 def test_a_row_does_not_depend_on_its_neighbours(kind: str, group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group)) if kind == "ar" else tiny_nar()
+    model = tiny_ar(config=replace(TINY_AR, group_size=group)) if kind == "ar" else tiny_nar()
     perturb(model)
     items = random_items(40, 12, 27)
     level = torch.tensor([1, 4, 7])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.tiny_models import TINY, random_batch, tiny_ar, tiny_nar
+from helpers.tiny_models import TINY_AR, random_batch, tiny_ar, tiny_nar
 
 from valle.jobs.training.objective import Objective
 from valle.jobs.training.optimizer import Optimization, build_optimizer
@@ -273,7 +273,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 
 def make_metadata(codec: Encodec) -> checkpoint.CheckpointMetadata:
-    return checkpoint.new_metadata("ar", TINY, codec.identity, "test", {"run": "x"})
+    return checkpoint.new_metadata(TINY_AR, codec.identity, "test", {"run": "x"})
 
 
 def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
@@ -288,7 +288,7 @@ def test_checkpoint_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
 def test_the_best_checkpoint_of_a_run(tmp_path: Path, tiny_codec: Encodec) -> None:
     with pytest.raises(FileNotFoundError, match="train first"):
         checkpoint.find_best(str(tmp_path))
-    metadata = checkpoint.new_metadata("ar", TINY, tiny_codec.identity, "test", {})
+    metadata = checkpoint.new_metadata(TINY_AR, tiny_codec.identity, "test", {})
     for step, metrics in (
         (10, {"validation/wer": 0.5}), (20, {"validation/wer": 0.2}), (30, {"validation/loss": 1.0})
     ):  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import perturb, random_batch, tiny_ar, tiny_nar
 from torch import nn
 
-from valle.model.config import ModelConfig
+from valle.model.config import ARConfig
 from valle.model.quantize import Int8Linear, convert, from_int8, to_int8
 from valle.serve.web.schema import AppArgs
 
@@ -28,7 +28,7 @@ def test_an_int8_layer_is_the_float_layer_of_the_shipped_weights(bias: bool) -> 
 
 
 def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> None:
-    ar = tiny_ar(config=ModelConfig(width=64, n_heads=2, n_layers=3, dropout=0.0))
+    ar = tiny_ar(config=ARConfig(width=64, n_heads=2, n_layers=3, dropout=0.0))
     perturb(ar, 0.1)
     batch = random_batch(30, 40)
     with torch.inference_mode():

@@ -88,7 +88,7 @@ def plain_loop(recipe: TrainRecipe, kind: str, home: Path) -> list[float]:
             seed_step(key)
             batch = drop_conditions(batch, key, recipe.condition_dropout)
             if kind == "nar":
-                per_phoneme = recipe.model.resolve().frames_per_phoneme
+                per_phoneme = recipe.model.resolve(kind).frames_per_phoneme
                 batch = truncate_responses(batch, key, recipe.truncated_share, per_phoneme)
             loss = objective.train()(batch, draw_levels(len(batch.frames), 8, key)).loss
             (loss / 2).backward()
@@ -250,7 +250,7 @@ def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Pa
     device = torch.device("cpu")
     earlier = build_backend(replace(recipe, seed=5), "ar", device)
     manifest = TokenDataset(recipe.data, home / "cache").manifest
-    metadata = checkpoint.new_metadata("ar", recipe.model.resolve(), manifest.codec, "x", {})
+    metadata = checkpoint.new_metadata(recipe.model.resolve("ar"), manifest.codec, "x", {})
     checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), metadata)
 
     warm = resolve_recipe(replace(recipe, warm_start={"ar": "runs/earlier-ar"}))
@@ -260,8 +260,8 @@ def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Pa
     fresh = build_backend(recipe, "ar", device).weights()
     assert not torch.equal(fresh["head.weight"], started["head.weight"])
 
-    grouped = replace(warm, model=replace(warm.model, group=2))
-    with pytest.raises(ValueError, match="earlier-ar has group 1, this run has 2"):
+    grouped = replace(warm, model=replace(warm.model, group_size=2))
+    with pytest.raises(ValueError, match="earlier-ar has group_size 1, this run has 2"):
         build_backend(grouped, "ar", device, manifest.codec)
     with pytest.raises(ValueError, match="earlier-ar holds an AR model"):
         build_backend(

@@ -17,7 +17,7 @@ from valle.jobs.training.objective import (
 )
 from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.ar import AR
-from valle.model.config import ModelConfig
+from valle.model.config import ARConfig, ModelConfig, NARConfig
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sequence import collate
@@ -101,7 +101,7 @@ def test_hidden_conditions_are_a_function_of_the_step() -> None:
 
 
 def test_dropout_is_a_function_of_the_step() -> None:
-    config = ModelConfig(width=16, n_heads=2, n_layers=2, dropout=0.5)
+    config = ARConfig(width=16, n_heads=2, n_layers=2, dropout=0.5)
     torch.manual_seed(0)
     objective = Objective(AR(config)).train()
     batch, level = random_batch(10, 12), torch.ones(2, dtype=torch.long)
@@ -147,7 +147,7 @@ def overfit(model: AR | NAR, frames: tuple[int, ...], steps: int) -> list[float]
 def test_try_me_ar_says_back_what_it_overfitted() -> None:
     """The reference system's smoke mode: overfit a handful, then synthesise them back."""
     torch.manual_seed(0)
-    model = AR(SMALL)
+    model = AR(ARConfig.from_shared(SMALL))
     losses = overfit(model, (20, 26), 150)
     assert losses[-1] < 0.05
     model.eval()
@@ -163,7 +163,7 @@ def test_try_me_ar_says_back_what_it_overfitted() -> None:
 @pytest.mark.slow
 def test_try_me_nar_and_both_say_back_what_they_overfitted() -> None:
     torch.manual_seed(0)
-    ar, nar = AR(SMALL), NAR(SMALL)
+    ar, nar = AR(ARConfig.from_shared(SMALL)), NAR(NARConfig.from_shared(SMALL))
     overfit(ar, (20, 26), 150)
     losses = overfit(nar, (20, 26), 700)
     assert sum(losses[-7:]) / 7 < 0.05

@@ -26,7 +26,7 @@ import torch
 from valle.jobs.bench.gpu.workload import Workload
 from valle.jobs.bench.timing import median_ratio, time_interleaved
 from valle.model.ar import AR
-from valle.model.config import SIZES
+from valle.model.config import SIZES, ARConfig
 from valle.model.quantize import Precision, convert
 from valle.model.sampling import Sampling
 from valle.model.tokens import CODEBOOK_SIZE, EOS, N_CODEBOOKS
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.size:
-        ar = AR(SIZES[arguments.size]).eval()
+        ar = AR(ARConfig.from_shared(SIZES[arguments.size])).eval()
     else:
         ar = registry.load_ar(registry.resolve(arguments.model))
     with torch.no_grad():
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     read *= ar.head.weight.element_size()
     engines = engine_variants(ar, arguments.precisions, arguments.compiled)
     speeds = measure(ar, workload, engines, arguments.streams, arguments.rounds)
-    limit = read_bandwidth(read) / read * ar.config.group
+    limit = read_bandwidth(read) / read * ar.config.group_size
     figures = summarize(speeds, limit)
     report = {
         "frames": arguments.frames, "weights_read_megabytes": round(read / 1e6, 1),

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for _ in range(arguments.sentences)
     ]  # fmt: skip
-    group = registry.load_ar(bundle).config.group
+    group = registry.load_ar(bundle).config.group_size
     variants = decoding_variants(nar, items, arguments.guided_levels, group)
     for run in variants.values():  # warm, prompts read
         run()

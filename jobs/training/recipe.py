@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
-from valle.model.config import SIZES, Kind, ModelConfig
+from valle.model.config import SIZES, ARConfig, Kind, NARConfig
 from valle.platform import registry, storage
 from valle.platform.recipe import formerly
 from valle.platform.resources import Placement
@@ -30,20 +30,27 @@ class ModelSize:
     dropout: float | None = None
     """Instead of the preset's."""
 
-    group: int | None = None
-    """Frames per step of the AR model, instead of 1; the NAR model takes no notice of it."""
+    group_size: int = field(default=1, metadata=formerly("group"))
+    """Frames per step of the AR model (VALL-E 2's grouped codes)."""
 
     frames_per_phoneme: float | None = None
     """Instead of the preset's 4, which is about right at 75 frames a second."""
 
-    def resolve(self) -> ModelConfig:
-        """The architecture."""
+    def resolve(self, kind: Kind) -> ARConfig | NARConfig:
+        """The architecture of one of the models."""
         if self.size == "nano":
             raise ValueError("model.size: 'nano' is called 'mini' now")
         if self.size not in SIZES:
             raise ValueError(f"model.size: {self.size!r} is none of {sorted(SIZES)}")
-        changes = {k: v for k, v in asdict(self).items() if k != "size" and v is not None}
-        return replace(SIZES[self.size], **changes)
+        changes = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("size", "group_size") and value is not None
+        }
+        shared = replace(SIZES[self.size], **changes)
+        if kind == "ar":
+            return ARConfig.from_shared(shared, group_size=self.group_size)
+        return NARConfig.from_shared(shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +194,7 @@ class TrainRecipe:
                 raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
         if self.quick_check and self.quick_check.every % self.checkpoint_every:
             raise ValueError("quick_check.every: must be a multiple of checkpoint_every")
-        self.model.resolve()
+        self.model.resolve("ar")  # has the fields of both
 
 
 def warm_start_uri(recipe: TrainRecipe, kind: Kind) -> str:

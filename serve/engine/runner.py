@@ -176,7 +176,7 @@ class Runner:
     @torch.inference_mode()
     def sample(self) -> NDArray[np.int64]:
         """The next group `[B, G]` of every stream; what follows an EOS has no meaning."""
-        batch_size, group_size = self.batch_size, self.model.config.group
+        batch_size, group_size = self.batch_size, self.model.config.group_size
         recent = self._recent[:batch_size]
         for index in range(group_size):
             previous = recent[:, MAX_REPETITION_WINDOW - index :].clamp(0, CODEBOOK_SIZE - 1)
@@ -201,7 +201,7 @@ class Runner:
     @torch.inference_mode()
     def decode_step(self) -> None:
         """Feeds the groups just drawn to the model."""
-        padded_size, group_size = self.batch_size, self.model.config.group
+        padded_size, group_size = self.batch_size, self.model.config.group_size
         per_slot = self._rows_per_slot
         if self._compiled:
             padded_size = min(1 << (padded_size - 1).bit_length(), self._slots)

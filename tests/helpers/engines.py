@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from helpers.tiny_models import TINY, perturb, random_items, tiny_ar
+from helpers.tiny_models import TINY_AR, perturb, random_items, tiny_ar
 from valle.model.ar import AR
 from valle.model.sampling import Sampling
 from valle.model.tokens import EOS
@@ -23,7 +23,7 @@ SAMPLINGS = [
 
 def short_ar(group: int) -> AR:
     """A model of random weights that stops somewhere between a frame and a few dozen."""
-    model = tiny_ar(config=replace(TINY, group=group))
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model, 0.5)
     model.head.bias.data[EOS] += 6.5
     return model

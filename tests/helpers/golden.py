@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.tiny_models import TINY, random_items
+from helpers.tiny_models import TINY_AR, TINY_NAR, random_items
 from valle.jobs.training.objective import Objective, draw_levels
 from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.ar import AR
@@ -48,7 +48,7 @@ def golden_weights(kind: str) -> dict[str, Tensor]:
 
 def golden_run(kind: str) -> dict[str, Tensor]:
     """Logits of the committed weights, and the losses of 100 training steps from them."""
-    model = (AR if kind == "ar" else NAR)(TINY)
+    model = AR(TINY_AR) if kind == "ar" else NAR(TINY_NAR)
     model.load_state_dict(golden_weights(kind))
     items = random_items(18, 25, seed=5)
     batch = collate(*zip(*items, strict=True))
@@ -89,7 +89,7 @@ def golden_tokens(dtype: torch.dtype = torch.float32, noise: float = 0.0) -> dic
                 phonemes, prompt, sampling=sampling, max_frames=MAX_FRAMES, seed=SEED
             )
             tokens[f"ar/group {group}/{name}"] = output.codes
-    nar = NAR(TINY)
+    nar = NAR(TINY_NAR)
     nar.load_state_dict(golden_weights("nar"))
     prepare(nar)
     for name, sampling in NAR_SAMPLINGS.items():
@@ -105,7 +105,7 @@ def grouped_ar(group: int) -> AR:
     to end some streams before the limit."""
     weights = golden_weights("ar")
     weights["head.bias"][EOS] += EOS_BIAS[group]
-    model = AR(replace(TINY, group=group))
+    model = AR(replace(TINY_AR, group_size=group))
     if group > 1:
         books = weights["prompt_embedding.tables"]
         weights["code_embedding.tables"] = books[:group]

@@ -176,7 +176,7 @@ def measure_generate(
     speed = workload.frames / (time.perf_counter() - started)
     decoding.speeds[name] = speed
     bytes_read = step_bytes(context.config, model, 1, workload)
-    limit = context.limits.copy_bytes_per_second / bytes_read * context.config.group
+    limit = context.limits.copy_bytes_per_second / bytes_read * model.config.group_size
     context.record.measurement(
         name, frames_per_second=speed, limit_frames_per_second=limit, share_of_bound=speed / limit,
         times_real_time=speed / FRAME_RATE,
@@ -205,7 +205,7 @@ def measure_engine(decoding: DecodingState, case: Case) -> Engine:
     decoding.speeds[case.name] = timing.frames_per_second
     rows = case.streams * (2 if case.guided else 1)
     least = step_bytes(context.config, model, rows, workload) / context.limits.copy_bytes_per_second
-    group = context.config.group
+    group = model.config.group_size
     complete = all(len(codes) == workload.frames for codes in timing.codes.values())
     context.record.check(f"{case.name}: every stream says {workload.frames} frames", complete)
     context.record.measurement(

@@ -124,7 +124,7 @@ def plan_memory(config: ModelConfig, load: ServingLoad, element: int) -> dict[st
     separators = 5 * width  # two separators, three segments
     levels = config.n_codebooks - 1
     ar = layers * (block + 4 * width) + 2 * width + text + separators
-    ar += (config.n_codebooks + config.group) * table + (CODEBOOK_SIZE + 1) * (width + 1)
+    ar += (config.n_codebooks + 1) * table + (CODEBOOK_SIZE + 1) * (width + 1)
     nar = layers * (block + 4 * width * levels) + 2 * width * levels + text + separators
     nar += (config.n_codebooks + 2 * levels) * table
     row = 2 * layers * width  # a position's keys and values

@@ -26,7 +26,7 @@ from valle.jobs.training.backends import Backend
 from valle.jobs.training.objective import draw_levels, seed_step
 from valle.jobs.training.optimizer import Optimization
 from valle.model.codec.interface import CodecIdentity
-from valle.model.config import Kind, ModelConfig
+from valle.model.config import ARConfig, Kind, ModelConfig, NARConfig
 from valle.platform import checkpoint
 from valle.platform.checkpoint import TrainState
 
@@ -242,7 +242,8 @@ def train_steps(
 
 def save(backend: Backend, folder: Path, kind: Kind, config: ModelConfig) -> None:
     """A checkpoint as `jobs/train.py` writes it."""
-    description = checkpoint.new_metadata(kind, config, CODEC_IDENTITY, "bench.gpu", {})
+    model_config = (ARConfig if kind == "ar" else NARConfig).from_shared(config)
+    description = checkpoint.new_metadata(model_config, CODEC_IDENTITY, "bench.gpu", {})
     checkpoint.save(folder, backend.weights(), description)
     checkpoint.save_state(folder, TrainState(step=STEPS_BEFORE_SAVE))
     backend.save(folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 import valle
 from valle.jobs.bench.gpu.record import TINY
 from valle.model.ar import AR
-from valle.model.config import Kind, ModelConfig
+from valle.model.config import ARConfig, Kind, ModelConfig, NARConfig
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.model.sequence import Batch, collate
@@ -37,11 +37,18 @@ SAMPLINGS = (
 """Guided ways to draw, all different."""
 
 
+def build(kind: Kind, config: ModelConfig) -> AR | NAR:
+    """An untrained model, on torch's default device; an AR model in groups of one frame."""
+    if kind == "ar":
+        return AR(ARConfig.from_shared(config))
+    return NAR(NARConfig.from_shared(config))
+
+
 def build_model(kind: Kind, config: ModelConfig, device: torch.device, seed: int = 0) -> AR | NAR:
     """An untrained model, made on the device: a large one's weights take seconds on a CPU."""
     torch.manual_seed(seed)
     with device:
-        return AR(config) if kind == "ar" else NAR(config)
+        return build(kind, config)
 
 
 def perturb(model: AR | NAR, size: float) -> None:
@@ -54,16 +61,16 @@ def perturb(model: AR | NAR, size: float) -> None:
 
 def golden_model(kind: Kind) -> AR | NAR:
     """A model with the weights that the repository's tests pin."""
-    model = AR(TINY) if kind == "ar" else NAR(TINY)
+    model = build(kind, TINY)
     weights = load_file(GOLDEN / f"{kind}.safetensors")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
 
 
-def short_ar(group: int, config: ModelConfig = TINY) -> AR:
+def short_ar(group: int) -> AR:
     """An AR model of random weights that stops somewhere between a frame and a few dozen."""
     torch.manual_seed(0)
-    model = AR(replace(config, group=group))
+    model = AR(ARConfig.from_shared(TINY, group_size=group))
     perturb(model, 0.5)
     with torch.no_grad():
         model.head.bias[EOS] += 6.5

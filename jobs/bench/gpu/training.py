@@ -287,10 +287,9 @@ def train_step(
 
 def model_flops(kind: Kind, config: ModelConfig, batch: Batch) -> float:
     """Floating-point operations of a step; the formula is above."""
-    group = config.group if kind == "ar" else 1
-    prompt = (batch.prompt_frames // group).double()
+    prompt = batch.prompt_frames.double()
     response = batch.frames.double()
-    positions = batch.phoneme_lengths + prompt + batch.frames // group + 2
+    positions = batch.phoneme_lengths + prompt + response + 2
     matrices = 6 * 12 * config.n_layers * config.width**2 * positions
     pairs = positions**2 / 2 if kind == "ar" else positions**2 - prompt * (positions - prompt)
     classes = CODEBOOK_SIZE + 1 if kind == "ar" else CODEBOOK_SIZE
