@@ -12,11 +12,17 @@ import argparse
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from valle.jobs.evaluation.codec_report import CodecReport
+from valle.jobs.evaluation.intervals import Interval
+from valle.jobs.evaluation.report import read_report, table
+from valle.jobs.evaluation.results import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+RELEASE = ROOT / "release"
+NANO_REPORT = RELEASE / "nano" / "report.json"
 DOCUMENTS = ("README.md", "docs/*.md", "release/**/README.md")
 REGION = re.compile(r"<!-- begin:([\w-]+) -->\n(.*?)<!-- end:\1 -->", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:begin|end):[\w-]+ -->")
@@ -41,72 +47,66 @@ CODEC_RECORDINGS = {
 
 def nano_results() -> str:
     """Table of nano's report: systems by metrics."""
-    report = _read_json("release/nano/report.json")
-    second_recognizer = report["judges"][1]
+    report = read_report(str(NANO_REPORT))
+    speakers = {result.speaker for result in report.results}
     head = (
-        f"{report['systems']['cross']['items']} sentences, "
-        f"{len({row['speaker'] for row in report['records']})} speakers",
-        "WER (95 %)", f"WER, {second_recognizer}", "similarity to the prompt, to other speakers",
-        "speaker ID accuracy", "DistillMOS", "loops, empty, length limit",
-    )  # fmt: skip
-    return _table(
-        head,
-        (
-            _nano_row(label, report["systems"][system])
-            for system, label in NANO_SYSTEMS.items()
-            if system in report["systems"]
-        ),
+        f"{report.systems['cross'].items} sentences, {len(speakers)} speakers",
+        "WER (95 %)",
+        f"WER, {report.metric_models.second_recognizer}",
+        "similarity to the prompt, to other speakers",
+        "speaker ID accuracy",
+        "DistillMOS",
+        "loops, empty, length limit",
     )
+    rows = [
+        (label, *_nano_cells(report.systems[system]))
+        for system, label in NANO_SYSTEMS.items()
+        if system in report.systems
+    ]
+    return table(head, rows)
 
 
-def _nano_row(label: str, metrics: dict[str, Any]) -> tuple[str, ...]:
-    own, other = (metrics[name]["value"] for name in ("cosine_own", "cosine_other"))
+def _nano_cells(metrics: Metrics) -> tuple[str, ...]:
     return (
-        label,
-        _percent_with_interval(metrics["wer"]),
-        _percent(metrics["second_wer"]["value"], digits=1),
-        f"{own:.2f}, {other:.2f}",
-        f"{_percent(metrics['identified']['value'])} of {metrics['voices']}",
-        f"{metrics['distillmos']['value']:.2f}",
-        _percent(metrics["faults"]),
+        _percent_with_interval(metrics.wer),
+        _percent(metrics.second_wer, digits=1),
+        f"{_number(metrics.speaker_similarity)}, {_number(metrics.impostor_similarity)}",
+        f"{_percent(metrics.speaker_id_accuracy)} of {metrics.n_speakers}",
+        _number(metrics.distillmos),
+        _percent(metrics.faults),
     )
 
 
 def nano_summary() -> str:
     """Nano's word error rate and speaker ID accuracy in two sentences."""
-    model = _read_json("release/nano/report.json")["systems"]["cross"]
+    model = read_report(str(NANO_REPORT)).systems["cross"]
     seen, unseen, people = (
-        model["by"]["group"][name] for name in ("seen voices", "unseen voices", "unseen people")
+        model.by.group[name] for name in ("seen voices", "unseen voices", "unseen people")
     )
     text = (
-        f"Word error rate {_percent_with_interval(model['wer'])}: "
-        f"{_percent_with_interval(seen['wer'])} in voices of the training data, "
-        f"{_percent_with_interval(unseen['wer'])} in other synthetic voices, "
-        f"{_percent_with_interval(people['wer'])} in the voices of {people['voices']} people. "
-        f"Speaker ID accuracy {_percent(model['identified']['value'])} among {model['voices']} "
-        f"speakers, {_percent(people['identified']['value'])} among the {people['voices']} people."
+        f"Word error rate {_percent_with_interval(model.wer)}: "
+        f"{_percent_with_interval(seen.wer)} in voices of the training data, "
+        f"{_percent_with_interval(unseen.wer)} in other synthetic voices, "
+        f"{_percent_with_interval(people.wer)} in the voices of {people.n_speakers} people. "
+        f"Speaker ID accuracy {_percent(model.speaker_id_accuracy)} among {model.n_speakers} "
+        f"speakers, {_percent(people.speaker_id_accuracy)} among the {people.n_speakers} people."
     )
     return textwrap.fill(text, 99) + "\n"
 
 
 def codec_results() -> str:
     """Table of nano's codec: the recordings and their reconstruction."""
-    report = _read_json("release/nano/codec/evaluation.json")
-    usage = ", ".join(f"{share * 100:.0f}" for share in report["codebook_use"])
-    wer, mos = (
-        [report[f"{metric}_{system}"] for system in ("original", "reconstruction")]
-        for metric in ("wer", "distillmos")
-    )
-    return _table(
-        (
-            f"{report['recordings']} English prompts by Allison Smith, {report['seconds']:.0f} s",
-            "recording",
-            "through the codec",
-        ),
+    report = _read_codec_report("nano/codec/evaluation.json")
+    n_codebooks = len(report.codebook_usage)
+    systems = report.systems["recording"], report.systems[f"{n_codebooks} codebooks"]
+    usage = ", ".join(f"{share * 100:.0f}" for share in report.codebook_usage)
+    recordings = f"{report.recordings} English prompts by Allison Smith, {report.seconds:.0f} s"
+    return table(
+        (recordings, "recording", "through the codec"),
         [
-            ("WER, whisper tiny.en", *(_percent(value, digits=1) for value in wer)),
-            ("DistillMOS", *(f"{value:.2f}" for value in mos)),
-            (f"entries in use, codebooks 1 to {len(report['codebook_use'])}", "", f"{usage} %"),
+            ("WER, whisper tiny.en", *(_percent(metrics.wer, digits=1) for metrics in systems)),
+            ("DistillMOS", *(_number(metrics.distillmos) for metrics in systems)),
+            (f"entries in use, codebooks 1 to {n_codebooks}", "", f"{usage} %"),
         ],
     )
 
@@ -115,21 +115,15 @@ def nano2_codec_results() -> str:
     """Table of nano 2's codec: languages and numbers of codebooks."""
     rows = []
     for suffix, label in CODEC_RECORDINGS.items():
-        report = _read_json(f"release/nano2/codec/evaluation-{suffix}.json")
-        recordings = f"{label}, {report['recordings']} prompts, {report['seconds']:.0f} s"
-        for system, metrics in report["versions"].items():
-            rows.append(
-                (
-                    recordings,
-                    "the vocoder alone, unquantised" if system == "unquantised" else system,
-                    _percent(metrics["wer"], digits=1) if "wer" in metrics else "",
-                    f"{metrics['distillmos']:.2f}",
-                    f"{metrics['similarity']:.2f}",
-                )
-            )
-            recordings = ""
+        report = _read_codec_report(f"nano2/codec/evaluation-{suffix}.json")
+        recordings = f"{label}, {report.recordings} prompts, {report.seconds:.0f} s"
+        for system, metrics in report.systems.items():
+            name = "the vocoder alone, unquantised" if system == "unquantised" else system
+            numbers = _number(metrics.distillmos), _number(metrics.speaker_similarity)
+            rows.append((recordings, name, _percent(metrics.wer, digits=1), *numbers))
+            recordings = ""  # in the first row of a language only
     head = "recordings", "system", "WER, whisper tiny.en", "DistillMOS", "similarity (WeSpeaker)"
-    return _table(head, rows)
+    return table(head, rows)
 
 
 REGIONS: dict[str, Callable[[], str]] = {
@@ -175,24 +169,22 @@ def stale_documents(root: Path = ROOT) -> dict[Path, str]:
     return stale
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((ROOT / path).read_text())
-    return content
+def _read_codec_report(path: str) -> CodecReport:
+    return CodecReport.from_json(json.loads((RELEASE / path).read_text()))
 
 
-def _percent(share: float, digits: int = 0) -> str:
-    return f"{share * 100:.{digits}f} %"
+def _number(value: Interval | float | None) -> str:
+    value = value.value if isinstance(value, Interval) else value
+    return "" if value is None else f"{value:.2f}"
 
 
-def _percent_with_interval(interval: dict[str, float]) -> str:
-    low, high = (f"{interval[end] * 100:.0f}" for end in ("low", "high"))
-    return f"{_percent(interval['value'], digits=1)} ({low} to {high})"
+def _percent(share: Interval | float | None, digits: int = 0) -> str:
+    share = share.value if isinstance(share, Interval) else share
+    return "" if share is None else f"{share * 100:.{digits}f} %"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = "|---" * len(head) + "|\n"
-    first, *others = (f"| {' | '.join(cells)} |\n" for cells in (head, *rows))
-    return first + rule + "".join(others)
+def _percent_with_interval(share: Interval) -> str:
+    return f"{_percent(share, digits=1)} ({share.low * 100:.0f} to {share.high * 100:.0f})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

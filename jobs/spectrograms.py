@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from valle.platform import audio, storage
+from valle.platform import audio
 from valle.platform.spectrogram import spectrograms_png
 
 MAX_SECONDS = 60.0
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--titles: one is needed for each recording, and no two alike")
     try:
         waves = {
-            title: audio.read(storage.read_bytes(uri), max_seconds=MAX_SECONDS)
+            title: audio.read_file(uri, max_seconds=MAX_SECONDS)
             for title, uri in zip(titles, arguments.recordings, strict=True)
         }
     except (OSError, ValueError) as error:

@@ -98,7 +98,7 @@ def count_edits(reference: str, hypothesis: str) -> EditCounts:
 
     ref, hyp = normalize_transcript(reference), normalize_transcript(hypothesis)
     if not re.search(r"\w", ref):
-        raise ValueError(f"nothing to compare in {reference!r}")
+        raise ValueError(f"no words in the reference {reference!r}")
     by_word = jiwer.process_words(ref, hyp)
     by_character = jiwer.process_characters(ref, hyp)
     return EditCounts(
