@@ -141,6 +141,9 @@ class Evaluator:
             output = self._systems.synthesize(system, item, prompt, reference)
             elapsed = time.perf_counter() - started
             measurements.append(self._measure(system, item, output, prompt_embedding, elapsed))
+            if scores.is_audible(output.wave):
+                path = storage.join(self._recipe.out, "audio", system, f"{item.id}.wav")
+                storage.write_bytes(path, audio.wav_bytes(output.wave))
         return measurements
 
     def _read(self, name: str) -> Wave:
@@ -154,12 +157,14 @@ class Evaluator:
         prompt_embedding: Embedding | None,
         synthesis_seconds: float,
     ) -> Measurement:
-        """Metrics of one output; writes its audio. Nothing is computed of an empty output."""
+        """Metrics and faults of one output."""
         wave = output.wave
-        seconds = len(wave) / SAMPLE_RATE
-        audible = seconds >= scores.MIN_SECONDS
+        audible = scores.is_audible(wave)
+        faults = scores.find_faults(
+            output.codes[0] if output.codes.size else None, output.hit_limit
+        )
 
-        # words: an empty output is an empty hypothesis, all words deleted
+        # an inaudible output counts as an empty hypothesis: all words deleted
         hypothesis = self._recognizer.transcribe(wave) if audible else ""
         edits = words.count_edits(item.text, hypothesis)
         second_hypothesis = second_word_errors = None
@@ -172,12 +177,6 @@ class Evaluator:
         if embedding is not None and prompt_embedding is not None:
             similarity = float(embedding @ prompt_embedding)
 
-        if audible:
-            path = storage.join(self._recipe.out, "audio", system, f"{item.id}.wav")
-            storage.write_bytes(path, audio.wav_bytes(wave))
-        faults = scores.find_faults(
-            output.codes[0] if output.codes.size else None, output.hit_limit
-        )
         result = ItemResult(
             id=item.id,
             system=system,
@@ -186,7 +185,7 @@ class Evaluator:
             speaker=item.speaker,
             prompt=item.prompt,
             text=item.text,
-            seconds=round(seconds, 3),
+            seconds=round(len(wave) / SAMPLE_RATE, 3),
             synthesis_seconds=round(synthesis_seconds, 3),
             **vars(faults),
             **vars(edits),

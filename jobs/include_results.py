@@ -188,7 +188,7 @@ def _percent_with_interval(share: Interval) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+    """Command line: `python -m valle.jobs.include_results`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -193,13 +193,21 @@ def recipe_with_evaluation(
             | ({"reference": f"reference{number}.wav"} if number else {})
         )
     (home / "set.jsonl").write_text("\n".join(json.dumps(item) for item in items))
-    evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report",
-                                placement=Placement(gpus_per_worker=0.5))  # fmt: skip
+    evaluation = EvaluateRecipe(
+        items=str(home / "set.jsonl"),
+        recordings="speech",
+        out="report",
+        placement=Placement(gpus_per_worker=0.5),
+    )
     with clusters.embedded_cluster(num_gpus=1):
         yield PublishRecipe(
-            ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
-            sample_prompt="speech/prompt0.wav", evaluation=evaluation,
-        )  # fmt: skip
+            ar="runs/ar",
+            nar="runs/nar",
+            codec=str(tiny_codec_folder),
+            sample_seconds=0.5,
+            sample_prompt="speech/prompt0.wav",
+            evaluation=evaluation,
+        )
 
 
 @pytest.mark.ray

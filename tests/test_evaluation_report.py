@@ -39,8 +39,10 @@ def test_read_report_of_format_1(nano: EvaluationReport) -> None:
     assert len(nano.results) == len(content["records"]) == 608
     for result, record in zip(nano.results, content["records"], strict=True):
         assert (result.hypothesis, result.second_hypothesis, result.empty) == (
-            record["heard"], record["second_heard"], record["stopped"],
-        )  # fmt: skip
+            record["heard"],
+            record["second_heard"],
+            record["stopped"],
+        )
         assert result.speaker_similarity == record.get("cosine_own")
         assert result.words == record["words"]
     assert content["systems"].keys() == nano.systems.keys()
@@ -219,8 +221,10 @@ def test_codec_report_of_format_1(path: str) -> None:
     if "versions" in content:
         old = content["versions"]["8 codebooks"]
         assert (metrics.distillmos, metrics.speaker_similarity, metrics.wer) == (
-            old["distillmos"], old["similarity"], old.get("wer"),
-        )  # fmt: skip
+            old["distillmos"],
+            old["similarity"],
+            old.get("wer"),
+        )
     else:
         assert metrics.wer == content["wer_reconstruction"]
         assert report.systems["recording"].distillmos == content["distillmos_original"]

@@ -1,4 +1,4 @@
-"""nano 2: recordings to codes and back through a vocoder; the figures a codec is judged by."""
+"""nano 2: recordings to codes and back through a vocoder; the metrics of a codec."""
 
 from pathlib import Path
 

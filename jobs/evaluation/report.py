@@ -153,9 +153,12 @@ def html(
     for result in report.results:
         by_item.setdefault(result.id, {})[result.system] = result
     return environment.from_string(TEMPLATE.read_text()).render(
-        report=report, columns=COLUMNS, worst_results=worst_results, results=by_item,
+        report=report,
+        columns=COLUMNS,
+        worst_results=worst_results,
+        results=by_item,
         comparison=_comparison(report, baseline) if baseline else None,
-    )  # fmt: skip
+    )
 
 
 def mlflow_metrics(report: EvaluationReport) -> dict[str, float]:

@@ -14,10 +14,11 @@ from valle.jobs.evaluation.metrics.speaker_similarity import (
     top1_correct,
 )
 from valle.jobs.evaluation.results import Breakdown, ItemResult, Metrics, Part, SystemMetrics
-from valle.model.tokens import FRAME_RATE
+from valle.model.codec.interface import Wave
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 
 MIN_SECONDS = 0.2
-"""Seconds; shorter audio is empty: the model stopped at once."""
+"""Seconds; shorter audio is not measured, and an output with fewer frames is `empty`."""
 
 LOOP_SECONDS = 1.5
 """Seconds; a stretch this long that repeats itself, token by token, is a loop."""
@@ -54,6 +55,11 @@ class SpeakerMetrics:
     impostor_similarity: Interval | None
     speaker_id_accuracy: Interval | None
     equal_error_rate: float
+
+
+def is_audible(wave: Wave) -> bool:
+    """Whether a recording is long enough to be measured."""
+    return len(wave) / SAMPLE_RATE >= MIN_SECONDS
 
 
 def find_faults(codes: NDArray[np.int16] | None, hit_limit: bool) -> Faults:
