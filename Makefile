@@ -23,10 +23,11 @@ demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the wh
 test: venv  ## all tests
 	@$(BIN)/python -m pytest -q
 
-check: venv  ## format, lint, types and the fast tests
+check: venv  ## format, lint, types, results in documents, and the fast tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m valle.jobs.include_results --check
 	@$(BIN)/python -m pytest -q -m "not ray and not slow"
 
 serve: venv  ## the endpoint with the registry's champion, on PORT

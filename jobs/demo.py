@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
-from valle.jobs.evaluation.report import Report
+from valle.jobs.evaluation.intervals import Interval
+from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, registry, settings, storage
@@ -23,10 +24,10 @@ from valle.platform.cluster import connect
 from valle.platform.recipe import load
 from valle.platform.spectrogram import spectrogram_png
 
-FIGURES = {
+METRICS = {
     "wer": "word error rate (whisper tiny.en)",
-    "cosine_own": "speaker similarity (cosine)",
-    "identified": "voice identified among all",
+    "speaker_similarity": "speaker similarity (cosine)",
+    "speaker_id_accuracy": "speaker ID accuracy among all",
     "distillmos": "DistillMOS",
 }
 TEXT = "The whole path works, from a folder of speech to a spoken sentence."
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     publish_recipe = load(name, "publish", publish.PublishRecipe)
     evaluate_recipe = load(name, "evaluate", evaluate.EvaluateRecipe)
     times: dict[str, float] = {}
-    reports: dict[str, Report] = {}
+    reports: dict[str, EvaluationReport] = {}
 
     def evaluate_model(name: str, model: str) -> None:
         with stage(f"evaluate {name}", times):
@@ -116,14 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("endpoint: make serve")
 
 
-def compare(reports: dict[str, Report]) -> str:
-    """The figures of some evaluations side by side."""
-    items = max(report["systems"]["cross"]["items"] for report in reports.values())
+def compare(reports: dict[str, EvaluationReport]) -> str:
+    """The metrics of some evaluations side by side."""
+    systems = [report.systems["cross"] for report in reports.values()]
+    items = max(metrics.items for metrics in systems)
     lines = [f"\n{items} sentences held out{'':<21}" + "".join(f"{n:>9}" for n in reports)]
-    for figure, label in FIGURES.items():
-        values = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
-        cells = "".join("        -" if value is None else f"{value:9.3f}" for value in values)
-        lines.append(f"{label:<40}{cells}")
+    for name, label in METRICS.items():
+        values = [metrics.get(name) for metrics in systems]
+        cells = (f"{v.value:9.3f}" if isinstance(v, Interval) else f"{'-':>9}" for v in values)
+        lines.append(f"{label:<40}{''.join(cells)}")
     return "\n".join(lines)
 
 

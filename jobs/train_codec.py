@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import dacite
-import numpy as np
 import torch
 from torch import Tensor
 
 from valle.model.codec import encodec
 from valle.model.codec.encodec import EncodecConfig
 from valle.model.codec.encodec_training import EncodecLossConfig, EncodecObjective
-from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.platform import resources, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
@@ -282,12 +281,6 @@ def fit(recipe: CodecRecipe) -> None:
         ),
     )
     trainer.fit()
-
-
-def codebook_usage(codes: Sequence[np.ndarray]) -> list[float]:
-    """Share of the 1024 entries that a set of codes touches, per codebook."""
-    stacked = np.concatenate(codes, axis=1)
-    return [len(np.unique(book)) / CODEBOOK_SIZE for book in stacked]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import soxr
 
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
+from valle.platform import storage
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 """Samples a second of a file."""
@@ -50,6 +51,11 @@ def read(data: bytes, *, max_seconds: float, sample_rate: int = SAMPLE_RATE) -> 
     if not np.isfinite(mono).all():
         raise AudioError("audio holds NaN or infinite samples")
     return resample(mono, rate, sample_rate)
+
+
+def read_file(uri: str, *, max_seconds: float) -> Wave:
+    """The recording at a path or URI, as `read` decodes it. Raises AudioError."""
+    return read(storage.read_bytes(uri), max_seconds=max_seconds)
 
 
 def resample(wave: Wave, rate: int, to: int = SAMPLE_RATE) -> Wave:

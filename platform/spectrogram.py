@@ -17,11 +17,9 @@ def spectrogram_png(wave: Wave, title: str = "") -> bytes:
 def spectrograms_png(waves: Mapping[str, Wave]) -> bytes:
     """A PNG with the log-mel spectrogram of each wave, by title, one below the other."""
     import librosa
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3 * len(waves)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(waves), squeeze=False)[:, 0]
     for axes, (title, wave) in zip(grid, waves.items(), strict=True):
         padded = np.pad(wave, (0, max(0, 1024 - len(wave))))  # a window is the least there can be

@@ -1,4 +1,4 @@
-"""nano 2: recordings to codes and back through a vocoder; the figures a codec is judged by."""
+"""nano 2: recordings to codes and back through a vocoder; the metrics of a codec."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from valle.jobs.evaluate_codec import CodecMetrics, evaluate
+from valle.jobs.evaluate_codec import CodecEvaluator, evaluate
 from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
 from valle.jobs.evaluation.metrics.words import load_recognizer
 from valle.jobs.speakers import Heart, Joe
@@ -96,11 +96,11 @@ def test_the_vocoder_keeps_words_and_voice(tmp_path: Path) -> None:
         Joe().synthesize(text, "joe", "en-us"),
         Heart().synthesize(text, "heart", "en-us"),
     ]
-    metrics = CodecMetrics(load_recognizer("whisper"), load_speaker_encoder("wespeaker"))
+    evaluator = CodecEvaluator(load_recognizer("whisper"), load_speaker_encoder("wespeaker"))
     codec = Nano2Codec.load(folder_of(50, tmp_path))
-    systems = evaluate(codec, [text, text], recordings, metrics, [3])["systems"]
-    assert systems["recording"]["speaker_similarity"] == pytest.approx(1, abs=1e-3)
-    assert max(systems[name]["wer"] for name in ("recording", "unquantised")) < 0.1
-    assert systems["unquantised"]["speaker_similarity"] > 0.6
-    assert systems["unquantised"]["distillmos"] > systems["recording"]["distillmos"] - 0.8
-    assert systems["3 codebooks"]["speaker_similarity"] < 0.4
+    systems = evaluate(codec, [text, text], recordings, evaluator, [3])
+    assert systems["recording"].speaker_similarity == pytest.approx(1, abs=1e-3)
+    assert max(systems[name].wer for name in ("recording", "unquantised")) < 0.1
+    assert systems["unquantised"].speaker_similarity > 0.6
+    assert systems["unquantised"].distillmos > systems["recording"].distillmos - 0.8
+    assert systems["3 codebooks"].speaker_similarity < 0.4
