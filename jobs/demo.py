@@ -16,11 +16,11 @@ from pathlib import Path
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
 from valle.jobs.evaluation.report import Report
+from valle.jobs.recipes import load, recipe_names
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import load
 from valle.platform.spectrogram import spectrogram_png
 
 FIGURES = {
@@ -59,7 +59,9 @@ def send_request(port: int, out: Path) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.demo`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="demo", help="name in jobs/recipes, or path to YAML")
+    parser.add_argument(
+        "--recipe", required=True, help=f"path to YAML, or one of: {', '.join(recipe_names())}"
+    )
     parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
     arguments = parser.parse_args(argv)
     name = arguments.recipe

@@ -13,7 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from valle.jobs.evaluation import scores
-from valle.jobs.evaluation.items import EvaluationItem, check_unseen, item_seed, load_items
+from valle.jobs.evaluation.items import (
+    SET_NAMES,
+    EvaluationItem,
+    check_unseen,
+    item_seed,
+    load_items,
+)
 from valle.jobs.evaluation.metrics import quality, speaker_similarity, words
 from valle.jobs.evaluation.metrics.speaker_similarity import Embedding
 from valle.jobs.evaluation.report import (
@@ -23,6 +29,7 @@ from valle.jobs.evaluation.report import (
     write_report,
 )
 from valle.jobs.evaluation.scores import ItemResult
+from valle.jobs.recipes import parse_arguments
 from valle.model.chunks import Chunking, nar_decode_chunks
 from valle.model.codec.interface import Codes, Wave
 from valle.model.nar_decoding import NARDecoder, NARRequest, nar_decode
@@ -34,7 +41,7 @@ from valle.platform import audio, registry, resources, settings, storage, tracki
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Allocation, Placement
 from valle.platform.vad import SpeechFraction
 
@@ -50,16 +57,16 @@ chunked: as `cross`, filled in chunk by chunk as the endpoint does that speaks b
 class EvaluateRecipe:
     """What to judge, on what, by whom."""
 
-    items: str
+    items: str = field(metadata=location(names=SET_NAMES))
     """Name of a set in `jobs/evaluation/sets`, or path or URI of a JSONL file."""
 
-    recordings: str
+    recordings: str = field(metadata=location())
     """Folder or URI that the items' recordings lie under."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI for the report."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     systems: tuple[str, ...] = SYSTEMS
@@ -88,7 +95,7 @@ class EvaluateRecipe:
     """Speakers among whom a voice has to be told from its prompt, as far as the set has them (the
     report names them); none: all."""
 
-    training_data: str | None = None
+    training_data: str | None = field(default=None, metadata=location())
     """Token dataset the model was trained on: no sentence and no unseen voice may be in it. None
     leaves that unchecked, and the report says so."""
 
@@ -102,7 +109,7 @@ class EvaluateRecipe:
     """CPU or GPU for the voice model, and how much of one each actor takes; the judges (whisper,
     moonshine, Resemblyzer, DistillMOS, DNSMOS) compute on one core beside it."""
 
-    baseline: str | None = field(default=None, metadata=formerly("champion"))
+    baseline: str | None = field(default=None, metadata=location() | formerly("champion"))
     """An earlier `report.json` to compare with."""
 
     def __post_init__(self) -> None:
@@ -288,16 +295,12 @@ def evaluate(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> Re
     Raises ValueError before anything starts when the cluster will never hold the actors.
     """
     allocation = allocation or allocation_for(recipe)
-    recipe = replace(
-        recipe, model=registry.absolute(recipe.model), out=storage.absolute(recipe.out),
-        recordings=storage.absolute(recipe.recordings),
-    )  # fmt: skip
     items = load_items(recipe.items)[: recipe.limit or None]
     speaker_id_candidates = sorted(
         {item.speaker for item in items} & set(recipe.speaker_id_candidates)
     )
     if recipe.training_data:
-        check_unseen(items, storage.absolute(recipe.training_data))
+        check_unseen(items, recipe.training_data)
     bundle = registry.resolve(recipe.model)  # a missing model is better noticed before Ray works
     records = evaluate_items(recipe, items, allocation)
     report: Report = {

@@ -24,7 +24,7 @@ from valle.jobs.evaluation.metrics.words import Recognizer, load_recognizer, wor
 from valle.jobs.train_codec import codebook_usage
 from valle.model.codec import encodec, nano2
 from valle.model.codec.interface import SpeechCodec, Wave
-from valle.model.codec.loading import load_codec
+from valle.model.codec.loading import CODEC_NAMES, load_codec
 from valle.model.codec.nano2 import Nano2Codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings, storage
@@ -39,15 +39,14 @@ Systems = dict[str, Callable[[list[Wave]], list[Wave]]]
 
 def load_recordings(folder: str, count: int, min_seconds: float) -> tuple[list[str], list[Wave]]:
     """Transcripts and waveforms of `count` recordings, the same ones every time."""
-    root = storage.absolute(folder)
-    names = list(storage.list_files(root, (".wav",)))
+    names = list(storage.list_files(folder, (".wav",)))
     random.Random(0).shuffle(names)
     texts: list[str] = []
     waves: list[Wave] = []
     for name in names:
-        wave = audio.read(storage.read_bytes(storage.join(root, name)), max_seconds=600)
+        wave = audio.read(storage.read_bytes(storage.join(folder, name)), max_seconds=600)
         if min_seconds <= len(wave) / SAMPLE_RATE <= MAX_SECONDS and len(waves) < count:
-            texts.append(storage.read_bytes(storage.join(root, f"{name[:-4]}.txt")).decode())
+            texts.append(storage.read_bytes(storage.join(folder, f"{name[:-4]}.txt")).decode())
             waves.append(wave)
     return texts, waves
 
@@ -134,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="JSON file; default: evaluation.json beside the weights")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(2)
+    arguments.codec = storage.absolute(arguments.codec, CODEC_NAMES)
     codec = load_codec(arguments.codec, cache=settings.read().cache)
     texts, waves = load_recordings(arguments.recordings, arguments.count, arguments.min_seconds)
     if not waves:

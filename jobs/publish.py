@@ -17,10 +17,12 @@ from valle.jobs import evaluate
 from valle.jobs.evaluate import EvaluateRecipe
 from valle.jobs.evaluation.gate import Bound, violations
 from valle.jobs.evaluation.report import Report
+from valle.jobs.recipes import parse_arguments
+from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import exit_on_error, parse_arguments
+from valle.platform.recipe import exit_on_error, location
 from valle.platform.resources import Allocation
 from valle.platform.spectrogram import spectrogram_png
 
@@ -29,16 +31,16 @@ from valle.platform.spectrogram import spectrogram_png
 class PublishRecipe:
     """What to publish, the sample that goes with it, and what it must reach."""
 
-    ar: str
+    ar: str = field(metadata=location())
     """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
 
-    nar: str
+    nar: str = field(metadata=location())
     """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
 
-    sample_prompt: str
+    sample_prompt: str = field(metadata=location())
     """Recording whose voice speaks the sample."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """The codec both were trained with."""
 
     sample_text: str = "The voice you are hearing was made by a small model."
@@ -67,7 +69,7 @@ class GateError(RuntimeError):
 
 def register(recipe: PublishRecipe) -> int:
     """Packs, speaks the sample, registers as candidate; returns the version."""
-    ar, nar = (checkpoint.find_best(storage.absolute(uri)) for uri in (recipe.ar, recipe.nar))
+    ar, nar = (checkpoint.find_best(uri) for uri in (recipe.ar, recipe.nar))
     prompt = audio.read(storage.read_bytes(recipe.sample_prompt), max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
