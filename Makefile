@@ -18,7 +18,7 @@ venv: .venv/.complete  ## make .venv and install everything, pinned (first time:
 	@touch $@
 
 demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the whole path
-	@$(BIN)/python -m valle.jobs.demo --port $(PORT)
+	@$(BIN)/valle demo --recipe demo --port $(PORT)
 
 test: venv  ## all tests
 	@$(BIN)/python -m pytest -q
@@ -31,11 +31,11 @@ check: venv  ## format, lint, types, results in documents, and the fast tests
 	@$(BIN)/python -m pytest -q -m "not ray and not slow"
 
 serve: venv  ## the endpoint with the registry's champion, on PORT
-	@$(BIN)/python -m valle.jobs.starter_voices
-	@$(BIN)/python -m valle.serve.run --port $(PORT)
+	@$(BIN)/valle starter-voices
+	@$(BIN)/valle serve --port $(PORT)
 
 cluster: venv  ## check cluster.yaml (AWS) without a network; what is still to be set
-	@$(BIN)/python -m valle.jobs.check_cluster cluster.yaml
+	@$(BIN)/valle check-cluster cluster.yaml
 
 format: venv  ## format and sort imports
 	@$(BIN)/ruff format .

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
+from valle.jobs.recipes import parse_arguments
 from valle.jobs.speakers import LICENSES, TTS_ENGINES, speed_perturbation, texts
 from valle.jobs.speakers.asterisk import asterisk_recordings
 from valle.model.codec.interface import Wave
@@ -17,7 +18,7 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class SpeakerSet:
 class CorpusRecipe:
     """What to speak, by whom, and where to put it."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI of the corpus."""
 
     speakers: tuple[SpeakerSet, ...] = field(default=(), metadata=formerly("sources"))
@@ -209,7 +210,7 @@ def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
     import ray
     from ray.util import ActorPool
 
-    out = storage.absolute(recipe.out)
+    out = recipe.out
     utterances = plan(recipe)
     present = set(storage.list_files(out, (".wav",)))
     missing = [

@@ -17,11 +17,11 @@ from pathlib import Path
 from valle.jobs import corpus, evaluate, prepare, publish, train
 from valle.jobs.evaluation.intervals import Interval
 from valle.jobs.evaluation.results import EvaluationReport
+from valle.jobs.recipes import load, recipe_names
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import load
 from valle.platform.spectrogram import spectrogram_png
 
 METRICS = {
@@ -60,7 +60,9 @@ def send_request(port: int, out: Path) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.demo`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="demo", help="name in jobs/recipes, or path to YAML")
+    parser.add_argument(
+        "--recipe", required=True, help=f"path to YAML, or one of: {', '.join(recipe_names())}"
+    )
     parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
     arguments = parser.parse_args(argv)
     name = arguments.recipe

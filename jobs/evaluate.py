@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from valle.jobs.evaluation import scores
-from valle.jobs.evaluation.items import EvaluationItem, check_unseen, load_items
+from valle.jobs.evaluation.items import SET_NAMES, EvaluationItem, check_unseen, load_items
 from valle.jobs.evaluation.metrics import quality, speaker_similarity, words
 from valle.jobs.evaluation.metrics.speaker_similarity import Embedding
 from valle.jobs.evaluation.report import (
@@ -25,6 +25,7 @@ from valle.jobs.evaluation.report import (
 from valle.jobs.evaluation.results import EvaluationReport, ItemResult, MetricModels
 from valle.jobs.evaluation.scores import Measurement
 from valle.jobs.evaluation.systems import CHUNKED, SYSTEMS, WITHOUT_REFERENCE, Systems
+from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Wave
 from valle.model.quantize import Precision, convert
 from valle.model.tokens import SAMPLE_RATE
@@ -33,7 +34,7 @@ from valle.platform import audio, registry, resources, settings, storage, tracki
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Allocation, Placement
 from valle.platform.vad import SpeechFraction
 
@@ -42,16 +43,16 @@ from valle.platform.vad import SpeechFraction
 class EvaluateRecipe:
     """The model to evaluate, the evaluation set, and the metric models."""
 
-    items: str
+    items: str = field(metadata=location(names=SET_NAMES))
     """Name of a set in `jobs/evaluation/sets`, or path or URI of a JSONL file."""
 
-    recordings: str
+    recordings: str = field(metadata=location())
     """Folder or URI that the items' recordings lie under."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI for the report."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     systems: tuple[str, ...] = SYSTEMS
@@ -81,7 +82,7 @@ class EvaluateRecipe:
     """Speakers among whom a system's outputs are identified; those that the set does not have are
     left out. Empty: all speakers of the set."""
 
-    training_data: str | None = None
+    training_data: str | None = field(default=None, metadata=location())
     """Token dataset of the training: the evaluation fails if a sentence or an unseen voice of the
     set is in it. None: not checked, and the report says so."""
 
@@ -95,7 +96,7 @@ class EvaluateRecipe:
     """CPU or GPU for the voice model, and the share of one that each actor takes. The metric models
     (whisper, moonshine, Resemblyzer, DistillMOS, DNSMOS) use one core beside it."""
 
-    baseline: str | None = field(default=None, metadata=formerly("champion"))
+    baseline: str | None = field(default=None, metadata=location() | formerly("champion"))
     """An earlier `report.json` that the new one is compared with, item by item."""
 
     def __post_init__(self) -> None:
@@ -240,17 +241,12 @@ def evaluate(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> Ev
     the set, the model or the baseline cannot be used or the cluster cannot hold an actor.
     """
     allocation = allocation or allocation_for(recipe)
-    # actors run in folders of their own
-    recipe = replace(
-        recipe, model=registry.absolute(recipe.model), out=storage.absolute(recipe.out),
-        recordings=storage.absolute(recipe.recordings),
-    )  # fmt: skip
     items = load_items(recipe.items)[: recipe.limit or None]
     speaker_id_candidates = sorted(
         {item.speaker for item in items} & set(recipe.speaker_id_candidates)
     )
     if recipe.training_data:
-        check_unseen(items, storage.absolute(recipe.training_data))
+        check_unseen(items, recipe.training_data)
     bundle = registry.resolve(recipe.model)
     baseline = read_report(recipe.baseline) if recipe.baseline else None
 

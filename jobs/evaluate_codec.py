@@ -23,7 +23,7 @@ from valle.jobs.evaluation.metrics.speaker_similarity import SpeakerEncoder, loa
 from valle.jobs.evaluation.metrics.words import Recognizer, load_recognizer, word_error_rate
 from valle.model.codec import encodec, nano2
 from valle.model.codec.interface import Codes, SpeechCodec, Wave
-from valle.model.codec.loading import load_codec
+from valle.model.codec.loading import CODEC_NAMES, load_codec
 from valle.model.codec.nano2 import Nano2Codec
 from valle.model.tokens import CODEBOOK_SIZE, SAMPLE_RATE
 from valle.platform import audio, settings, storage
@@ -38,15 +38,14 @@ Systems = dict[str, Callable[[list[Wave]], list[Wave]]]
 
 def load_recordings(folder: str, count: int, min_seconds: float) -> tuple[list[str], list[Wave]]:
     """Transcripts and waveforms of at most `count` recordings, the same ones in every call."""
-    root = storage.absolute(folder)
-    names = list(storage.list_files(root, (".wav",)))
+    names = list(storage.list_files(folder, (".wav",)))
     random.Random(0).shuffle(names)
     texts: list[str] = []
     waves: list[Wave] = []
     for name in names:
-        wave = audio.read_file(storage.join(root, name), max_seconds=600)
+        wave = audio.read_file(storage.join(folder, name), max_seconds=600)
         if min_seconds <= len(wave) / SAMPLE_RATE <= MAX_SECONDS and len(waves) < count:
-            texts.append(storage.read_bytes(storage.join(root, f"{name[:-4]}.txt")).decode())
+            texts.append(storage.read_bytes(storage.join(folder, f"{name[:-4]}.txt")).decode())
             waves.append(wave)
     return texts, waves
 
@@ -140,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     torch.set_num_threads(2)
+    arguments.codec = storage.absolute(arguments.codec, CODEC_NAMES)
     codec = load_codec(arguments.codec, cache=settings.read().cache)
     texts, waves = load_recordings(arguments.recordings, arguments.count, arguments.min_seconds)
     if not waves:

@@ -1,7 +1,7 @@
 """Writes a published model as a folder that can be shipped: weights in int8, paths below
 `VALLE_HOME` made relative to it.
 
-The folder is a bundle like any other: `python -m valle --model FOLDER` speaks with it, and a
+The folder is a bundle like any other: `valle speak --model FOLDER` speaks with it, and a
 registry without a champion begins with the one in `release/nano`.
 """
 
@@ -9,23 +9,24 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from valle.jobs.recipes import parse_arguments
 from valle.model import quantize
-from valle.platform import checkpoint, registry, settings, storage
-from valle.platform.recipe import parse_arguments
+from valle.platform import checkpoint, registry, settings
+from valle.platform.recipe import location
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecipe:
     """What to write where."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder to write; files of an earlier export in it are replaced, others stay."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     precision: str = "int8"
@@ -38,7 +39,7 @@ class ExportRecipe:
 
 def export(recipe: ExportRecipe) -> Path:
     """Writes the bundle; returns its folder."""
-    source, out = registry.resolve(recipe.model), Path(storage.absolute(recipe.out))
+    source, out = registry.resolve(recipe.model), Path(recipe.out)
     with tempfile.TemporaryDirectory() as name:
         bundle_folder = Path(name) / "bundle"
         for kind in ("ar", "nar"):
@@ -77,7 +78,7 @@ def relative_to_home(values: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: `python -m valle.jobs.export out=release/nano`."""
+    """Command line: `valle export --recipe nano out=release/nano`."""
     recipe = parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
     out = export(recipe)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))

@@ -11,24 +11,24 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from valle.jobs.ingest.layouts import Reject, Source, SourceItem, list_items
+from valle.jobs.recipes import parse_arguments
 from valle.model import text as phonemes
 from valle.model.codec.interface import CodecIdentity
-from valle.model.codec.loading import load_codec
+from valle.model.codec.loading import CODEC_NAMES, load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Allocation, Placement
 
 
@@ -36,13 +36,13 @@ from valle.platform.resources import Allocation, Placement
 class PrepareRecipe:
     """What to read, what to keep, and where the tokens go."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI of the token dataset."""
 
     sources: tuple[Source, ...]
     """Roots of speech."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """nano, nano2, encodec-24khz, or a path to weights."""
 
     min_seconds: float = 0.5
@@ -309,9 +309,6 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     """
     started = time.perf_counter()
     allocation = allocation_for(recipe)
-    recipe = replace(recipe, out=storage.absolute(recipe.out))
-    if Path(recipe.codec).exists():
-        recipe = replace(recipe, codec=str(Path(recipe.codec).absolute()))
     identity = load_codec(recipe.codec, cache=settings.read().cache).identity
     items, unlisted = _list(recipe)
     state = scan_output(recipe.out, identity)

@@ -18,10 +18,12 @@ from valle.jobs.evaluate import EvaluateRecipe
 from valle.jobs.evaluation.gate import Bound, decide
 from valle.jobs.evaluation.report import read_report
 from valle.jobs.evaluation.results import EvaluationReport
+from valle.jobs.recipes import parse_arguments
+from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import exit_on_error, parse_arguments
+from valle.platform.recipe import exit_on_error, location
 from valle.platform.resources import Allocation
 from valle.platform.spectrogram import spectrogram_png
 
@@ -30,16 +32,16 @@ from valle.platform.spectrogram import spectrogram_png
 class PublishRecipe:
     """The checkpoints to publish, the sample, and the gate."""
 
-    ar: str
+    ar: str = field(metadata=location())
     """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
 
-    nar: str
+    nar: str = field(metadata=location())
     """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
 
-    sample_prompt: str
+    sample_prompt: str = field(metadata=location())
     """Recording that prompts the sample."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """The codec both were trained with."""
 
     sample_text: str = "The voice you are hearing was made by a small model."
@@ -69,7 +71,7 @@ class GateError(RuntimeError):
 
 def register(recipe: PublishRecipe) -> int:
     """Packs a bundle, synthesizes its sample, registers it as candidate; returns the version."""
-    ar, nar = (checkpoint.find_best(storage.absolute(uri)) for uri in (recipe.ar, recipe.nar))
+    ar, nar = (checkpoint.find_best(uri) for uri in (recipe.ar, recipe.nar))
     prompt = audio.read_file(recipe.sample_prompt, max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"

@@ -7,7 +7,7 @@ were, and whom each refused speaker resembles, is written beside the selection.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 
 from valle.jobs.evaluation.metrics.quality import DistillMos
 from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
+from valle.jobs.recipes import parse_arguments
 from valle.platform import audio, storage
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import parse_arguments
+from valle.platform.recipe import location
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRecipe:
     """Which corpus, and where the bounds are."""
 
-    corpus: str
+    corpus: str = field(metadata=location())
     """Folder or URI of the recordings, a folder a speaker."""
 
-    out: str
+    out: str = field(metadata=location())
     """JSON file of the result."""
 
     recordings: int = 2

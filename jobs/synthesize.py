@@ -1,6 +1,6 @@
 """Many texts to speech: a manifest in, sound files and a manifest out, on Ray Data.
 
-    python -m valle.jobs.synthesize manifest=lines.jsonl recordings=voices out=spoken
+    valle synthesize --recipe demo manifest=lines.jsonl recordings=voices out=spoken
 
 A line (JSONL, or a row of Parquet) has `text` and `prompt` (a recording, relative to `recordings`)
 and, where they differ, `id`, `language`, `seed`. Texts are split into sentences as the endpoint
@@ -21,6 +21,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Codes
 from valle.model.sentences import join_waves, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
@@ -29,7 +30,7 @@ from valle.platform import audio, registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Allocation, Placement
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
@@ -42,16 +43,16 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
 class SynthesizeRecipe:
     """What to say, in whose voices, and where it goes."""
 
-    manifest: str
+    manifest: str = field(metadata=location())
     """`.jsonl` or `.parquet` file or URI."""
 
-    recordings: str = "."
+    recordings: str = field(default=".", metadata=location())
     """Folder or URI that the prompts lie under."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI for the speech."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     language: str = "en-us"
@@ -285,10 +286,7 @@ def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
 
     started = time.perf_counter()
     allocation = allocation_for(recipe)
-    recipe = replace(
-        recipe, out=storage.absolute(recipe.out), recordings=storage.absolute(recipe.recordings),
-        model=registry.pin(registry.absolute(recipe.model)),
-    )  # fmt: skip
+    recipe = replace(recipe, model=registry.pin(recipe.model))
     lines = read_lines(recipe)
     completed = _completed_ids(recipe, lines)
     missing = [line for line in lines if line["id"] not in completed]

@@ -7,13 +7,14 @@ seen yet. Metrics, samples and parameters go to MLflow.
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dacite
 import torch
 
+from valle.jobs.recipes import parse_arguments
 from valle.jobs.training import validation
 from valle.jobs.training.backends import Backend, DDPBackend, DeepSpeedBackend
 from valle.jobs.training.loader import Loader
@@ -27,13 +28,13 @@ from valle.jobs.training.recipe import TrainRecipe, warm_start_uri
 from valle.model.codec.interface import CodecIdentity
 from valle.model.codec.loading import load_codec
 from valle.model.config import Kind
-from valle.platform import checkpoint, resources, settings, storage, tracking
+from valle.platform import checkpoint, resources, settings, tracking
 from valle.platform.capacity import Cluster
 from valle.platform.checkpoint import TrainState
 from valle.platform.cluster import connect
 from valle.platform.dataset import TokenDataset, read_manifest
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, parse_arguments
+from valle.platform.recipe import exit_on_error, resolve_paths
 from valle.platform.resources import Allocation
 
 WORST_WER = 1e9
@@ -236,21 +237,12 @@ def fit(recipe: TrainRecipe, kind: Kind) -> str:
 
 
 def resolve_recipe(recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe with absolute paths (workers start in folders of their own), data checked."""
-    recipe = replace(
-        recipe,
-        data=storage.absolute(recipe.data),
-        storage_path=storage.absolute(recipe.storage_path),
-    )
+    """The recipe with absolute paths, its data and the sources of a warm start checked."""
+    recipe = resolve_paths(recipe)
     manifest = read_manifest(recipe.data)
     for kind in recipe.models:
         if kind in recipe.warm_start:
             checkpoint.find_best(warm_start_uri(recipe, kind))  # a missing source is noticed here
-    absolute = {
-        kind: uri if uri == "nano" else storage.absolute(uri)
-        for kind, uri in recipe.warm_start.items()
-    }
-    recipe = replace(recipe, warm_start=absolute)
     if recipe.samples:
         codec = load_codec(recipe.codec, cache=settings.read().cache)
         codec.identity.check(manifest.codec, f"the dataset {recipe.data}")

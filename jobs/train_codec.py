@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ import dacite
 import torch
 from torch import Tensor
 
+from valle.jobs.recipes import parse_arguments
 from valle.model.codec import encodec
 from valle.model.codec.encodec import EncodecConfig
 from valle.model.codec.encodec_training import EncodecLossConfig, EncodecObjective
@@ -27,7 +28,7 @@ from valle.platform import resources, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Allocation, Placement
 
 INITIAL_CROPS: Final = 800
@@ -38,10 +39,10 @@ INITIAL_CROPS: Final = 800
 class CodecRecipe:
     """One training run of a codec."""
 
-    data: str
+    data: str = field(metadata=location())
     """Local folder of 24 kHz wavs, one folder per speaker (what `corpus` makes)."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder for the exported codec (`model.safetensors`, `config.json`)."""
 
     run: str = "codec"
@@ -286,8 +287,6 @@ def fit(recipe: CodecRecipe) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train_codec --recipe codec`."""
     recipe = parse_arguments(argv, "train_codec", CodecRecipe, __doc__ or "")
-    # workers start in folders of their own: paths are fixed here, on the driver
-    recipe = replace(recipe, data=storage.absolute(recipe.data), out=storage.absolute(recipe.out))
     split(recipe)  # a missing corpus is better noticed before Ray starts
     with exit_on_error(), connect():
         fit(recipe)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from valle.jobs.recipes import parse_arguments
 from valle.model.codec.quantizer import FEATURE_RATE, Quantizer, QuantizerConfig
 from valle.model.codec.weights import load_quantizer, save_quantizer
 from valle.model.tokens import SAMPLE_RATE
@@ -25,7 +26,7 @@ from valle.model.vocoder.features import FeatureExtractor
 from valle.model.vocoder.weights import WEIGHTS_FILE
 from valle.platform import audio, storage
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import RecipeError, exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import RecipeError, exit_on_error, formerly, location
 
 PITCH, VOICING = 18, 19
 """Places of pitch (octaves) and voicing (correlation less 0.5) among the features."""
@@ -35,10 +36,10 @@ PITCH, VOICING = 18, 19
 class QuantizerRecipe:
     """What to learn from, and for how long."""
 
-    corpora: tuple[str, ...]
+    corpora: tuple[str, ...] = field(metadata=location())
     """Folders or URIs of recordings, a folder a speaker: `{speaker}/{id}.wav`."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder of the weights, `config.json` and `training.jsonl`."""
 
     recordings_per_speaker: int = 60
@@ -50,7 +51,7 @@ class QuantizerRecipe:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """Rates and sizes."""
 
-    warm_start: str | None = None
+    warm_start: str | None = field(default=None, metadata=location())
     """Folder of weights to begin with, of the same sizes; the features' mean and deviation are
     kept, and no step leaves quantisation out. None: from nothing."""
 
@@ -229,7 +230,7 @@ def _initialize(recipe: QuantizerRecipe, recordings: Sequence[NDArray[np.float32
         quantizer.mean.copy_(torch.from_numpy(features.mean(0))[:, None])
         quantizer.deviation.copy_(torch.from_numpy(features.std(0))[:, None])
         return quantizer
-    quantizer = load_quantizer(Path(storage.absolute(recipe.warm_start)))
+    quantizer = load_quantizer(Path(recipe.warm_start))
     if quantizer.config != recipe.quantizer:
         raise ValueError(
             f"warm_start: {recipe.warm_start} holds {quantizer.config}, the recipe asks for "

@@ -184,6 +184,12 @@ def phoneme_ids(text: str, language: str) -> list[int]:
     return encode(phonemes)
 
 
+def inventory_matches(symbols: Sequence[str]) -> bool:
+    """True if `symbols`, an inventory stored with data or weights, gives every id its present
+    meaning. An older, shorter inventory does: symbols are only ever appended."""
+    return list(symbols) == list(INVENTORY[: len(symbols)])
+
+
 def decode(ids: Sequence[int]) -> str:
     """The IPA string of ids; `UNK` shows as the replacement character."""
     return "".join("\ufffd" if i == UNK else INVENTORY[i] for i in ids if i != PAD)

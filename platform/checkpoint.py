@@ -1,12 +1,12 @@
-"""The checkpoint format, and the only code that reads or writes it.
+"""The checkpoint format: no other module reads or writes these files.
 
-    model.safetensors   weights of one model; shipped ones in int8 with scales (quantize.py)
+    model.safetensors   weights of one model; int8 with scales in shipped bundles (quantize.py)
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
-    metrics.json        what validation said of it
-    state/              what a resumed run needs besides: counters and optimizer
+    metrics.json        validation metrics
+    state/              for resuming: counters and optimizer state
 
-Weights are safetensors and are never unpickled. The optimizer of the `ddp` backend is safetensors
-too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same run reads back.
+Weights are safetensors and are never unpickled. So is the optimizer state of the `ddp` backend;
+DeepSpeed writes shards of its own to `state/deepspeed`, which only the same run reads.
 """
 
 import json
@@ -27,46 +27,49 @@ from valle.model.codec.interface import CodecIdentity
 from valle.model.config import ARConfig, Kind, NARConfig
 from valle.model.nar import NAR
 from valle.model.quantize import from_int8
-from valle.model.text import INVENTORY
+from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import storage
+from valle.platform.typed import from_dict
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STATE = "state"
+_CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
+
 FORMAT = 3
 """What the files mean. 3: only an AR model's config has a `group_size`. 2: every config has a
-`group`, which NAR models ignore. 1: a NAR model's prompt sees everything, so that its weights mean
-something else; since 2 a prompt sees only itself. AR weights are the same in all."""
+`group`, which NAR models ignore. 1: a NAR model's prompt attends to the whole sequence, since 2 to
+itself only. AR weights are the same in all."""
 
 FIRST_NAR_FORMAT = 2
-"""NAR weights of earlier formats can begin a training run, but generate badly."""
+"""NAR weights of earlier formats can start a training run, but generate badly."""
 
 WORD_ERROR_RATE = "validation/wer"
-"""Name of the metric that decides which checkpoint of a run is the best."""
+"""The metric by which `find_best` ranks the checkpoints of a run."""
 
 
 @dataclass
 class TrainState:
-    """Where a run is: all that a checkpoint needs besides weights and optimizer."""
+    """Progress of a run: all state of a checkpoint besides weights and optimizer."""
 
     step: int = 0
     """Optimizer steps done."""
 
     epoch: int = 0
-    """Pass over the data; the batch plan is a function of it."""
+    """Number of the current pass over the data; selects its batch plan."""
 
     batch: int = 0
-    """Batches of this epoch already used by each worker."""
+    """Batches of this epoch that each worker has used."""
 
     def to_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """The counters by name, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:
-    """`config.json`: everything about a checkpoint but its numbers."""
+    """The contents of `config.json`."""
 
     kind: Kind
     model: ARConfig | NARConfig
@@ -74,30 +77,35 @@ class CheckpointMetadata:
     inventory: list[str]
     """Phoneme symbols by id."""
     code_version: str
-    """Of the code that trained it."""
+    """Version of the code that trained the model."""
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     format: int = 1
-    """See `FORMAT`. As read: this code's, unless the weights mean something else."""
+    """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
 
 
 def new_metadata(
     model: ARConfig | NARConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
 ) -> CheckpointMetadata:
-    """Metadata with this code's phoneme inventory."""
+    """Metadata of the present format and phoneme inventory."""
     return CheckpointMetadata(
-        kind=model.kind, model=model, codec=codec, inventory=list(INVENTORY),
-        code_version=code_version, recipe=recipe, format=FORMAT,
-    )  # fmt: skip
+        kind=model.kind,
+        model=model,
+        codec=codec,
+        inventory=list(INVENTORY),
+        code_version=code_version,
+        recipe=recipe,
+        format=FORMAT,
+    )
 
 
 def build_model(config: ARConfig | NARConfig) -> AR | NAR:
-    """A fresh model."""
+    """A model with newly initialised weights."""
     return AR(config) if isinstance(config, ARConfig) else NAR(config)
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
-    """Writes weights and metadata."""
+    """Writes weights and metadata into `folder`, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, folder / WEIGHTS)
@@ -105,7 +113,10 @@ def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetada
 
 
 def read_metadata(folder: Path) -> CheckpointMetadata:
-    """The metadata of a checkpoint. Raises FileNotFoundError or ValueError."""
+    """The metadata of a checkpoint.
+
+    Raises FileNotFoundError, and ValueError for unreadable metadata or another phoneme inventory.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
@@ -113,7 +124,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         metadata = _parse_metadata(json.loads(path.read_text()))
     except (json.JSONDecodeError, dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
-    if metadata.inventory != list(INVENTORY[: len(metadata.inventory)]):
+    if not inventory_matches(metadata.inventory):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
     return metadata
 
@@ -132,9 +143,9 @@ def _parse_metadata(content: dict[str, Any]) -> CheckpointMetadata:
             model["group_size"] = group_size
     if kind == "ar" or format >= FIRST_NAR_FORMAT:
         format = FORMAT
-    config = dacite.from_dict(_CONFIGS[kind], model, _STRICT)
+    config = from_dict(_CONFIGS[kind], model)
     content = {**content, "model": config, "format": format}
-    return dacite.from_dict(CheckpointMetadata, content, _STRICT)
+    return from_dict(CheckpointMetadata, content)
 
 
 def load(
@@ -142,14 +153,15 @@ def load(
 ) -> tuple[AR | NAR, CheckpointMetadata]:
     """The model of a checkpoint, in evaluation mode, and its metadata.
 
-    Raises ValueError for a NAR model before `FIRST_NAR_FORMAT`, which would silently generate bad
-    codes; `allow_old_format` loads it as the beginning of a training run.
+    Raises ValueError for weights that do not fit the metadata, and for a NAR model of an earlier
+    format, whose speech would be worse without any error; `allow_old_format` accepts such a model
+    as the start of further training.
     """
     metadata = read_metadata(folder)
     if metadata.kind == "nar" and metadata.format < FIRST_NAR_FORMAT and not allow_old_format:
         raise ValueError(
-            f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt saw more "
-            f"than itself; train it further with this code (`warm_start.nar=...`)"
+            f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt attends to "
+            f"more than itself; train it further with this code (`warm_start.nar=...`)"
         )
     model = build_model(metadata.model)
     try:
@@ -161,9 +173,9 @@ def load(
 
 
 def load_from_uri(uri: str, codec: CodecIdentity, *, allow_old_format: bool = False) -> AR | NAR:
-    """The model of a checkpoint, or of a run's best one, at a path or URI.
+    """The model of a checkpoint, or of the best checkpoint of a run, at a path or URI.
 
-    Raises ValueError when it was trained on the codes of another codec, and as `load` does.
+    Raises ValueError for a model of another codec, and as `load` does.
     """
     with tempfile.TemporaryDirectory() as name:
         fetch(find_best(uri), Path(name) / "model")
@@ -173,20 +185,21 @@ def load_from_uri(uri: str, codec: CodecIdentity, *, allow_old_format: bool = Fa
 
 
 def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
-    """Gives `model` the weights of another one at a path or URI.
+    """Copies the weights of another model, at a path or URI, into `model`.
 
-    Raises ValueError when that is not built as `model` is (dropout apart), or knows another codec.
+    Raises ValueError for a model of another architecture (dropout may differ) or codec.
     """
-    other = load_from_uri(uri, codec, allow_old_format=True)
-    if type(other) is not type(model):
-        raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
-    theirs, ours = asdict(other.config), asdict(model.config)
-    for field in theirs:
-        if theirs[field] != ours[field] and field != "dropout":
+    source = load_from_uri(uri, codec, allow_old_format=True)
+    if type(source) is not type(model):
+        raise ValueError(f"warm_start: {uri} holds an {type(source).__name__} model")
+    source_config, config = asdict(source.config), asdict(model.config)
+    for field in source_config:
+        if source_config[field] != config[field] and field != "dropout":
             raise ValueError(
-                f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
+                f"warm_start: {uri} has {field} {source_config[field]}, this run has "
+                f"{config[field]}"
             )
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(source.state_dict())
 
 
 def save_state(folder: Path, state: TrainState) -> None:
@@ -202,15 +215,15 @@ def load_state(folder: Path) -> TrainState:
 
 
 def save_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Writes what validation said."""
+    """Writes validation metrics."""
     (folder / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n")
 
 
 def find_best(uri: str) -> str:
-    """`uri` itself when it is a checkpoint, else the best `step_*` folder of the run it names.
+    """The URI of a checkpoint: `uri` itself, or the best `step_*` folder of the run at `uri`.
 
-    Best is the lowest word error rate where a quick check measured one, else the newest. Raises
-    FileNotFoundError when there is none.
+    The best has the lowest word error rate; if no quick check measured one, it is the newest.
+    Raises FileNotFoundError when there is no checkpoint.
     """
     if storage.exists(storage.join(uri, WEIGHTS)):
         return uri
@@ -229,7 +242,10 @@ def _word_error_rate(path: str) -> float | None:
 
 
 def fetch(uri: str, folder: Path) -> None:
-    """Copies weights and metadata of a checkpoint from anywhere into a new local folder."""
+    """Copies weights and metadata of the checkpoint at a path or URI into a new local folder.
+
+    Raises FileNotFoundError for an incomplete checkpoint.
+    """
     folder.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         source = storage.join(uri, name)
@@ -239,12 +255,12 @@ def fetch(uri: str, folder: Path) -> None:
 
 
 def load_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The weights alone."""
+    """The weights of a checkpoint, as floats."""
     return from_int8(load_file(folder / WEIGHTS, device=device))
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """AdamW's averages as safetensors, named after the parameters they belong to."""
+    """Writes AdamW's state as safetensors, named after the parameters."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -253,16 +269,11 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Puts saved averages back; every parameter must have its own."""
+    """Restores AdamW's state; every parameter of `model` must be in the file."""
     tensors = load_file(folder / STATE / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
-        keys = ("step", "exp_avg", "exp_avg_sq")
+        # fused AdamW needs its step counter on the parameter's device too
         optimizer.state[parameter] = {
-            # fused AdamW keeps its step counter beside the weights
             key: tensors[f"{name}/{key}"].to(parameter.device)
-            for key in keys
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
-
-
-_CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
-_STRICT = dacite.Config(strict=True)

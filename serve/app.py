@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
-from valle.platform import registry, settings, storage
+from valle.platform import settings, storage
 from valle.serve.deployments.models import (
     MAX_ONGOING_REQUESTS,
     ARDeployment,
@@ -29,7 +29,7 @@ def build_app(args: AppArgs) -> Application:
     # replicas run in folders of their own: what is relative or local is fixed here
     tracking_uri = args.tracking_uri or settings.read().tracking_uri
     paths = {
-        "voices": storage.absolute(args.voices), "model": registry.absolute(args.model),
+        "voices": storage.absolute(args.voices), "model": storage.absolute(args.model),
     }  # fmt: skip
     if args.api_keys:
         read_keys(args.api_keys)  # what is wrong with it is noticed here

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import clusters
 from helpers.evaluations import measurement
-from helpers.tiny_models import TINY, tiny_ar, tiny_nar
+from helpers.tiny_models import tiny_ar, tiny_nar
 from helpers.token_datasets import write_dataset
 
 from valle.jobs import model_versions

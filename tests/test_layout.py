@@ -1,4 +1,4 @@
-"""The `platform/` trap, the links, and the rules about who imports whom."""
+"""The layout of the repository: `platform/`, the links, the rules of import."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ def test_links_resolve() -> None:
         assert link.resolve() == ROOT / folder
 
 
-def test_the_standard_library_keeps_its_platform_module() -> None:
+def test_platform_does_not_hide_the_standard_module() -> None:
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert platform.system()
     code = "import platform; assert platform.system(); import valle.platform.settings"
@@ -38,7 +38,7 @@ def test_every_module_imports(module: str) -> None:
     importlib.import_module(module)
 
 
-def test_modules_are_found_without_the_links(tmp_path: Path) -> None:
+def test_modules_import_without_the_links(tmp_path: Path) -> None:
     """A zip from a web page turns links into text files; `__path__` finds the folders then."""
     (tmp_path / "valle").mkdir()
     (tmp_path / "valle" / "__init__.py").write_text((ROOT / "valle/__init__.py").read_text())
@@ -89,7 +89,7 @@ def test_imports_run_down_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.name)
-def test_every_file_in_jobs_is_a_command(path: Path) -> None:
+def test_jobs_are_commands(path: Path) -> None:
     functions = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
     assert path.name == "__init__.py" or "main" in functions
 

@@ -1,8 +1,7 @@
-"""Where work is placed, on clusters of several nodes: the tests of `isolated/placement.py`.
+"""Placement on clusters of several nodes: runs the tests of `isolated/placement.py`.
 
-Each runs in a pytest of its own: Ray keeps the way it authenticates, and Ray Data what it has put
-into a cluster's memory, for the life of a process, so that a process which has had one cluster
-cannot join another.
+Each runs in a pytest process of its own, because a process cannot join a second cluster: Ray keeps
+its authentication mode, and Ray Data its references to objects, for the life of the process.
 """
 
 import os

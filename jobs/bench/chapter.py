@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with connect():
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
         args = AppArgs(
-            model=registry.pin(registry.absolute(arguments.model)), voices=voices, max_replicas=1,
+            model=registry.pin(arguments.model), voices=voices, max_replicas=1,
             max_characters=len(text), max_seconds=3600,
         )  # fmt: skip
         serve.run(build_app(args), name="valle")

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     voices = str(settings.read().home / "data" / "voices")
     make_starter_voices(voices)
-    model = registry.pin(registry.absolute(arguments.model))
+    model = registry.pin(arguments.model)
     sentences = [item.text for item in load_items("quick")]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     for _ in range(arguments.nodes - 1):

@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args(argv)
-    model = registry.pin(registry.absolute(arguments.model))
+    model = registry.pin(arguments.model)
     voices = str(settings.read().home / "data" / "voices")
     make_starter_voices(voices)
     sentences = [item.text for item in load_items(arguments.items)]

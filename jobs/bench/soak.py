@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--port", type=int, default=8100)
     arguments = parser.parse_args(argv)
-    model = registry.pin(registry.absolute(arguments.model))
+    model = registry.pin(arguments.model)
     voices = str(settings.read().home / "data" / "voices")
     make_starter_voices(voices)
     texts = [" ".join(item.text.split()[:WORDS_PER_TEXT]) for item in load_items("quick")][:8]

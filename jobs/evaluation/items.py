@@ -23,6 +23,9 @@ SETS = Path(__file__).parent / "sets"
 RENAMED_SETS = {"nano": "standard"}
 """Former name of a set: its present name."""
 
+SET_NAMES = frozenset({path.stem for path in SETS.glob("*.jsonl")} | RENAMED_SETS.keys())
+"""What names a set; anything else is a path."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationItem:

@@ -72,7 +72,7 @@ class Systems:
             lambda chunk: self._nar_decoder.decode([chunk], synthesis.nar_decoding)[0],
             replace(request, complete=not result.hit_limit),
             Chunking(),
-            self._synthesizer.ar.config.group,
+            self._synthesizer.ar.config.group_size,
         )
         return replace(result, wave=self._decode(codes), codes=codes)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from valle.platform import storage
-from valle.platform.recipe import formerly
+from valle.platform.recipe import formerly, location
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
@@ -20,7 +20,7 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 class Source:
     """One root of speech."""
 
-    path: str
+    path: str = field(metadata=location())
     """Folder or URI; for `manifest`, the JSONL file."""
 
     layout: Literal["folder", "ljspeech", "libritts", "manifest"] = "folder"
@@ -80,7 +80,7 @@ def compile_speaker_pattern(pattern: str) -> re.Pattern[str]:
 
 def list_items(source: Source) -> Iterator[SourceItem | Reject]:
     """All items of a source. Raises FileNotFoundError when it is not there."""
-    root = storage.absolute(source.path)
+    root = source.path
     if not storage.exists(root):
         raise FileNotFoundError(f"prepare.sources: {source.path} does not exist")
     readers = {

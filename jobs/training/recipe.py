@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field, replace
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
+from valle.model.codec.loading import CODEC_NAMES
 from valle.model.config import SIZES, ARConfig, Kind, NARConfig
-from valle.platform import registry, storage
-from valle.platform.recipe import formerly
+from valle.platform import registry
+from valle.platform.recipe import formerly, location
 from valle.platform.resources import Placement
 
 
@@ -57,13 +58,13 @@ class ModelSize:
 class TrainRecipe:
     """One training run."""
 
-    data: str
+    data: str = field(metadata=location())
     """Folder or URI of the token dataset."""
 
     run: str
     """Name of the run. The same name resumes; the models are kept as `{run}-ar` and `{run}-nar`."""
 
-    storage_path: str = field(default="runs", metadata=formerly("storage"))
+    storage_path: str = field(default="runs", metadata=location() | formerly("storage"))
     """Folder or URI for checkpoints."""
 
     models: tuple[Kind, ...] = ("ar", "nar")
@@ -75,7 +76,7 @@ class TrainRecipe:
     steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
     """Optimizer steps of each model."""
 
-    warm_start: dict[str, str] = field(default_factory=dict)
+    warm_start: dict[str, str] = field(default_factory=dict, metadata=location(names=("nano",)))
     """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with, or
     `nano`, the shipped model. Optimizer state is not taken over: the schedule warms up again."""
 
@@ -148,7 +149,7 @@ class TrainRecipe:
     """Validation sentences spoken at each checkpoint (codes of the data stand in for the model
     that is not being trained)."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """Decodes the samples; must be the dataset's codec."""
 
     quick_check: QuickCheck | None = None
@@ -200,4 +201,4 @@ class TrainRecipe:
 def warm_start_uri(recipe: TrainRecipe, kind: Kind) -> str:
     """Where the weights come from that a new run begins with; `nano` comes with the code."""
     uri = recipe.warm_start[kind]
-    return str(registry.SHIPPED_BUNDLE / kind) if uri == "nano" else storage.absolute(uri)
+    return str(registry.SHIPPED_BUNDLE / kind) if uri == "nano" else uri

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.items import EvaluationItem, item_seed, load_items
+from valle.jobs.evaluation.items import SET_NAMES, EvaluationItem, item_seed, load_items
 from valle.jobs.evaluation.metrics import words
 from valle.jobs.training import sampler
 from valle.jobs.training.loader import Loader
@@ -21,7 +21,7 @@ from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, storage
-from valle.platform.recipe import formerly
+from valle.platform.recipe import formerly, location
 
 MAX_SAMPLE_FRAMES = 600
 
@@ -30,16 +30,16 @@ MAX_SAMPLE_FRAMES = 600
 class QuickCheck:
     """A small evaluation set that is spoken and read back while training goes on."""
 
-    recordings: str
+    recordings: str = field(metadata=location())
     """Folder or URI that the set's recordings lie under."""
 
-    items: str = "quick"
+    items: str = field(default="quick", metadata=location(names=SET_NAMES))
     """Name of a set in `jobs/evaluation/sets`, or path to JSONL. Every item needs a reference."""
 
     every: int = 2000
     """Steps between checks, a multiple of `checkpoint_every`; the last step is checked too."""
 
-    nar_checkpoint: str | None = field(default=None, metadata=formerly("partner"))
+    nar_checkpoint: str | None = field(default=None, metadata=location() | formerly("partner"))
     """NAR checkpoint, or run, through which the AR model is heard. The NAR model needs none: it
     gets the true first codebook."""
 
@@ -150,7 +150,7 @@ def word_error_rate(model: AR | NAR, codec: SpeechCodec, check: QuickCheck) -> d
 
 
 def _load_nar(uri: str, codec: SpeechCodec) -> NAR:
-    model = checkpoint.load_from_uri(storage.absolute(uri), codec.identity)
+    model = checkpoint.load_from_uri(uri, codec.identity)
     if not isinstance(model, NAR):
         raise ValueError(f"quick_check.nar_checkpoint: {uri} holds no NAR model")
     return model.to(codec.device)
