@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers.tiny_models import TINY_AR, TINY_NAR, random_items, tiny_ar, tiny_nar
 
+from valle.jobs.recipes import load
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.model.ar import AR
 from valle.model.config import SIZES, ARConfig, NARConfig
 from valle.model.nar import NAR
 from valle.model.sampling import Sampling
 from valle.platform import checkpoint, registry
-from valle.platform.recipe import RecipeError, load
+from valle.platform.recipe import RecipeError
 
 SHIPPED_SIZE = ModelSize(size="mini", dropout=0.0, group_size=2)
 
@@ -87,7 +88,7 @@ def test_old_nar_checkpoint_loses_its_group(tmp_path: Path) -> None:
 
 def test_nar_checkpoint_of_format_1_only_begins_a_run(tmp_path: Path) -> None:
     write_old(tmp_path, tiny_nar(), 1, group=2)
-    with pytest.raises(ValueError, match="a NAR model of format 1, whose prompt saw more"):
+    with pytest.raises(ValueError, match="a NAR model of format 1, whose prompt attends to more"):
         checkpoint.load(tmp_path)
     model, metadata = checkpoint.load(tmp_path, allow_old_format=True)
     assert model.config == TINY_NAR and metadata.format == 1

@@ -16,7 +16,8 @@ from valle.jobs.evaluation.gate import Bound, Verdict, Violation, decide
 from valle.jobs.evaluation.report import COLUMNS, mlflow_metrics, read_report, write_report
 from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.publish import PublishRecipe
-from valle.platform.recipe import RecipeError, load
+from valle.jobs.recipes import load
+from valle.platform.recipe import RecipeError
 from valle.platform.registry import SHIPPED_BUNDLE
 
 RELEASE = SHIPPED_BUNDLE.parent
