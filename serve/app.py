@@ -13,6 +13,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
 from valle.platform import registry, settings, storage
+from valle.serve.app_args import AppArgs
+from valle.serve.deployments.handles import AR, CODEC, NAR
 from valle.serve.deployments.models import (
     MAX_ONGOING_REQUESTS,
     ARDeployment,
@@ -21,7 +23,6 @@ from valle.serve.deployments.models import (
 )
 from valle.serve.web.api import create_api
 from valle.serve.web.keys import read_keys
-from valle.serve.web.schema import AppArgs
 
 
 def build_app(args: AppArgs) -> Application:
@@ -73,18 +74,16 @@ def build_app(args: AppArgs) -> Application:
     def build_api() -> FastAPI:  # Serve calls it on each ingress replica; a `partial` it would not
         return create_api(args)
 
-    ar = deploy(ARDeployment, "AR", accelerator, args.slots, args.slots, args)
+    ar = deploy(ARDeployment, AR, accelerator, args.slots, args.slots, args)
     nar = deploy(
         NARDeployment,
-        "NAR",
+        NAR,
         accelerator,
         MAX_ONGOING_REQUESTS,
         args.nar_target_ongoing_requests,
         args,
     )
-    codec = deploy(
-        CodecDeployment, "Codec", "cpu", MAX_ONGOING_REQUESTS, MAX_ONGOING_REQUESTS, args
-    )
+    codec = deploy(CodecDeployment, CODEC, "cpu", MAX_ONGOING_REQUESTS, MAX_ONGOING_REQUESTS, args)
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",

@@ -14,7 +14,7 @@ from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, storage
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +80,8 @@ def app_args() -> AppArgs:
 
 @pytest.fixture
 def endpoint(publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
-    from ray import serve
-
-    from valle.serve.app import build_app
+    from valle.serve import run
 
     publish(publish_recipe)
-    port = clusters.free_port()
-    with clusters.embedded_cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(app_args), name="valle")
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
+    with clusters.embedded_cluster(), run.endpoint(app_args, clusters.free_port()) as url:
+        yield url

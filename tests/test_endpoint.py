@@ -25,7 +25,6 @@ import soundfile
 import yaml
 from helpers import clusters
 from helpers.tiny_models import TINY, tiny_ar, tiny_nar
-from ray import serve
 
 from valle.jobs.bench.replicas import replica_processes
 from valle.jobs.publish import PublishRecipe, publish
@@ -38,9 +37,9 @@ from valle.model.text import phoneme_ids
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, registry
-from valle.serve.app import build_app
+from valle.serve.app_args import AppArgs
+from valle.serve.run import deploy
 from valle.serve.web.audio_formats import encode_audio
-from valle.serve.web.schema import AppArgs
 from valle.serve.web.voices import read_voice_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,7 +261,7 @@ def test_the_application_is_deployed_anew_while_people_ask(
     with steady_clients(endpoint, body) as answers:
         old = {process.pid for process in replica_processes()}
         assert len(old) == 4
-        serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
+        deploy(app_args.model_copy(update={"slots": 4}))
         clusters.wait_for(
             lambda: not old & {p.pid for p in replica_processes()}, 60, "the last old replica"
         )

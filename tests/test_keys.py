@@ -9,10 +9,10 @@ import pytest
 import yaml
 from starlette.types import Receive, Scope, Send
 
+from valle.serve.app_args import AppArgs
 from valle.serve.web import keys
 from valle.serve.web.api import create_api
 from valle.serve.web.keys import ApiKey, ApiKeyMiddleware, read_keys
-from valle.serve.web.schema import AppArgs
 
 
 def key(name: str, secret: str, **limits: int) -> ApiKey:

@@ -20,10 +20,11 @@ from valle.model.codec.encodec import Encodec
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP, SAMPLE_RATE
 from valle.platform.audio import AudioError, flac_bytes, read, wav_bytes
+from valle.serve.app_args import AppArgs
 from valle.serve.deployments.versions import AliasWatcher
 from valle.serve.web.api import create_api
 from valle.serve.web.prompts import PROMPT_FRAMES, PromptEncoder
-from valle.serve.web.schema import AppArgs, SpeechRequest
+from valle.serve.web.schema import SpeechRequest
 from valle.serve.web.service import SpeechService
 from valle.serve.web.voices import (
     VoiceError,

@@ -36,9 +36,9 @@ from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
+from valle.serve.app_args import AppArgs
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
-from valle.serve.web.schema import AppArgs
 
 BYTES_PER_SECOND = 2 * SAMPLE_RATE
 

@@ -19,6 +19,7 @@ from valle.model.quantize import convert
 from valle.model.tokens import FRAME_RATE, HOP
 from valle.model.valle import Synthesis
 from valle.platform import registry
+from valle.serve.app_args import AppArgs
 from valle.serve.deployments.batching import DynamicBatcher
 from valle.serve.deployments.versions import MultiVersionDeployment
 from valle.serve.engine.engine import Engine
@@ -27,7 +28,6 @@ from valle.serve.engine.runner import Runner
 from valle.serve.engine.scheduler import Scheduler
 from valle.serve.engine.worker import EngineWorker
 from valle.serve.web.prompts import PROMPT_FRAMES
-from valle.serve.web.schema import AppArgs
 
 CodesChunk = tuple[NDArray[np.int16], bool, bool]
 """New frames of the first codebook, whether they are the last, and if so because of the limit."""

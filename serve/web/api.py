@@ -23,11 +23,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform.audio import AudioError
+from valle.serve.app_args import AppArgs
 from valle.serve.deployments.versions import AliasWatcher
 from valle.serve.web.keys import ApiKeyMiddleware, read_keys
 from valle.serve.web.metrics import Metrics, MetricsMiddleware
 from valle.serve.web.prompts import PromptEncoder
-from valle.serve.web.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest, error_response
+from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest, error_response
 from valle.serve.web.service import SpeechService
 from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_codes
 

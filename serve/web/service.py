@@ -21,12 +21,13 @@ from valle.model.codec.interface import Codes
 from valle.model.sentences import PAUSE, sentence_phoneme_ids
 from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE
+from valle.serve.app_args import AppArgs
 from valle.serve.deployments.backpressure import prefetch
 from valle.serve.deployments.versions import AliasWatcher
 from valle.serve.web.audio_formats import MEDIA_TYPES, AudioEncoder, encode_audio
 from valle.serve.web.metrics import Metrics
 from valle.serve.web.prompts import PromptEncoder
-from valle.serve.web.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest
+from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest
 from valle.serve.web.sentence import (
     AudioChunk,
     engine_request,

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 APP_IMPORT_PATH = "valle.serve.app:build_app"
 

@@ -173,7 +173,9 @@ def slot_demand() -> int:
     """Requests that the endpoint's AR deployment runs or keeps waiting."""
     from ray import serve
 
-    ar = serve.get_deployment_handle("AR", "valle")
+    from valle.serve.deployments.handles import APP_NAME, AR
+
+    ar = serve.get_deployment_handle(AR, APP_NAME)
     return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slot_demand"])
 
 
