@@ -122,7 +122,7 @@ def compare_with_engine(
         ]  # fmt: skip
         started = time.perf_counter()
         responses = [handle.generate.remote(version, request) for request in requests]
-        frames = sum(len(response.result()[0]) for response in responses)
+        frames = sum(len(response.result().codes) for response in responses)
         served = frames / (time.perf_counter() - started)
         started = time.perf_counter()
         frames = sum(map(len, bare.first_codebooks(requests).values()))

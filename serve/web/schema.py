@@ -1,4 +1,4 @@
-"""What clients send and get: pydantic at the HTTP border, and nowhere else."""
+"""Bodies of requests and errors, validated by pydantic; OpenAI's fields and some more."""
 
 from typing import Literal
 
@@ -9,51 +9,52 @@ from valle.serve.web.audio_formats import AudioFormat
 
 
 class SpeechRequest(BaseModel):
-    """`POST /v1/audio/speech`, OpenAI's fields and ours."""
+    """Body of `POST /v1/audio/speech`."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str = "valle"
-    """Ignored but for OpenAI's clients, which must send it."""
+    """Ignored; OpenAI's clients send it."""
 
     input: str = Field(min_length=1, max_length=1_000_000)
-    """What to say; the server's `max_characters` bounds it."""
+    """Text to speak, at most `max_characters` of the server."""
 
     voice: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9_-]*$")
-    """Name of a reference recording of the server."""
+    """Name of a reference recording on the server."""
 
     ref_audio: str | None = Field(None, max_length=4_000_000)
-    """Instead of `voice`: a recording of 1 to 30 s, base64 of a sound file."""
+    """A recording of 1 to 30 s instead of `voice`: an audio file in base64."""
 
     ref_text: str | None = Field(None, max_length=4096)
-    """What is said in `ref_audio`. Other servers need it; these models have no use for it."""
+    """Transcript of `ref_audio`. Accepted because other servers need it; not used."""
 
     response_format: AudioFormat = "mp3"
-    """The answer's format; pcm is 16-bit little endian, mono, 24 kHz, without a header."""
+    """Format of the response; pcm is 16-bit little endian, mono, 24 kHz, without a header."""
 
     speed: float = Field(1.0, ge=0.25, le=4)
-    """How much faster than the model spoke; the pitch stays."""
+    """Playback speed over the model's own; the pitch stays."""
 
     stream_format: Literal["audio", "sse"] = "audio"
-    """The file itself, or server-sent events with pieces of it in base64."""
+    """The audio file itself, or server-sent events with parts of it in base64."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """Same seed, same speech."""
+    """Seed of the AR model's sampling: the same seed gives the same speech."""
 
     max_seconds: float | None = Field(None, gt=0)
-    """Where to stop, in seconds before `speed`; None: at the server's limit."""
+    """Length limit of the speech, in seconds before `speed`; None: the server's limit."""
 
     temperature: float = Field(1.0, ge=0, le=2)
-    """Of the AR model; 0 is greedy."""
+    """Sampling temperature of the AR model; 0 is greedy."""
 
     top_p: float = Field(0.9, gt=0, le=1)
-    """Of the AR model."""
+    """Nucleus of the AR model's sampling: the smallest set of codes with this probability."""
 
     chunked: bool | None = None
-    """Sound before a sentence is done, at some cost in quality; None: as the server is set."""
+    """Send the beginning of a sentence before its end is synthesized, at some cost in quality;
+    None: the server's default."""
 
     language: str = Field("en-us", max_length=20, pattern=r"^[a-zA-Z-]+$")
-    """espeak voice name of the text."""
+    """espeak voice name of the text's language."""
 
 
 class ErrorDetail(BaseModel):
@@ -66,27 +67,25 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """OpenAI's envelope around it."""
+    """OpenAI's error body."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """A request that is refused: the client has to change it."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
     ):
         super().__init__(message)
         self.status = status
-        type = "server_error" if status >= 500 else "invalid_request_error"
-        type = "rate_limit_error" if status == 429 else type
-        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+        self.detail = ErrorDetail(message=message, param=param, code=code)
 
 
 def error_response(
     status: int, detail: ErrorDetail, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's format."""
     body = ErrorResponse(error=detail).model_dump()
     return JSONResponse(body, status_code=status, headers=headers)
