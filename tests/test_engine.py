@@ -84,7 +84,7 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
     with pytest.raises(ValueError, match="max_frames: text, prompt and 200 frames need"):
         engine.add(request(0, max_frames=200))
     unknown = replace(request(0), phonemes=[5, 10_000])
-    with pytest.raises(ValueError, match="phonemes: the model knows"):
+    with pytest.raises(ValueError, match="phonemes: ids must be 0 to"):
         engine.add(unknown)
     with pytest.raises(ValueError, match="prompt: 7 codebooks, not 8"):
         engine.add(replace(request(0), prompt=request(0).prompt[:7]))
@@ -93,7 +93,7 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
     window = replace(request(0), sampling=Sampling(repetition_window=65))
     with pytest.raises(ValueError, match="repetition_window: at most 64"):
         engine.add(window)
-    with pytest.raises(ValueError, match="guidance_scale: this engine was made without"):
+    with pytest.raises(ValueError, match="guidance_scale: must be 1, this engine runs without"):
         engine.add(replace(request(0), sampling=Sampling(guidance_scale=1.5)))
     engine.add(request(0))
     with pytest.raises(ValueError, match="id: 'r0' is in use"):
@@ -102,20 +102,18 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
         replace(request(0), phonemes=[])
 
 
-def test_the_urgent_overtake_and_nobody_starves() -> None:
-    now = 0.0
-    scheduler = Scheduler(1, clock=lambda: now)
-    for arrival, name, priority in ((0.0, "first", 0), (1.0, "urgent", 5), (7.0, "late", 5)):
-        now = arrival
-        scheduler.add(replace(request(0), id=name, priority=priority))
+def test_scheduler_serves_requests_in_order_of_arrival() -> None:
+    scheduler = Scheduler(1)
+    for name in ("first", "second", "third"):
+        scheduler.add(replace(request(0), id=name))
     order = []
     while not scheduler.idle:
         state = scheduler.admit()
-        assert state is not None and scheduler.admit() is None  # one is read at a time
-        assert scheduler.activate() is state and scheduler.admit() is None  # one slot
+        assert state is not None and scheduler.admit() is None, "one prefill at a time"
+        assert scheduler.activate() is state and scheduler.admit() is None, "there is one slot"
         order.append(state.request.id)
         scheduler.remove(state.request.id)
-    assert order == ["urgent", "first", "late"]  # urgent by 5 s, not more
+    assert order == ["first", "second", "third"]
 
 
 def test_an_aborted_request_leaves_the_queue() -> None:
