@@ -1,4 +1,4 @@
-"""Arguments of the application: the configuration of a server, validated before anything starts."""
+"""Configuration of the endpoint: the arguments of the Serve application, validated at the start."""
 
 from typing import Any, Self
 
@@ -9,119 +9,124 @@ from valle.model.quantize import Precision
 from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
 
 RENAMED_ARGS = {
-    "reload_seconds": "registry_poll_seconds", "sentence_seconds": "max_sentence_seconds",
-    "nar_slots": "nar_target_ongoing_requests", "nar_prompts": "nar_prompt_cache_size",
+    "reload_seconds": "registry_poll_seconds",
+    "sentence_seconds": "max_sentence_seconds",
+    "nar_slots": "nar_target_ongoing_requests",
+    "nar_prompts": "nar_prompt_cache_size",
     "look_ahead": "lookahead",
-}  # fmt: skip
-"""Former name of a field of `AppArgs`: its name now."""
+}
+"""Former names of fields of `AppArgs`, with the present ones."""
 
 
 class AppArgs(BaseModel):
-    """Arguments of `build_app`: the `args:` of a Serve config, or `key=value` after `serve run`."""
+    """Arguments of `serve.app.build_app`: `args:` in a Serve configuration, `key=value` after
+    `serve run`."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str = "models:/valle@champion"
-    """Registry URI, or the folder of a bundle."""
+    """Registry URI or folder of a bundle."""
 
     tracking_uri: str | None = None
-    """MLflow's address; default: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
+    """MLflow's address; None: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
 
     voices: str = "data/voices"
-    """Folder or `s3://` URI of reference recordings, shared by all replicas; `voice` in a request
-    names one without its suffix."""
+    """Folder or `s3://` URI of reference recordings, shared by all replicas. A request names a
+    recording without its suffix."""
 
     api_keys: str | None = None
-    """File of keys (see `serve/web/keys.py`); None: everybody may ask."""
+    """File of API keys (`serve/web/keys.py`); None: requests need no key."""
 
     registry_poll_seconds: float = Field(10.0, gt=0)
-    """How often to look whether the registry's alias has moved; then new requests get that
-    version, and those that run are finished by the old one."""
+    """Seconds between two lookups of the registry's alias. When it has moved, new requests get the
+    new version; running ones finish with the old one."""
 
     max_replicas: int = Field(4, ge=1)
-    """Upper bound of each deployment's autoscaling."""
+    """Upper bound of the replicas of each deployment (autoscaling)."""
 
     upscale_delay_s: float = Field(5.0, ge=0)
-    """How long more replicas must have been wanted before they are started."""
+    """Seconds of high demand before replicas are added."""
 
     downscale_delay_s: float = Field(120.0, ge=0)
-    """How long fewer must have been wanted before some are stopped."""
+    """Seconds of low demand before replicas are removed."""
 
     max_sentence_seconds: float = Field(20.0, gt=0, le=40)
-    """Length limit of one sentence's speech; what deployments hand each other ends at 4 MiB."""
+    """Length limit of one sentence's speech. The upper bound keeps a message between deployments
+    below 4 MiB."""
 
     max_seconds: float = Field(600.0, gt=0)
-    """Length limit of an answer; a request may ask for less."""
+    """Length limit of a response; a request may set a lower one."""
 
     max_characters: int = Field(4096, ge=1, le=1_000_000)
-    """Longest `input`; OpenAI's limit is 4096. A chapter of a book has thirty thousand, and speaks
-    for half an hour: `max_seconds`, and Serve's `request_timeout_s`, have to allow it too."""
+    """Length limit of `input`; OpenAI's is 4096. A book chapter of 30,000 characters is half an
+    hour of speech: raise `max_seconds` and Serve's `request_timeout_s` with it."""
 
     slots: int = Field(8, ge=1)
-    """Streams that one AR replica speaks at the same time; with guidance, each with two rows of
-    key-value memory."""
+    """Requests that one AR replica decodes in a batch; with guidance, each takes two rows of the
+    key-value cache."""
 
     nar_target_ongoing_requests: int = Field(4, ge=1)
-    """Requests that one NAR replica is to have, more want another: on a CPU eight at once take
-    eight times as long as one; a GPU has room for more."""
+    """Concurrent requests per NAR replica that autoscaling aims at. On a CPU, a batch of eight
+    takes eight times as long as one request; a GPU has room for more."""
 
     nar_prompt_cache_size: int = Field(8, ge=1)
-    """Prompts that a NAR replica remembers having read: 19 MB of memory each for nano, 155 MB for
-    the paper's size."""
+    """Prompts whose keys and values a NAR replica caches: 19 MB each for nano, 155 MB for the
+    paper's size."""
 
     batch_seconds: float = Field(40.0, gt=0)
-    """Padded speech in a batch of the NAR model, which guidance computes twice, or of the codec,
-    which works it off in parts of ten seconds."""
+    """Upper bound of the padded speech in a batch, in seconds, for NAR and codec replicas. Guidance
+    doubles the NAR model's batch; the codec splits its own into parts of ten seconds."""
 
     chunked: bool = False
-    """Sound before a sentence is done, where a request does not say (`sentence.py`)."""
+    """Send the beginning of a sentence before its end is synthesized (`model/chunks.py`), where a
+    request does not say."""
 
     first_chunk: int = Field(15, ge=8)
-    """Frames of 1/75 s that are spoken first, in chunks."""
+    """Frames (1/75 s) of a sentence's first chunk."""
 
     lookahead: int = Field(12, ge=1)
-    """Frames of a chunk that wait for the next one, so that the NAR model sees past a cut."""
+    """Frames beyond a chunk's end that the NAR model sees and the next chunk decodes again."""
 
     guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
-    """Classifier-free guidance of both models: how closely they keep to text and voice. 1 is off,
-    with half the rows to compute."""
+    """Classifier-free guidance of both models: higher values follow text and voice more closely. 1
+    switches it off and halves the rows to compute."""
 
     guided_levels: int = Field(GUIDED_LEVELS, ge=0, le=7)
-    """Codebooks from the second on that the NAR model fills in with guidance."""
+    """Codebooks, from the second on, that the NAR model decodes with guidance."""
 
     precision: Precision = "fp32"
-    """What models compute in. int8 (the matrices of the AR model's transformer, beside a NAR model
-    in bf16) pays on a CPU with AVX-512 and bf16 (jobs/bench/engine.py); bf16 is for GPUs and for
-    CPUs with AMX. In bf16 a seed's speech may depend on who is spoken beside it."""
+    """Number format of the models' matrices. int8 (AR matrices; the NAR model runs in bf16) is
+    faster on CPUs with AVX-512 and bf16 (jobs/bench/engine.py); bf16 is for GPUs and for CPUs with
+    AMX. In bf16, the speech of a seed may depend on the other requests of its batch."""
 
     compiled: bool = False
-    """Compiles a step of the AR model, on a GPU as CUDA graphs (not run on one yet), and its
-    reading of texts; the first requests of a replica wait for it. On a CPU it does not pay
+    """Compile the AR model's decode step (on a GPU, as CUDA graphs; not run on one yet) and its
+    prefill. The first requests of a replica wait for the compiler; a CPU gains nothing
     (jobs/bench/engine.py)."""
 
     max_phonemes: int = Field(1000, ge=10)
-    """Longest sentence, in symbols of IPA (about 18 a second); more is refused."""
+    """Length limit of a sentence in phonemes (IPA symbols, about 18 a second)."""
 
     max_body_bytes: int = Field(10_000_000, ge=1_000)
-    """Larger requests are refused before they are read."""
+    """Size limit of a request body, checked before it is read."""
 
     use_gpu: bool = False
-    """One GPU per AR and NAR replica (written to the documentation, not run on a GPU yet)."""
+    """Give each AR and NAR replica a GPU (written after the documentation, not run on one yet)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed_fields_fail(cls, values: Any) -> Any:
+    def _refuse_former_names(cls, values: Any) -> Any:
         for name, present in RENAMED_ARGS.items():
             if isinstance(values, dict) and name in values:
                 raise ValueError(f"{name} is called {present} now")
         return values
 
     @model_validator(mode="after")
-    def _int8_is_for_cpus(self) -> Self:
+    def _refuse_int8_on_gpus(self) -> Self:
         if self.precision == "int8" and (self.use_gpu or self.compiled):
             raise ValueError("precision: int8 is for CPUs, without use_gpu and compiled")
         return self
 
     def chunking(self) -> Chunking:
-        """Sizes of chunks."""
+        """Chunk sizes for `model.chunks`."""
         return Chunking(first_frames=self.first_chunk, lookahead=self.lookahead)
