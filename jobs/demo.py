@@ -133,20 +133,14 @@ def compare(reports: dict[str, EvaluationReport]) -> str:
 
 def serve_and_request(prompt: str, port: int, out: Path) -> float:
     """Starts the endpoint on the connected cluster, sends one request, stops it."""
-    from ray import serve
-
-    from valle.serve.app import build_app
-    from valle.serve.web.schema import AppArgs
+    from valle.serve.app_args import AppArgs
+    from valle.serve.run import endpoint
 
     voices = settings.read().home / "data" / "voices"
     recording = storage.read_bytes(prompt)
     storage.write_bytes(str(voices / f"{VOICE}.wav"), recording)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build_app(AppArgs(voices=str(voices), max_replicas=1)), name="valle")
-    try:
+    with endpoint(AppArgs(voices=str(voices), max_replicas=1), port):
         return send_request(port, out)
-    finally:
-        serve.shutdown()
 
 
 if __name__ == "__main__":

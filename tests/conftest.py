@@ -14,7 +14,7 @@ from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
 from valle.model.tokens import EOS
 from valle.platform import audio, checkpoint, storage
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +45,15 @@ def tiny_codec(tiny_codec_folder: Path) -> Encodec:
 
 @pytest.fixture
 def eos_bias() -> float:
-    """How much the untrained AR model wants to stop; a test may set another."""
-    return 4.2  # after some fifteen frames
+    """Bias of EOS in the untrained AR model; a test may set another."""
+    return 4.2  # EOS after about fifteen frames
 
 
 @pytest.fixture
 def publish_recipe(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, eos_bias: float
 ) -> PublishRecipe:
-    """A recipe over untrained checkpoints that speak noise for at most a second."""
+    """A recipe to publish untrained checkpoints, which give noise."""
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = eos_bias
@@ -71,25 +71,20 @@ def publish_recipe(
 
 @pytest.fixture
 def app_args() -> AppArgs:
-    """How the endpoint is set up."""
+    """Configuration of `endpoint`."""
     return AppArgs(
-        voices="voices", max_replicas=1, max_sentence_seconds=1.0, max_body_bytes=1_000_000,
+        voices="voices",
+        max_replicas=1,
+        max_sentence_seconds=1.0,
+        max_body_bytes=1_000_000,
         registry_poll_seconds=0.5,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
 def endpoint(publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
-    from ray import serve
-
-    from valle.serve.app import build_app
+    from valle.serve import run
 
     publish(publish_recipe)
-    port = clusters.free_port()
-    with clusters.embedded_cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(app_args), name="valle")
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
+    with clusters.embedded_cluster(), run.endpoint(app_args, clusters.free_port()) as url:
+        yield url

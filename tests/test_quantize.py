@@ -9,7 +9,7 @@ from torch import nn
 
 from valle.model.config import ARConfig
 from valle.model.quantize import Int8Linear, convert, from_int8, to_int8
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -30,7 +30,7 @@ from valle.platform import audio, registry, settings
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 CHARACTERS_PER_SECOND = 15
 """About; for the progress bar."""

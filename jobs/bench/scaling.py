@@ -25,7 +25,7 @@ from valle.jobs.evaluation.items import load_items
 from valle.jobs.starter_voices import make_starter_voices
 from valle.platform import registry, settings
 from valle.serve.app import build_app
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 
 class ReplicaMonitor:

@@ -36,9 +36,9 @@ from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
+from valle.serve.app_args import AppArgs
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
-from valle.serve.web.schema import AppArgs
 
 BYTES_PER_SECOND = 2 * SAMPLE_RATE
 
@@ -122,7 +122,7 @@ def compare_with_engine(
         ]  # fmt: skip
         started = time.perf_counter()
         responses = [handle.generate.remote(version, request) for request in requests]
-        frames = sum(len(response.result()[0]) for response in responses)
+        frames = sum(len(response.result().codes) for response in responses)
         served = frames / (time.perf_counter() - started)
         started = time.perf_counter()
         frames = sum(map(len, bare.first_codebooks(requests).values()))

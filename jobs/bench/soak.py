@@ -39,10 +39,10 @@ from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.serve.app import build_app
+from valle.serve.app_args import AppArgs
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
 from valle.serve.web.audio_formats import encode_audio
-from valle.serve.web.schema import AppArgs
 
 ReferenceAudio = dict[tuple[str, str, int], np.ndarray]
 """Samples by text, voice and seed."""

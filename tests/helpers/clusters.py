@@ -170,16 +170,25 @@ def job_server(num_cpus: int = 4) -> Iterator[str]:
 
 
 def slot_demand() -> int:
-    """Requests that the endpoint's AR deployment runs or keeps waiting."""
+    """Requests that run or wait in the endpoint's AR deployment."""
     from ray import serve
 
-    ar = serve.get_deployment_handle("AR", "valle")
+    from valle.serve.deployments.handles import APP_NAME, AR
+
+    ar = serve.get_deployment_handle(AR, APP_NAME)
     return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slot_demand"])
 
 
 def endpoint_idle() -> bool:
-    """Whether it has had nothing to do for a second: between two sentences it is idle too."""
+    """Whether the AR deployment is idle for a second; between two sentences it is idle for less."""
     return not any(time.sleep(0.05) or slot_demand() for _ in range(20))
+
+
+def audio_seconds(endpoint: str) -> float:
+    """Seconds of speech that the endpoint has synthesized for responses that have ended."""
+    metrics = httpx.get(f"{endpoint}/metrics", timeout=60).text
+    [line] = [x for x in metrics.splitlines() if x.startswith("valle_audio_seconds_total ")]
+    return float(line.split()[1])
 
 
 def responds(url: str) -> bool:
