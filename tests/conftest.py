@@ -1,6 +1,7 @@
 """Shared fixtures: a codec of random weights, a tiny token dataset, an isolated home."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("VALLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded Ray for every test of this process: four CPUs, and one GPU that is only a
+    number.
+
+    Its workers share a home and a cache: what belongs to one test reaches them as an argument, as
+    it reaches workers on other machines. A test of CPU work sets `accelerator="cpu"`.
+    """
+    home = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # until the cluster runs
+            patch.setenv("VALLE_HOME", str(home))
+            patch.setenv("VALLE_CACHE", str(home / "cache"))
+            patch.setenv("VALLE_LOGICAL_GPUS", "1")
+            stack.enter_context(clusters.embedded_cluster(num_gpus=1))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +98,9 @@ def app_args() -> AppArgs:
 
 
 @pytest.fixture
-def endpoint(publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
+def endpoint(ray_cluster: None, publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
     from valle.serve import run
 
     publish(publish_recipe)
-    with clusters.embedded_cluster(), run.endpoint(app_args, clusters.free_port()) as url:
+    with run.endpoint(app_args, clusters.free_port()) as url:
         yield url

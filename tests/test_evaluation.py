@@ -1,13 +1,11 @@
 """Scores, the report, the gate, and a sharded evaluation against a single one."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import clusters
 from helpers.tiny_models import TINY, tiny_ar, tiny_nar
 from helpers.token_datasets import write_dataset
 
@@ -175,11 +173,9 @@ def test_shipped_sets_share_no_sentence_with_the_training_lists() -> None:
 
 @pytest.fixture
 def recipe_with_evaluation(
-    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[PublishRecipe]:
-    """Untrained models and three items in two espeak voices, on a cluster of their own, whose one
-    GPU is a number."""
-    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
+) -> PublishRecipe:
+    """Untrained models and three items in two espeak voices."""
     for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
         if kind == "ar":
             model.head.bias.data[EOS] = 3.5
@@ -200,16 +196,18 @@ def recipe_with_evaluation(
     (home / "set.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     evaluation = EvaluateRecipe(items=str(home / "set.jsonl"), recordings="speech", out="report",
                                 placement=Placement(gpus_per_worker=0.5))  # fmt: skip
-    with clusters.embedded_cluster(num_gpus=1):
-        yield PublishRecipe(
-            ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
-            sample_prompt="speech/prompt0.wav", evaluation=evaluation,
-        )  # fmt: skip
+    return PublishRecipe(
+        ar="runs/ar", nar="runs/nar", codec=str(tiny_codec_folder), sample_seconds=0.5,
+        sample_prompt="speech/prompt0.wav", evaluation=evaluation,
+    )  # fmt: skip
 
 
 @pytest.mark.ray
 def test_evaluation_gate_and_rollback(
-    recipe_with_evaluation: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+    ray_cluster: None,
+    recipe_with_evaluation: PublishRecipe,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Untrained models through the real judges: shared out over two halves of a GPU = single on
     the CPU, then promotion and rollback."""

@@ -31,6 +31,7 @@ from valle.model import text
 from valle.model.codec import encodec
 from valle.platform import audio, dataset
 from valle.platform.dataset import TokenDataset
+from valle.platform.resources import Placement
 
 
 def sound(seconds: float, rate: int = 24_000, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -84,20 +85,10 @@ REASONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("home")
-        patch.setenv("VALLE_HOME", str(home))
-        patch.setenv("VALLE_CACHE", str(home / "cache"))
-        with clusters.embedded_cluster():
-            yield
-
-
 def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
     return PrepareRecipe(
         out=str(tmp_path / "tokens"), sources=(Source(path=str(corpus)),), codec=str(codec),
-        max_seconds=3.0, utterances_per_shard=4,
+        max_seconds=3.0, utterances_per_shard=4, placement=Placement(accelerator="cpu"),
     )  # fmt: skip
 
 
