@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import clusters
-from helpers.tiny_models import TINY, TINY_CODEC, tiny_ar, tiny_nar
+from helpers.tiny_bundles import EOS_BIAS, save_checkpoints
+from helpers.tiny_models import TINY_CODEC
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
-from valle.model.tokens import EOS
-from valle.platform import audio, checkpoint, storage
+from valle.platform import audio, storage
 from valle.serve.app_args import AppArgs
 
 
@@ -64,8 +64,8 @@ def tiny_codec(tiny_codec_folder: Path) -> Encodec:
 
 @pytest.fixture
 def eos_bias() -> float:
-    """How much the untrained AR model wants to stop; a test may set another."""
-    return 4.2  # after some fifteen frames
+    """Bias of the AR model's EOS logit; a test may set another."""
+    return EOS_BIAS
 
 
 @pytest.fixture
@@ -73,13 +73,9 @@ def publish_recipe(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, eos_bias: float
 ) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
-    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
-        if kind == "ar":
-            model.head.bias.data[EOS] = eos_bias
-        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
-        for step in (5, 20):
-            folder = home / f"runs/test-{kind}/step_{step:08d}"
-            checkpoint.save(folder, model.state_dict(), metadata)
+    for step in (5, 20):
+        folders = {kind: home / f"runs/test-{kind}/step_{step:08d}" for kind in ("ar", "nar")}
+        save_checkpoints(folders, tiny_codec.identity, eos_bias)
     noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
     storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
     return PublishRecipe(

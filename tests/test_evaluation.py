@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny_models import TINY, tiny_ar, tiny_nar
+from helpers.tiny_bundles import save_checkpoints
 from helpers.token_datasets import write_dataset
 
 from valle.jobs import model_versions
@@ -19,8 +19,7 @@ from valle.jobs.evaluation.metrics.words import count_edits, load_recognizer, wo
 from valle.jobs.publish import GateError, PublishRecipe, publish
 from valle.jobs.speakers import Espeak
 from valle.model.codec.encodec import Encodec
-from valle.model.tokens import EOS
-from valle.platform import audio, checkpoint, registry, storage
+from valle.platform import audio, registry, storage
 from valle.platform.resources import Placement
 
 
@@ -176,11 +175,8 @@ def recipe_with_evaluation(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> PublishRecipe:
     """Untrained models and three items in two espeak voices."""
-    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
-        if kind == "ar":
-            model.head.bias.data[EOS] = 3.5
-        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
-        checkpoint.save(home / f"runs/{kind}/step_00000001", model.state_dict(), metadata)
+    folders = {kind: home / f"runs/{kind}/step_00000001" for kind in ("ar", "nar")}
+    save_checkpoints(folders, tiny_codec.identity, eos_bias=3.5)
     engine = Espeak()
     items = []
     for number, (voice, text) in enumerate(

@@ -37,10 +37,15 @@ def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
     # the path of a unix socket has room for 107 characters: pytest's folders are too deep
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ray.init(
-        address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False,
-        _temp_dir=folder, object_store_memory=300_000_000, log_to_driver=True,
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        _temp_dir=folder,
+        object_store_memory=300_000_000,
+        log_to_driver=True,
         runtime_env={"env_vars": settings.worker_environment()},
-    )  # fmt: skip
+    )
     try:
         yield
     finally:
@@ -69,9 +74,12 @@ def _started(
     log = Path(folder) / f"{name}.log"
     with log.open("wb") as output:
         node = subprocess.Popen(
-            [*command, "--object-store-memory=300000000"], stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **NO_AUTH, **env},
-        )  # fmt: skip
+            [*command, "--object-store-memory=300000000"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **NO_AUTH, **env},
+        )
     try:
         # the job server answers before the autoscaler is there
         wait_for(lambda: "Ray runtime started" in log.read_text(), 120, f"{log}")
@@ -116,9 +124,12 @@ def worker_node(
     """One more node on this machine, with labels such as `role=train`; its GPUs are numbers."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     options = [
-        f"--address={cluster_head.gcs}", f"--num-cpus={num_cpus}",
-        f"--num-gpus={num_gpus}", f"--temp-dir={folder}", f"--labels={labels}",
-    ]  # fmt: skip
+        f"--address={cluster_head.gcs}",
+        f"--num-cpus={num_cpus}",
+        f"--num-gpus={num_gpus}",
+        f"--temp-dir={folder}",
+        f"--labels={labels}",
+    ]
     try:
         with _started("node", folder, options, env):
             yield
@@ -139,26 +150,39 @@ def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator
         "cluster_synced_files",
     )  # fmt: skip
     configuration = {
-        "cluster_name": "fake", "max_workers": max_nodes, "idle_timeout_minutes": 5, "auth": {},
+        "cluster_name": "fake",
+        "max_workers": max_nodes,
+        "idle_timeout_minutes": 5,
+        "auth": {},
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "external", "module": provider, "head_node_id": identity,
+            "type": "external",
+            "module": provider,
+            "head_node_id": identity,
             "launch_multiple": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
-                "resources": {**resources, **memory}, "node_config": {}, "min_workers": 0,
+                "resources": {**resources, **memory},
+                "node_config": {},
+                "min_workers": 0,
                 "max_workers": max_nodes,
             },
         },
-        "head_node_type": "ray.head.default", "file_mounts": {}, **{name: [] for name in empty},
-    }  # fmt: skip
+        "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        **{name: [] for name in empty},
+    }
     with head(
-        0, autoscaling=configuration, RAY_FAKE_CLUSTER="1", RAY_enable_autoscaler_v2="1",
-        RAY_CLOUD_INSTANCE_ID=identity, RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
+        0,
+        autoscaling=configuration,
+        RAY_FAKE_CLUSTER="1",
+        RAY_enable_autoscaler_v2="1",
+        RAY_CLOUD_INSTANCE_ID=identity,
+        RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
         AUTOSCALER_UPDATE_INTERVAL_S="1",
-    ) as ready_head:  # fmt: skip
+    ) as ready_head:
         yield ready_head
 
 
