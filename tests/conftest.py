@@ -4,27 +4,46 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import clusters
-from helpers.tiny_bundles import EOS_BIAS, save_checkpoints
+from helpers.endpoints import RunningEndpoint, SharedEndpoint
+from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
 from helpers.tiny_models import TINY_CODEC
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
-from valle.platform import audio, storage
 from valle.serve.app_args import AppArgs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the endpoint come last, those that share one after each other."""
+
+    def endpoint_order(item: pytest.Item) -> tuple[bool, float]:
+        callspec = getattr(item, "callspec", None)
+        eos_bias = callspec.params.get("eos_bias", EOS_BIAS) if callspec else EOS_BIAS
+        return "endpoint" in getattr(item, "fixturenames", ()), -eos_bias
+
+    items.sort(key=endpoint_order)
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Every test has a home, a cache and an MLflow store of its own."""
-    monkeypatch.setenv("VALLE_HOME", str(tmp_path))
-    monkeypatch.setenv("VALLE_CACHE", str(tmp_path / "cache"))
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home, a cache and an MLflow store for each test; a test of the endpoint has those of the
+    endpoint."""
+    shares_endpoint = "endpoint" in request.fixturenames
+    folder = request.getfixturevalue("running_endpoint").home if shares_endpoint else tmp_path
+    monkeypatch.setenv("VALLE_HOME", str(folder))
+    monkeypatch.setenv("VALLE_CACHE", str(folder / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield tmp_path
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Of a tiny model's work a second thread mostly waits for the first, and takes its core."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +92,7 @@ def publish_recipe(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, eos_bias: float
 ) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
-    for step in (5, 20):
-        folders = {kind: home / f"runs/test-{kind}/step_{step:08d}" for kind in ("ar", "nar")}
-        save_checkpoints(folders, tiny_codec.identity, eos_bias)
-    noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
-    storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
-    return PublishRecipe(
-        ar="runs/test-ar", nar="runs/test-nar", codec=str(tiny_codec_folder),
-        sample_prompt="voices/ann.wav", sample_seconds=1.0,
-    )  # fmt: skip
+    return write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias)
 
 
 @pytest.fixture
@@ -93,10 +104,34 @@ def app_args() -> AppArgs:
     )  # fmt: skip
 
 
-@pytest.fixture
-def endpoint(ray_cluster: None, publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
-    from valle.serve import run
+@pytest.fixture(scope="session")
+def shared_endpoint(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedEndpoint]:
+    shared = SharedEndpoint(lambda: tmp_path_factory.mktemp("endpoint"))
+    yield shared
+    shared.close()
 
-    publish(publish_recipe)
-    with run.endpoint(app_args, clusters.free_port()) as url:
-        yield url
+
+@pytest.fixture
+def running_endpoint(
+    shared_endpoint: SharedEndpoint,
+    app_args: AppArgs,
+    tiny_codec: Encodec,
+    tiny_codec_folder: Path,
+    eos_bias: float,
+) -> RunningEndpoint:
+    """Serves untrained models; tests of the same `eos_bias` and `app_args` that follow each other
+    share it, with what they leave in its registry and among its voices."""
+
+    def fill(home: Path) -> None:
+        publish(write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias))
+
+    key = (eos_bias, app_args.model_dump_json())
+    return shared_endpoint.get(key, app_args, fill)
+
+
+@pytest.fixture
+def endpoint(running_endpoint: RunningEndpoint) -> str:
+    """The URL of the endpoint."""
+    return running_endpoint.url

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from helpers import clusters
+from helpers.endpoints import SharedEndpoint
 from helpers.tiny_bundles import pack_bundle
 
 from valle.jobs.bench import chapter, engine, nar, prepare, scaling, serve, soak, timing
 from valle.model.codec.encodec import Encodec
 from valle.platform import audio
 from valle.serve.app_args import AppArgs
-from valle.serve.run import endpoint
 
 DEPLOYMENTS = {"AR", "NAR", "Codec", "Ingress"}
 
@@ -42,11 +41,11 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared_url(ray_cluster: None, bundle: Path, voices: Path) -> Iterator[str]:
+def shared_url(shared_endpoint: SharedEndpoint, bundle: Path, voices: Path) -> Iterator[str]:
     """One endpoint for all benchmarks; it takes a text of any length that they send."""
     args = AppArgs(model=str(bundle), voices=str(voices), max_replicas=1, max_characters=100_000)
-    with endpoint(args, clusters.free_port()) as url:
-        yield url
+    yield shared_endpoint.get("benchmarks", args, lambda home: None).url
+    shared_endpoint.close()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ import ray
 import soundfile
 import yaml
 from helpers import clusters
+from helpers.endpoints import SharedEndpoint
 from helpers.tiny_models import TINY, tiny_ar, tiny_nar
 
 from valle.jobs.bench.replicas import replica_processes
@@ -318,9 +319,10 @@ def test_the_champion_changes_while_people_ask(
 
 @pytest.mark.ray
 def test_serve_run_starts_the_application(
-    ray_cluster: None, publish_recipe: PublishRecipe, home: Path
+    shared_endpoint: SharedEndpoint, publish_recipe: PublishRecipe, home: Path
 ) -> None:
     """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
+    shared_endpoint.close()
     publish(publish_recipe)
     port = clusters.free_port()
     content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())

@@ -231,7 +231,13 @@ def test_evaluation_gate_and_rollback(
             k: v for k, v in expected.items() if k not in timing
         }
 
-    strict = replace(recipe_with_evaluation, gate=(Bound(metric="cross/wer", at_most=0.01),))
+    # the gate reads one figure: one row of one actor gives it
+    only_cross = replace(recipe_with_evaluation.evaluation, systems=("cross",), workers=1)
+    strict = replace(
+        recipe_with_evaluation,
+        evaluation=only_cross,
+        gate=(Bound(metric="cross/wer", at_most=0.01),),
+    )
     with pytest.raises(GateError, match="version 2 stays a candidate: cross/wer is .* at most"):
         publish(strict)
     assert registry.champion_version() == 1
