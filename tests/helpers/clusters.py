@@ -1,4 +1,4 @@
-"""Ray for tests: a cluster of one's own, stopped by the handle that started it."""
+"""Ray clusters for tests, each with its own ports and folder, stopped by what started it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import httpx
 from valle.platform import settings
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
-"""For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
+"""For a head and for its clients: set on one side only, a connection hangs. Loopback only."""
 
 
 def free_port() -> int:
@@ -31,10 +31,10 @@ def free_port() -> int:
 
 @contextmanager
 def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
-    """Ray inside this process, with a temp-dir of its own; the GPUs are numbers."""
+    """A Ray cluster embedded in this process, in its own folder; Ray only counts its GPUs."""
     import ray
 
-    # the path of a unix socket has room for 107 characters: pytest's folders are too deep
+    # a unix socket's path has at most 107 characters: pytest's folders are too deep
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ray.init(
         address="local",
@@ -55,20 +55,20 @@ def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Head:
-    """A head node that was started here."""
+    """A running head node."""
 
     jobs: str
-    """Address of its job server and of the state API."""
+    """Address of the job server and of the state API."""
 
     gcs: str
-    """What other nodes join."""
+    """Address that other nodes join."""
 
 
 @contextmanager
 def _started(
     name: str, folder: str, options: Sequence[str], env: Mapping[str, str]
 ) -> Iterator[None]:
-    """`ray start` with all it starts in a process group of its own."""
+    """Runs `ray start`; all its processes are one process group, which is terminated at the end."""
     ray = Path(sys.executable).parent / "ray"
     command = [str(ray), "start", "--block", "--disable-usage-stats", *options]
     log = Path(folder) / f"{name}.log"
@@ -81,7 +81,7 @@ def _started(
             env={**os.environ, **NO_AUTH, **env},
         )
     try:
-        # the job server answers before the autoscaler is there
+        # the job server answers before the autoscaler runs
         wait_for(lambda: "Ray runtime started" in log.read_text(), 120, f"{log}")
         yield
     finally:
@@ -93,7 +93,7 @@ def _started(
 def head(
     num_cpus: int = 4, *, autoscaling: Mapping[str, Any] | None = None, **env: str
 ) -> Iterator[Head]:
-    """A head started by `ray start`, without GPUs; `autoscaling`: its cluster configuration."""
+    """A head node started by `ray start`, without GPUs; `autoscaling`: a cluster configuration."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ports = [free_port() for _ in range(8)]
     names = (
@@ -121,7 +121,7 @@ def head(
 def worker_node(
     cluster_head: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str
 ) -> Iterator[None]:
-    """One more node on this machine, with labels such as `role=train`; its GPUs are numbers."""
+    """Another node on this machine, with labels such as `role=train`; Ray only counts its GPUs."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     options = [
         f"--address={cluster_head.gcs}",
@@ -139,9 +139,9 @@ def worker_node(
 
 @contextmanager
 def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator[Head]:
-    """A head without CPUs, and Ray's autoscaler, whose fake provider may start up to `max_nodes`
+    """A head node without CPUs, with an autoscaler whose fake provider may start up to `max_nodes`
     nodes with these resources on this machine."""
-    identity = "f" * 51 + "00000"  # what the provider takes the head for
+    identity = "f" * 51 + "00000"  # of the head, for the fake provider
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     memory = {"object_store_memory": 300_000_000}
     empty = (
@@ -188,13 +188,13 @@ def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator
 
 @contextmanager
 def job_server(num_cpus: int = 4) -> Iterator[str]:
-    """A head started by `ray start`; yields the address of its job server."""
+    """A head node started by `ray start`; yields the address of its job server."""
     with head(num_cpus) as ready_head:
         yield ready_head.jobs
 
 
 def slot_demand() -> int:
-    """Requests that the endpoint's AR deployment runs or keeps waiting."""
+    """Number of requests that the AR deployment runs or queues."""
     from ray import serve
 
     from valle.serve.deployments.handles import APP_NAME, AR
@@ -204,12 +204,12 @@ def slot_demand() -> int:
 
 
 def endpoint_idle() -> bool:
-    """Whether it has had nothing to do for a second: between two sentences it is idle too."""
+    """True if the AR deployment is idle for a second; between two sentences it is idle for less."""
     return not any(time.sleep(0.05) or slot_demand() for _ in range(20))
 
 
 def responds(url: str) -> bool:
-    """Whether a server gives 200."""
+    """True if a GET is answered with 200."""
     try:
         return httpx.get(url, timeout=2).status_code == 200
     except httpx.HTTPError:
@@ -217,7 +217,7 @@ def responds(url: str) -> bool:
 
 
 def wait_for(condition: object, seconds: float, what: str) -> None:
-    """Polls `condition` until it holds; fails with what was waited for."""
+    """Polls `condition` until it holds; fails after `seconds`, naming `what`."""
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():

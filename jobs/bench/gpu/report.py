@@ -61,8 +61,8 @@ class Results:
 
     def lines(self, phase: str) -> str:
         """The result of a phase for a terminal, failures last."""
-        shown, wrong = phase_lines(phase, self.values["phases_run"][phase])
-        return "\n".join([*shown, *wrong])
+        results, failures = phase_lines(phase, self.values["phases_run"][phase])
+        return "\n".join([*results, *failures])
 
     def summary(self) -> str:
         """All failures and floors, and the exit status."""
@@ -86,28 +86,28 @@ def exit_code(phases: dict[str, dict[str, Any]]) -> int:
 def table(values: dict[str, Any]) -> str:
     """All phases as lines for a terminal, failures last."""
     phases = values["phases_run"].items()
-    shown = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
-    return "\n".join([*shown, *_ending(values)])
+    results = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
+    return "\n".join([*results, *_ending(values)])
 
 
 def _ending(values: dict[str, Any]) -> list[str]:
     phases = values["phases_run"]
-    wrong = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
-    return [*wrong, f"exit status {exit_code(phases)}"]
+    failures = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
+    return [*failures, f"exit status {exit_code(phases)}"]
 
 
 def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Two lists of lines: figures and skipped entries; failures and floors."""
     checks = result.get("checks", [])
     passed = sum(check["passed"] for check in checks)
-    shown = [
+    results = [
         f"{phase}: {result['status']}, {passed} of {len(checks)} checks, "
         f"{result.get('wall_seconds', 0)} s"
     ]
-    shown += [f"  {_line(m)}" for m in result.get("measurements", [])]
-    shown += [f"  skipped: {o['name']}: {o['reason']}" for o in result.get("skipped", [])]
-    wrong = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
-    wrong += [
+    results += [f"  {_line(m)}" for m in result.get("measurements", [])]
+    results += [f"  skipped: {o['name']}: {o['reason']}" for o in result.get("skipped", [])]
+    failures = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
+    failures += [
         f"NOT SHOWN {phase} {o['name']}: {o['reason']}"
         for o in result.get("skipped", [])
         if o["required"]
@@ -115,13 +115,13 @@ def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str
     for floor in result.get("floors", []):
         value = floor["reason"] if floor["value"] is None else _short(floor["value"])
         met = "met" if floor["met"] else "MISSED"
-        wrong.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
+        failures.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
     for error in result.get("errors", []):
         last = error["traceback"].strip().splitlines()[-1]
-        wrong.append(f"ERROR {phase} {error['name']}: {last}")
+        failures.append(f"ERROR {phase} {error['name']}: {last}")
     if result["status"] not in ("done", "failed"):
-        wrong.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
-    return shown, wrong
+        failures.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
+    return results, failures
 
 
 def _line(entry: dict[str, Any]) -> str:
