@@ -41,10 +41,10 @@ format: venv  ## format and sort imports
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-gpu-wheels:  ## collect what `make gpu` needs on a bare machine: .whl, at most 64 MiB with the tree
+gpu-wheels:  ## collect what `make gpu` needs on a bare machine with a GPU: .whl, at most 64 MiB with the tree
 	@$(PYTHON) jobs/bench/gpu/wheels.py
 
-gpu: .site/.complete  ## is it right and fast on this machine's card: gpu/gpu.json (ARGS="--phases all")
+gpu: .site/.complete  ## correctness and speed on this machine's GPU: gpu/gpu.json (ARGS="--phases all")
 	@PYTHONPATH=.site $(PYTHON) jobs/bench/gpu/run.py --out gpu $(ARGS)
 .site/.complete: $(wildcard .whl/*.whl)
 	@test -n "$^" || { echo "no wheels in .whl: \`make gpu-wheels\` where there is a network"; exit 1; }

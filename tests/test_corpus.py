@@ -1,13 +1,11 @@
 """The corpus: a plan, engines that speak, and a job that goes on where it stopped."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import soundfile
-from helpers import clusters
 
 from valle.jobs.corpus import CorpusRecipe, CorpusWorker, SpeakerSet, build_corpus, plan
 from valle.jobs.evaluation.metrics.quality import DistillMos
@@ -240,12 +238,6 @@ def test_asterisk_recordings_and_transcripts(
     assert len(wave) == pytest.approx(48_000, rel=0.02)
     assert np.abs(wave).max() > 0.1
     asterisk_recordings.cache_clear()
-
-
-@pytest.fixture
-def ray_cluster(home: Path) -> Iterator[None]:
-    with clusters.embedded_cluster():
-        yield
 
 
 @pytest.mark.ray

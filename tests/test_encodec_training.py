@@ -96,8 +96,8 @@ def test_training_lowers_the_loss(teacher_steps: int) -> None:
     optimizer = torch.optim.AdamW(objective.model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
     seen: dict[str, list[float]] = {"mel": [], "teacher": []}
-    for step in range(30):
-        total, terms = objective(audio[::8], step, generator)
+    for step in range(20):
+        total, terms = objective(audio[::32], step, generator)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

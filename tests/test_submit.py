@@ -67,7 +67,7 @@ def test_submitted_jobs_run_the_submitted_code(
         "train": {
             "data": "tokens", "run": "submitted", "models": ["ar"], "steps": {"ar": 4},
             "model": {"size": "mini", "width": 16, "n_heads": 2, "n_layers": 1},
-            "batching": {"max_tokens": 400}, "workers": 2, "samples": 0, "checkpoint_every": 4,
+            "batching": {"max_tokens": 400}, "workers": 1, "samples": 0, "checkpoint_every": 4,
             "codec": str(tiny_codec_folder), "validation_utterances": 2,
         },
     }  # fmt: skip

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from helpers import clusters
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
@@ -62,12 +61,8 @@ def test_together_is_what_each_says_alone(synthesizer: Synthesizer) -> None:
 
 @pytest.mark.ray
 def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
-    synthesizer: Synthesizer,
-    publish_recipe: PublishRecipe,
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: None, synthesizer: Synthesizer, publish_recipe: PublishRecipe, home: Path
 ) -> None:
-    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
     lines = [
         {"id": "a", "text": "Hello there. Good bye.", "prompt": "ann.wav", "seed": 7},
         {"id": "b", "text": "Hello there.", "prompt": "bob.wav"},
@@ -81,26 +76,25 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
         synthesis=Synthesis(max_seconds=1.0), lines_per_shard=2, format="wav",
     )  # fmt: skip
     halves = Placement(gpus_per_worker=0.5)
-    with clusters.embedded_cluster(num_gpus=1):
-        report = synthesize(replace(recipe, placement=halves))
-        assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
-        assert report["accelerator"] == "gpu"
-        recipe = replace(recipe, placement=Placement(accelerator="cpu"))
-        (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
-        blank = {"id": None, "language": None, "seed": None}
-        table = pa.Table.from_pylist([{**blank, **line} for line in lines])
-        pq.write_table(table, home / "lines.parquet")
-        again = replace(recipe, manifest=str(home / "lines.parquet"))
-        report = synthesize(again)
-        assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
-        report = synthesize(replace(again, retry_errors=True))
-        assert (report["already_done"], report["errors"]) == (2, 2)
-        lines[0]["seed"] = 8
-        pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), again.manifest)
-        assert synthesize(again)["already_done"] == 4
-        assert publish(publish_recipe) == 2
-        with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
-            synthesize(again)
+    report = synthesize(replace(recipe, placement=halves))
+    assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
+    assert report["accelerator"] == "gpu"
+    recipe = replace(recipe, placement=Placement(accelerator="cpu"))
+    (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
+    blank = {"id": None, "language": None, "seed": None}
+    table = pa.Table.from_pylist([{**blank, **line} for line in lines])
+    pq.write_table(table, home / "lines.parquet")
+    again = replace(recipe, manifest=str(home / "lines.parquet"))
+    report = synthesize(again)
+    assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
+    report = synthesize(replace(again, retry_errors=True))
+    assert (report["already_done"], report["errors"]) == (2, 2)
+    lines[0]["seed"] = 8
+    pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), again.manifest)
+    assert synthesize(again)["already_done"] == 4
+    assert publish(publish_recipe) == 2
+    with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
+        synthesize(again)
 
     manifest = pq.read_table(home / "spoken/manifest").to_pylist()
     rows = {row["id"]: row for row in manifest}

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +28,12 @@ from valle.model.sequence import Batch
 from valle.platform import checkpoint, tracking
 from valle.platform.checkpoint import TrainState
 from valle.platform.dataset import TokenDataset
+from valle.platform.resources import Placement
 
 
 @pytest.fixture
-def ray_cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ray_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    with clusters.embedded_cluster():
-        yield
 
 
 @pytest.fixture
@@ -48,6 +46,7 @@ def recipe(home: Path, tiny_codec: Encodec, tiny_codec_folder: Path) -> TrainRec
             steps={"ar": 24, "nar": 24}, optimization=Optimization(warmup=5),
             batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=6,
             checkpoint_every=8, log_every=1, samples=1, keep_checkpoints=10,
+            placement=Placement(accelerator="cpu"),
         )
     )  # fmt: skip
 
