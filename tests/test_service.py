@@ -25,7 +25,7 @@ from valle.serve.engine.request import Request
 from valle.serve.web.api import create_api
 from valle.serve.web.service import PREFETCH_CHUNKS
 
-MODEL = "some/bundle"
+MODEL = "/some/bundle"
 """A folder: no registry is asked about it."""
 
 SPEECH = "/v1/audio/speech"

@@ -87,7 +87,7 @@ def test_pin_returns_a_name_that_does_not_move(publish_recipe: PublishRecipe) ->
     assert registry.pin("models:/valle@champion") == "models:/valle/2"
     assert registry.pin("models:/valle/latest") == "models:/valle/2"
     assert registry.pin("models:/valle/1") == "models:/valle/1"
-    assert registry.pin("some/folder") == "some/folder"
+    assert registry.pin("/some/folder") == "/some/folder"
     with pytest.raises(FileNotFoundError, match="the registry has no models:/valle@nobody"):
         registry.pin("models:/valle@nobody")
     with pytest.raises(ValueError, match="is not models:/name@alias or models:/name/version"):

@@ -40,6 +40,7 @@ COMMANDS = {
         "keys": "make an API key for the endpoint",
         "validate-config": "check a Serve configuration strictly",
         "check-cluster": "check the cluster launcher's file without a network",
+        "include-results": "write the results of release/ into the documents",
         "bench": "run a benchmark: valle bench NAME",
     },
 }
