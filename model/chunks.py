@@ -1,8 +1,10 @@
-"""Speech in chunks: how much of a sentence is filled in and spoken while the rest is not yet said.
+"""Chunked NAR decoding: a sentence is decoded and played while the AR model still generates it.
 
-The NAR model was trained to see both sides of a frame. So it fills in all that the AR model has
-said so far, and the last `lookahead` frames of that wait for the next chunk. Frames that were
-spoken stay as they are: the new ones follow what was heard.
+The NAR model was trained with context on both sides of a frame. Each chunk therefore decodes all
+frames so far, and its last `lookahead` frames are decoded again with the next chunk. Frames before
+those may have been played: they are the next chunk's fixed prefix.
+
+Legend: Q codebooks, T frames.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,19 +20,19 @@ class Chunking:
     """Sizes of the chunks."""
 
     first_frames: int = 15
-    """Frames that are spoken at first, 0.2 s."""
+    """Frames played from the first chunk: 0.2 s."""
 
     growth: float = 1.6
-    """Each chunk over the one before it: there is more and more sound that still plays."""
+    """Ratio of each chunk to the one before it: the buffer of unplayed sound grows."""
 
     max_frames: int = 2 * FRAME_RATE
-    """Frames of a chunk, at most."""
+    """Largest chunk."""
 
     lookahead: int = 12
-    """Frames that the NAR model sees beyond those that are spoken."""
+    """Frames that the NAR model sees after those that are played."""
 
     def sizes(self) -> Iterator[int]:
-        """New frames of the first codebook that each chunk waits for."""
+        """New frames of the first codebook that each chunk waits for, without end."""
         size = self.first_frames
         yield min(size, self.max_frames) + self.lookahead
         while True:
@@ -41,11 +43,12 @@ class Chunking:
 def nar_decode_chunks(
     decode: Callable[[NARRequest], Codes], request: NARRequest, chunking: Chunking, group_size: int
 ) -> Codes:
-    """All codebooks `[8, T]` of a sentence, each chunk filled in as it is known when it is due.
+    """All codebooks `[Q, T]` of a sentence, decoded in the chunks that streaming decodes: the slow
+    reference for it.
 
-    `group_size` is what the AR model says at a time: a chunk ends where a group does. Where the
-    sentence ends at that very frame, that is not known yet, unless it was cut there (it is not
-    `complete`).
+    `group_size` is the AR model's: chunks end at the end of a group. A chunk that ends at the last
+    frame of a complete sentence does not know it, since EOS comes with the next group; one that
+    ends at the length limit (the request is not `complete`) is the last.
     """
     n_frames = len(request.first_codebook)
     prefix: Codes | None = None

@@ -125,7 +125,7 @@ def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
         )
         assert torch.equal(continued.codes, codes) and continued.hit_limit
     if group > 1:
-        with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of the group's 3"):
+        with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of group_size 3"):
             model.generate(phonemes, prompt, prefix=codes[:4], **arguments)
 
 

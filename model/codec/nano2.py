@@ -43,9 +43,12 @@ class Nano2Codec:
         self.vocoder = Vocoder.load().to(self.device)
         config = quantizer.config
         self.identity = CodecIdentity(
-            name="nano2", sha256=weights_hash(inference_weights(quantizer)),
-            n_codebooks=config.n_codebooks, frame_rate=config.frame_rate, sample_rate=SAMPLE_RATE,
-        )  # fmt: skip
+            name="nano2",
+            sha256=weights_hash(inference_weights(quantizer)),
+            n_codebooks=config.n_codebooks,
+            frame_rate=config.frame_rate,
+            sample_rate=SAMPLE_RATE,
+        )
 
     @classmethod
     def load(cls, folder: Path = NANO2_CODEC_FOLDER, device: str = "cpu") -> "Nano2Codec":

@@ -258,10 +258,14 @@ class Quantizer(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.books = ResidualVectorQuantization(
-            num_quantizers=config.n_codebooks, dim=config.dimension,
-            codebook_size=config.codebook_size, decay=0.98, kmeans_init=True, kmeans_iters=10,
+            num_quantizers=config.n_codebooks,
+            dim=config.dimension,
+            codebook_size=config.codebook_size,
+            decay=0.98,
+            kmeans_init=True,
+            kmeans_iters=10,
             threshold_ema_dead_code=0.05,
-        )  # fmt: skip
+        )
         self.decoder = Decoder(config)
         self.register_buffer("mean", torch.zeros(N_FEATURES, 1))
         self.register_buffer("deviation", torch.ones(N_FEATURES, 1))
