@@ -31,7 +31,6 @@ class Batch:
     """Length of the whole response: more than `frames` where `codes` is only its beginning."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     @property

@@ -95,14 +95,14 @@ def _speak_numbers(text: str, base: str) -> str:
     if base not in CONVERTER_CLASSES or not any(c.isdigit() for c in text):
         return text
 
-    def say(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
+    def in_words(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
         number = float(value) if "." in value else int(value)
         if kind == "currency":
             return str(num2words(float(number), lang=base, to=kind, currency=currency))
         return str(num2words(number, lang=base, to=kind))
 
     if base == "en":  # before thousands separators are removed: "1,984" is no year
-        text = _YEAR.sub(lambda m: say(m[1], "year"), text)
+        text = _YEAR.sub(lambda m: in_words(m[1], "year"), text)
     # "10:30" as two numbers; "1,000,000" (or "1.000.000") as one; decimals with a point inside
     text = re.sub(r"(\d)[:h](\d\d)\b", r"\1 \2", text)
     thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
@@ -115,12 +115,12 @@ def _speak_numbers(text: str, base: str) -> str:
         amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
 
         def money(match: re.Match[str], currency: str = code) -> str:
-            return say(match[1] or match[2], "currency", currency)
+            return in_words(match[1] or match[2], "currency", currency)
 
         text = re.sub(amount, money, text)
     if base in _ORDINAL:
-        text = re.sub(_ORDINAL[base], lambda m: say(m[1], "ordinal"), text)
-    return re.sub(number, lambda m: say(m[0]), text)
+        text = re.sub(_ORDINAL[base], lambda m: in_words(m[1], "ordinal"), text)
+    return re.sub(number, lambda m: in_words(m[0]), text)
 
 
 @lru_cache(maxsize=1)

@@ -104,7 +104,7 @@ def test_guided_levels_out_of_range() -> None:
 @pytest.mark.parametrize(
     ("frames", "complete", "lengths"),
     [
-        # the last chunk knows that nothing follows
+        # the last chunk is decoded as complete
         (40, True, [28, 40]), (40, False, [28, 40]),
         # due at the last frame: EOS comes with the next group
         (52, True, [28, 52, 52]), (52, False, [28, 52]),

@@ -36,8 +36,9 @@ def test_split_sentences_cuts_long_ones_without_loss(text: str) -> None:
 def test_split_sentences_cuts_at_commas_first() -> None:
     text = "the first clause is here, and the second one follows it, then a third closes"
     assert split_sentences(text, max_characters=60) == [
-        "the first clause is here, and the second one follows it,", "then a third closes",
-    ]  # fmt: skip
+        "the first clause is here, and the second one follows it,",
+        "then a third closes",
+    ]
 
 
 def test_sentence_phoneme_ids_leaves_out_silent_sentences() -> None:

@@ -32,9 +32,13 @@ def short_ar(group: int) -> AR:
 def request(number: int, max_frames: int = 40) -> Request:
     phonemes, prompt, _ = random_items(12 + 3 * number, seed=number)[0]
     return Request(
-        id=f"r{number}", phonemes=phonemes.tolist(), prompt=prompt.numpy().astype(np.int16),
-        sampling=SAMPLINGS[number % len(SAMPLINGS)], max_frames=max_frames, seed=number,
-    )  # fmt: skip
+        id=f"r{number}",
+        phonemes=phonemes.tolist(),
+        prompt=prompt.numpy().astype(np.int16),
+        sampling=SAMPLINGS[number % len(SAMPLINGS)],
+        max_frames=max_frames,
+        seed=number,
+    )
 
 
 def build_engine(
@@ -55,10 +59,12 @@ def build_engine(
 def generate_alone(model: AR, request: Request) -> tuple[list[int], FinishReason]:
     """The slow twin: `generate`, one request at a time."""
     output = model.generate(
-        torch.tensor(request.phonemes), torch.from_numpy(request.prompt.astype(np.int64)),
-        sampling=request.sampling, max_frames=request.max_frames,
+        torch.tensor(request.phonemes),
+        torch.from_numpy(request.prompt.astype(np.int64)),
+        sampling=request.sampling,
+        max_frames=request.max_frames,
         seed=request.seed,
-    )  # fmt: skip
+    )
     return output.codes.tolist(), FinishReason.LENGTH if output.hit_limit else FinishReason.STOP
 
 

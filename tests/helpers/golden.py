@@ -69,7 +69,7 @@ def golden_run(kind: str) -> dict[str, Tensor]:
 def golden_tokens(dtype: torch.dtype = torch.float32, noise: float = 0.0) -> dict[str, Tensor]:
     """Codes that the committed weights generate, by model and sampling.
 
-    `noise` is relative and moves every weight: tokens worth pinning do not notice a little.
+    `noise` is relative, on every weight: a little of it must not change the tokens.
     """
     phonemes, prompt, codes = random_items(24, seed=6)[0]
     generator = torch.Generator().manual_seed(0)
