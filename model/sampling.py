@@ -28,10 +28,10 @@ _CODEBOOK_SHIFT = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Settings for drawing tokens from logits."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 is greedy."""
 
     top_k: int = 0
     """Keep only the k most likely; 0 keeps all."""
@@ -40,19 +40,19 @@ class Sampling:
     """Keep the smallest set of tokens whose probability reaches p; 1 keeps all."""
 
     repetition_window: int = 10
-    """K of repetition-aware sampling (VALL-E 2 section 3.3): how far back to look."""
+    """K of repetition-aware sampling (VALL-E 2 section 3.3): how many past tokens count."""
 
     repetition_threshold: float = 1.0
-    """t_r: a drawn token whose share of the window exceeds this is drawn again from the whole
-    distribution. 1 switches it off; VALL-E 2 uses 0.1."""
+    """t_r of repetition-aware sampling: a token whose share of the window exceeds this is drawn
+    again from the whole distribution. 1 switches it off; VALL-E 2 uses 0.1."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance: how far to go from what would be said without text and prompt to
-    what is said with them, and beyond; 1 is off, more costs a second pass without them."""
+    """Classifier-free guidance: factor on the difference between log probabilities with and without
+    text and prompt. 1 is off; above 1 each step takes a second, unconditional row."""
 
     @property
     def guided(self) -> bool:
-        """Whether a second pass is needed, without text and prompt."""
+        """True if sampling needs unconditional logits too."""
         return self.guidance_scale > 1
 
     def __post_init__(self) -> None:
@@ -101,9 +101,8 @@ class SamplingTensors:
 def guide(
     logits: Float[Tensor, "*R V"], unconditional: Float[Tensor, "*R V"], scale: Tensor | float
 ) -> Float[Tensor, "*R V"]:
-    """Classifier-free guidance (Ho and Salimans 2022, equation 6, there for images): log
-    probabilities with text and prompt, moved away from the `unconditional` ones; a scale of 1
-    leaves them as they are."""
+    """Classifier-free guidance (Ho and Salimans 2022, equation 6): log probabilities with text and
+    prompt, moved away from the `unconditional` ones by `scale`; 1 leaves them unchanged."""
     conditional = logits.float().log_softmax(-1)
     return conditional + (scale - 1) * (conditional - unconditional.float().log_softmax(-1))
 
@@ -183,17 +182,17 @@ def sample_rows(
     uniforms: Float[Tensor, "2 R"],
     recent: Int[Tensor, "R W"] | None = None,
 ) -> Int[Tensor, " R"]:
-    """One token per row by its own settings; the most likely one where the temperature is 0.
+    """One token per row by the row's settings; greedy where the temperature is 0.
 
-    `recent` holds the last tokens of each row, -1 where there are none yet. Repetition-aware
-    sampling (VALL-E 2): a token that fills more than `threshold` of the window is drawn again from
-    the whole distribution.
+    `recent` holds the last tokens of each row, the newest last, -1 before the first. A token that
+    fills more than `threshold` of the row's window is drawn again from the whole distribution
+    (repetition-aware sampling, VALL-E 2 section 3.3).
     """
     temperature = rows.temperature.clamp_min(1e-6)[:, None]
     probability = (logits.float() / temperature).softmax(-1)
     ordered, index = probability.sort(dim=-1, descending=True)
-    # draws walk through the classes in their own order: two that are nearly equally likely, and
-    # change places in the sorted one with the last bit of a sum, change nothing
+    # a draw accumulates probabilities in class order, not in sorted order: two almost equally
+    # likely classes may swap ranks with the last bit of a sum, which must not change the token
     mask = top_k_top_p_mask(ordered, rows.top_k, rows.top_p)
     mask = torch.zeros_like(mask).scatter(-1, index, mask)
     tokens = _pick(probability * mask, uniforms[0])
@@ -208,22 +207,23 @@ def sample_rows(
 def top_k_top_p_mask(
     probability: Float[Tensor, "R V"], top_k: Int[Tensor, " R"], top_p: Float[Tensor, " R"]
 ) -> Bool[Tensor, "R V"]:
-    """Which of the classes, the likeliest first, sampling may choose from: the k likeliest (0: all)
-    and of those the fewest whose probability reaches p (Holtzman et al. 2020)."""
+    """Which classes, sorted by falling probability, sampling may draw: the k most likely (0: all),
+    and of those the smallest set whose probability reaches p (nucleus sampling, Holtzman et al.
+    2020)."""
     rank = torch.arange(probability.shape[-1], device=probability.device)
     in_top_k = (rank < top_k[:, None]) | (top_k == 0)[:, None]
     probability = probability * in_top_k
     probability = probability / probability.sum(-1, keepdim=True)
-    # the class that crosses p is kept: compare the sum before it
+    # the class that crosses p belongs to the set: compare the sum before it
     before = probability.cumsum(-1) - probability
-    # the likeliest is always kept, however small p is
+    # the most likely class stays even where p is 0 in float32
     return in_top_k & ((before < top_p[:, None]) | (top_p >= 1)[:, None] | (rank == 0))
 
 
 def _pick(weights: Float[Tensor, "R V"], uniform: Float[Tensor, " R"]) -> Int[Tensor, " R"]:
-    """Index of each row's class that its uniform number falls on."""
+    """The class of each row in whose share of the total weight the uniform number lies."""
     total = weights.cumsum(-1)
     position = (total <= uniform[:, None] * total[:, -1:]).sum(-1)
-    # rounding must not reach the classes of no weight behind the last one
+    # rounding of the sums must not select a class of zero weight after the last weighted one
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
     return torch.minimum(position, last)

@@ -1,4 +1,4 @@
-"""Training a narrow EnCodec: its start from data, the teacher, the quantiser, falling losses."""
+"""Training of a narrow EnCodec: initialisation from data, teacher, quantiser, falling losses."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from valle.model.codec.encodec_training import (
 from valle.model.tokens import HOP
 
 
-def test_initialisation_from_data_gives_unit_deviation() -> None:
+def test_init_convolutions_gives_unit_deviation() -> None:
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     audio = torch.randn(4, 9_600) * 0.1
@@ -29,7 +29,7 @@ def test_initialisation_from_data_gives_unit_deviation() -> None:
     assert after == pytest.approx(1.0, rel=1e-3)
 
 
-def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
+def test_teacher_is_causal_and_follows_its_frame() -> None:
     teacher = Teacher(TINY_CODEC.dimension)
     time = torch.arange(8 * HOP) / 24_000
     audio = torch.cat([torch.zeros(8 * HOP), 0.3 * torch.sin(2 * torch.pi * 440 * time)])[None]
@@ -41,7 +41,7 @@ def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
     assert loud > quiet
 
 
-def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
+def test_teacher_fit_normalises_features() -> None:
     torch.manual_seed(0)
     teacher = Teacher(TINY_CODEC.dimension)
     audio = torch.randn(4, 30 * HOP) * torch.tensor([0.01, 0.1, 0.3, 0.5])[:, None]
@@ -53,8 +53,7 @@ def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
 
 # whether an entry or two stays empty depends on the number of threads
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-def test_codebooks_start_where_the_vectors_are() -> None:
-    """Each book takes up what the ones before it left, and every entry is in use."""
+def test_init_codebooks_uses_every_entry_and_lowers_the_residual() -> None:
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     vectors = torch.randn(4_000, TINY_CODEC.dimension)
@@ -70,8 +69,8 @@ def test_codebooks_start_where_the_vectors_are() -> None:
     assert all(after < 0.9 * before for before, after in itertools.pairwise(energies))
 
 
-def test_quantiser_revives_dead_entries() -> None:
-    """The package's own rule leaves one entry in use here; ours gives most vectors their own."""
+def test_residual_quantize_restarts_dead_entries() -> None:
+    """The package's own rule leaves one entry in use; with restarts most vectors get their own."""
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     loss = EncodecLossConfig()
@@ -83,8 +82,8 @@ def test_quantiser_revives_dead_entries() -> None:
     assert torch.nn.functional.mse_loss(quantized, z) < 0.05
 
 
-@pytest.mark.parametrize("teacher_steps", [0, 100], ids=["joined", "taught"])
-def test_training_lowers_the_loss(teacher_steps: int) -> None:
+@pytest.mark.parametrize("teacher_steps", [0, 100], ids=["end to end", "teacher"])
+def test_encodec_objective_loss_falls(teacher_steps: int) -> None:
     torch.manual_seed(0)
     objective = EncodecObjective(
         encodec.build(TINY_CODEC), EncodecLossConfig(teacher_steps=teacher_steps)
@@ -95,14 +94,14 @@ def test_training_lowers_the_loss(teacher_steps: int) -> None:
     objective.initialize(audio, per_step=16 * 38, seed=0)
     optimizer = torch.optim.AdamW(objective.model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
-    seen: dict[str, list[float]] = {"mel": [], "teacher": []}
+    history: dict[str, list[float]] = {"mel": [], "teacher": []}
     for step in range(20):
         total, terms = objective(audio[::32], step, generator)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        for name, values in seen.items():
+        for name, values in history.items():
             values.append(terms[name].item())
-    assert seen["mel"][-1] < 0.8 * seen["mel"][0]
+    assert history["mel"][-1] < 0.8 * history["mel"][0]
     if teacher_steps:
-        assert seen["teacher"][-1] < 0.8 * seen["teacher"][0]
+        assert history["teacher"][-1] < 0.8 * history["teacher"][0]

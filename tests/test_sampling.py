@@ -76,9 +76,12 @@ def test_sample_rows_with_mixed_settings_equals_each_row_alone() -> None:
         for row, sampling in enumerate(settings):
             part = slice(row, row + 1)
             alone = sample(
-                logits[part], sampling, seed=row, positions=torch.tensor([position]),
+                logits[part],
+                sampling,
+                seed=row,
+                positions=torch.tensor([position]),
                 history=recent[part],
-            )  # fmt: skip
+            )
             assert alone == batched[part]
 
 

@@ -1,4 +1,4 @@
-"""Where a codec is loaded by name."""
+"""Loads a codec by name or path."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,10 @@ CODEC_NAMES = ("nano", "nano2", "encodec-24khz")
 
 
 def load_codec(source: str, *, device: str = "cpu", cache: Path | None = None) -> SpeechCodec:
-    """The codec named by `source`: nano2, or a folder of its kind, or what EnCodec's `load` takes.
+    """The codec `source`: `nano2`, the folder of a codec of its kind, or a source of
+    `encodec.load`.
 
-    Raises ValueError or FileNotFoundError with what to do.
+    Raises ValueError or FileNotFoundError with the remedy.
     """
     if source == "nano2":
         return Nano2Codec.load(nano2.NANO2_CODEC_FOLDER, device)

@@ -69,7 +69,7 @@ def golden_run(kind: str) -> dict[str, Tensor]:
 def golden_tokens(dtype: torch.dtype = torch.float32, noise: float = 0.0) -> dict[str, Tensor]:
     """Codes that the committed weights generate, by model and sampling.
 
-    `noise` is relative and moves every weight: tokens worth pinning do not notice a little.
+    `noise` is relative, on every weight: a little of it must not change the tokens.
     """
     phonemes, prompt, codes = random_items(24, seed=6)[0]
     generator = torch.Generator().manual_seed(0)
@@ -94,9 +94,13 @@ def golden_tokens(dtype: torch.dtype = torch.float32, noise: float = 0.0) -> dic
     prepare(nar)
     for name, sampling in NAR_SAMPLINGS.items():
         tokens[f"nar/{name}"] = nar.generate(
-            phonemes, prompt, codes[0], sampling=sampling, guided_levels=NAR_GUIDED_LEVELS,
+            phonemes,
+            prompt,
+            codes[0],
+            sampling=sampling,
+            guided_levels=NAR_GUIDED_LEVELS,
             seed=SEED,
-        )  # fmt: skip
+        )
     return {name: value.to(torch.int16) for name, value in tokens.items()}
 
 
@@ -115,8 +119,9 @@ def grouped_ar(group: int) -> AR:
             layer, kind = name.split(".")
             source = {"1": wide, "3": narrow}.get(layer)
             weights[f"within.mix.{name}"] = (
-                value if source is None
+                value
+                if source is None
                 else weights[f"{source}.{kind}"][tuple(slice(n) for n in value.shape)]
-            )  # fmt: skip
+            )
     model.load_state_dict(weights)
     return model

@@ -1,7 +1,7 @@
 """Writes golden files: `python -m helpers.make_golden tokens` in `tests/`.
 
-Run it only when a change is meant to change them, and say so in the commit. Each word writes files
-of its own: `weights` (from which the others follow), `numbers` (logits and losses), `tokens`.
+Run it only for a change that must change them, and state that in the commit. Each argument writes
+its own files: `weights` (from which the others follow), `numbers` (logits and losses), `tokens`.
 """
 
 import argparse

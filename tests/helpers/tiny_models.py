@@ -41,7 +41,7 @@ def random_batch(*frames: int, seed: int = 0) -> Batch:
 
 
 def perturb(model: AR | NAR, size: float = 0.05) -> None:
-    """Fresh models have zero modulation: give every parameter a say."""
+    """Adds noise to every parameter: a fresh model's modulation is zero and would hide errors."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
