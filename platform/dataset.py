@@ -89,7 +89,7 @@ def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def write_shard(uri: str, name: str, rows: pa.Table) -> Shard:
-    """Writes `shards/{name}.parquet` atomically, in row groups of `FRAMES_PER_ROW_GROUP`."""
+    """Writes `shards/{name}.parquet` atomically; `FRAMES_PER_ROW_GROUP` bounds its row groups."""
     buffer = io.BytesIO()
     frames = rows.column("frames").to_numpy()
     with pq.ParquetWriter(buffer, SCHEMA, compression="zstd") as writer:
