@@ -96,11 +96,11 @@ def test_resynthesize_keeps_words_and_voice(tmp_path: Path) -> None:
         Joe().synthesize(text, "joe", "en-us"),
         Heart().synthesize(text, "heart", "en-us"),
     ]
-    metrics = CodecMetrics(load_recognizer("whisper"), load_speaker_encoder("wespeaker"))
+    evaluator = CodecEvaluator(load_recognizer("whisper"), load_speaker_encoder("wespeaker"))
     codec = Nano2Codec.load(write_quantizer(50, tmp_path))
-    systems = evaluate(codec, [text, text], recordings, metrics, [3])["systems"]
-    assert systems["recording"]["speaker_similarity"] == pytest.approx(1, abs=1e-3)
-    assert max(systems[name]["wer"] for name in ("recording", "unquantised")) < 0.1
-    assert systems["unquantised"]["speaker_similarity"] > 0.6
-    assert systems["unquantised"]["distillmos"] > systems["recording"]["distillmos"] - 0.8
-    assert systems["3 codebooks"]["speaker_similarity"] < 0.4
+    systems = evaluate(codec, [text, text], recordings, evaluator, [3])
+    assert systems["recording"].speaker_similarity == pytest.approx(1, abs=1e-3)
+    assert max(systems[name].wer for name in ("recording", "unquantised")) < 0.1
+    assert systems["unquantised"].speaker_similarity > 0.6
+    assert systems["unquantised"].distillmos > systems["recording"].distillmos - 0.8
+    assert systems["3 codebooks"].speaker_similarity < 0.4
