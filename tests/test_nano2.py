@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from valle.jobs.evaluate_codec import evaluate
+from valle.jobs.evaluate_codec import CodecEvaluator, evaluate
 from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
 from valle.jobs.evaluation.metrics.words import load_recognizer
 from valle.jobs.speakers import Heart, Joe
