@@ -3,7 +3,7 @@
     model.safetensors   weights of one model; shipped ones in int8 with scales (quantize.py)
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
     metrics.json        what validation said of it
-    state/              what a resumed run needs besides: counters and optimizer
+    state/              what a resumed run needs besides: TrainState and optimizer
 
 Weights are safetensors and are never unpickled. The optimizer of the `ddp` backend is safetensors
 too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same run reads back.
@@ -12,9 +12,9 @@ too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same ru
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dacite
 import torch
@@ -42,22 +42,24 @@ WORD_ERROR_RATE = "validation/wer"
 """Name of the metric that decides which checkpoint of a run is the best."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainState:
-    """Where a run is: all that a checkpoint needs besides weights and optimizer."""
+    """State of a training run: all that a resumed run needs besides weights and optimizer."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps taken."""
 
     epoch: int = 0
     """Pass over the data; the batch plan is a function of it."""
 
     batch: int = 0
-    """Batches of this epoch already used by each worker."""
+    """Batches of this epoch that each worker has used."""
 
-    def to_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return asdict(self)
+    averages: dict[str, float] = field(default_factory=dict)
+    """Running averages of the training metrics; empty where single steps are logged."""
+
+    rng: dict[str, str] = field(default_factory=dict)
+    """State of rank 0's torch generators at a checkpoint (`jobs/training/rng.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,20 @@ class CheckpointMetadata:
     """What the weights mean; see `FORMAT`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecCheckpointMetadata:
+    """`config.json` of a checkpoint of a codec in training."""
+
+    kind: Literal["encodec", "quantizer"]
+    model: dict[str, Any]
+    """Sizes of the network."""
+    code_version: str
+    """Version of the code that trained it."""
+    recipe: dict[str, Any]
+    """The resolved recipe of the run."""
+    format: int = 1
+
+
 def new_metadata(
     kind: Kind, model: ModelConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
 ) -> CheckpointMetadata:
@@ -92,7 +108,11 @@ def build_model(kind: Kind, config: ModelConfig) -> AR | NAR:
     return AR(config) if kind == "ar" else NAR(config)
 
 
-def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
+def save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    metadata: CheckpointMetadata | CodecCheckpointMetadata,
+) -> None:
     """Writes weights and metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -159,23 +179,23 @@ def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
         raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
     theirs, ours = asdict(other.config), asdict(model.config)
     ignored = ("dropout",) if isinstance(model, AR) else ("dropout", "group")
-    for field in theirs:
-        if theirs[field] != ours[field] and field not in ignored:
+    for name in theirs:
+        if theirs[name] != ours[name] and name not in ignored:
             raise ValueError(
-                f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
+                f"warm_start: {uri} has {name} {theirs[name]}, this run has {ours[name]}"
             )
     model.load_state_dict(other.state_dict())
 
 
 def save_state(folder: Path, state: TrainState) -> None:
-    """Writes the counters of a run below `state/`."""
+    """Writes the state of a run below `state/`."""
     target = folder / STATE
     target.mkdir(parents=True, exist_ok=True)
-    (target / "train_state.json").write_text(json.dumps(state.to_dict()))
+    (target / "train_state.json").write_text(json.dumps(asdict(state)))
 
 
 def load_state(folder: Path) -> TrainState:
-    """The counters of a run."""
+    """Reads the state of a run."""
     return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
 
 
@@ -231,15 +251,14 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Puts saved averages back; every parameter must have its own."""
+    """Restores AdamW's averages; every parameter must have its own."""
     tensors = load_file(folder / STATE / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {
-            # fused AdamW keeps its step counter beside the weights
-            key: tensors[f"{name}/{key}"].to(parameter.device)
-            for key in keys
-        }
+        state = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in keys}
+        if not optimizer.defaults["fused"]:  # only fused AdamW counts steps beside the weights
+            state["step"] = state["step"].cpu()
+        optimizer.state[parameter] = state
 
 
 _STRICT = dacite.Config(strict=True)

@@ -9,8 +9,6 @@ import pytest
 import yaml
 
 from valle.jobs import synthesize as synthesize_job
-from valle.jobs import train as train_job
-from valle.jobs import train_codec
 from valle.jobs.evaluate import EvaluateRecipe, allocation_for
 from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe
@@ -18,6 +16,8 @@ from valle.jobs.prepare import allocation_for as prepare_allocation
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.synthesize import SynthesizeRecipe
 from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.training import ray_train
 from valle.jobs.training.recipe import TrainRecipe
 from valle.platform import resources
 from valle.platform.autoscaler import NodeShape
@@ -150,14 +150,19 @@ def test_ray_data_keeps_to_the_labels_and_to_what_the_job_can_use() -> None:
         DataContext._set_current(before)
 
 
+def train_allocation(section: str) -> Callable[[Any, Cluster], Allocation]:
+    return lambda recipe, cluster: ray_train.allocation_for(recipe, section, cluster)
+
+
 ALLOCATIONS: dict[str, tuple[type, Callable[[Any, Cluster], Allocation]]] = {
-    "train_codec": (CodecRecipe, train_codec.allocation_for),
+    "train_codec": (CodecRecipe, train_allocation("train_codec")),
     "evaluate": (EvaluateRecipe, lambda recipe, cluster: allocation_for(recipe, cluster=cluster)),
     "prepare": (PrepareRecipe, prepare_allocation),
     "publish": (PublishRecipe, lambda recipe, cluster: allocation_for(
         recipe.evaluation, "publish.evaluation", cluster)),
     "synthesize": (SynthesizeRecipe, synthesize_job.allocation_for),
-    "train": (TrainRecipe, train_job.allocation_for),
+    "train": (TrainRecipe, train_allocation("train")),
+    "train_quantizer": (QuantizerRecipe, train_allocation("train_quantizer")),
 }  # fmt: skip
 SHIPPED = [
     (path.stem, section)
@@ -176,7 +181,7 @@ def test_shipped_recipes_find_room_on_a_workstation(name: str, section: str, gpu
         return
     box = NodeShape(name="box", cpus=16, gpus=gpus, max_count=1)
     allocation = allocate(recipe, Cluster(nodes=(box,)))
-    assert allocation.fits_now >= (recipe.workers if section in ("train", "train_codec") else 1)
+    assert allocation.fits_now >= (recipe.workers if section.startswith("train") else 1)
 
 
 def test_a_version_is_not_registered_when_it_cannot_be_judged(home: Path) -> None:

@@ -21,6 +21,8 @@ from valle.jobs.synthesize import SynthesizeRecipe, synthesize
 from valle.jobs.train import fit, resolve_recipe
 from valle.jobs.train_codec import CodecRecipe
 from valle.jobs.train_codec import fit as fit_codec
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.train_quantizer import fit as fit_quantizer
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.sampler import Batching
 from valle.model.codec.encodec import Encodec
@@ -223,6 +225,8 @@ def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
             ("train", lambda: fit(
                 make_train_recipe(home, tiny_codec_folder, "data", gpu, 1), "ar")),
             ("train_codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
+            ("train_quantizer", lambda: fit_quantizer(QuantizerRecipe(
+                corpora=("x",), out="codec", run="x", placement=gpu))),
             ("synthesize", lambda: synthesize(
                 SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu))),
             ("evaluate", lambda: evaluate(EvaluateRecipe(
