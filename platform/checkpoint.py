@@ -12,9 +12,9 @@ DeepSpeed writes shards of its own to `state/deepspeed`, which only the same run
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dacite
 import torch
@@ -49,12 +49,12 @@ WORD_ERROR_RATE = "validation/wer"
 """The metric by which `find_best` ranks the checkpoints of a run."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainState:
-    """Progress of a run: all state of a checkpoint besides weights and optimizer."""
+    """State of a training run: all that a resumed run needs besides weights and optimizer."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps taken."""
 
     epoch: int = 0
     """Number of the current pass over the data; selects its batch plan."""
@@ -62,9 +62,11 @@ class TrainState:
     batch: int = 0
     """Batches of this epoch that each worker has used."""
 
-    def to_dict(self) -> dict[str, int]:
-        """The counters by name, for JSON."""
-        return asdict(self)
+    averages: dict[str, float] = field(default_factory=dict)
+    """Running averages of the training metrics; empty where single steps are logged."""
+
+    rng: dict[str, str] = field(default_factory=dict)
+    """State of rank 0's torch generators at a checkpoint (`jobs/training/rng.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,20 @@ class CheckpointMetadata:
     """The resolved recipe of the run."""
     format: int = 1
     """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecCheckpointMetadata:
+    """`config.json` of a checkpoint of a codec in training."""
+
+    kind: Literal["encodec", "quantizer"]
+    model: dict[str, Any]
+    """Sizes of the network."""
+    code_version: str
+    """Version of the code that trained it."""
+    recipe: dict[str, Any]
+    """The resolved recipe of the run."""
+    format: int = 1
 
 
 def new_metadata(
@@ -104,8 +120,12 @@ def build_model(config: ARConfig | NARConfig) -> AR | NAR:
     return AR(config) if isinstance(config, ARConfig) else NAR(config)
 
 
-def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
-    """Writes weights and metadata into `folder`, which is created."""
+def save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    metadata: CheckpointMetadata | CodecCheckpointMetadata,
+) -> None:
+    """Writes weights and metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, folder / WEIGHTS)
@@ -193,24 +213,23 @@ def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
     if type(source) is not type(model):
         raise ValueError(f"warm_start: {uri} holds an {type(source).__name__} model")
     source_config, config = asdict(source.config), asdict(model.config)
-    for field in source_config:
-        if source_config[field] != config[field] and field != "dropout":
+    for name in source_config:
+        if source_config[name] != config[name] and name != "dropout":
             raise ValueError(
-                f"warm_start: {uri} has {field} {source_config[field]}, this run has "
-                f"{config[field]}"
+                f"warm_start: {uri} has {name} {source_config[name]}, this run has {config[name]}"
             )
     model.load_state_dict(source.state_dict())
 
 
 def save_state(folder: Path, state: TrainState) -> None:
-    """Writes the counters of a run below `state/`."""
+    """Writes the state of a run below `state/`."""
     target = folder / STATE
     target.mkdir(parents=True, exist_ok=True)
-    (target / "train_state.json").write_text(json.dumps(state.to_dict()))
+    (target / "train_state.json").write_text(json.dumps(asdict(state)))
 
 
 def load_state(folder: Path) -> TrainState:
-    """The counters of a run."""
+    """Reads the state of a run."""
     return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
 
 
@@ -269,11 +288,11 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Restores AdamW's state; every parameter of `model` must be in the file."""
+    """Restores AdamW's averages; every parameter must have its own."""
     tensors = load_file(folder / STATE / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
-        # fused AdamW needs its step counter on the parameter's device too
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}/{key}"].to(parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in keys}
+        if not optimizer.defaults["fused"]:  # only fused AdamW counts steps beside the weights
+            state["step"] = state["step"].cpu()
+        optimizer.state[parameter] = state

@@ -9,8 +9,6 @@ import pytest
 import yaml
 
 from valle.jobs import synthesize as synthesize_job
-from valle.jobs import train as train_job
-from valle.jobs import train_codec
 from valle.jobs.evaluate import EvaluateRecipe, allocation_for
 from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe
@@ -19,6 +17,8 @@ from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.recipes import RECIPES, load
 from valle.jobs.synthesize import SynthesizeRecipe
 from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.training import ray_train
 from valle.jobs.training.recipe import TrainRecipe
 from valle.platform import resources
 from valle.platform.autoscaler import NodeShape, configuration_path, parse_limits
@@ -148,8 +148,12 @@ def test_configure_ray_data_sets_labels_and_limits() -> None:
         DataContext._set_current(before)
 
 
+def train_allocation(section: str) -> Callable[[Any, Cluster], Allocation]:
+    return lambda recipe, cluster: ray_train.allocation_for(recipe, section, cluster)
+
+
 ALLOCATIONS: dict[str, tuple[type, Callable[[Any, Cluster], Allocation]]] = {
-    "train_codec": (CodecRecipe, train_codec.allocation_for),
+    "train_codec": (CodecRecipe, train_allocation("train_codec")),
     "evaluate": (EvaluateRecipe, lambda recipe, cluster: allocation_for(recipe, cluster=cluster)),
     "prepare": (PrepareRecipe, prepare_allocation),
     "publish": (
@@ -157,8 +161,9 @@ ALLOCATIONS: dict[str, tuple[type, Callable[[Any, Cluster], Allocation]]] = {
         lambda recipe, cluster: allocation_for(recipe.evaluation, "publish.evaluation", cluster),
     ),
     "synthesize": (SynthesizeRecipe, synthesize_job.allocation_for),
-    "train": (TrainRecipe, train_job.allocation_for),
-}
+    "train": (TrainRecipe, train_allocation("train")),
+    "train_quantizer": (QuantizerRecipe, train_allocation("train_quantizer")),
+}  # fmt: skip
 SHIPPED = [
     (path.stem, section)
     for path in sorted(RECIPES.glob("*.yaml"))
@@ -176,7 +181,7 @@ def test_shipped_recipes_fit_on_a_workstation(name: str, section: str, gpus: int
         return
     box = NodeShape(name="box", cpus=16, gpus=gpus, max_count=1)
     allocation = allocate(recipe, Cluster(nodes=(box,)))
-    assert allocation.fits_now >= (recipe.workers if section in ("train", "train_codec") else 1)
+    assert allocation.fits_now >= (recipe.workers if section.startswith("train") else 1)
 
 
 def test_publish_registers_nothing_when_its_evaluation_cannot_run(home: Path) -> None:

@@ -101,6 +101,16 @@ def test_imports_run_down_only(path: Path) -> None:
                 assert not wrong or ALLOWED.get(name) == module, f"{name} imports {module}"
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs" / "training").glob("*.py")), ids=lambda p: p.name
+)
+def test_training_loop_imports_no_ray(path: Path) -> None:
+    """Ray Train has one adapter; the loop and all that it trains run in plain processes."""
+    if path.name != "ray_train.py":
+        assert not [m for m in _imports(path) if m.split(".")[0] == "ray"]
+        assert "valle.jobs.training.ray_train" not in _imports(path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda p: p.name)
 def test_jobs_are_commands(path: Path) -> None:
     functions = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}

@@ -1,19 +1,19 @@
-"""Training of a narrow EnCodec: initialisation, teacher, quantiser updates, losses.
+"""Training a narrow EnCodec: initialisation from data, taught latents, quantiser, losses.
 
-Follows EnCodec (Défossez et al. 2022), section 3.4: multi-scale mel, waveform and commitment
-losses, without the discriminators, which are too slow on a CPU. Three changes keep a small network
-on small batches from coding loudness alone:
+Follows EnCodec (Défossez et al. 2022): multi-scale mel and waveform reconstruction plus
+commitment (section 3.4), without the discriminators, which cost too much on a CPU. Three things
+differ, because a small network trained on small batches otherwise codes loudness only:
 
 - the convolutions are initialised from data;
-- a teacher sets the latents in the first steps: the encoder learns to compute log-mel features
-  (`Teacher`), and the decoder learns to reconstruct speech from the same features, quantised. The
-  codebooks then hold phonetic content before encoder and decoder are trained end to end;
-- the codebooks' moving averages are computed here, with a dead-entry threshold for a few hundred
-  vectors per step.
+- in the first steps the latents are taught: the encoder learns to compute log-mel features
+  (`Teacher`), and the decoder learns to reconstruct speech from the same features, quantised. So
+  the codebooks hold phonetic content before encoder and decoder are trained end to end;
+- the codebooks' moving averages are updated here, with a dead-entry threshold for a few hundred
+  vectors a step.
 
-Inference uses the package's own `EncodecModel`.
+Inference uses the package's `EncodecModel`.
 
-Legend: B batch, D latent width, T frames, Q codebooks, N vectors.
+Shapes: B batch, D dimension of the latents, T frames, N = B * T vectors, Q codebooks.
 """
 
 from dataclasses import dataclass, field
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 FLOOR: Final = 1e-3
-"""Added to mel magnitudes before the logarithm, about 45 dB below speech: noise in pauses must not
-weigh as much as vowels."""
+"""Added to mel magnitudes before the logarithm, about 45 dB below speech: limits the weight of the
+noise in pauses."""
 
 
 def _formerly(name: str) -> dict[str, tuple[str, ...]]:
@@ -44,37 +44,37 @@ def _formerly(name: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodecLossConfig:
-    """Weights of the loss terms, and settings of the codebook updates."""
+    """Weights of the loss terms, and the codebooks' moving averages."""
 
     mel: float = 1.0
     """Multi-scale log-mel distance."""
 
     waveform: float = 2.0
-    """L1 between waveforms, for phase and the lowest frequencies."""
+    """L1 distance of the waveforms, which fixes phase and the lowest frequencies."""
 
     commitment: float = 0.25
     """Mean square distance of the encoder's output to its codebook entries."""
 
     teacher: float = 1.0
     """Mean square distance of the encoder's output to the teacher's features, in the first
-    `teacher_steps`."""
+    `teacher_steps` steps."""
 
     anchor: float = 0.05
-    """The same distance afterwards. Without it, latent directions that the decoder ignores grow
-    without bound and occupy the first codebooks."""
+    """Weight of the same distance afterwards: bounds directions of the latents that the decoder
+    ignores, which would otherwise grow and occupy the first codebooks."""
 
     ema_decay: float = field(default=0.98, metadata=_formerly("decay"))
-    """Decay of the moving averages that set the codebook entries."""
+    """Decay per step of the moving averages whose means are the codebook entries."""
 
     dead_threshold: float = field(default=0.05, metadata=_formerly("dead_below"))
-    """An entry with a lower average count per step restarts at a vector of the batch."""
+    """An entry with a lower average count per step is replaced by a vector of the batch."""
 
     teacher_steps: int = field(default=1500, metadata=_formerly("taught_steps"))
     """First steps, in which the decoder's input is the teacher's features, quantised."""
 
 
 class MelLoss(nn.Module):
-    """L1 between log-mel spectrograms at several window lengths (EnCodec, equation 4)."""
+    """L1 distance of log-mel spectrograms at several window lengths (EnCodec eq. 4, log terms)."""
 
     def __init__(self, windows: tuple[int, ...] = (128, 256, 512, 1024, 2048)) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MelLoss(nn.Module):
             self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
 
     def forward(self, a: Float[Tensor, "B samples"], b: Float[Tensor, "B samples"]) -> Tensor:
-        """Mean absolute difference, averaged over the scales."""
+        """Mean absolute difference, averaged over the window lengths."""
         total = a.new_zeros(())
         both = torch.cat([a, b])
         for window in self.windows:
@@ -102,10 +102,10 @@ class MelLoss(nn.Module):
 
 @torch.no_grad()
 def init_convolutions(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> None:
-    """Scales each convolution so that its output has unit deviation on `waves`.
+    """Scales each convolution to unit deviation of its output on `waves`; the last one to less.
 
-    With the default initialisation the encoder's output hardly depends on its input, the decoder
-    learns the mean spectrum, and the codes stay unused. The last layer's output starts small.
+    With the default initialisation the encoder's output hardly depends on its input: the decoder
+    then learns the mean spectrum and ignores the codes.
     """
 
     def rescale(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -124,11 +124,11 @@ def init_convolutions(model: "EncodecModel", waves: Float[Tensor, "B samples"]) 
 
 
 class Teacher(nn.Module):
-    """Targets of the latents: causal log-mel features, 75 frames a second.
+    """The target of the latents: causal log-mel features, 75 frames a second.
 
-    A short window follows the spectral envelope, a long one resolves the harmonics of a voice. Both
-    end with the codec's causal frame and fall off late, so that a frame describes mainly its own
-    samples.
+    A short window follows the spectral envelope, a long one resolves the harmonics of a voice.
+    Both end where the codec's causal frame ends and fall off late, so that a frame mostly
+    describes its own samples.
     """
 
     mean: Tensor
@@ -153,7 +153,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Float[Tensor, "B samples"]) -> Float[Tensor, "B D T"]:
-        """Features of whole frames, of about zero mean and unit variance over speech."""
+        """Features of whole frames; over speech near zero mean and, together, unit variance."""
         features = []
         for window in self.windows:
             padded = F.pad(waves, (window - HOP, 0))
@@ -174,9 +174,9 @@ class Teacher(nn.Module):
 def init_codebooks(
     model: "EncodecModel", vectors: Float[Tensor, "N D"], per_step: int, seed: int = 0
 ) -> None:
-    """Sets the entries of each codebook by k-means over the residual of the codebooks before it.
+    """Initialises each codebook by k-means over the residual of the codebooks before it.
 
-    `per_step` is the number of vectors in a training step, to which the moving averages refer.
+    `per_step` is the number of vectors of a training step, the unit of the moving averages.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
@@ -185,7 +185,7 @@ def init_codebooks(
     for layer in model.quantizer.vq.layers:
         book = layer._codebook
         means = KMeans(CODEBOOK_SIZE, init="random", n_init=1, max_iter=20, random_state=seed)
-        # k-means threads wait by spinning: more threads than free cores starve each other
+        # its threads wait by spinning: more threads than free cores starve each other
         with threadpool_limits(torch.get_num_threads()):
             means.fit(residual.cpu().numpy())
         book.embed.copy_(torch.from_numpy(means.cluster_centers_))
@@ -202,10 +202,10 @@ def residual_quantize(
     loss: EncodecLossConfig,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "B D T"], Int[Tensor, "Q N"], Tensor]:
-    """Residual quantisation with moving-average updates and straight-through gradients.
+    """Residual quantisation with a straight-through gradient; updates the codebooks.
 
-    Returns the quantised latents, the codes of the `N = B * T` vectors and the commitment loss.
-    Counts and sums are reduced over all workers, so that their codebooks stay equal.
+    Returns the quantised features, the codes and the commitment loss. Counts and sums are added up
+    over all workers, so that every worker has the same codebooks.
     """
     residual = z.transpose(1, 2).reshape(-1, z.shape[1])
     quantized = torch.zeros_like(residual)
@@ -247,8 +247,24 @@ def _update(
     book.cluster_size[dead] = 2 * loss.dead_threshold
 
 
+@dataclass(frozen=True)
+class EncodecLoss:
+    """Loss of a batch."""
+
+    loss: Tensor
+    """Weighted sum of the terms, a scalar."""
+
+    terms: dict[str, Tensor]
+    """Terms of the loss, and `entries_1` and `entries_8`: the number of entries that the batch used
+    in the first and in the last codebook."""
+
+
 class EncodecObjective(nn.Module):
-    """Codec and losses as one module, which DDP wraps."""
+    """The codec with its losses as one module.
+
+    Its state is all of training: the codec with the codebooks' moving averages, and the teacher's
+    statistics.
+    """
 
     def __init__(self, model: "EncodecModel", loss: EncodecLossConfig) -> None:
         super().__init__()
@@ -267,8 +283,12 @@ class EncodecObjective(nn.Module):
 
     def forward(
         self, waves: Float[Tensor, "B samples"], step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, its terms, and the entries that the first and last codebook use."""
+    ) -> EncodecLoss:
+        """Loss of a batch; `step`, counted from 0, decides whether the latents are still taught.
+
+        `generator` draws the vectors that revive dead codebook entries.
+        """
+        # quantise the latents, or in the first steps the features that they are taught to be
         z = self.model.encoder(waves[:, None])
         features = self.teacher(waves)
         terms: dict[str, Tensor] = {"teacher": F.mse_loss(z, features)}
@@ -277,6 +297,7 @@ class EncodecObjective(nn.Module):
         quantized, codes, terms["commitment"] = residual_quantize(
             self.model, features if has_teacher else z, self.loss, generator
         )
+        # reconstruct, and weigh the terms
         output = self.model.decoder(quantized)[:, 0]
         terms["mel"] = self.mel(output, waves)
         terms["waveform"] = F.l1_loss(output, waves)
@@ -289,4 +310,4 @@ class EncodecObjective(nn.Module):
             total = total + self.loss.waveform * terms["waveform"]
         terms["entries_1"] = codes[0].unique().numel() * torch.ones(())
         terms["entries_8"] = codes[-1].unique().numel() * torch.ones(())
-        return total, {name: value.detach() for name, value in terms.items()}
+        return EncodecLoss(total, {name: value.detach() for name, value in terms.items()})

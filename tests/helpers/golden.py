@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.tiny_models import TINY_AR, TINY_NAR, random_items
-from valle.jobs.training.objective import Objective, draw_levels
+from valle.jobs.training.augmentation import draw_levels
+from valle.jobs.training.objective import Objective
 from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.ar import AR
 from valle.model.nar import NAR

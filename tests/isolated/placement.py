@@ -21,6 +21,8 @@ from valle.jobs.synthesize import SynthesizeRecipe, synthesize
 from valle.jobs.train import fit, resolve_recipe
 from valle.jobs.train_codec import CodecRecipe
 from valle.jobs.train_codec import fit as fit_codec
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.train_quantizer import fit as fit_quantizer
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.sampler import Batching
 from valle.model.codec.encodec import Encodec
@@ -240,19 +242,13 @@ def test_jobs_refuse_a_missing_gpu_before_work_starts(
                 lambda: fit(make_train_recipe(home, tiny_codec_folder, "data", gpu, 1), "ar"),
             ),
             ("train_codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
-            (
-                "synthesize",
-                lambda: synthesize(
-                    SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu)
-                ),
-            ),
-            (
-                "evaluate",
-                lambda: evaluate(
-                    EvaluateRecipe(items="quick", recordings="x", out="judged", placement=gpu)
-                ),
-            ),
-        ):
+            ("train_quantizer", lambda: fit_quantizer(QuantizerRecipe(
+                corpora=("x",), out="codec", run="x", placement=gpu))),
+            ("synthesize", lambda: synthesize(
+                SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu))),
+            ("evaluate", lambda: evaluate(EvaluateRecipe(
+                items="quick", recordings="x", out="judged", placement=gpu))),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=f"{section}.placement.accelerator: gpu, but") as e:
                 job()
             assert "1 node(s) with 2 CPUs and 0 GPUs in all; no autoscaler" in str(e.value)

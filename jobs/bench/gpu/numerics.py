@@ -17,7 +17,8 @@ from torch import Tensor
 
 from valle.jobs.bench.gpu import device_timing, synthetic
 from valle.jobs.bench.gpu.record import PhaseContext, Record
-from valle.jobs.training.objective import Loss, Objective, ar_loss, draw_levels, nar_loss
+from valle.jobs.training.augmentation import draw_levels
+from valle.jobs.training.objective import Loss, Objective, ar_loss, nar_loss
 from valle.jobs.training.optimizer import Optimization, build_optimizer
 from valle.model.ar import AR
 from valle.model.codec import encodec

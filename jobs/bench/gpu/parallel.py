@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from valle.jobs.bench.gpu import compiling, device_timing, synthetic
 from valle.jobs.bench.gpu.record import TINY, PhaseContext
 from valle.jobs.training import backends
+from valle.jobs.training.augmentation import draw_levels, seed_step
 from valle.jobs.training.backends import Backend
-from valle.jobs.training.objective import draw_levels, seed_step
+from valle.jobs.training.objective import Objective
 from valle.jobs.training.optimizer import Optimization
 from valle.model.codec.interface import CodecIdentity
 from valle.model.config import ARConfig, Kind, ModelConfig, NARConfig
@@ -52,9 +53,10 @@ class WrappedDDP(backends.DDPBackend):
     """DDP that wraps the model for one worker as well, so that the collectives run."""
 
     def __init__(
-        self, model: nn.Module, optimization: Optimization, device: torch.device, bf16: bool
-    ) -> None:
-        super().__init__(model, optimization, device, bf16)
+        self, model: nn.Module, objective: nn.Module, optimization: Optimization,
+        device: torch.device, *, bf16: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(model, objective, optimization, device, bf16=bf16)
         self._objective = DistributedDataParallel(self._objective)
 
 
@@ -229,10 +231,12 @@ def build(
         "plain": backends.DDPBackend,
         "DDP": WrappedDDP,
     }
+    objective = Objective(model)
     if backend_name in backend_classes:
-        return backend_classes[backend_name](model, OPTIMIZATION, context.device, bf16)
+        backend_class = backend_classes[backend_name]
+        return backend_class(model, objective, OPTIMIZATION, context.device, bf16=bf16)
     return backends.DeepSpeedBackend(
-        model, OPTIMIZATION, context.device, bf16, int(backend_name[-1])
+        model, objective, OPTIMIZATION, context.device, bf16=bf16, stage=int(backend_name[-1])
     )
 
 
@@ -248,10 +252,10 @@ def train_steps(
         backend.model.train()
         batch = synthetic.random_batch(*frames, seed=step).to(context.device)
         level = draw_levels(len(frames), 8, key).to(context.device)
-        loss, _ = backend.step(
-            batch, level, OPTIMIZATION.learning_rate_at(step, STEPS_BEFORE_SAVE + STEPS_AFTER_SAVE)
-        )
-        losses.append(loss.loss.item())
+        output = backend.forward((batch, level))
+        backend.backward(output.loss)
+        backend.update(OPTIMIZATION.learning_rate_at(step, STEPS_BEFORE_SAVE + STEPS_AFTER_SAVE))
+        losses.append(output.loss.item())
     return losses
 
 

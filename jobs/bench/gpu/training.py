@@ -29,13 +29,14 @@ from valle.jobs.bench.gpu import attention, compiling, device_timing, synthetic
 from valle.jobs.bench.gpu.parallel import CODEC_IDENTITY
 from valle.jobs.bench.gpu.record import PhaseContext
 from valle.jobs.training import backends
-from valle.jobs.training.loader import Loader
-from valle.jobs.training.objective import (
+from valle.jobs.training.augmentation import (
     draw_levels,
     drop_conditions,
     seed_step,
     truncate_responses,
 )
+from valle.jobs.training.loader import Loader
+from valle.jobs.training.objective import Objective
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.model.config import Kind, ModelConfig
@@ -201,7 +202,8 @@ def measure_steps(
     model = synthetic.build_model(case.kind, config, device)
     if case.compiled:
         model.transformer.compile(dynamic=True)
-    backend = backends.DDPBackend(model, Optimization(), device, case.mode.startswith("bf16"))
+    bf16 = case.mode.startswith("bf16")
+    backend = backends.DDPBackend(model, Objective(model), Optimization(), device, bf16=bf16)
     model.train()
     stream = training_batches(loader, case, config)
 
@@ -305,8 +307,8 @@ def training_batches(
     """Batches and NAR levels on the CPU, as the training loop prepares them."""
     # a limit on rows would leave large batches half empty
     batching = Batching(max_tokens=case.tokens, max_utterances=10**6)
-    for _, number, batch in loader.batches(batching, TrainState(), 0, 1):
-        key = f"bench/{number}"
+    for planned in loader.batches(batching, TrainState(), 0, 1):
+        batch, key = planned.data, f"bench/{planned.index}"
         level = draw_levels(len(batch.frames), N_CODEBOOKS, key)
         batch = drop_conditions(batch, key, CONDITION_DROPOUT)
         if case.kind == "nar":
@@ -320,8 +322,10 @@ def train_step(
     """Makes one optimizer step; returns the loss, on the device."""
     device = next(backend.model.parameters()).device
     seed_step(f"bench/{step}")
-    loss, _ = backend.step(batch.to(device), level.to(device), 1e-5)
-    return loss.loss.detach()
+    output = backend.forward((batch.to(device), level.to(device)))
+    backend.backward(output.loss)
+    backend.update(1e-5)
+    return output.loss.detach()
 
 
 def model_flops(kind: Kind, config: ModelConfig, batch: Batch) -> float:
