@@ -65,9 +65,6 @@ class TrainState:
     averages: dict[str, float] = field(default_factory=dict)
     """Running averages of the training metrics; empty where single steps are logged."""
 
-    rng: dict[str, str] = field(default_factory=dict)
-    """State of rank 0's torch generators at a checkpoint (`jobs/training/rng.py`)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:

@@ -19,7 +19,7 @@ from helpers.training import (
 )
 from safetensors.torch import load_file
 
-from valle.jobs.training import loop, rng
+from valle.jobs.training import loop
 from valle.jobs.training.export_log import append_line
 from valle.jobs.training.language_model import LanguageModelTrainee
 from valle.jobs.training.recipe import TrainRecipe
@@ -89,22 +89,10 @@ def test_checkpoint_holds_state_and_metrics(recipe: TrainRecipe, tmp_path: Path)
 
 
 def test_load_state_of_an_earlier_checkpoint(tmp_path: Path) -> None:
-    """Checkpoints written before averages and random states were part of it."""
+    """Checkpoints written before averages were part of it."""
     (tmp_path / "state").mkdir()
     (tmp_path / "state/train_state.json").write_text('{"step": 7, "epoch": 1, "batch": 2}')
     assert checkpoint.load_state(tmp_path) == TrainState(7, 1, 2)
-
-
-def test_start_restores_the_random_state(recipe: TrainRecipe, tmp_path: Path) -> None:
-    short = replace(recipe, steps={"ar": 2}, models=("ar",))
-    run_plain(LanguageModelTrainee(short, "ar"), tmp_path)
-    drawn = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        trainee = LanguageModelTrainee(recipe, "ar")
-        loop.start(trainee, Worker(), last_checkpoint(tmp_path))
-        drawn.append(torch.rand(3))
-    assert torch.equal(drawn[0], drawn[1])
 
 
 def test_start_refuses_a_checkpoint_of_an_earlier_format(
@@ -114,18 +102,6 @@ def test_start_refuses_a_checkpoint_of_an_earlier_format(
     (tmp_path / "state.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="run: the last checkpoint .* give the run another name"):
         loop.start(LanguageModelTrainee(recipe, "ar"), Worker(), tmp_path)
-
-
-def test_rng_round_trip() -> None:
-    device = torch.device("cpu")
-    torch.manual_seed(3)
-    torch.rand(5)
-    states = json.loads(json.dumps(rng.capture(device)))
-    expected = torch.rand(4)
-    torch.manual_seed(4)
-    rng.restore(states, device)
-    assert torch.equal(torch.rand(4), expected)
-    rng.restore({**states, "cuda": states["cpu"]}, device)  # saved on a GPU, resumed without
 
 
 def test_append_line_replaces_later_steps(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Random changes to a training batch of the AR and NAR models, repeatable from a key.
 
 Every random draw of a step (the NAR's codebook, dropped conditions, truncation, dropout) is a
-function of the key `{seed}/{step}/{rank}`. So the position in the data is all the random state of
-a run, and a resumed run repeats an uninterrupted one.
+function of the key `{seed}/{step}/{rank}`. So a checkpoint needs no state of a random
+generator, and a resumed run repeats an uninterrupted one.
 
 Shapes: B batch.
 """

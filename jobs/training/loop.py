@@ -2,20 +2,21 @@
 
 It trains every model of the project (`Trainee`) with every backend, on one worker or as one of
 several, and depends on neither Ray nor MLflow: `ray_train.py` runs it on a cluster, tests run it
-in plain processes. All that a resumed run needs besides weights and optimizer is one value,
-`TrainState`; on a CPU a resumed run equals an uninterrupted one to the last bit.
+in plain processes.
+
+A resumed run equals an uninterrupted one, on a CPU to the last bit, if recipe, data and number of
+workers are the same. Saved are weights, optimizer and `TrainState`. All else follows from them:
+batches and random draws from (seed, position, rank), the learning rate from the step.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from valle.jobs.training import rng
 from valle.jobs.training.backends import Backend
 from valle.jobs.training.trainee import StepRecord, Trainee, Worker, WrittenCheckpoint
 from valle.platform import checkpoint
@@ -43,7 +44,6 @@ def start(trainee: Trainee[Any], worker: Worker, folder: Path | None) -> tuple[B
         return backend, TrainState()
     backend.load(folder)
     state = checkpoint.load_state(folder)
-    rng.restore(state.rng, worker.device)
     return backend, state
 
 
@@ -99,7 +99,6 @@ def train(
 
         # checkpoint
         if last or state.step % trainee.checkpoint_every == 0:
-            state = replace(state, rng=rng.capture(worker.device))
             _save_checkpoint(trainee, backend, state, worker, tracker, report)
     bar.close()
     return state

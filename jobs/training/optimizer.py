@@ -15,7 +15,7 @@ class Optimization:
     """AdamW with linear warm-up and decay; the defaults are VALL-E's (section 5.1)."""
 
     learning_rate: float = 5e-4
-    """Peak learning rate."""
+    """Peak learning rate; `learning_rate_at` gives that of a step."""
 
     warmup: int = 200
     """Steps of linear warm-up to the peak."""
@@ -25,7 +25,7 @@ class Optimization:
     step. cosine: half a cosine over all steps to `final_fraction`. linear_floor: linear over all
     steps towards zero, but never below `final_fraction`."""
 
-    # not recipe.formerly(): the bare machine of `make gpu` lacks what that module imports
+    # as recipe.formerly("final"), whose module imports packages that `make gpu` does without
     final_fraction: float = field(default=0.05, metadata={"formerly": ("final",)})
     """Share of the peak learning rate that is left at the last step."""
 

@@ -68,7 +68,8 @@ class Trainee(Protocol[Data]):
     """What differs between the models that the loop trains.
 
     `Data` is what one batch consists of. Every random draw of `batches` and `inputs` is a function
-    of (seed, step, rank), or comes from torch's global generator, whose state is in the checkpoint.
+    of the seed, the position (`TrainState`) and the rank, so that a checkpoint needs no state of a
+    random generator.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Calls of deployments that end with their caller and that know a full queue from a failure."""
+"""Calls of deployments: a full queue is `OverloadedError`, a cancelled caller cancels its call."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable

@@ -211,7 +211,8 @@ class Runner:
 
     @torch.inference_mode()
     def decode_step(self) -> None:
-        """Feeds the groups that `sample` drew to the model."""
+        """Runs the AR model once for all slots, on the groups that `sample` drew. Leaves the hidden
+        states from which the next `sample` draws."""
         padded_size, group_size = self.batch_size, self.model.config.group_size
         per_slot = self._rows_per_slot
         if self._compiled:

@@ -2,6 +2,11 @@
 
 A slow client does not slow the synthesis down, because Serve buffers what it sends. A response of
 one sentence, not in chunks, is a complete file with its length; all others are streamed.
+
+When the client disconnects, Serve cancels the task of `create_speech` or closes the body that it
+streams. Both close `prefetch`, the sentence's generator and the calls of deployments, down to
+`EngineWorker.stream`: the engine aborts the request before its next step, and the slot is free. A
+NAR or codec batch that has started is finished, and the result is dropped.
 """
 
 import logging
