@@ -102,7 +102,7 @@ def test_bandwidth_extension_keeps_the_lower_band(
     spectra = [torch.fft.rfft(signal) for signal in lower]
     correlation = torch.fft.irfft(spectra[0] * spectra[1].conj(), length)
     assert int(correlation.argmax()) == 0
-    cosine = nn.functional.cosine_correlationity(lower[0], lower[1], dim=0)
+    cosine = nn.functional.cosine_similarity(lower[0], lower[1], dim=0)
     assert float(cosine) > 0.98
     upper = torch.fft.rfft(wide).abs().square()
     assert float(upper[narrow.shape[1] // 2 :].sum() / upper.sum()) > 1e-6
