@@ -18,7 +18,7 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, location
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +210,7 @@ def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
     import ray
     from ray.util import ActorPool
 
+    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     out = recipe.out
     utterances = plan(recipe)
     present = set(storage.list_files(out, (".wav",)))

@@ -34,7 +34,7 @@ from valle.platform import audio, registry, resources, settings, storage, tracki
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, location
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
 from valle.platform.vad import SpeechFraction
 
@@ -240,6 +240,7 @@ def evaluate(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> Ev
     `allocation` is an actor's; None: resolved here. Raises ValueError before any work starts when
     the set, the model or the baseline cannot be used or the cluster cannot hold an actor.
     """
+    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     allocation = allocation or allocation_for(recipe)
     items = load_items(recipe.items)[: recipe.limit or None]
     speaker_id_candidates = sorted(

@@ -28,7 +28,7 @@ from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, location
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
 
 
@@ -308,6 +308,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     Raises ValueError before anything starts when the cluster will never hold the codec's actors.
     """
     started = time.perf_counter()
+    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     allocation = allocation_for(recipe)
     identity = load_codec(recipe.codec, cache=settings.read().cache).identity
     items, unlisted = _list(recipe)

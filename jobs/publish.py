@@ -23,7 +23,7 @@ from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import exit_on_error, location
+from valle.platform.recipe import exit_on_error, location, resolve_paths
 from valle.platform.resources import Allocation
 from valle.platform.spectrogram import spectrogram_png
 
@@ -113,6 +113,7 @@ def publish(recipe: PublishRecipe) -> int:
     Raises GateError when the gate refuses; the version then stays the candidate. Raises RecipeError
     before anything is registered when the cluster cannot hold the evaluation's actors.
     """
+    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     if recipe.evaluation is None:
         version = register(recipe)
         registry.promote(version, "the recipe has no evaluation")

@@ -30,7 +30,7 @@ from valle.platform import audio, registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, location
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
@@ -285,6 +285,7 @@ def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
     import ray
 
     started = time.perf_counter()
+    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     allocation = allocation_for(recipe)
     recipe = replace(recipe, model=registry.pin(recipe.model))
     lines = read_lines(recipe)
