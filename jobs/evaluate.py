@@ -1,7 +1,7 @@
 """Evaluates a voice model: word errors, speaker similarity, quality and faults.
 
-The model speaks every item of an evaluation set. Other systems produce the same items beside it and
-show which part of the chain loses what: the reference recording, its codec reconstruction, and the
+The model synthesizes every item of an evaluation set. Other systems produce the same items and show
+the loss of each stage: the reference recording, its codec reconstruction, and the
 NAR model on the reference's first codebook. Ray actors share the items; each item has a seed of its
 own, so the metrics do not depend on the number of actors. Writes `report.json`, `report.md`,
 `report.html` and the audio.

@@ -1,6 +1,6 @@
 """The node types that Ray's autoscaler may add, read from its configuration file.
 
-Open-source Ray lists the living nodes to a driver, not the types that may be added (only Anyscale
+Open-source Ray lists the running nodes to a driver, not the types that may be added (only Anyscale
 fills `ClusterConfig`). The autoscaler is a process on the head node, and its command line names
 the cluster's configuration file; the functions here read that file on the head node.
 """
@@ -20,14 +20,14 @@ HEAD_RESOURCE = "node:__internal_head__"
 
 @dataclass(frozen=True, kw_only=True)
 class NodeShape:
-    """The resources of a living node, or of each node of a type that may be added."""
+    """The resources of a running node, or of each node of a type that may be added."""
 
     name: str
     cpus: float
     gpus: float
 
     max_count: int
-    """Upper limit of such nodes; 1 for a living node."""
+    """Upper limit of such nodes; 1 for a running node."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class AutoscalerLimits:
 
 
 def find_limits(nodes: Sequence[Mapping[str, Any]]) -> AutoscalerLimits:
-    """The nodes that may be added to the connected cluster; `nodes` are Ray's living ones."""
+    """The nodes that may be added to the connected cluster; `nodes` are Ray's running ones."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

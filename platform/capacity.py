@@ -60,7 +60,7 @@ class Cluster:
     """The same nodes with their unreserved resources only; None: nothing is reserved."""
 
     node_types: tuple[NodeShape, ...] | None = ()
-    """The types that the autoscaler may add; `max_count` includes the living nodes of a type. Empty
+    """The types that the autoscaler may add; `max_count` includes the running nodes of a type. Empty
     without an autoscaler, None if the types are unknown (KubeRay)."""
 
     max_nodes: int = 0
@@ -78,11 +78,11 @@ class Cluster:
 
     @property
     def has_gpus(self) -> bool:
-        """True if a living node has a GPU, or one that may be added."""
+        """True if a running node has a GPU, or one that may be added."""
         return any(node.gpus > 0 for node in (*self.nodes, *(self.node_types or ())))
 
     def fits_alone(self, demand: Demand) -> int:
-        """Workers that fit on the living nodes if nothing else ran."""
+        """Workers that fit on the running nodes if nothing else ran."""
         return demand.workers_that_fit([(node, 1) for node in self.nodes])
 
     def fits_now(self, demand: Demand) -> int:
@@ -140,7 +140,7 @@ class Cluster:
         return nodes
 
     def __str__(self) -> str:
-        """The living nodes and those that may be added, for messages."""
+        """The running nodes and those that may be added, for messages."""
         cpus, gpus = total(self.nodes, "cpus"), total(self.nodes, "gpus")
         present = f"{len(self.nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs in all"
         if self.node_types is None:

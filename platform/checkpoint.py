@@ -38,7 +38,7 @@ STATE = "state"
 _CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
 
 FORMAT = 3
-"""What the files mean. 3: only an AR model's config has a `group_size`. 2: every config has a
+"""Version of the format. 3: only an AR model's config has a `group_size`. 2: every config has a
 `group`, which NAR models ignore. 1: a NAR model's prompt attends to the whole sequence, since 2 to
 itself only. AR weights are the same in all."""
 

@@ -73,7 +73,7 @@ class Allocation:
     """Workers that can start at once; 0: they wait for other jobs to end, or for new nodes."""
 
     fits_alone: int
-    """Workers that fit on the living nodes if nothing else ran."""
+    """Workers that fit on the running nodes if nothing else ran."""
 
     fits_at_most: int | None
     """Workers that fit on the largest cluster that may be; None: unknown."""

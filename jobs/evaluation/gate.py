@@ -62,7 +62,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against the candidate."""
+        """True if there is no violation."""
         return not self.violations
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ RENAMED_SETS = {"nano": "standard"}
 """Former name of a set: its present name."""
 
 SET_NAMES = frozenset({path.stem for path in SETS.glob("*.jsonl")} | RENAMED_SETS.keys())
-"""What names a set; anything else is a path."""
+"""Names of the shipped sets; anything else is a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EvaluationItem:
     """Recording of the speaker that the model is prompted with."""
     speaker: str
     prompt_text: str | None = None
-    """What the prompt says."""
+    """Transcript of the prompt."""
     reference: str | None = None
     """Recording of the speaker saying `text`. None: systems that need one skip the item."""
     language: str = "en-us"

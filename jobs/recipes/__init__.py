@@ -61,7 +61,7 @@ def parse_arguments(
     parser.add_argument("--recipe", metavar="NAME", help=_choices())
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
-    # no default: a job run without a thought must not publish what a demonstration has trained
+    # no default: `valle publish` alone must not promote a demonstration's models
     if arguments.recipe is None:
         parser.error(f"--recipe is required: {_choices()}")
     try:

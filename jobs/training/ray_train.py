@@ -41,7 +41,7 @@ class RunRecipe(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What the driver tells every worker."""
+    """Settings that the driver sends to every worker."""
 
     threads: int
     """Torch threads on a CPU."""

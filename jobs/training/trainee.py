@@ -1,4 +1,4 @@
-"""What a model brings to the training loop: the `Trainee` protocol and the types it uses."""
+"""Interface of a model to the training loop: the `Trainee` protocol and its types."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -113,8 +113,8 @@ def check_cudagraphs(
 
 
 def check_against_generate(context: PhaseContext, workload: Workload) -> None:
-    """Checks an engine's hidden states against one pass over all that it said, without a cache;
-    and writes down where `generate`, with the same random numbers, departs from it."""
+    """Checks an engine's hidden states against one uncached pass over the frames it
+    generated, and records the frame at which `generate`, with the same random numbers, differs."""
     model, frames = endless_ar(context, "fp32"), min(COMPARED_FRAMES, workload.frames)
     engine, runner = build_engine(model, workload, 1, guided=False, compiled=False)
     add_streams(engine, workload, 1, synthetic.SAMPLING, frames)
