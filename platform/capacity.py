@@ -60,7 +60,7 @@ class Cluster:
     """The same nodes with their unreserved resources only; None: nothing is reserved."""
 
     node_types: tuple[NodeShape, ...] | None = ()
-    """The types that the autoscaler may add; `max_count` includes the running nodes of a type. Empty
+    """The types that the autoscaler may add; `max_count` includes running nodes of a type. Empty
     without an autoscaler, None if the types are unknown (KubeRay)."""
 
     max_nodes: int = 0
