@@ -66,7 +66,7 @@ class Kokoro:
             self._japanese = np.stack([tables[name] for name in sorted(tables.files)]).squeeze(2)
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """Wave of `text` by a voice, `blend-N` or `mix-N`. Raises ValueError for an unknown voice."""
+        """Wave of `text` by a voice, blend or mix. Raises ValueError for an unknown voice."""
         ids = [
             self._vocabulary[c] for c in kokoro_phonemes(text, language) if c in self._vocabulary
         ][:498]  # longer texts are cut
