@@ -39,7 +39,7 @@ class ExportRecipe:
 def export(recipe: ExportRecipe) -> Path:
     """Writes the bundle; returns its folder.
 
-    The bundle is built and loaded in a temporary folder first: a failure leaves `out` unchanged.
+    The bundle is built in a temporary folder; `out` is unchanged when it cannot be loaded.
     """
     source, out = registry.resolve(recipe.model), Path(recipe.out)
     with tempfile.TemporaryDirectory() as name:

@@ -58,7 +58,7 @@ class PublishRecipe:
     """Bounds on the evaluation's metrics; all must hold."""
 
     force: str | None = None
-    """Reason to promote a version that the gate refuses. None: a refused version is not promoted."""
+    """Reason to promote a version that the gate refuses; None: it is not promoted."""
 
     def __post_init__(self) -> None:
         if self.gate and self.evaluation is None:

@@ -62,7 +62,7 @@ class SynthesizeRecipe:
     """mp3, opus, aac, flac, wav or pcm."""
 
     synthesis: Synthesis = field(default_factory=Synthesis)
-    """Sampling and limits; a line's own `seed` takes precedence."""
+    """Sampling and limits; a line's `seed` and `language` take precedence."""
 
     workers: int | None = None
     """Limit on actors, each with its own model; None: as many as the cluster can hold, nodes that
@@ -221,7 +221,7 @@ class SynthesizeShard:
         return self._prompts[name]
 
     def _write(self, name: str, results: Sequence[SynthesisResult | ValueError]) -> Line:
-        """Writes the sentences of a line as one file; returns the fields of its row, or the error."""
+        """Writes a line's sentences as one file; returns fields of its row, or the `error`."""
         for result in results:
             if isinstance(result, ValueError):
                 return {"error": str(result)}
@@ -238,7 +238,7 @@ class SynthesizeShard:
 
 
 def _shards(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
-    """Yields shards of lines of similar length, so that few slots idle at a shard's end."""
+    """Yields shards of lines of similar length, so that few slots idle at their ends."""
     ordered = sorted(lines, key=lambda line: len(line["text"]))
     blank = {"model": model, "audio": None, "seconds": None, "hit_limit": None, "error": None}
     for start in range(0, len(ordered), size):
