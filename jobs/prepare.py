@@ -334,7 +334,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
                 state.statistics.add(
                     dataset.read_columns(recipe.out, shard.name, ["speaker", "language", "frames"])
                 )
-            if time.perf_counter() - last_manifest > 30:  # a manifest per shard would cost too much
+            if time.perf_counter() - last_manifest > 30:  # so that a killed run has a manifest
                 dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
                 last_manifest = time.perf_counter()
     manifest = dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
