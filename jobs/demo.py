@@ -1,8 +1,8 @@
-"""The whole path in one go: corpus, prepare, train, publish, evaluate, serve, one request.
+"""Runs all jobs in sequence: corpus, prepare, train, publish, evaluate, serve, one request.
 
-Runs the jobs' own functions one after the other and says how long each took: the recipe `demo`
-fine-tunes the shipped model and shows it before and after, `scratch` trains from nothing. Run it
-again and it goes on with what is there.
+The stages call the jobs' own functions; the time of each is printed. The recipe `demo` fine-tunes
+the shipped model and evaluates it before and after, `scratch` trains from random weights. A
+second run reuses the results that are present.
 """
 
 import argparse
@@ -36,7 +36,7 @@ VOICE = "joe"
 
 @contextmanager
 def stage(name: str, times: dict[str, float]) -> Iterator[None]:
-    """Announces a stage and measures it."""
+    """Prints the name of a stage and stores its seconds in `times`."""
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
     yield
@@ -44,7 +44,10 @@ def stage(name: str, times: dict[str, float]) -> Iterator[None]:
 
 
 def send_request(port: int, out: Path) -> float:
-    """One request to the endpoint, as any client would send it; returns seconds of audio."""
+    """Sends one request to the endpoint; returns the seconds of audio.
+
+    Writes the audio to `out` with suffix `.wav`, its spectrogram with `.png`.
+    """
     body = json.dumps({"input": TEXT, "voice": VOICE, "response_format": "wav"}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/audio/speech", body, {"Content-Type": "application/json"}
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--recipe", required=True, help=f"path to YAML, or one of: {', '.join(recipe_names())}"
     )
-    parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
+    parser.add_argument("--port", type=int, default=8000, help="port of the endpoint")
     arguments = parser.parse_args(argv)
     name = arguments.recipe
     corpus_recipe = load(name, "corpus", corpus.CorpusRecipe)
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out = storage.join(evaluate_recipe.out, name)
             reports[name] = evaluate.evaluate(replace(evaluate_recipe, model=model, out=out))
 
+    # Every stage runs on one Ray instance; its start is a stage of its own.
     with ExitStack() as stack:
         with stage("Ray", times):
             stack.enter_context(connect())
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, elapsed in {**times, "total": sum(times.values())}.items():
         print(f"{name:<24} {elapsed:7.1f}")
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
-    print(f'said: "{TEXT}" in the voice of {VOICE}')
+    print(f'text: "{TEXT}", voice: {VOICE}')
     print(compare(reports))
     print(f"report with players: {storage.join(evaluate_recipe.out, 'after', 'report.html')}")
     print(f"runs and registry: mlflow ui --backend-store-uri {settings.read().tracking_uri}")
@@ -120,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(reports: dict[str, EvaluationReport]) -> str:
-    """The metrics of some evaluations side by side."""
+    """Table of the metrics of `METRICS`, one column per report."""
     systems = [report.systems["cross"] for report in reports.values()]
     items = max(metrics.items for metrics in systems)
     lines = [f"\n{items} sentences held out{'':<21}" + "".join(f"{n:>9}" for n in reports)]
@@ -132,7 +136,7 @@ def compare(reports: dict[str, EvaluationReport]) -> str:
 
 
 def serve_and_request(prompt: str, port: int, out: Path) -> float:
-    """Starts the endpoint on the connected cluster, sends one request, stops it."""
+    """Starts the endpoint on the connected cluster, sends one request and stops the endpoint."""
     from valle.serve.app_args import AppArgs
     from valle.serve.run import endpoint
 

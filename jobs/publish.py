@@ -1,9 +1,9 @@
 """Publishes an AR and a NAR checkpoint with their codec as one version in the model registry.
 
-A new version is the registry's `candidate`. It becomes `champion`, which is what is served, when
-it passes the recipe's gate: the version is evaluated (`publish.evaluation`), its report is added to
-its files, every bound of `publish.gate` must hold, and no metric may be worse than the present
-champion's beyond noise. `force="reason"` promotes a refused version and records the reason.
+A new version gets the alias `candidate`. It gets the alias `champion`, the version that is served,
+when it passes the gate: the version is evaluated (`publish.evaluation`) and its report is added to
+its files; every bound of `publish.gate` must hold, and no metric may be significantly worse than
+the champion's. `force="reason"` promotes a refused version and records the reason.
 """
 
 import sys
@@ -30,7 +30,7 @@ from valle.platform.spectrogram import spectrogram_png
 
 @dataclass(frozen=True, kw_only=True)
 class PublishRecipe:
-    """The checkpoints to publish, the sample, and the gate."""
+    """Checkpoints, codec, sample and gate of a version."""
 
     ar: str = field(metadata=location())
     """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
@@ -39,10 +39,10 @@ class PublishRecipe:
     """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
 
     sample_prompt: str = field(metadata=location())
-    """Recording that prompts the sample."""
+    """Recording that is the prompt of the sample."""
 
     codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
-    """The codec both were trained with."""
+    """Codec that both models were trained with."""
 
     sample_text: str = "The voice you are hearing was made by a small model."
     """Text of the sample."""
@@ -51,14 +51,14 @@ class PublishRecipe:
     """Length limit of the sample."""
 
     evaluation: EvaluateRecipe | None = None
-    """How a version is evaluated; `model` and the end of `out` are filled in. None: without an
-    evaluation, the version becomes champion."""
+    """Evaluation of the version; the job sets `model` and appends the version to `out`. None: the
+    version becomes champion without an evaluation."""
 
     gate: tuple[Bound, ...] = field(default_factory=tuple)
     """Bounds on the evaluation's metrics; all must hold."""
 
     force: str | None = None
-    """Reason to promote a version even if the gate refuses it. None: a refused one is not."""
+    """Reason to promote a version that the gate refuses; None: it is not promoted."""
 
     def __post_init__(self) -> None:
         if self.gate and self.evaluation is None:
@@ -66,11 +66,11 @@ class PublishRecipe:
 
 
 class GateError(RuntimeError):
-    """The gate refused a candidate; the message names the metrics."""
+    """The gate refused a version; the message lists the violations."""
 
 
 def register(recipe: PublishRecipe) -> int:
-    """Packs a bundle, synthesizes its sample, registers it as candidate; returns the version."""
+    """Packs a bundle, adds a sample, registers it as the candidate; returns the version."""
     ar, nar = (checkpoint.find_best(uri) for uri in (recipe.ar, recipe.nar))
     prompt = audio.read_file(recipe.sample_prompt, max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
@@ -108,16 +108,18 @@ def champion_report() -> EvaluationReport | None:
 
 
 def publish(recipe: PublishRecipe) -> int:
-    """Registers a version, evaluates it and promotes it if the gate lets it; returns its number.
+    """Registers and evaluates a version, and promotes it if it passes the gate; returns its number.
 
-    Raises GateError when the gate refuses; the version then stays the candidate. Raises RecipeError
-    before anything is registered when the cluster cannot hold the evaluation's actors.
+    Raises GateError when the gate refuses the version, which then stays the candidate. Raises
+    RecipeError, before a version is registered, when the cluster cannot hold the evaluation's
+    actors.
     """
-    recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
+    recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     if recipe.evaluation is None:
         version = register(recipe)
         registry.promote(version, "the recipe has no evaluation")
         return version
+    # Before registering: a version that cannot be evaluated would stay a candidate.
     allocation = evaluate.allocation_for(recipe.evaluation, "publish.evaluation")
     version = register(recipe)
     report = evaluate_version(version, recipe.evaluation, allocation)
