@@ -91,7 +91,7 @@ def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
         sources=(Source(path=str(corpus)),),
         codec=str(codec),
         max_seconds=3.0,
-        utterances_per_shard=4,
+        utterances_per_shard=6,
         workers=1,
         placement=Placement(accelerator="cpu"),
     )
