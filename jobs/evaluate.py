@@ -142,7 +142,7 @@ class Evaluator:
             output = self._systems.synthesize(system, item, prompt, reference)
             elapsed = time.perf_counter() - started
             measurements.append(self._measure(system, item, output, prompt_embedding, elapsed))
-            if scores.is_audible(output.wave):
+            if scores.is_long_enough(output.wave):
                 path = storage.join(self._recipe.out, "audio", system, f"{item.id}.wav")
                 storage.write_bytes(path, audio.wav_bytes(output.wave))
         return measurements
@@ -160,12 +160,12 @@ class Evaluator:
     ) -> Measurement:
         """Metrics and faults of one output."""
         wave = output.wave
-        audible = scores.is_audible(wave)
+        audible = scores.is_long_enough(wave)
         faults = scores.find_faults(
             output.codes[0] if output.codes.size else None, output.hit_limit
         )
 
-        # an inaudible output counts as an empty hypothesis: all words deleted
+        # an output too short to measure counts as an empty hypothesis: all words deleted
         hypothesis = self._recognizer.transcribe(wave) if audible else ""
         edits = words.count_edits(item.text, hypothesis)
         second_hypothesis = second_word_errors = None

@@ -10,14 +10,21 @@ import psutil
 import pytest
 import torch
 from helpers import clusters
-from helpers.training import last_checkpoint, run_two_ranks, tiny_train_recipe
+from helpers.tiny_models import TINY_CODEC
+from helpers.training import last_checkpoint, run_two_ranks, tiny_train_recipe, write_tones
 
+from valle.jobs import train_codec, train_quantizer
 from valle.jobs.train import fit, resolve_recipe
+from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_quantizer import QuantizerRecipe
 from valle.jobs.training.language_model import LanguageModelTrainee, build_backend
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.validation import QuickCheck
+from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
+from valle.model.codec.quantizer import QuantizerConfig
+from valle.model.codec.weights import load_quantizer
 from valle.platform import checkpoint, tracking
 from valle.platform.dataset import TokenDataset
 
@@ -34,14 +41,18 @@ def recipe(home: Path, tiny_codec: Encodec, tiny_codec_folder: Path) -> TrainRec
 
 
 def losses(name: str) -> dict[int, float]:
-    """Training loss by step, as MLflow has it (the last value wins after a restart)."""
+    return logged(name, "train/loss")
+
+
+def logged(name: str, metric: str) -> dict[int, float]:
+    """A metric by step, as MLflow has it (the last value wins after a restart)."""
     import mlflow
 
     tracking.configure()
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-    history = client.get_metric_history(run.info.run_id, "train/loss")
+    runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    history = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
     return {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
 
 
@@ -147,6 +158,40 @@ def test_fit_resumed_ranks_checkpoints_without_a_score(
     uri = fit(replace(first, steps={"ar": 24}), "ar")
     assert checkpoint.load_state(Path(uri)).step == 24
     assert len(list(Path(uri).parent.glob("step_*"))) == 2
+
+
+@pytest.mark.ray
+def test_fit_codecs_track_export_and_resume(ray_cluster: None, home: Path) -> None:
+    """The codecs' trainers on the same adapter: MLflow, `out`, and a run's name."""
+    corpus = str(write_tones(home / "corpus", ("a/0", "a/1", "b/0", "b/1", "c/0")))
+    storage_path = str(home / "runs")
+    codec = CodecRecipe(
+        data=corpus, out=str(home / "encodec"), run="codec", held_out_every=4, codec=TINY_CODEC,
+        steps=4, batch_size=4, crop_seconds=0.2, log_every=1, checkpoint_every=2, workers=2,
+        threads=1, storage_path=storage_path, keep_checkpoints=1,
+    )  # fmt: skip
+    quantizer = QuantizerRecipe(
+        corpora=(corpus,), out=str(home / "quantizer"), run="quantizer", held_out_speakers=("c",),
+        steps=4, unquantized_steps=2, batch_size=4, log_every=1, checkpoint_every=2, threads=1,
+        storage_path=storage_path, keep_checkpoints=1,
+        quantizer=QuantizerConfig(
+            n_codebooks=2, codebook_size=16, dimension=8, width=16, blocks=1
+        ),
+    )  # fmt: skip
+    for run, term, validation, name in (
+        (lambda: train_codec.fit(codec), "train/mel", "validation/mel", "codec"),
+        (lambda: train_quantizer.fit(quantizer), "train/error", "validation/error_2_codebooks",
+         "quantizer"),
+    ):  # fmt: skip
+        uri = run()
+        assert Path(uri).name == "step_00000004"
+        assert [path.name for path in Path(uri).parent.glob("step_*")] == ["step_00000004"]
+        history = logged(name, term)
+        assert list(history) == [1, 2, 3, 4]
+        assert list(logged(name, validation))[-1] == 4
+        assert run() == uri, "a finished run of this name takes no step"
+    assert encodec.load(codec.out).identity.name == TINY_CODEC.name
+    assert load_quantizer(Path(quantizer.out)).config == quantizer.quantizer
 
 
 def training_workers() -> list[psutil.Process]:

@@ -57,7 +57,7 @@ class SpeakerMetrics:
     equal_error_rate: float
 
 
-def is_audible(wave: Wave) -> bool:
+def is_long_enough(wave: Wave) -> bool:
     """Whether a recording is long enough to be measured."""
     return len(wave) / SAMPLE_RATE >= MIN_SECONDS
 
