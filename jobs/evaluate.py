@@ -160,21 +160,21 @@ class Evaluator:
     ) -> Measurement:
         """Metrics and faults of one output."""
         wave = output.wave
-        audible = scores.is_long_enough(wave)
+        measurable = scores.is_long_enough(wave)
         faults = scores.find_faults(
             output.codes[0] if output.codes.size else None, output.hit_limit
         )
 
         # an output too short to measure counts as an empty hypothesis: all words deleted
-        hypothesis = self._recognizer.transcribe(wave) if audible else ""
+        hypothesis = self._recognizer.transcribe(wave) if measurable else ""
         edits = words.count_edits(item.text, hypothesis)
         second_hypothesis = second_word_errors = None
         if self._second_recognizer:
-            second_hypothesis = self._second_recognizer.transcribe(wave) if audible else ""
+            second_hypothesis = self._second_recognizer.transcribe(wave) if measurable else ""
             second_word_errors = words.count_edits(item.text, second_hypothesis).word_errors
 
         similarity = None
-        embedding = self._encoder.embed(wave) if audible else None
+        embedding = self._encoder.embed(wave) if measurable else None
         if embedding is not None and prompt_embedding is not None:
             similarity = float(embedding @ prompt_embedding)
 
@@ -194,9 +194,9 @@ class Evaluator:
             second_hypothesis=second_hypothesis,
             second_word_errors=second_word_errors,
             speaker_similarity=similarity,
-            distillmos=self._distillmos.score(wave) if audible else None,
-            dnsmos=self._dnsmos.score(wave) if audible else None,
-            speech_fraction=self._speech_fraction.score(wave) if audible else None,
+            distillmos=self._distillmos.score(wave) if measurable else None,
+            dnsmos=self._dnsmos.score(wave) if measurable else None,
+            speech_fraction=self._speech_fraction.score(wave) if measurable else None,
         )
         return Measurement(result, embedding, prompt_embedding)
 
