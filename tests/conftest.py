@@ -60,6 +60,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv("VALLE_HOME", str(home))
             patch.setenv("VALLE_CACHE", str(home / "cache"))
             patch.setenv("VALLE_LOGICAL_GPUS", "1")
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of an earlier test
             stack.enter_context(clusters.embedded_cluster(num_gpus=1))
         yield
 

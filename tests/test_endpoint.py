@@ -319,7 +319,7 @@ def test_serve_run_starts_the_application(
     shared_endpoint: SharedEndpoint, publish_recipe: PublishRecipe, home: Path
 ) -> None:
     """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
-    shared_endpoint.close()
+    shared_endpoint.close()  # the command starts Serve on its own port
     publish(publish_recipe)
     port = clusters.free_port()
     content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
@@ -342,6 +342,7 @@ def test_serve_run_starts_the_application(
     finally:
         process.terminate()
         process.wait(timeout=60)
+        shared_endpoint.close()  # it leaves Serve running
 
 
 @pytest.mark.ray

@@ -88,7 +88,7 @@ REASONS = {
 def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
     return PrepareRecipe(
         out=str(tmp_path / "tokens"), sources=(Source(path=str(corpus)),), codec=str(codec),
-        max_seconds=3.0, utterances_per_shard=4, workers=1,
+        max_seconds=3.0, utterances_per_shard=6, workers=1,
         placement=Placement(accelerator="cpu"),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from valle.platform.dataset import TokenDataset
 @pytest.fixture
 def ray_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less per run
 
 
 @pytest.fixture

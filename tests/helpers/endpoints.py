@@ -38,12 +38,17 @@ class SharedEndpoint:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("VALLE_HOME", str(home))
                 patch.setenv("VALLE_CACHE", str(home / "cache"))
+                # MLflow sets it to the registry of the test before
+                patch.delenv("MLFLOW_TRACKING_URI", raising=False)
                 fill(home)
                 url = self._stack.enter_context(endpoint(args, clusters.free_port()))
             self._key, self._running = key, RunningEndpoint(url, home)
         return self._running
 
     def close(self) -> None:
-        """Stops the endpoint, for a test that starts Serve in another way."""
+        """Shuts Serve down, whoever has started it."""
+        from ray import serve
+
         self._running = None
         self._stack.close()
+        serve.shutdown()
