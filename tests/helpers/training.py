@@ -27,6 +27,7 @@ from valle.model.codec.encodec import Encodec
 from valle.model.sequence import Batch
 from valle.platform import audio
 from valle.platform.checkpoint import TrainState
+from valle.platform.resources import Placement
 
 TIMES = ("train/tokens_per_second", "train/audio_seconds_per_second")
 """Metrics that differ between equal runs."""
@@ -147,6 +148,7 @@ def tiny_train_recipe(home: Path, codec: Encodec, codec_folder: Path) -> TrainRe
             steps={"ar": 24, "nar": 24}, optimization=Optimization(warmup=5),
             batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=6,
             checkpoint_every=8, log_every=1, samples=1, keep_checkpoints=10,
+            placement=Placement(accelerator="cpu"),
         )
     )  # fmt: skip
 
