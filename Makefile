@@ -18,32 +18,33 @@ venv: .venv/.complete  ## make .venv and install everything, pinned (first time:
 	@touch $@
 
 demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the whole path
-	@$(BIN)/python -m valle.jobs.demo --port $(PORT)
+	@$(BIN)/valle demo --recipe demo --port $(PORT)
 
 test: venv  ## all tests
 	@$(BIN)/python -m pytest -q
 
-check: venv  ## format, lint, types and the fast tests
+check: venv  ## format, lint, types, results in documents, and the fast tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m valle.jobs.include_results --check
 	@$(BIN)/python -m pytest -q -m "not ray and not slow"
 
 serve: venv  ## the endpoint with the registry's champion, on PORT
-	@$(BIN)/python -m valle.jobs.starter_voices
-	@$(BIN)/python -m valle.serve.run --port $(PORT)
+	@$(BIN)/valle starter-voices
+	@$(BIN)/valle serve --port $(PORT)
 
 cluster: venv  ## check cluster.yaml (AWS) without a network; what is still to be set
-	@$(BIN)/python -m valle.jobs.check_cluster cluster.yaml
+	@$(BIN)/valle check-cluster cluster.yaml
 
 format: venv  ## format and sort imports
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-gpu-wheels:  ## collect what `make gpu` needs on a bare machine: .whl, at most 64 MiB with the tree
+gpu-wheels:  ## collect what `make gpu` needs on a bare machine with a GPU: .whl, at most 64 MiB with the tree
 	@$(PYTHON) jobs/bench/gpu/wheels.py
 
-gpu: .site/.complete  ## is it right and fast on this machine's card: gpu/gpu.json (ARGS="--phases all")
+gpu: .site/.complete  ## correctness and speed on this machine's GPU: gpu/gpu.json (ARGS="--phases all")
 	@PYTHONPATH=.site $(PYTHON) jobs/bench/gpu/run.py --out gpu $(ARGS)
 .site/.complete: $(wildcard .whl/*.whl)
 	@test -n "$^" || { echo "no wheels in .whl: \`make gpu-wheels\` where there is a network"; exit 1; }

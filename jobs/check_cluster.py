@@ -1,10 +1,10 @@
-"""Reads a cluster launcher's file for AWS before `ray up` does, without a network.
+"""Checks a cluster launcher's file for AWS without a network, and lists what is left to set.
 
-    python -m valle.jobs.check_cluster cluster.yaml
+    valle check-cluster cluster.yaml
 
-Ray's own schema looks at nothing inside a `node_config`; here botocore compares it with the
-request that it becomes. Security groups, instance profiles, metadata and Ray's token are looked at
-too. What is still to be set (`EDIT`) is listed.
+Ray's schema ignores the contents of a `node_config`; botocore validates it here as the EC2 request
+that it becomes. Security groups, instance profiles, instance metadata and Ray's token are checked
+too. Values that are left to set hold `EDIT`.
 """
 
 import argparse
@@ -21,51 +21,55 @@ from valle.platform import autoscaler
 from valle.platform.cluster import CODE_ROOT
 
 RAY_ONLY_KEYS = {"SubnetIds"}
-"""Keys of a node_config that Ray takes out before it asks EC2 for nodes."""
+"""Keys of a node_config that Ray removes from its request to EC2."""
 
 PLACEHOLDER = "EDIT"
+"""Marks a value that is left to set."""
+
+_WRITTEN_FILE = re.compile(r"cat > (\S+) <<'?(\w+)'?\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
+"""A here-document in a setup command: name, delimiter and content of the file it writes."""
+
+_SOURCED_FILE = re.compile(r"(?:^|[;&|]\s*)(?:\.|source) +([^\s;&|]+)")
+"""A file that a shell command reads into its environment."""
 
 
 def problems(configuration: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong, one line each; nothing for a file that can be used."""
+    """A line per problem of a configuration; none for a usable one."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     try:
-        # Ray fills in its defaults first, and changes what it is given
+        # a copy: Ray fills in its defaults first, in place
         validate_config(prepare_config(yaml.safe_load(yaml.safe_dump(dict(configuration)))))
-    except Exception as error:  # jsonschema's, click's or a KeyError: Ray has no class for it
+    except Exception as error:  # jsonschema's, click's or a KeyError: Ray has no common class
         yield f"Ray refuses it: {str(error).splitlines()[0]}"
         return
     if "security_group" in configuration["provider"]:
-        yield "provider.security_group: Ray adds SSH from anywhere to a group that it makes"
+        yield (
+            "provider.security_group: Ray adds SSH from anywhere to a group that it makes; remove "
+            "it, and name a group in each node_config.SecurityGroupIds"
+        )
     for name, node in configuration["available_node_types"].items():
-        for problem in _of_node(node["node_config"]):
+        for problem in _node_problems(node["node_config"]):
             yield f"{name}: {problem}"
     for place in ("head", "worker"):
-        yield from _of_start(configuration, place)
+        yield from _start_problems(configuration, place)
 
 
-_WRITTEN = re.compile(r"cat > (\S+) <<'?(\w+)'?\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
-"""A file that a command writes: its name, and what is in it."""
-
-_SOURCED = re.compile(r"(?:^|[;&|]\s*)(?:\.|source) +([^\s;&|]+)")
-"""A file that a command reads into its environment."""
-
-
-def _of_start(configuration: Mapping[str, Any], place: str) -> Iterator[str]:
-    """Whether Ray, as it is started on the head or the workers, asks for a token and has one."""
+def _start_problems(configuration: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Problems of the commands that start Ray on the head or the workers: its token, its ports."""
     setup = [
         command
         for key in ("setup_commands", f"{place}_setup_commands")
         for command in configuration.get(key, [])
     ]
-    files = {name: body for command in setup for name, _, body in _WRITTEN.findall(command)}
+    files = {name: body for command in setup for name, _, body in _WRITTEN_FILE.findall(command)}
     field = f"{place}_start_ray_commands"
     for command in configuration.get(field, []):
         if "ray start" not in command:
             continue
+        # the environment of `ray start`: what precedes it, and the files that are sourced there
         before, _, options = command.partition("ray start")
-        sources = [*(files.get(name, "") for name in _SOURCED.findall(before)), before]
+        sources = [*(files.get(name, "") for name in _SOURCED_FILE.findall(before)), before]
         environment = [
             word
             for line in "\n".join(sources).splitlines()
@@ -79,10 +83,14 @@ def _of_start(configuration: Mapping[str, Any], place: str) -> Iterator[str]:
             yield f"file_mounts: Ray's token, ~/.ray/auth_token, is missing; the {place} needs it"
         host = re.search(r"--dashboard-host[= ](\S+)", options)
         if host and host[1] not in ("127.0.0.1", "localhost"):
-            yield f"{field}: --dashboard-host={host[1]} takes jobs from more than the head itself"
+            yield (
+                f"{field}: --dashboard-host={host[1]} takes jobs from more than the head itself; "
+                "set 127.0.0.1"
+            )
 
 
-def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:
+def _node_problems(node_config: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of a `node_config`, as EC2's RunInstances takes it."""
     import botocore.session
     from botocore.validate import ParamValidator
 
@@ -100,7 +108,7 @@ def _of_node(node_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def placeholders(text: str) -> list[str]:
-    """Lines with a placeholder, numbered."""
+    """The lines of a file that hold a placeholder, with their numbers."""
     return [
         f"line {number}: {line.strip()}"
         for number, line in enumerate(text.splitlines(), 1)
@@ -109,10 +117,17 @@ def placeholders(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what is wrong, what is to be set, what may be started; the exit status is 1 if
-    something is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, default=CODE_ROOT / "cluster.yaml")
+    """Prints problems, values left to set and node types; returns 1 if there are problems."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=CODE_ROOT / "cluster.yaml",
+        help="default: cluster.yaml of the repository",
+    )
     text = parser.parse_args(argv).file.read_text()
     configuration = yaml.safe_load(text)
     errors = list(problems(configuration))

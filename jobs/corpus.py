@@ -1,7 +1,7 @@
-"""Makes a corpus folder from what installable packages carry: `{speaker}/{id}.wav + .txt`.
+"""Builds a speech corpus, `{speaker}/{id}.wav` with `.txt`, from installable packages.
 
-The plan (who says which sentence) is a pure function of the recipe; a second run makes only the
-files that are missing, so an interrupted one goes on where it stopped.
+The plan, a sentence and a voice per utterance, is a pure function of the recipe. A second run
+makes only the missing files, so an interrupted run can be resumed.
 """
 
 import random
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
+from valle.jobs.recipes import parse_arguments
 from valle.jobs.speakers import LICENSES, TTS_ENGINES, speed_perturbation, texts
 from valle.jobs.speakers.asterisk import asterisk_recordings
 from valle.model.codec.interface import Wave
@@ -17,35 +18,35 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeakerSet:
-    """Some utterances by one engine."""
+    """Voices of one TTS engine, and the utterances that each of them speaks."""
 
     engine: str
-    """joe and heart (one voice each, cheap), kokoro (many), asterisk (human recordings, where
-    Debian's packages are) or espeak."""
+    """TTS engine: joe or heart (one voice each, cheap), kokoro (many voices), espeak, or asterisk
+    (recordings of people, from Debian packages)."""
 
     language: str = "en-us"
-    """espeak voice name; for asterisk, which language's prompts to take."""
+    """espeak voice name; for asterisk, the language of the recordings."""
 
     voices: tuple[str, ...] = ("joe",)
-    """kokoro: `af_heart` ..., `blend-0` ..., `mix-0` ...; joe and heart: their name, or `x1.2` for
-    a voice that much higher; espeak: variants such as `f2`; asterisk: one name. `mix-1..40` stands
-    for forty."""
+    """kokoro: `af_heart`, `blend-N` or `mix-N`; joe and heart: their name, or a speed factor such
+    as `x1.2` (above 1 is higher); espeak: variants such as `f2`; asterisk: any one name. A range
+    `mix-1..40` stands for forty voices."""
 
     utterances: int = 0
-    """How many each voice says; 0 takes all there are (asterisk)."""
+    """Utterances per voice; 0 (asterisk only) takes all recordings."""
 
     speed_factors: tuple[str, ...] = field(default=(), metadata=formerly("also"))
-    """Each utterance once more, that much higher (`x1.1`) or lower, as a speaker of its own: for
-    an engine that is not cheap, almost free."""
+    """Speed perturbation: per factor (`x1.1` is higher, `x0.9` lower) one copy of each utterance,
+    labelled as another speaker. A copy costs far less than a synthesis."""
 
     sentences: tuple[str, ...] = ()
-    """Lists in `jobs/speakers/sentences` to draw from, or `wordnet`; default: those of the language
-    (en, fr, ...)."""
+    """Sentence lists: files in `jobs/speakers/sentences`, or `wordnet`. Default: the list of the
+    language (en, fr, ...)."""
 
     def __post_init__(self) -> None:
         if self.engine not in TTS_ENGINES:
@@ -58,24 +59,24 @@ class SpeakerSet:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecipe:
-    """What to speak, by whom, and where to put it."""
+    """Speaker sets and destination of a corpus."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI of the corpus."""
 
     speakers: tuple[SpeakerSet, ...] = field(default=(), metadata=formerly("sources"))
-    """The engines with their voices."""
+    """Speaker sets, in the order of the plan."""
 
     seed: int = 0
-    """Which sentences each voice gets, and their order."""
+    """Seed of the draw of sentences and of their order."""
 
     workers: int = 2
-    """Engines at work at the same time, one core each."""
+    """Number of Ray actors, with one core each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusUtterance:
-    """One utterance of the plan."""
+    """One utterance of the plan: text, voice and the files it is written to."""
 
     engine: str
     voice: str
@@ -86,15 +87,15 @@ class CorpusUtterance:
     speed_factors: tuple[str, ...] = ()
 
     def output_paths(self) -> dict[str, str]:
-        """Path below the corpus, without suffix, by speed factor ("": unchanged)."""
+        """Paths below the corpus, without suffix, by speed factor; "" is the unchanged wave."""
         copies = {factor: f"{self.speaker}-{factor}/{self.id}" for factor in self.speed_factors}
         return {"": f"{self.speaker}/{self.id}", **copies}
 
 
 def plan(recipe: CorpusRecipe) -> list[CorpusUtterance]:
-    """Every utterance of the corpus, in the order of the recipe.
+    """Lists the utterances of the corpus, in the order of the recipe.
 
-    Raises ValueError when two of them would be the same file.
+    Raises ValueError when two utterances would be written to the same file.
     """
     utterances: list[CorpusUtterance] = []
     for speaker_set in recipe.speakers:
@@ -110,6 +111,7 @@ def plan(recipe: CorpusRecipe) -> list[CorpusUtterance]:
 
 
 def _synthesized(speaker_set: SpeakerSet, seed: int) -> Iterator[CorpusUtterance]:
+    """Plans a speaker set of a TTS engine: sentences in an order drawn per speaker."""
     sentences: list[str] = []
     for name in speaker_set.sentences or (speaker_set.language.split("-")[0],):
         sentences += texts.load_sentences(name)
@@ -120,19 +122,23 @@ def _synthesized(speaker_set: SpeakerSet, seed: int) -> Iterator[CorpusUtterance
         order = sentences.copy()
         random.Random(f"{seed}/{speaker}").shuffle(order)
         for number in range(speaker_set.utterances):
-            # past the end of the list, lines of two and more sentences
+            # When the list is used up, texts join two sentences, then three.
             lap, index = divmod(number, len(order))
             parts = [order[(index + 7 * step) % len(order)] for step in range(lap + 1)]
             text = " ".join(parts)
             yield CorpusUtterance(
-                engine=speaker_set.engine, voice=voice, language=speaker_set.language,
-                speaker=speaker, id=f"{number:05d}", text=text,
+                engine=speaker_set.engine,
+                voice=voice,
+                language=speaker_set.language,
+                speaker=speaker,
+                id=f"{number:05d}",
+                text=text,
                 speed_factors=speaker_set.speed_factors,
-            )  # fmt: skip
+            )
 
 
 def _numbered(voice: str) -> list[str]:
-    """`mix-1..3` as `mix-1`, `mix-2`, `mix-3`; any other name as it is."""
+    """Expands `mix-1..3` to `mix-1`, `mix-2`, `mix-3`; returns any other name unchanged."""
     match = re.fullmatch(r"(.*-)(\d+)\.\.(\d+)", voice)
     if match is None:
         return [voice]
@@ -140,19 +146,24 @@ def _numbered(voice: str) -> list[str]:
 
 
 def _recorded(speaker_set: SpeakerSet, seed: int) -> Iterator[CorpusUtterance]:
+    """Plans a speaker set of recordings, drawn by the seed; the text is the transcript."""
     recordings = sorted(asterisk_recordings(speaker_set.language).items())
     if not recordings:
         print(
-            f"asterisk {speaker_set.language}: Debian's recordings are not installed, skipped "
+            f"asterisk {speaker_set.language}: skipped, Debian's recordings are not installed "
             "(apt-get install asterisk-core-sounds-XX asterisk-core-sounds-XX-g722)"
         )
     random.Random(seed).shuffle(recordings)
     speaker = f"asterisk-{speaker_set.language.split('-')[0]}"
     for name, recording in recordings[: speaker_set.utterances or None]:
         yield CorpusUtterance(
-            engine="asterisk", voice=name, language=speaker_set.language,
-            speaker=speaker, id=name, text=recording.text,
-        )  # fmt: skip
+            engine="asterisk",
+            voice=name,
+            language=speaker_set.language,
+            speaker=speaker,
+            id=name,
+            text=recording.text,
+        )
 
 
 def _perturb(wave: Wave, factor: str) -> Wave:
@@ -162,14 +173,14 @@ def _perturb(wave: Wave, factor: str) -> Wave:
 
 
 class CorpusWorker:
-    """A Ray actor that synthesizes utterances and stores them. Engines load on first use."""
+    """A Ray actor that synthesizes and stores utterances. A TTS engine is loaded on first use."""
 
     def __init__(self, out: str) -> None:
         self._out = out
         self._engines = {}  # type: ignore[var-annotated]
 
     def process(self, utterance: CorpusUtterance) -> dict[str, object]:
-        """Makes one utterance, and its copies; what went wrong comes back as the `reason`."""
+        """Stores an utterance and its copies; `reason` in the result is the error, or None."""
         seconds = 0.0
         try:
             wave = self._wave(utterance)
@@ -177,14 +188,13 @@ class CorpusWorker:
                 copy = _perturb(wave, factor) if factor else wave
                 self._store(path, utterance.text, copy)
                 seconds += len(copy) / SAMPLE_RATE
-        except Exception as error:  # one bad utterance must not stop a corpus; it is reported
+        except Exception as error:  # any failure of an engine rejects one utterance, not the run
             reason = f"{type(error).__name__}: {error}"
             return {**asdict(utterance), "seconds": seconds, "reason": reason}
         return {**asdict(utterance), "seconds": seconds, "reason": None}
 
     def _wave(self, utterance: CorpusUtterance) -> Wave:
-        """The utterance itself; of one whose copies alone are missing, as it was stored, unless
-        an older plan had another text for it."""
+        """The unchanged wave: the stored one if its text is the same, else a new synthesis."""
         path = storage.join(self._out, utterance.output_paths()[""])
         if (
             storage.exists(f"{path}.wav")
@@ -201,15 +211,17 @@ class CorpusWorker:
     def _store(self, path: str, text: str, wave: Wave) -> None:
         uri = storage.join(self._out, path)
         storage.write_bytes(f"{uri}.txt", (text + "\n").encode())
-        storage.write_bytes(f"{uri}.wav", audio.wav_bytes(wave))  # last: marks it as done
+        # The wave is written last: its file marks the utterance as complete.
+        storage.write_bytes(f"{uri}.wav", audio.wav_bytes(wave))
 
 
 def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
-    """Synthesizes what is missing, on Ray; returns the report, also written as `corpus.json`."""
+    """Synthesizes the missing utterances on Ray; returns the report, also in `corpus.json`."""
     import ray
     from ray.util import ActorPool
 
-    out = storage.absolute(recipe.out)
+    recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
+    out = recipe.out
     utterances = plan(recipe)
     present = set(storage.list_files(out, (".wav",)))
     missing = [
@@ -217,7 +229,7 @@ def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
         for utterance in utterances
         if any(f"{path}.wav" not in present for path in utterance.output_paths().values())
     ]
-    # all voices in turn: an interrupted corpus has something of each
+    # Order by id, across voices: an interrupted corpus has utterances of every voice.
     missing.sort(key=lambda utterance: utterance.id)
     seconds, rejects = 0.0, []
     if missing:
@@ -247,7 +259,7 @@ def build_corpus(recipe: CorpusRecipe) -> dict[str, object]:
 
 
 def _licenses(utterances: Sequence[CorpusUtterance]) -> str:
-    """Where each speaker's audio comes from and under which terms."""
+    """Markdown table with source and licence of each speaker."""
     rows = {
         path.split("/")[0]: LICENSES.get(
             utterance.speaker, LICENSES.get(utterance.engine, "unknown")

@@ -1,8 +1,8 @@
-"""Draws what training runs logged, loss and word error rate against hours of training, as a PNG.
+"""Draws the losses and word error rates of training runs against hours of training, as a PNG.
 
     python -m valle.jobs.curves nano-nar nano-ar --out docs/nano-curves.png
 
-Hours in which a run stood still, between two sittings, are left out.
+The metrics come from MLflow. Pauses between two starts of a run are cut out.
 """
 
 import argparse
@@ -20,14 +20,19 @@ PANELS = {
     },
     "WER of 20 sentences": {"validation/wer": "whisper tiny.en"},
 }
+"""Label of a panel: its metrics in MLflow and their labels."""
 PAUSE_HOURS = 0.25
-"""Hours without a metric that count as a pause."""
+"""Hours; a longer time without a metric is a pause."""
 
 Curve = list[tuple[float, float]]
+"""(hours of training, value), in order."""
 
 
 def training_hours(history: Sequence[tuple[float, float]], clock: Sequence[float]) -> Curve:
-    """(hours of training, value) of (time in hours, value), pauses of the run's `clock` cut out."""
+    """The curve of `history`, (time in hours, value) pairs, without the pauses of the run.
+
+    `clock` holds the times of all metrics of the run, in order.
+    """
     hours, total = {clock[0]: 0.0}, 0.0
     for previous, current in itertools.pairwise(clock):
         total += current - previous if current - previous < PAUSE_HOURS else 0.0
@@ -36,7 +41,7 @@ def training_hours(history: Sequence[tuple[float, float]], clock: Sequence[float
 
 
 def read_curves(names: Sequence[str]) -> dict[str, dict[str, Curve]]:
-    """Curves by run and metric. Raises ValueError for a run that is not there."""
+    """Curves by run and metric. Raises ValueError for a run without metrics."""
     metrics = [metric for panel in PANELS.values() for metric in panel]
     curves: dict[str, dict[str, Curve]] = {}
     for name in names:
@@ -51,21 +56,17 @@ def read_curves(names: Sequence[str]) -> dict[str, dict[str, Curve]]:
 
 
 def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
-    """A row of panels per run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Writes a PNG with a row of panels for each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4 * len(curves)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(curves), len(PANELS), squeeze=False)
     for row, (name, by_metric) in zip(grid, curves.items(), strict=True):
         for axes, (label, panel) in zip(row, PANELS.items(), strict=True):
             for metric, title in panel.items():
-                if by_metric[metric]:
-                    style = "o-" if len(by_metric[metric]) < 40 else "-"
-                    axes.plot(
-                        *zip(*by_metric[metric], strict=True), style, label=title, markersize=3
-                    )
+                if curve := by_metric[metric]:
+                    style = "o-" if len(curve) < 40 else "-"  # dots would merge to a band
+                    axes.plot(*zip(*curve, strict=True), style, label=title, markersize=3)
             axes.set(title=name, xlabel="hours of training", ylabel=label)
             axes.grid(alpha=0.3)
             if axes.has_data():
@@ -74,7 +75,7 @@ def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+    """Command line: `python -m valle.jobs.curves`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""The whole path in one go: corpus, prepare, train, publish, evaluate, serve, one request.
+"""Runs all jobs in sequence: corpus, prepare, train, publish, evaluate, serve, one request.
 
-Runs the jobs' own functions one after the other and says how long each took: the recipe `demo`
-fine-tunes the shipped model and shows it before and after, `scratch` trains from nothing. Run it
-again and it goes on with what is there.
+The stages call the jobs' own functions; the time of each is printed. The recipe `demo` fine-tunes
+the shipped model and evaluates it before and after, `scratch` trains from random weights. A
+second run reuses the results that are present.
 """
 
 import argparse
@@ -15,18 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from valle.jobs import corpus, evaluate, prepare, publish, train
-from valle.jobs.evaluation.report import Report
+from valle.jobs.evaluation.intervals import Interval
+from valle.jobs.evaluation.results import EvaluationReport
+from valle.jobs.recipes import load, recipe_names
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, registry, settings, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import load
 from valle.platform.spectrogram import spectrogram_png
 
-FIGURES = {
+METRICS = {
     "wer": "word error rate (whisper tiny.en)",
-    "cosine_own": "speaker similarity (cosine)",
-    "identified": "voice identified among all",
+    "speaker_similarity": "speaker similarity (cosine)",
+    "speaker_id_accuracy": "speaker ID accuracy among all",
     "distillmos": "DistillMOS",
 }
 TEXT = "The whole path works, from a folder of speech to a spoken sentence."
@@ -35,7 +36,7 @@ VOICE = "joe"
 
 @contextmanager
 def stage(name: str, times: dict[str, float]) -> Iterator[None]:
-    """Announces a stage and measures it."""
+    """Prints the name of a stage and stores its seconds in `times`."""
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
     yield
@@ -43,7 +44,10 @@ def stage(name: str, times: dict[str, float]) -> Iterator[None]:
 
 
 def send_request(port: int, out: Path) -> float:
-    """One request to the endpoint, as any client would send it; returns seconds of audio."""
+    """Sends one request to the endpoint; returns the seconds of audio.
+
+    Writes the audio to `out` with suffix `.wav`, its spectrogram with `.png`.
+    """
     body = json.dumps({"input": TEXT, "voice": VOICE, "response_format": "wav"}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/audio/speech", body, {"Content-Type": "application/json"}
@@ -59,8 +63,10 @@ def send_request(port: int, out: Path) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.demo`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="demo", help="name in jobs/recipes, or path to YAML")
-    parser.add_argument("--port", type=int, default=8000, help="of the endpoint")
+    parser.add_argument(
+        "--recipe", required=True, help=f"path to YAML, or one of: {', '.join(recipe_names())}"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the endpoint")
     arguments = parser.parse_args(argv)
     name = arguments.recipe
     corpus_recipe = load(name, "corpus", corpus.CorpusRecipe)
@@ -69,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     publish_recipe = load(name, "publish", publish.PublishRecipe)
     evaluate_recipe = load(name, "evaluate", evaluate.EvaluateRecipe)
     times: dict[str, float] = {}
-    reports: dict[str, Report] = {}
+    reports: dict[str, EvaluationReport] = {}
 
     def evaluate_model(name: str, model: str) -> None:
         with stage(f"evaluate {name}", times):
             out = storage.join(evaluate_recipe.out, name)
             reports[name] = evaluate.evaluate(replace(evaluate_recipe, model=model, out=out))
 
+    # Every stage runs on one Ray instance; its start is a stage of its own.
     with ExitStack() as stack:
         with stage("Ray", times):
             stack.enter_context(connect())
@@ -109,40 +116,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, elapsed in {**times, "total": sum(times.values())}.items():
         print(f"{name:<24} {elapsed:7.1f}")
     print(f"\n{out}.wav: {seconds:.1f} s of speech, spectrogram beside it in {out.name}.png")
-    print(f'said: "{TEXT}" in the voice of {VOICE}')
+    print(f'text: "{TEXT}", voice: {VOICE}')
     print(compare(reports))
     print(f"report with players: {storage.join(evaluate_recipe.out, 'after', 'report.html')}")
     print(f"runs and registry: mlflow ui --backend-store-uri {settings.read().tracking_uri}")
     print("endpoint: make serve")
 
 
-def compare(reports: dict[str, Report]) -> str:
-    """The figures of some evaluations side by side."""
-    items = max(report["systems"]["cross"]["items"] for report in reports.values())
+def compare(reports: dict[str, EvaluationReport]) -> str:
+    """Table of the metrics of `METRICS`, one column per report."""
+    systems = [report.systems["cross"] for report in reports.values()]
+    items = max(metrics.items for metrics in systems)
     lines = [f"\n{items} sentences held out{'':<21}" + "".join(f"{n:>9}" for n in reports)]
-    for figure, label in FIGURES.items():
-        values = [report["systems"]["cross"][figure]["value"] for report in reports.values()]
-        cells = "".join("        -" if value is None else f"{value:9.3f}" for value in values)
-        lines.append(f"{label:<40}{cells}")
+    for name, label in METRICS.items():
+        values = [metrics.get(name) for metrics in systems]
+        cells = (f"{v.value:9.3f}" if isinstance(v, Interval) else f"{'-':>9}" for v in values)
+        lines.append(f"{label:<40}{''.join(cells)}")
     return "\n".join(lines)
 
 
 def serve_and_request(prompt: str, port: int, out: Path) -> float:
-    """Starts the endpoint on the connected cluster, sends one request, stops it."""
-    from ray import serve
-
-    from valle.serve.app import build_app
-    from valle.serve.web.schema import AppArgs
+    """Starts the endpoint on the connected cluster, sends one request and stops the endpoint."""
+    from valle.serve.app_args import AppArgs
+    from valle.serve.run import endpoint
 
     voices = settings.read().home / "data" / "voices"
     recording = storage.read_bytes(prompt)
     storage.write_bytes(str(voices / f"{VOICE}.wav"), recording)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build_app(AppArgs(voices=str(voices), max_replicas=1)), name="valle")
-    try:
+    with endpoint(AppArgs(voices=str(voices), max_replicas=1), port):
         return send_request(port, out)
-    finally:
-        serve.shutdown()
 
 
 if __name__ == "__main__":

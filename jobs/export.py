@@ -1,35 +1,35 @@
-"""Writes a published model as a folder that can be shipped: weights in int8, paths below
-`VALLE_HOME` made relative to it.
+"""Exports a published model as a bundle to ship: int8 weights, paths relative to `VALLE_HOME`.
 
-The folder is a bundle like any other: `python -m valle --model FOLDER` speaks with it, and a
-registry without a champion begins with the one in `release/nano`.
+`valle speak --model FOLDER` loads the bundle. The bundle in `release/nano` is the shipped one,
+which is published into an empty registry on first use.
 """
 
 import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from valle.jobs.recipes import parse_arguments
 from valle.model import quantize
-from valle.platform import checkpoint, registry, settings, storage
-from valle.platform.recipe import parse_arguments
+from valle.platform import checkpoint, registry, settings
+from valle.platform.recipe import location
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecipe:
-    """What to write where."""
+    """Model, precision and destination of an export."""
 
-    out: str
-    """Folder to write; files of an earlier export in it are replaced, others stay."""
+    out: str = field(metadata=location())
+    """Folder of the bundle; files of an earlier export are replaced, other files stay."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     precision: str = "int8"
-    """int8 (a quarter of the size), or fp32."""
+    """Precision of the stored weights: int8 (a quarter of the size) or fp32."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("int8", "fp32"):
@@ -37,8 +37,11 @@ class ExportRecipe:
 
 
 def export(recipe: ExportRecipe) -> Path:
-    """Writes the bundle; returns its folder."""
-    source, out = registry.resolve(recipe.model), Path(storage.absolute(recipe.out))
+    """Writes the bundle; returns its folder.
+
+    The bundle is built in a temporary folder; `out` is unchanged when it cannot be loaded.
+    """
+    source, out = registry.resolve(recipe.model), Path(recipe.out)
     with tempfile.TemporaryDirectory() as name:
         bundle_folder = Path(name) / "bundle"
         for kind in ("ar", "nar"):
@@ -58,15 +61,15 @@ def export(recipe: ExportRecipe) -> Path:
         if (source / "report.json").exists():
             report = relative_to_home(json.loads((source / "report.json").read_text()))
             (bundle_folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        registry.load_synthesizer(bundle_folder)  # as anyone would load it: it fits together
-        for part in ("report.json", "report.md"):  # another model's
+        registry.load_synthesizer(bundle_folder)  # a bundle that cannot be loaded is not exported
+        for part in ("report.json", "report.md"):  # of the earlier export
             (out / part).unlink(missing_ok=True)
         shutil.copytree(bundle_folder, out, dirs_exist_ok=True)
     return out
 
 
 def relative_to_home(values: Any) -> Any:
-    """Recipe values with paths below `VALLE_HOME` made relative to it again."""
+    """Copies recipe values; paths below `VALLE_HOME` become relative to it, as in a recipe."""
     if isinstance(values, dict):
         return {key: relative_to_home(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -77,7 +80,7 @@ def relative_to_home(values: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: `python -m valle.jobs.export out=release/nano`."""
+    """Command line: `valle export --recipe nano out=release/nano`."""
     recipe = parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
     out = export(recipe)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Which version is served: history, promotion by hand, rollback.
+"""Manages the versions in the model registry: history, promotion without the gate, rollback.
 
 python -m valle.jobs.model_versions history
 python -m valle.jobs.model_versions promote 3 --reason "passes on the cluster's larger set"
@@ -12,7 +12,7 @@ from valle.platform import registry
 
 
 def history() -> str:
-    """A line per version: number, aliases, when and why it was promoted or rolled back."""
+    """Lists the versions, one per line: number, aliases, promotions and rollbacks with reasons."""
     lines = []
     for version in registry.list_versions():
         tags = version.tags
@@ -34,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("history", help="all versions with what happened to them")
-    promote = commands.add_parser("promote", help="make a version the champion, past the gate")
+    commands.add_parser("history", help="list all versions with their promotions and rollbacks")
+    promote = commands.add_parser("promote", help="make a version the champion without the gate")
     promote.add_argument("version", type=int)
-    back = commands.add_parser("rollback", help="make the champion's predecessor champion again")
+    back = commands.add_parser(
+        "rollback", help="make the champion's predecessor the champion again"
+    )
     for command in (promote, back):
-        command.add_argument("--reason", required=True, help="kept with the version")
+        command.add_argument("--reason", required=True, help="stored with the version")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "promote":

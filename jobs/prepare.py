@@ -1,9 +1,9 @@
-"""Speech and text to the token dataset, on Ray Data.
+"""Converts recordings with transcripts into the token dataset, on Ray Data.
 
-Recordings are decoded, resampled to 24 kHz mono and checked; texts become phonemes; EnCodec turns
-the waveforms into codes, batched by duration. What cannot be used is left out and recorded under
-`rejects/` with its reason. A second run does only what is missing, and a run killed half-way
-leaves a valid dataset of what was done.
+Recordings are decoded, resampled to 24 kHz mono and checked; texts become phonemes; the codec
+encodes the waves, batched by duration. Unusable inputs are left out and listed under `rejects/`
+with the reason. A second run processes only the missing inputs. A killed run leaves a valid
+dataset of the finished shards.
 """
 
 import hashlib
@@ -11,38 +11,38 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from valle.jobs.ingest.layouts import Reject, Source, SourceItem, list_items
+from valle.jobs.recipes import parse_arguments
 from valle.model import text as phonemes
 from valle.model.codec.interface import CodecIdentity
-from valle.model.codec.loading import load_codec
+from valle.model.codec.loading import CODEC_NAMES, load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareRecipe:
-    """What to read, what to keep, and where the tokens go."""
+    """Sources, codec, limits and destination of a token dataset."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder or URI of the token dataset."""
 
     sources: tuple[Source, ...]
-    """Roots of speech."""
+    """Roots of recordings with transcripts."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """nano, nano2, encodec-24khz, or a path to weights."""
 
     min_seconds: float = 0.5
@@ -58,22 +58,22 @@ class PrepareRecipe:
     """Texts with more symbols are left out."""
 
     min_rms_dbfs: float = field(default=-50.0, metadata=formerly("min_loudness"))
-    """dB of full scale (RMS); quieter recordings are left out."""
+    """RMS level in dBFS; quieter recordings are left out."""
 
     utterances_per_shard: int = 512
-    """Recordings that travel together and end in one Parquet file."""
+    """Recordings per unit of work and Parquet file; a file lacks the rejected ones."""
 
     batch_seconds: float | None = None
-    """Padded audio that goes through the codec at once; default: 10 on a CPU, where more falls out
-    of the cache (60 is half as fast), 120 on a GPU."""
+    """Padded seconds per batch of the codec; default: 10 on a CPU, where larger batches exceed the
+    cache (60 is half as fast), 120 on a GPU."""
 
     workers: int | None = None
-    """Codec actors at most; None: as many as the cluster holds, nodes that join later included
-    (without a GPU: one a core)."""
+    """Limit on codec actors; None: as many as the cluster can hold, nodes that join later included
+    (without a GPU: one per core)."""
 
     placement: Placement = field(default_factory=Placement)
-    """CPU or GPU for the codec, and how much of one each actor takes; reading and phonemes are
-    always the CPUs' work, on nodes with the same labels."""
+    """CPU or GPU of the codec, and the share per actor. Decoding and phonemization always run on
+    CPUs, on nodes with the same labels."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -86,7 +86,7 @@ Row = dict[str, Any]
 
 
 def map_rows(rows: pa.Table, function: Callable[[Row], Row], drop: Sequence[str] = ()) -> pa.Table:
-    """Applies `function` to the rows that are still good; an error becomes the row's `reason`."""
+    """Merges `function(row)` into each row without a `reason`; an error becomes the `reason`."""
     mapped = []
     for row in rows.to_pylist():
         if row["reason"] is None:
@@ -110,13 +110,13 @@ def _schema(drop: Sequence[str]) -> pa.Schema:
 
 
 class DecodeAudio:
-    """Reads text and sound of each row: 24 kHz mono, checked for length and level."""
+    """Reads transcript and wave (24 kHz mono) of each row; checks duration and level."""
 
     def __init__(self, recipe: PrepareRecipe) -> None:
         self._recipe = recipe
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Adds `text` and `wave`."""
+        """Adds `text` and `wave` (bytes of float32 samples)."""
         return map_rows(rows, self._decode, drop=["phonemes"])
 
     def _decode(self, row: Row) -> Row:
@@ -141,7 +141,7 @@ class DecodeAudio:
 
 
 class Phonemize:
-    """Texts to phoneme ids; holds one espeak per language."""
+    """Converts texts to phoneme ids; an actor loads one espeak per language."""
 
     def __init__(self, recipe: PrepareRecipe) -> None:
         self._recipe = recipe
@@ -162,7 +162,7 @@ class Phonemize:
 
 
 class EncodeShard:
-    """Waveforms to codes, in batches of similar duration; writes the finished shard."""
+    """Encodes the waves of a shard in batches of similar duration, and writes the shard."""
 
     def __init__(self, recipe: PrepareRecipe) -> None:
         import torch
@@ -175,27 +175,25 @@ class EncodeShard:
         self._batch_seconds = recipe.batch_seconds or (10.0 if device == "cpu" else 120.0)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """One row of bookkeeping for the whole shard."""
+        """Returns one row: the shard's counts, rejects and times as JSON in `result`."""
         started = time.perf_counter()
         items = rows.to_pylist()
+        # Encode the accepted rows only; a reject has no wave.
         accepted = [row for row in items if row["reason"] is None]
         waves = [np.frombuffer(row["wave"], np.float32) for row in accepted]
         codes = self._codec.encode(waves, self._batch_seconds)
         utterances = [
-            {
-                "id": row["id"], "speaker": row["speaker"], "language": row["language"],
-                "text": row["text"], "phonemes": row["phonemes"], "codes": code,
-                "frames": code.shape[1], "source": row["audio"],
-            }
+            {key: row[key] for key in ("id", "speaker", "language", "text", "phonemes")}
+            | {"codes": code, "frames": code.shape[1], "source": row["audio"]}
             for row, code in zip(accepted, codes, strict=True)
-        ]  # fmt: skip
+        ]
         name = items[0]["shard"]
         rejects = [
             Reject(id=row["id"], source=row["audio"], reason=row["reason"])
             for row in items
             if row["reason"] is not None
         ]
-        # rejects first: the shard's file is what marks the work as done
+        # The shard is written last: its ids mark these inputs as done for the next run.
         write_rejects(self._recipe.out, name, rejects)
         shard = None
         if utterances:
@@ -213,7 +211,7 @@ class EncodeShard:
 
 
 def write_rejects(out: str, name: str, rejects: Sequence[Reject]) -> None:
-    """`rejects/{name}.jsonl`, one line an input that was left out."""
+    """Writes `rejects/{name}.jsonl`, one line per reject; no file without rejects."""
     if rejects:
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects)
         storage.write_bytes(storage.join(out, "rejects", f"{name}.jsonl"), lines.encode())
@@ -221,25 +219,25 @@ def write_rejects(out: str, name: str, rejects: Sequence[Reject]) -> None:
 
 @dataclass
 class DatasetState:
-    """What earlier runs left behind."""
+    """Shards, statistics and ids that earlier runs have written."""
 
     shards: list[Shard]
     statistics: Statistics
     ids: set[str]
-    """Ids in shards or rejects."""
+    """Ids of all utterances and rejects."""
 
 
 def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
-    """Finds finished work, also of a run that was killed before it could list its shards."""
-    listed: dict[str, Shard] = {}
+    """Reads what is done, shards that a killed run has not listed in the manifest included."""
+    manifest_shards: dict[str, Shard] = {}
     if storage.exists(storage.join(out, "dataset.json")):
         manifest = dataset.read_manifest(out)
         codec.check(manifest.codec, f"the dataset {out}")
-        listed = {shard.name: shard for shard in manifest.shards}
+        manifest_shards = {shard.name: shard for shard in manifest.shards}
     state = DatasetState([], Statistics(), set())
     for name in dataset.shard_names(out):
         rows = dataset.read_columns(out, name, ["id", "speaker", "language", "frames"])
-        state.shards.append(listed.get(name) or _adopt(out, name, rows))
+        state.shards.append(manifest_shards.get(name) or _adopt(out, name, rows))
         state.statistics.add(rows)
         state.ids.update(rows.column("id").to_pylist())
     for path in storage.list_files(storage.join(out, "rejects"), (".jsonl",)):
@@ -249,7 +247,7 @@ def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
 
 
 def _adopt(out: str, name: str, rows: pa.Table) -> Shard:
-    """A shard that is complete (writes are atomic) but was never listed."""
+    """Entry of a shard that the manifest does not list; it is complete, as writes are atomic."""
     data = storage.read_bytes(storage.join(out, "shards", f"{name}.parquet"))
     digest = hashlib.sha256(data).hexdigest()
     frames = int(np.sum(rows.column("frames").to_numpy()))
@@ -257,7 +255,7 @@ def _adopt(out: str, name: str, rows: pa.Table) -> Shard:
 
 
 def shard_items(items: Sequence[SourceItem], size: int) -> Iterator[pa.Table]:
-    """Items by speaker, cut into shards; a shard is named by the hash of its ids."""
+    """Yields shards of `size` items, in order of speaker; their names are hashes of their ids."""
     ordered = sorted(items, key=lambda item: (item.speaker, item.id))
     for start in range(0, len(ordered), size):
         rows = [asdict(item) for item in ordered[start : start + size]]
@@ -267,67 +265,68 @@ def shard_items(items: Sequence[SourceItem], size: int) -> Iterator[pa.Table]:
 
 
 _DECODE_CPUS, _PHONEMIZE_CPUS = 0.5, 0.25
-"""What Ray sets aside for a task that decodes, and for an actor that phonemizes."""
+"""CPUs that Ray reserves for a decoding task, and for a phonemizing actor."""
 
 
 def allocation_for(recipe: PrepareRecipe, cluster: Cluster | None = None) -> Allocation:
-    """A codec actor's share of the connected cluster, or of `cluster`: half a core in the books,
-    since the stages before it need room on a small machine."""
+    """The allocation of codec actors on `cluster`, by default the connected one. An actor reserves
+    half a core only, so that the stages before it fit on a small machine."""
+    upstream_cpus = _DECODE_CPUS + _PHONEMIZE_CPUS
     return resources.resolve(
-        recipe.placement, "prepare", cpus=0.5, upstream_cpus=_DECODE_CPUS + _PHONEMIZE_CPUS,
-        cluster=cluster,
-    )  # fmt: skip
+        recipe.placement, "prepare", cpus=0.5, upstream_cpus=upstream_cpus, cluster=cluster
+    )
 
 
 def pipeline(
     tables: Sequence[pa.Table], recipe: PrepareRecipe, allocation: Allocation
 ) -> Iterator[dict[str, Any]]:
-    """Runs the stages on Ray Data; yields a result per shard as it is written. `allocation`: a
-    codec actor's."""
+    """Runs the stages on Ray Data; yields the result of each shard when it has been written.
+
+    `allocation` is that of the codec actors.
+    """
     import ray
     from ray.data import ActorPoolStrategy
 
     allocation.configure_ray_data()
     blocks = {"batch_size": None, "batch_format": "pyarrow"}
-    phonemized = (
-        ray.data.from_arrow(list(tables))
-        .map_batches(DecodeAudio(recipe), **blocks, num_cpus=_DECODE_CPUS)
-        .map_batches(
-            Phonemize, fn_constructor_args=(recipe,), **blocks, num_cpus=_PHONEMIZE_CPUS,
-            compute=ActorPoolStrategy(min_size=1, max_size=len(tables)),
-        )
-    )  # fmt: skip
+    decoded = ray.data.from_arrow(list(tables)).map_batches(
+        DecodeAudio(recipe), **blocks, num_cpus=_DECODE_CPUS
+    )
+    actors = ActorPoolStrategy(min_size=1, max_size=len(tables))
+    phonemized = decoded.map_batches(
+        Phonemize, fn_constructor_args=(recipe,), **blocks, num_cpus=_PHONEMIZE_CPUS, compute=actors
+    )
     shards = allocation.map_blocks(phonemized, EncodeShard, (recipe,), recipe.workers, len(tables))
     for row in shards.iter_rows():
         yield json.loads(row["result"])
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Does what is missing on the connected cluster; returns the report (`report.json`).
+    """Processes the missing inputs on the connected cluster; returns the report (`report.json`).
 
-    Raises ValueError before anything starts when the cluster will never hold the codec's actors.
+    Raises ValueError before any work starts when the cluster cannot hold the codec's actors.
     """
     started = time.perf_counter()
+    recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     allocation = allocation_for(recipe)
-    recipe = replace(recipe, out=storage.absolute(recipe.out))
-    if Path(recipe.codec).exists():
-        recipe = replace(recipe, codec=str(Path(recipe.codec).absolute()))
     identity = load_codec(recipe.codec, cache=settings.read().cache).identity
+    # Compare the inputs with what earlier runs have written.
     items, unlisted = _list(recipe)
     state = scan_output(recipe.out, identity)
     missing = [item for item in items if item.id not in state.ids]
     write_rejects(recipe.out, "listing", unlisted)
     dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
 
+    # Process the others shard by shard; the driver lists finished shards in the manifest.
     reasons = Counter(reject.reason.split(":")[0] for reject in unlisted)
-    speech = codec_seconds = 0.0
-    written = time.perf_counter()
+    speech_seconds = codec_seconds = 0.0
+    last_manifest = time.perf_counter()
     tables = list(shard_items(missing, recipe.utterances_per_shard))
     with progress_bar(total=len(missing), label="prepare", unit="utterance") as bar:
         for result in pipeline(tables, recipe, allocation) if tables else ():
             bar.update(result["inputs"])
             reasons.update(reject["reason"].split(":")[0] for reject in result["rejects"])
-            speech += result["speech_seconds"]
+            speech_seconds += result["speech_seconds"]
             codec_seconds += result["codec_seconds"]
             if result["shard"]:
                 shard = Shard(**result["shard"])
@@ -335,9 +334,9 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
                 state.statistics.add(
                     dataset.read_columns(recipe.out, shard.name, ["speaker", "language", "frames"])
                 )
-            if time.perf_counter() - written > 30:  # a killed run leaves what it had
+            if time.perf_counter() - last_manifest > 30:  # so that a killed run has a manifest
                 dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
-                written = time.perf_counter()
+                last_manifest = time.perf_counter()
     manifest = dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
     seconds = time.perf_counter() - started
     report = {
@@ -349,17 +348,17 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         "utterances": manifest.utterances,
         "hours": manifest.hours,
         "accelerator": allocation.accelerator,
-        "speech_seconds": round(speech, 1),
+        "speech_seconds": round(speech_seconds, 1),
         "codec_seconds": round(codec_seconds, 1),
         "wall_seconds": round(seconds, 1),
-        "speech_seconds_per_second": round(speech / seconds, 1),
+        "speech_seconds_per_second": round(speech_seconds / seconds, 1),
     }
     storage.write_json(storage.join(recipe.out, "report.json"), report)
     return report
 
 
 def _list(recipe: PrepareRecipe) -> tuple[list[SourceItem], list[Reject]]:
-    """All inputs of all sources. Raises ValueError when two share an id."""
+    """Items and rejects of all sources. Raises ValueError when two items have the same id."""
     items: dict[str, SourceItem] = {}
     rejects: list[Reject] = []
     for source in recipe.sources:

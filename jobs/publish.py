@@ -1,9 +1,9 @@
 """Publishes an AR and a NAR checkpoint with their codec as one version in the model registry.
 
-A new version is the registry's `candidate`. It becomes `champion`, which is what is served, when
-it passes the recipe's gate: the version is evaluated (`publish.evaluation`), its report is kept
-with it, every bound of `publish.gate` must hold, and it must not lose to the present champion
-beyond noise. `force="why"` promotes all the same and records the reason.
+A new version gets the alias `candidate`. It gets the alias `champion`, the version that is served,
+when it passes the gate: the version is evaluated (`publish.evaluation`) and its report is added to
+its files; every bound of `publish.gate` must hold, and no metric may be significantly worse than
+the champion's. `force="reason"` promotes a refused version and records the reason.
 """
 
 import sys
@@ -15,60 +15,64 @@ from pathlib import Path
 
 from valle.jobs import evaluate
 from valle.jobs.evaluate import EvaluateRecipe
-from valle.jobs.evaluation.gate import Bound, violations
-from valle.jobs.evaluation.report import Report
+from valle.jobs.evaluation.gate import Bound, decide
+from valle.jobs.evaluation.report import read_report
+from valle.jobs.evaluation.results import EvaluationReport
+from valle.jobs.recipes import parse_arguments
+from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.cluster import connect
-from valle.platform.recipe import exit_on_error, parse_arguments
+from valle.platform.recipe import exit_on_error, location, resolve_paths
 from valle.platform.resources import Allocation
 from valle.platform.spectrogram import spectrogram_png
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishRecipe:
-    """What to publish, the sample that goes with it, and what it must reach."""
+    """Checkpoints, codec, sample and gate of a version."""
 
-    ar: str
-    """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
+    ar: str = field(metadata=location())
+    """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
 
-    nar: str
-    """Checkpoint, or the run's folder (its best checkpoint is taken: lowest WER, else the last)."""
+    nar: str = field(metadata=location())
+    """Checkpoint, or a run's folder, whose best checkpoint is taken (lowest WER, else the last)."""
 
-    sample_prompt: str
-    """Recording whose voice speaks the sample."""
+    sample_prompt: str = field(metadata=location())
+    """Recording that is the prompt of the sample."""
 
-    codec: str = "nano"
-    """The codec both were trained with."""
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
+    """Codec that both models were trained with."""
 
     sample_text: str = "The voice you are hearing was made by a small model."
-    """What the sample says."""
+    """Text of the sample."""
 
     sample_seconds: float = 8.0
     """Length limit of the sample."""
 
     evaluation: EvaluateRecipe | None = None
-    """How a version is judged; `model` and the end of `out` are filled in. None: it is not."""
+    """Evaluation of the version; the job sets `model` and appends the version to `out`. None: the
+    version becomes champion without an evaluation."""
 
     gate: tuple[Bound, ...] = field(default_factory=tuple)
-    """Bounds on the evaluation's figures."""
+    """Bounds on the evaluation's metrics; all must hold."""
 
     force: str | None = None
-    """Why a version that the gate refuses is promoted all the same."""
+    """Reason to promote a version that the gate refuses; None: it is not promoted."""
 
     def __post_init__(self) -> None:
         if self.gate and self.evaluation is None:
-            raise ValueError("gate: without `evaluation` there are no figures to hold against it")
+            raise ValueError("gate: needs `evaluation`, whose metrics it bounds")
 
 
 class GateError(RuntimeError):
-    """A candidate was refused; the message names the figures."""
+    """The gate refused a version; the message lists the violations."""
 
 
 def register(recipe: PublishRecipe) -> int:
-    """Packs, speaks the sample, registers as candidate; returns the version."""
-    ar, nar = (checkpoint.find_best(storage.absolute(uri)) for uri in (recipe.ar, recipe.nar))
-    prompt = audio.read(storage.read_bytes(recipe.sample_prompt), max_seconds=60)
+    """Packs a bundle, adds a sample, registers it as the candidate; returns the version."""
+    ar, nar = (checkpoint.find_best(uri) for uri in (recipe.ar, recipe.nar))
+    prompt = audio.read_file(recipe.sample_prompt, max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
         registry.pack(ar, nar, recipe.codec, folder)
@@ -79,8 +83,10 @@ def register(recipe: PublishRecipe) -> int:
         return registry.publish(folder, {"ar": ar, "nar": nar})
 
 
-def evaluate_version(version: int, recipe: EvaluateRecipe, allocation: Allocation) -> Report:
-    """Evaluates a version with actors of this allocation, and keeps the report with it."""
+def evaluate_version(
+    version: int, recipe: EvaluateRecipe, allocation: Allocation
+) -> EvaluationReport:
+    """Evaluates a version with actors of this allocation, and adds the report to its files."""
     name = f"models:/{registry.MODEL_NAME}/{version}"
     report = evaluate.evaluate(
         replace(recipe, model=name, out=storage.join(recipe.out, f"version-{version}")), allocation
@@ -93,33 +99,36 @@ def evaluate_version(version: int, recipe: EvaluateRecipe, allocation: Allocatio
     return report
 
 
-def champion_report() -> Report | None:
-    """The report of the version that is served; None when there is none."""
+def champion_report() -> EvaluationReport | None:
+    """The champion's report, of any format; None without a champion or a report."""
     if registry.champion_version() is None:
         return None
     path = registry.resolve(registry.CHAMPION) / "report.json"
-    return storage.read_json(str(path)) if path.exists() else None
+    return read_report(str(path)) if path.exists() else None
 
 
 def publish(recipe: PublishRecipe) -> int:
-    """Registers, passes through the gate, promotes; returns the version.
+    """Registers and evaluates a version, and promotes it if it passes the gate; returns its number.
 
-    Raises GateError when the gate refuses; the version then stays the candidate. Raises RecipeError
-    before anything is registered when the cluster will never hold the evaluation's actors.
+    Raises GateError when the gate refuses the version, which then stays the candidate. Raises
+    RecipeError, before a version is registered, when the cluster cannot hold the evaluation's
+    actors.
     """
+    recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     if recipe.evaluation is None:
         version = register(recipe)
         registry.promote(version, "the recipe has no evaluation")
         return version
+    # Before registering: a version that cannot be evaluated would stay a candidate.
     allocation = evaluate.allocation_for(recipe.evaluation, "publish.evaluation")
     version = register(recipe)
     report = evaluate_version(version, recipe.evaluation, allocation)
-    reasons = "; ".join(violations(report, recipe.gate, champion_report()))
-    if reasons and recipe.force is None:
-        raise GateError(f"version {version} stays a candidate: {reasons}")
+    verdict = decide(report, recipe.gate, champion_report())
+    if not verdict.passed and recipe.force is None:
+        raise GateError(f"version {version} stays a candidate: {verdict}")
     registry.promote(
         version,
-        f"forced: {recipe.force} (refused for: {reasons})" if reasons else "passed the gate",
+        str(verdict) if verdict.passed else f"forced: {recipe.force} (refused for: {verdict})",
     )
     return version
 

@@ -1,13 +1,13 @@
-"""Selects the speakers of a corpus that sound natural and unlike each other.
+"""Selects natural and mutually dissimilar speakers from a corpus.
 
-Judges a few recordings of each speaker (`{speaker}/{id}.wav`): predicted opinion score
-(DistillMOS) and speaker embedding (WeSpeaker). Speakers below the score are left out; of the rest,
-best score first, one is taken when it is unlike every speaker taken before. What the measures
-were, and whom each refused speaker resembles, is written beside the selection.
+A few recordings of each speaker (`{speaker}/{id}.wav`) are measured: predicted mean opinion score
+(DistillMOS) and speaker embedding (WeSpeaker). Speakers with a low score are left out. The others
+are visited by falling score; a speaker is selected when its similarity to every selected speaker
+is below a bound. The result lists scores, similarities and the nearest selected speaker.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -15,33 +15,34 @@ from numpy.typing import NDArray
 
 from valle.jobs.evaluation.metrics.quality import DistillMos
 from valle.jobs.evaluation.metrics.speaker_similarity import load_speaker_encoder
+from valle.jobs.recipes import parse_arguments
 from valle.platform import audio, storage
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import parse_arguments
+from valle.platform.recipe import location
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRecipe:
-    """Which corpus, and where the bounds are."""
+    """Corpus, bounds and destination of a selection."""
 
-    corpus: str
-    """Folder or URI of the recordings, a folder a speaker."""
+    corpus: str = field(metadata=location())
+    """Folder or URI of the recordings, one folder per speaker."""
 
-    out: str
+    out: str = field(metadata=location())
     """JSON file of the result."""
 
     recordings: int = 2
-    """How many of each speaker are judged, the longest first."""
+    """Recordings measured per speaker: the longest ones among twice as many."""
 
     min_distillmos: float = 3.8
-    """Mean opinion score (1 to 5) below which a speaker is left out."""
+    """Least predicted mean opinion score (1 to 5) of a selected speaker."""
 
     max_similarity: float = 0.5
-    """Largest cosine of two selected speakers' embeddings; recordings of one speaker have about
-    0.7, of different speakers about 0.1."""
+    """Bound on the cosine between the embeddings of two selected speakers. Recordings of one
+    speaker have about 0.7, of different speakers about 0.1."""
 
     keep: tuple[str, ...] = ()
-    """Speakers selected before all others, whatever their score: those a corpus has already."""
+    """Speakers selected first and without bounds, such as those that a corpus already has."""
 
     speaker_encoder: str = "wespeaker"
     """wespeaker, resemblyzer or `package.module:Class`."""
@@ -55,29 +56,29 @@ class SelectionRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeakerMeasurement:
-    """What the judges say of one speaker."""
+    """Predicted opinion score and embedding of one speaker."""
 
     speaker: str
     distillmos: float
     embedding: NDArray[np.float32]
-    """Mean of the recordings' embeddings, of length one."""
+    """Mean of the recordings' embeddings, scaled to unit length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionResult:
-    """Whether a speaker is selected, and why not."""
+    """Whether a speaker is selected, with the measured values that decide it."""
 
     speaker: str
     distillmos: float
     selected: bool
     similarity: float
-    """Largest cosine to a speaker selected before it; -1 for the first."""
+    """Largest cosine to a speaker selected earlier; -1 for the first."""
     nearest: str | None
-    """The speaker it is most like."""
+    """The speaker with that cosine; None for the first."""
 
 
 def measure(recipe: SelectionRecipe) -> list[SpeakerMeasurement]:
-    """The judges' measures of every speaker whose recordings hold a voice."""
+    """Measures every speaker; those without speech in their recordings are left out."""
     encoder, quality = load_speaker_encoder(recipe.speaker_encoder), DistillMos()
     files = sorted(storage.list_files(recipe.corpus, (".wav",)))
     speakers = [(name, list(paths)) for name, paths in groupby(files, lambda f: f.split("/")[0])]
@@ -88,6 +89,7 @@ def measure(recipe: SelectionRecipe) -> list[SpeakerMeasurement]:
                 audio.read(storage.read_bytes(storage.join(recipe.corpus, path)), max_seconds=60)
                 for path in paths[: 2 * recipe.recordings]
             ]
+            # Longer recordings give more reliable scores and embeddings.
             waves = sorted(waves, key=len, reverse=True)[: recipe.recordings]
             embeddings = [e for wave in waves if (e := encoder.embed(wave)) is not None]
             if embeddings:
@@ -105,13 +107,14 @@ def measure(recipe: SelectionRecipe) -> list[SpeakerMeasurement]:
 def select(
     measurements: Sequence[SpeakerMeasurement], recipe: SelectionRecipe
 ) -> list[SelectionResult]:
-    """A result a speaker: those to keep first, then by falling score.
+    """Returns a result per speaker: first those of `keep`, then by falling score.
 
-    Raises ValueError for a name in `keep` that was not measured.
+    Raises ValueError for a name in `keep` without a measurement.
     """
     if absent := set(recipe.keep) - {m.speaker for m in measurements}:
         raise ValueError(f"keep: no recordings of {', '.join(sorted(absent))} in the corpus")
     order = sorted(measurements, key=lambda m: (m.speaker not in recipe.keep, -m.distillmos))
+    # Greedy: a speaker is compared only with those selected before it.
     selection: list[SpeakerMeasurement] = []
     results = []
     for candidate in order:
@@ -123,11 +126,13 @@ def select(
         )
         results.append(
             SelectionResult(
-                speaker=candidate.speaker, distillmos=round(candidate.distillmos, 2),
-                selected=selected, similarity=round(similarity, 3),
+                speaker=candidate.speaker,
+                distillmos=round(candidate.distillmos, 2),
+                selected=selected,
+                similarity=round(similarity, 3),
                 nearest=None if nearest is None else selection[nearest].speaker,
             )
-        )  # fmt: skip
+        )
         if selected:
             selection.append(candidate)
     return results

@@ -1,12 +1,12 @@
-"""Many texts to speech: a manifest in, sound files and a manifest out, on Ray Data.
+"""Synthesizes the lines of a manifest to audio files and a result manifest, on Ray Data.
 
-    python -m valle.jobs.synthesize manifest=lines.jsonl recordings=voices out=spoken
+    valle synthesize --recipe demo manifest=lines.jsonl recordings=voices out=spoken
 
 A line (JSONL, or a row of Parquet) has `text` and `prompt` (a recording, relative to `recordings`)
-and, where they differ, `id`, `language`, `seed`. Texts are split into sentences as the endpoint
-does; equal seeds give equal speech. Sound lies under `audio/`, one row a line under `manifest/`.
-A line that cannot be spoken gets a row with its `error`. A second run does what is missing, and
-what has changed.
+and, optionally, `id`, `language` and `seed`. Texts are split into sentences as in the endpoint;
+equal seeds give equal speech. Audio is written under `audio/`, one row per line under `manifest/`.
+A line that cannot be synthesized gets a row with its `error`. A second run synthesizes the missing
+and the changed lines.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Codes
 from valle.model.sentences import join_waves, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
@@ -29,7 +30,7 @@ from valle.platform import audio, registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
@@ -40,47 +41,47 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesizeRecipe:
-    """What to say, in whose voices, and where it goes."""
+    """Manifest, model, settings and destination of a synthesis."""
 
-    manifest: str
+    manifest: str = field(metadata=location())
     """`.jsonl` or `.parquet` file or URI."""
 
-    recordings: str = "."
-    """Folder or URI that the prompts lie under."""
+    recordings: str = field(default=".", metadata=location())
+    """Folder or URI of the prompts."""
 
-    out: str
-    """Folder or URI for the speech."""
+    out: str = field(metadata=location())
+    """Folder or URI of audio and result manifest."""
 
-    model: str = registry.CHAMPION
+    model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     language: str = "en-us"
-    """espeak voice name, for lines that do not name their own."""
+    """espeak voice name, for lines without a language of their own."""
 
     format: str = "flac"
     """mp3, opus, aac, flac, wav or pcm."""
 
     synthesis: Synthesis = field(default_factory=Synthesis)
-    """Sampling and limits; a line's own seed and language go before these."""
+    """Sampling and limits; a line's `seed` and `language` take precedence."""
 
     workers: int | None = None
-    """Actors at most, with a model each; None: as many as the cluster holds, nodes that join later
-    included (without a GPU: one a core)."""
+    """Limit on actors, each with its own model; None: as many as the cluster can hold, nodes that
+    join later included (without a GPU: one per core)."""
 
     placement: Placement = field(default_factory=Placement)
-    """CPU or GPU, and how much of one each actor takes."""
+    """CPU or GPU, and the share per actor."""
 
     slots: int = 16
-    """Sentences that one actor speaks at the same time."""
+    """Sentences that one actor generates at the same time."""
 
     max_phonemes: int = 1000
-    """Longer sentences are errors."""
+    """Limit of a sentence; a line with a longer one is an error."""
 
     lines_per_shard: int = field(default=64, metadata=formerly("lines_per_part"))
-    """Lines that are done, and recorded, together."""
+    """Lines per unit of work; their rows are written together."""
 
     retry_errors: bool = field(default=False, metadata=formerly("retry"))
-    """Does lines again that ended in an error."""
+    """Synthesizes again the lines that ended in an error."""
 
     def __post_init__(self) -> None:
         if self.format not in get_args(AudioFormat):
@@ -100,14 +101,18 @@ _SCHEMA = pa.schema(
 
 
 def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
-    """The manifest's lines with all fields. Raises ValueError for a line without a place to put
-    its result: no text or prompt, an unusable or repeated id."""
+    """Reads the manifest's lines and fills in their defaults; an id defaults to the line's hash.
+
+    Raises ValueError, with the line's number, for a line that cannot have a row of its own: without
+    text or prompt, with a bad seed, or with an id that is unusable or repeated.
+    """
     data = storage.read_bytes(recipe.manifest)
     if recipe.manifest.endswith(".parquet"):
         rows = list(enumerate(pq.read_table(io.BytesIO(data)).to_pylist(), 1))
     else:
         numbered = enumerate(data.decode("utf-8-sig").split("\n"), 1)
         rows = [(number, _parse_line(number, line)) for number, line in numbered if line.strip()]
+    # A Parquet column has a value in every row: None there means a missing field.
     lines: dict[str, Line] = {}
     for number, row in rows:
         location = f"manifest: line {number}"
@@ -116,10 +121,11 @@ def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
         ):
             raise ValueError(f"{location}: needs text and prompt, both strings")
         line = {
-            "text": row["text"], "prompt": row["prompt"],
+            "text": row["text"],
+            "prompt": row["prompt"],
             "language": row.get("language") or recipe.language,
             "seed": recipe.synthesis.seed if row.get("seed") is None else row["seed"],
-        }  # fmt: skip
+        }
         if not isinstance(line["seed"], int) or not 0 <= line["seed"] < 2**63:
             raise ValueError(
                 f"{location}: seed {line['seed']!r} is no whole number from 0 to 2**63"
@@ -129,7 +135,9 @@ def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
         if not ID_PATTERN.fullmatch(name):
             raise ValueError(f"{location}: id {name!r}: letters, digits, _ . and - only")
         if name in lines:
-            raise ValueError(f"{location}: id {name!r} is there twice, or the same line is")
+            raise ValueError(
+                f"{location}: id {name!r} is there twice; give each line an id of its own"
+            )
         lines[name] = {"id": name, **line}
     return list(lines.values())
 
@@ -142,7 +150,7 @@ def _parse_line(number: int, line: str) -> Any:
 
 
 class SynthesizeShard:
-    """A Ray Data actor: a model that speaks all lines of a shard at the same time."""
+    """A Ray Data actor that synthesizes the lines of a shard with continuous batching."""
 
     def __init__(self, recipe: SynthesizeRecipe, tracking_uri: str) -> None:
         import torch
@@ -155,14 +163,15 @@ class SynthesizeShard:
         )
         self._recipe = recipe
         self._offline = OfflineSynthesizer(
-            synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes,
-        )  # fmt: skip
+            synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes
+        )
         self._prompts: dict[str, Codes] = {}
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        """Writes the speech, then the rows: a shard that is recorded is complete."""
+        """Writes audio and rows of a shard; returns its counts and times as JSON in `result`."""
         started = time.perf_counter()
         lines = shard.to_pylist()
+        # All sentences of the shard enter the engine together: its slots stay full.
         requests: dict[str, list[Request]] = {}
         for line in lines:
             try:
@@ -171,6 +180,7 @@ class SynthesizeShard:
                 line["error"] = str(error)
         flat = [request for sentences in requests.values() for request in sentences]
         results = dict(zip([r.id for r in flat], self._offline.synthesize(flat), strict=True))
+        # Audio first: a line with a row in the manifest has its audio.
         for line in lines:
             if line["error"] is None:
                 line |= self._write(line["id"], [results[r.id] for r in requests[line["id"]]])
@@ -189,15 +199,18 @@ class SynthesizeShard:
         prompt = self._prompt(line["prompt"])
         return [
             Request(
-                id=f"{line['id']}/{number}", phonemes=ids,
-                prompt=prompt, sampling=self._recipe.synthesis.ar,
-                max_frames=self._offline.max_frames, seed=(line["seed"] + number) % 2**63,
+                id=f"{line['id']}/{number}",
+                phonemes=ids,
+                prompt=prompt,
+                sampling=self._recipe.synthesis.ar,
+                max_frames=self._offline.max_frames,
+                seed=(line["seed"] + number) % 2**63,
             )
             for number, ids in enumerate(sentence_phoneme_ids(line["text"], line["language"]))
-        ]  # fmt: skip
+        ]
 
     def _prompt(self, name: str) -> Codes:
-        """Codes of a recording, which is encoded once."""
+        """Codes of a recording; the cache holds about a thousand recordings."""
         if name not in self._prompts:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
@@ -208,7 +221,7 @@ class SynthesizeShard:
         return self._prompts[name]
 
     def _write(self, name: str, results: Sequence[SynthesisResult | ValueError]) -> Line:
-        """A line's sentences as one file, and what its row says of it."""
+        """Writes a line's sentences as one file; returns fields of its row, or the `error`."""
         for result in results:
             if isinstance(result, ValueError):
                 return {"error": str(result)}
@@ -225,7 +238,7 @@ class SynthesizeShard:
 
 
 def _shards(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:
-    """Lines of like length together: whoever is short need not wait for whoever is long."""
+    """Yields shards of lines of similar length, so that few slots idle at their ends."""
     ordered = sorted(lines, key=lambda line: len(line["text"]))
     blank = {"model": model, "audio": None, "seconds": None, "hit_limit": None, "error": None}
     for start in range(0, len(ordered), size):
@@ -240,10 +253,10 @@ def _write_shard(out: str, name: str, rows: Sequence[Line]) -> None:
 
 
 def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
-    """Ids that earlier runs have recorded as they are asked for now.
+    """Ids of the lines whose rows are up to date.
 
-    Rows of lines that have changed, or are to be tried again, are taken out of the manifest, so
-    that it never has two of one id. Raises ValueError where `out` has another model's speech.
+    Stale rows are removed from the result manifest, so that no id has two rows. Raises ValueError
+    when `out` contains speech of another model.
     """
     folder = storage.join(recipe.out, "manifest")
     current = {line["id"]: line for line in lines}
@@ -265,30 +278,29 @@ def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
 
 
 def _is_stale(row: Line, line: Line | None, retry_errors: bool) -> bool:
-    """Whether a recorded line has to be said anew."""
-    if line is None:  # no longer in the manifest: what was said stays
+    """Whether a row differs from its line, or has an error to retry."""
+    if line is None:  # its line was removed from the manifest: the row stays
         return False
     return (retry_errors and row["error"] is not None) or any(row[key] != line[key] for key in line)
 
 
 def allocation_for(recipe: SynthesizeRecipe, cluster: Cluster | None = None) -> Allocation:
-    """An actor's share of the connected cluster, or of `cluster`."""
+    """The allocation of actors on `cluster`, by default the connected one."""
     return resources.resolve(recipe.placement, "synthesize", cpus=0.5, cluster=cluster)
 
 
 def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
-    """Says what is missing on the connected cluster; returns the report (`report.json`).
+    """Synthesizes the missing lines on the connected cluster; returns the report (`report.json`).
 
-    Raises ValueError before anything starts when the cluster will never hold the actors.
+    Raises ValueError before any work starts when the cluster cannot hold the actors.
     """
     import ray
 
     started = time.perf_counter()
+    recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     allocation = allocation_for(recipe)
-    recipe = replace(
-        recipe, out=storage.absolute(recipe.out), recordings=storage.absolute(recipe.recordings),
-        model=registry.pin(registry.absolute(recipe.model)),
-    )  # fmt: skip
+    # Pinned: all rows, also those of later runs, come from one model version.
+    recipe = replace(recipe, model=registry.pin(recipe.model))
     lines = read_lines(recipe)
     completed = _completed_ids(recipe, lines)
     missing = [line for line in lines if line["id"] not in completed]
@@ -311,19 +323,22 @@ def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
                 bar.update(result["lines"])
     wall = time.perf_counter() - started
     report = {
-        "out": recipe.out, "model": recipe.model, "lines": len(lines),
-        "already_done": len(lines) - len(missing), "errors": totals["errors"],
+        "out": recipe.out,
+        "model": recipe.model,
+        "lines": len(lines),
+        "already_done": len(lines) - len(missing),
+        "errors": totals["errors"],
         "accelerator": allocation.accelerator,
         "speech_seconds": round(totals["seconds"], 1),
         "wall_seconds": round(wall, 1),
         "speech_seconds_per_second": round(totals["seconds"] / wall, 2),
-    }  # fmt: skip
+    }
     storage.write_json(storage.join(recipe.out, "report.json"), report)
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+    """Command line: `python -m valle.jobs.synthesize --recipe demo manifest=lines.jsonl`."""
     recipe = parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
     with exit_on_error(), connect():
         report = synthesize(recipe)

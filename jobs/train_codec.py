@@ -1,67 +1,74 @@
 """Trains a narrow EnCodec on a folder of speech, on Ray Train.
 
-Resumable: the same run goes on from its last checkpoint. At the end (and at each checkpoint) the
-codec is exported to `out`, ready for `prepare`.
+A run of the same name resumes from its last checkpoint. Metrics go to MLflow. Each checkpoint is
+exported to `out`, where `prepare` can use it as a codec.
 """
 
-import json
-import math
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import dacite
-import numpy as np
 import torch
 from torch import Tensor
 
+from valle.jobs.recipes import parse_arguments
+from valle.jobs.training import ray_train
+from valle.jobs.training.backends import Backend, DDPBackend, Inputs
+from valle.jobs.training.export_log import append_line
+from valle.jobs.training.optimizer import Optimization, build_codec_optimizer
+from valle.jobs.training.sampler import Planned
+from valle.jobs.training.trainee import StepRecord, Worker, WrittenCheckpoint
 from valle.model.codec import encodec
 from valle.model.codec.encodec import EncodecConfig
 from valle.model.codec.encodec_training import EncodecLossConfig, EncodecObjective
-from valle.model.tokens import CODEBOOK_SIZE, FRAME_RATE, SAMPLE_RATE
-from valle.platform import resources, storage
-from valle.platform.capacity import Cluster
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
+from valle.platform import storage, tracking
+from valle.platform.checkpoint import CodecCheckpointMetadata, TrainState
 from valle.platform.cluster import connect
-from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, formerly, parse_arguments
-from valle.platform.resources import Allocation, Placement
+from valle.platform.recipe import exit_on_error, formerly, location
+from valle.platform.resources import Placement
 
 INITIAL_CROPS: Final = 800
-"""Crops from which convolutions, features and codebooks get their first values."""
+"""Crops from which convolutions, teacher and codebooks are initialised."""
+
+VALIDATION_BATCHES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecRecipe:
-    """One training run of a codec."""
+    """One training run of an EnCodec."""
 
-    data: str
-    """Local folder of 24 kHz wavs, one folder per speaker (what `corpus` makes)."""
+    data: str = field(metadata=location())
+    """Local folder of 24 kHz wavs, one folder per speaker, as `corpus` writes it."""
 
-    out: str
+    out: str = field(metadata=location())
     """Folder for the exported codec (`model.safetensors`, `config.json`)."""
 
     run: str = "codec"
-    """Name of the run; the same name resumes it."""
+    """Name of the run, in `storage_path` and in MLflow; a run of the same name resumes."""
+
+    storage_path: str = field(default="runs", metadata=location())
+    """Folder or URI for checkpoints."""
 
     held_out_speakers: tuple[str, ...] = ()
-    """Folders never trained on."""
+    """Speakers, named by their folders, that are not trained on."""
 
     held_out_every: int = 10
-    """Of the other speakers, each n-th recording is kept for validation."""
+    """Every n-th recording of the other speakers is held out for validation."""
 
     codec: EncodecConfig = field(default_factory=EncodecConfig)
     """Size of the network."""
 
     loss: EncodecLossConfig = field(default_factory=EncodecLossConfig)
-    """Loss terms and quantiser."""
+    """Weights of the loss terms, and the quantiser's moving averages."""
 
     steps: int = 20_000
-    """Optimizer steps in all."""
+    """Optimizer steps."""
 
     batch_size: int = field(default=8, metadata=formerly("batch"))
     """Crops per step and worker."""
@@ -70,33 +77,55 @@ class CodecRecipe:
     """Length of a crop."""
 
     learning_rate: float = 1e-3
-    """Peak of AdamW's rate: linear warm-up, then cosine to zero."""
+    """Peak learning rate of AdamW: linear warm-up, then cosine to zero."""
 
     warmup: int = 200
-    """Steps of warm-up."""
+    """Steps of linear warm-up."""
 
     clip: float = 1.0
-    """Bound on the gradient's norm."""
+    """Upper bound on the norm of the gradient."""
 
     checkpoint_every: int = 500
-    """Steps between checkpoints, validation and export."""
+    """Steps between checkpoints, each with validation and export."""
+
+    log_every: int = 20
+    """Steps between training metrics."""
+
+    keep_checkpoints: int = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+
+    max_failures: int = 2
+    """Lost workers after which the run resumes; one more ends it."""
 
     workers: int = 1
     """Data-parallel workers."""
 
     threads: int = 2
-    """Torch threads per worker on a CPU, and the cores that are set aside for it where
-    `placement.cpus_per_worker` does not say."""
+    """Torch threads per worker on a CPU, and the cores reserved for it unless
+    `placement.cpus_per_worker` is set."""
 
     placement: Placement = field(default_factory=Placement)
-    """CPU or GPU, and how much of one each worker takes."""
+    """CPU or GPU, and each worker's share of one."""
 
     seed: int = 0
-    """Crops, revival of codebook entries, initial weights."""
+    """Seed of initial weights, crops and revived codebook entries."""
+
+    @property
+    def optimization(self) -> Optimization:
+        """AdamW without weight decay."""
+        return Optimization(
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            schedule="cosine",
+            final_fraction=0.0,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            clip=self.clip,
+        )
 
 
 class AudioCrops:
-    """Random crops from a list of wav files, the same for the same (seed, step, rank)."""
+    """Random crops of a list of wav files; a batch is a function of its seed."""
 
     def __init__(self, files: Sequence[Path], seconds: float) -> None:
         import soundfile
@@ -106,7 +135,10 @@ class AudioCrops:
         self._length = int(seconds * SAMPLE_RATE)
 
     def batch(self, size: int, seed: str) -> Tensor:
-        """`[size, samples]`; long recordings are drawn more often, short ones padded."""
+        """Crops `[size, samples]` at a random volume.
+
+        A recording is drawn in proportion to its length; a short one is padded with zeros.
+        """
         import soundfile
 
         rng = random.Random(seed)
@@ -121,7 +153,7 @@ class AudioCrops:
 
 
 def split(recipe: CodecRecipe) -> tuple[list[Path], list[Path]]:
-    """Training and validation files."""
+    """Training and validation files. Raises ValueError if there are too few."""
     root = Path(recipe.data)
     files = [
         root / name
@@ -129,173 +161,114 @@ def split(recipe: CodecRecipe) -> tuple[list[Path], list[Path]]:
         if name.split("/")[0] not in recipe.held_out_speakers
     ]
     if len(files) < recipe.held_out_every:
-        raise ValueError(f"data: only {len(files)} wav files below {root}")
+        raise ValueError(
+            f"data: {len(files)} wav files below {root}, fewer than held_out_every "
+            f"({recipe.held_out_every}); give a folder of recordings, or lower held_out_every"
+        )
     validation = files[:: recipe.held_out_every]
     return sorted(set(files) - set(validation)), validation
 
 
-def learning_rate(recipe: CodecRecipe, step: int) -> float:
-    """Linear warm-up, cosine to zero."""
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    progress = min(1.0, step / recipe.steps)
-    return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+class EncodecTrainee:
+    """An EnCodec in the training loop. A batch is `[B, samples]`."""
 
+    name: str = "codec"
+    smoothing: float | None = 0.99
 
-def train(values: dict[str, Any]) -> None:
-    """The loop of one worker; `values` is the recipe as a dictionary."""
-    import ray.train
-    from torch.nn.parallel import DistributedDataParallel
+    def __init__(self, recipe: CodecRecipe) -> None:
+        self._recipe = recipe
+        training, validation = split(recipe)
+        self._crops = AudioCrops(training, recipe.crop_seconds)
+        self._validation_crops = AudioCrops(validation, recipe.crop_seconds)
+        self._started = time.monotonic()
+        self.steps = recipe.steps
+        self.log_every, self.checkpoint_every = recipe.log_every, recipe.checkpoint_every
+        self.optimization = recipe.optimization
 
-    recipe = dacite.from_dict(CodecRecipe, values, dacite.Config(cast=[tuple, float]))
-    rank = ray.train.get_context().get_world_rank()
-    device = resources.train_device()
-    if device.type == "cpu":
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
-    training, validation = split(recipe)
-    crops, validation_crops = (
-        AudioCrops(files, recipe.crop_seconds) for files in (training, validation)
-    )
+    def build_backend(self, worker: Worker, *, resumed: bool) -> Backend:
+        """The objective is what a checkpoint holds: the codec with the teacher's statistics."""
+        recipe = self._recipe
+        torch.manual_seed(recipe.seed)
+        objective = EncodecObjective(encodec.build(recipe.codec), recipe.loss).to(worker.device)
+        if not resumed:
+            waves = self._crops.batch(INITIAL_CROPS, f"{recipe.seed}/init").to(worker.device)
+            crops_per_step = recipe.workers * recipe.batch_size
+            vectors_per_step = crops_per_step * int(recipe.crop_seconds * FRAME_RATE)
+            objective.initialize(waves, vectors_per_step, recipe.seed)
+        return DDPBackend(
+            objective,
+            objective,
+            recipe.optimization,
+            worker.device,
+            sync_buffers=False,  # the objective adds up the codebooks' averages over the workers
+            make_optimizer=build_codec_optimizer,
+        )
 
-    objective = EncodecObjective(encodec.build(recipe.codec), recipe.loss).to(device)
-    start = 0
-    optimizer = torch.optim.AdamW(
-        objective.model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
-        objective.load_state_dict(state["trainee"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = int(state["step"])
-    else:
-        sample = crops.batch(INITIAL_CROPS, f"{recipe.seed}/init").to(device)
-        per_step = recipe.workers * recipe.batch_size * int(recipe.crop_seconds * FRAME_RATE)
-        objective.initialize(sample, per_step, recipe.seed)
-    # DDP averages gradients; codebooks are buffers, kept equal by the quantiser itself
-    module = (
-        DistributedDataParallel(objective, forward_sync_buffers=False)
-        if ray.train.get_context().get_world_size() > 1
-        else objective
-    )
+    def batches(self, state: TrainState, worker: Worker) -> Iterator[Planned[Tensor]]:
+        for step in count(state.step):
+            key = f"{self._recipe.seed}/{step}/{worker.rank}"
+            yield Planned(0, step, self._crops.batch(self._recipe.batch_size, key))
 
-    bar = progress_bar(
-        total=recipe.steps, label="codec", unit="step", initial=start, enabled=rank == 0
-    )
-    averages: dict[str, float] = {}
-    started = time.monotonic()
-    for step in range(start, recipe.steps):
-        key = f"{recipe.seed}/{step}"
-        waves = crops.batch(recipe.batch_size, f"{key}/{rank}").to(device)
+    def inputs(self, data: Tensor, step: int, worker: Worker) -> Inputs:
+        """Waves, step, and the generator that revives codebook entries, the same on every rank."""
+        key = f"{self._recipe.seed}/{step}"
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(31))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        loss, terms = module(waves, step, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.model.parameters(), recipe.clip)
-        optimizer.step()
+        return data.to(worker.device), step, generator
 
-        for name, value in terms.items():
-            averages[name] = 0.99 * averages.get(name, value.item()) + 0.01 * value.item()
-        bar.update()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            metrics = {name: round(value, 4) for name, value in averages.items()}
-            metrics |= {"step": step + 1, "minutes": round((time.monotonic() - started) / 60, 1)}
-            metrics["validation_mel"] = round(validate(objective, validation_crops, recipe), 4)
-            _report(objective, optimizer, recipe, metrics, rank)
+    def metrics(self, record: StepRecord[Tensor]) -> dict[str, float]:
+        """Seconds of audio of all workers, per second."""
+        samples = record.planned.data.numel() * record.worker.world_size
+        return {"train/audio_seconds_per_second": samples / SAMPLE_RATE / record.seconds}
+
+    def metadata(self) -> CodecCheckpointMetadata:
+        return CodecCheckpointMetadata(
+            kind="encodec",
+            model=asdict(self._recipe.codec),
+            code_version=tracking.code_version(),
+            recipe=asdict(self._recipe),
+        )
+
+    def validate(self, written: WrittenCheckpoint) -> dict[str, float]:
+        assert isinstance(written.model, EncodecObjective), "build_backend() made it"
+        return {"validation/mel": mel_distance(written.model, self._validation_crops, self._recipe)}
+
+    def export(self, written: WrittenCheckpoint, metrics: Mapping[str, float]) -> None:
+        """The codec in `out`, and a line of its training log there."""
+        assert isinstance(written.model, EncodecObjective), "build_backend() made it"
+        encodec.save(written.model.model, self._recipe.codec, Path(self._recipe.out))
+        line: dict[str, float] = {k: round(v, 4) for k, v in written.state.averages.items()}
+        line["step"] = written.state.step
+        line["minutes"] = round((time.monotonic() - self._started) / 60, 1)
+        line["validation_mel"] = round(metrics["validation/mel"], 4)
+        append_line(self._recipe.out, line)
 
 
 @torch.no_grad()
-def validate(objective: EncodecObjective, crops: AudioCrops, recipe: CodecRecipe) -> float:
-    """Mel distance through the quantiser on crops never trained on."""
-    model = objective.model
-    total = 0.0
-    for number in range(4):
+def mel_distance(objective: EncodecObjective, crops: AudioCrops, recipe: CodecRecipe) -> float:
+    """Mel distance of crops to their reconstruction from codes, averaged over a few batches."""
+    model, total = objective.model, 0.0
+    for number in range(VALIDATION_BATCHES):
         waves = crops.batch(recipe.batch_size, f"validation/{number}")
         z = model.encoder(waves[:, None].to(next(model.parameters()).device))
         z = model.quantizer.vq.decode(model.quantizer.vq.encode(z))
         total += objective.mel(model.decoder(z)[:, 0], waves.to(z.device)).item()
-    return total / 4
+    return total / VALIDATION_BATCHES
 
 
-def _report(
-    objective: EncodecObjective,
-    optimizer: torch.optim.Optimizer,
-    recipe: CodecRecipe,
-    metrics: dict[str, Any],
-    rank: int,
-) -> None:
-    """Checkpoint (rank 0 writes), export, and one line of JSON in the training log."""
-    import ray.train
-    from ray.train import Checkpoint
+def fit(recipe: CodecRecipe) -> str:
+    """Trains on the connected cluster; returns the URI of the last checkpoint.
 
-    if rank > 0:
-        ray.train.report(metrics)
-        return
-    out = Path(recipe.out)
-    encodec.save(objective.model, recipe.codec, out)
-    with (out / "training.jsonl").open("a") as log:
-        log.write(json.dumps(metrics) + "\n")
-    folder = tempfile.mkdtemp()
-    state = {
-        "trainee": objective.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": metrics["step"],
-    }
-    torch.save(state, Path(folder) / "state.pt")
-    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def allocation_for(recipe: CodecRecipe, cluster: Cluster | None = None) -> Allocation:
-    """A worker's share of the connected cluster, or of `cluster`."""
-    return resources.resolve(
-        recipe.placement,
-        "train_codec",
-        cpus=recipe.threads,
-        workers=recipe.workers,
-        cluster=cluster,
-    )
-
-
-def fit(recipe: CodecRecipe) -> None:
-    """Runs the training on the connected cluster.
-
-    Raises ValueError before anything starts when the cluster will never hold the workers.
+    Raises ValueError before anything starts if the cluster can never hold the workers.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
-
-    allocation = allocation_for(recipe)
-    scaling, processes = allocation.ray_train_configs(recipe.workers)
-    trainer = TorchTrainer(
-        train,
-        train_loop_config=asdict(recipe),
-        scaling_config=scaling,
-        torch_config=processes,
-        run_config=RunConfig(
-            name=recipe.run,
-            storage_path=storage.absolute("runs"),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=2),
-        ),
+    return ray_train.fit(
+        recipe, partial(EncodecTrainee, recipe), section="train_codec", name=recipe.run
     )
-    trainer.fit()
-
-
-def codebook_usage(codes: Sequence[np.ndarray]) -> list[float]:
-    """Share of the 1024 entries that a set of codes touches, per codebook."""
-    stacked = np.concatenate(codes, axis=1)
-    return [len(np.unique(book)) / CODEBOOK_SIZE for book in stacked]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train_codec --recipe codec`."""
     recipe = parse_arguments(argv, "train_codec", CodecRecipe, __doc__ or "")
-    # workers start in folders of their own: paths are fixed here, on the driver
-    recipe = replace(recipe, data=storage.absolute(recipe.data), out=storage.absolute(recipe.out))
-    split(recipe)  # a missing corpus is better noticed before Ray starts
+    split(recipe)  # fails for a missing corpus before Ray starts
     with exit_on_error(), connect():
         fit(recipe)
     print(f"codec: exported to {recipe.out}")

@@ -1,16 +1,17 @@
-"""Trains nano 2's quantiser on vocoder features: minutes on two CPU cores.
+"""Trains nano 2's quantiser on vocoder features, on Ray Train: minutes on two CPU cores.
 
-A plain loop without Ray: random crops of two seconds, squared error of the features, and a random
-number of codebooks, so that one run gives codecs of two to eight. The first steps leave
-quantisation out; the codebooks begin by k-means on what the encoder gives then.
+A step reconstructs random crops with a random number of codebooks, so that one run gives codecs of
+two to eight. The first steps leave quantisation out; the codebooks are initialised by k-means on
+the encoder's output after them. A run of the same name resumes from its last checkpoint. Metrics
+go to MLflow; each checkpoint is exported to `out`, which `prepare` can use as a codec.
 """
 
-import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from functools import partial
+from itertools import count, groupby
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,123 +19,173 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from valle.jobs.export import relative_to_home
+from valle.jobs.recipes import parse_arguments
+from valle.jobs.training import ray_train
+from valle.jobs.training.backends import Backend, DDPBackend, Inputs
+from valle.jobs.training.export_log import append_line
+from valle.jobs.training.optimizer import Optimization, build_codec_optimizer
+from valle.jobs.training.sampler import Planned
+from valle.jobs.training.trainee import StepRecord, Worker, WrittenCheckpoint
 from valle.model.codec.quantizer import FEATURE_RATE, Quantizer, QuantizerConfig
+from valle.model.codec.quantizer_training import QuantizerObjective
 from valle.model.codec.weights import load_quantizer, save_quantizer
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.vocoder.features import FeatureExtractor
 from valle.model.vocoder.weights import WEIGHTS_FILE
-from valle.platform import audio, storage
+from valle.platform import audio, storage, tracking
+from valle.platform.checkpoint import CodecCheckpointMetadata, TrainState
+from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import RecipeError, exit_on_error, formerly, parse_arguments
+from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
+from valle.platform.resources import Placement
 
-PITCH, VOICING = 18, 19
-"""Places of pitch (octaves) and voicing (correlation less 0.5) among the features."""
+Features = NDArray[np.float32]
+"""Vocoder features `[S, 20]` of a recording, 100 a second."""
+
+VALIDATION_CROPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerRecipe:
-    """What to learn from, and for how long."""
+    """One training run of the quantiser."""
 
-    corpora: tuple[str, ...]
-    """Folders or URIs of recordings, a folder a speaker: `{speaker}/{id}.wav`."""
+    corpora: tuple[str, ...] = field(metadata=location())
+    """Folders or URIs of recordings, one folder per speaker: `{speaker}/{id}.wav`."""
 
-    out: str
-    """Folder of the weights, `config.json` and `training.jsonl`."""
+    out: str = field(metadata=location())
+    """Folder for the exported codec: weights, `config.json`, `recipe.json`, `training.jsonl`."""
+
+    run: str
+    """Name of the run, in `storage_path` and in MLflow; a run of the same name resumes."""
+
+    storage_path: str = field(default="runs", metadata=location())
+    """Folder or URI for checkpoints."""
 
     recordings_per_speaker: int = 60
-    """At most so many of each speaker are read."""
+    """Most recordings of a speaker that are read."""
 
     held_out_speakers: tuple[str, ...] = ()
-    """Speakers whose error is measured and who are not learnt from."""
+    """Speakers, named by their folders, that are validated on and not trained on."""
 
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """Rates and sizes."""
 
-    warm_start: str | None = None
-    """Folder of weights to begin with, of the same sizes; the features' mean and deviation are
-    kept, and no step leaves quantisation out. None: from nothing."""
+    warm_start: str | None = field(default=None, metadata=location())
+    """Folder of exported weights of the same sizes that a new run begins with. The mean and the
+    deviation of the features stay theirs, and every step quantises. None: random weights."""
 
     steps: int = 3000
     """Optimizer steps."""
 
     unquantized_steps: int = field(default=400, metadata=formerly("unquantised_steps"))
-    """Of those, the first, without quantisation."""
+    """Steps without quantisation at the start, part of `steps`."""
 
     batch_size: int = field(default=32, metadata=formerly("batch"))
-    """Crops a step."""
+    """Crops per step and worker."""
 
     crop_seconds: float = 2.0
-    """Length of a crop; shorter recordings are left out."""
+    """Length of a crop; shorter recordings are not used."""
 
     learning_rate: float = 1e-3
-    """Peak of AdamW's; falls linearly to a hundredth."""
+    """Peak learning rate of AdamW; falls linearly to a hundredth of it."""
 
     commitment_weight: float = field(default=0.25, metadata=formerly("commitment"))
     """Weight of the distance between latents and codebook entries."""
 
     all_codebooks_share: float = field(default=0.7, metadata=formerly("all_codebooks"))
-    """Share of the steps that use every codebook; the others draw two or more."""
+    """Share of the steps that use all codebooks; the others draw a number from two upwards."""
 
     pitch_weight: float = 6.0
-    """Weight of the pitch's squared error, beside cepstra of about 1."""
+    """Weight of the pitch's squared error; a cepstral coefficient has about 1."""
 
     voicing_weight: float = 2.0
     """Weight of the voicing's squared error."""
 
     log_every: int = 100
-    """Steps between lines of `training.jsonl`."""
+    """Steps between training metrics, each with the held-out errors."""
 
-    save_every: int = 1000
-    """Steps between weights written to `out`."""
+    checkpoint_every: int = field(default=1000, metadata=formerly("save_every"))
+    """Steps between checkpoints, each with export."""
 
-    device: str = "cpu"
-    """Where this process computes: cpu or cuda (not run on a GPU yet)."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+
+    max_failures: int = 2
+    """Lost workers after which the run resumes; one more ends it."""
+
+    workers: int = 1
+    """Data-parallel workers."""
 
     threads: int = 2
-    """Torch threads."""
+    """Torch threads per worker on a CPU, and the cores reserved for it unless
+    `placement.cpus_per_worker` is set."""
+
+    placement: Placement = field(default_factory=Placement, metadata=formerly("device"))
+    """CPU or GPU, and each worker's share of one."""
 
     seed: int = 0
-    """Crops and first weights."""
+    """Seed of initial weights, crops and numbers of codebooks."""
+
+    @property
+    def optimization(self) -> Optimization:
+        """AdamW with weight decay on every parameter, without warm-up."""
+        return Optimization(
+            learning_rate=self.learning_rate,
+            warmup=1,
+            schedule="linear_floor",
+            final_fraction=0.01,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            clip=1.0,
+        )
 
 
-def read_features(recipe: QuantizerRecipe) -> dict[str, NDArray[np.float32]]:
-    """Vocoder features `[S, 20]` of the corpora's recordings, by `{speaker}/{id}`."""
+def list_recordings(recipe: QuantizerRecipe) -> list[tuple[str, str]]:
+    """(URI, `{speaker}/{id}.wav`) of the recordings to read. Raises ValueError if there is none."""
+    recordings = []
+    for corpus in recipe.corpora:
+        paths = sorted(storage.list_files(corpus, (".wav",)))
+        for _, speaker_paths in groupby(paths, lambda path: path.split("/")[0]):
+            first = list(speaker_paths)[: recipe.recordings_per_speaker]
+            recordings += [(storage.join(corpus, path), path) for path in first]
+    if not recordings:
+        raise ValueError(f"corpora: no {{speaker}}/{{id}}.wav below {', '.join(recipe.corpora)}")
+    return recordings
+
+
+def read_features(recipe: QuantizerRecipe) -> dict[str, Features]:
+    """Features of the corpora's recordings, by `{speaker}/{id}.wav`."""
     extractor = FeatureExtractor.load(WEIGHTS_FILE.parent)
-    files = [
-        (storage.join(corpus, path), path)
-        for corpus in recipe.corpora
-        for path in sorted(storage.list_files(corpus, (".wav",)))
-    ]
+    recordings = list_recordings(recipe)
     features = {}
-    with progress_bar(total=len(files), label="features", unit="recording") as bar:
-        for _, group in groupby(files, lambda file: file[1].split("/")[0]):
-            recordings = list(group)
-            for number, (uri, path) in enumerate(recordings):
-                if number < recipe.recordings_per_speaker:
-                    wave = audio.read(storage.read_bytes(uri), max_seconds=600)
-                    features[path] = extractor.extract([wave], SAMPLE_RATE)[0]
-                bar.update()
+    with progress_bar(total=len(recordings), label="features", unit="recording") as bar:
+        for uri, path in recordings:
+            wave = audio.read(storage.read_bytes(uri), max_seconds=600)
+            features[path] = extractor.extract([wave], SAMPLE_RATE)[0]
+            bar.update()
     return features
 
 
 class FeatureCrops:
-    """Random crops of recordings, all speakers alike."""
+    """Random crops of recordings; every speaker is equally likely."""
 
-    def __init__(self, recordings: dict[str, NDArray[np.float32]], recipe: QuantizerRecipe):
+    def __init__(self, recordings: Mapping[str, Features], recipe: QuantizerRecipe) -> None:
         self._length = round(recipe.crop_seconds * FEATURE_RATE)
         self._length -= self._length % recipe.quantizer.features_per_block
-        self._by_speaker: dict[str, list[NDArray[np.float32]]] = {}
+        self._by_speaker: dict[str, list[Features]] = {}
         for name, features in recordings.items():
             if len(features) >= self._length:
                 self._by_speaker.setdefault(name.split("/")[0], []).append(features)
         self._speakers = sorted(self._by_speaker)
         if not self._speakers:
             raise ValueError(
-                f"corpora: no recording is as long as crop_seconds ({recipe.crop_seconds:g})"
+                f"corpora: no recording is as long as crop_seconds ({recipe.crop_seconds:g}); "
+                "lower it, or add longer recordings"
             )
 
     def draw(self, count: int, generator: np.random.Generator) -> Tensor:
-        """`[count, S, 20]`."""
+        """Crops `[count, S, 20]`."""
         crops = []
         for _ in range(count):
             recordings = self._by_speaker[self._speakers[generator.integers(len(self._speakers))]]
@@ -144,134 +195,173 @@ class FeatureCrops:
         return torch.from_numpy(np.stack(crops))
 
 
-def error_weights(deviation: Tensor, recipe: QuantizerRecipe) -> Tensor:
-    """`[20]`: of each normalised feature's squared error; loud cepstra weigh more."""
-    weights = deviation.flatten() / deviation[:PITCH].mean()
-    weights[PITCH], weights[VOICING] = recipe.pitch_weight, recipe.voicing_weight
-    return weights
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Crops of one step."""
+
+    features: Tensor
+    """`[B, S, 20]`"""
+
+    n_codebooks: int | None
+    """Codebooks to use, the same on every rank; None: no quantisation."""
 
 
-def reconstruction_error(
-    restored: Tensor, features: Tensor, deviation: Tensor, weights: Tensor
-) -> Tensor:
-    """Weighted mean square of the normalised difference, a scalar.
+class QuantizerTrainee:
+    """nano 2's quantiser in the training loop."""
 
-    The pitch of a frame counts by how voiced the frame is: without a voice it is noise, and would
-    fill the codebooks.
-    """
-    squared = ((restored - features) / deviation.flatten()).square() * weights
-    voiced = 0.1 + 0.9 * torch.sigmoid(15 * features[..., VOICING])
-    pitch = squared[..., PITCH] * voiced
-    others = squared.sum(-1) - squared[..., PITCH]
-    return ((others + pitch) / len(weights)).mean()
+    name: str = "quantizer"
+    smoothing: float | None = None
 
+    def __init__(self, recipe: QuantizerRecipe) -> None:
+        self._recipe = recipe
+        self._started = monotonic()
+        # the first weights follow from this: building the feature extractor draws numbers too
+        torch.manual_seed(recipe.seed)
+        held_out: dict[str, Features] = {}
+        self._training: dict[str, Features] = {}
+        for name, features in read_features(recipe).items():
+            is_held_out = name.split("/")[0] in recipe.held_out_speakers
+            (held_out if is_held_out else self._training)[name] = features
+        self._crops = FeatureCrops(self._training, recipe)
+        self._validation_crops: Tensor | None = None
+        if held_out:
+            crops = FeatureCrops(held_out, recipe)
+            self._validation_crops = crops.draw(VALIDATION_CROPS, np.random.default_rng(1))
+        self.steps = recipe.steps
+        self.log_every, self.checkpoint_every = recipe.log_every, recipe.checkpoint_every
+        self.optimization = recipe.optimization
 
-def train(recipe: QuantizerRecipe) -> dict[str, Any]:
-    """Trains from nothing and writes `out`; returns the last line of the log."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(
-            "train_quantizer.device: cuda, but torch has no GPU here; this job computes where it "
-            "is started, on no other node: run it on a GPU node, or set device=cpu"
+    def build_backend(self, worker: Worker, *, resumed: bool) -> Backend:
+        recipe = self._recipe
+        if resumed or recipe.warm_start is None:
+            quantizer = Quantizer(recipe.quantizer)
+            features = np.concatenate(list(self._training.values()))
+            quantizer.mean.copy_(torch.from_numpy(features.mean(0))[:, None])
+            quantizer.deviation.copy_(torch.from_numpy(features.std(0))[:, None])
+        else:
+            quantizer = load_warm_start(recipe.warm_start, recipe.quantizer)
+        return DDPBackend(
+            quantizer,
+            self._objective(quantizer),
+            recipe.optimization,
+            worker.device,
+            make_optimizer=build_codec_optimizer,
         )
-    torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
-    recordings = read_features(recipe)
-    held_out = {n: f for n, f in recordings.items() if n.split("/")[0] in recipe.held_out_speakers}
-    crops = FeatureCrops({n: f for n, f in recordings.items() if n not in held_out}, recipe)
-    quantizer = _initialize(recipe, [f for n, f in recordings.items() if n not in held_out])
-    quantizer.to(recipe.device)
-    weights = error_weights(quantizer.deviation, recipe)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
-    validation = None
-    if held_out:
-        validation = (
-            FeatureCrops(held_out, recipe).draw(64, np.random.default_rng(1)).to(recipe.device)
+
+    def batches(self, state: TrainState, worker: Worker) -> Iterator[Planned[FeatureBatch]]:
+        """All ranks draw the crops of all and use their own, so that what is drawn next, the
+        number of codebooks, is the same on every rank."""
+        recipe = self._recipe
+        maximum, size = recipe.quantizer.n_codebooks, recipe.batch_size
+        for step in count(state.step):
+            generator = np.random.default_rng([recipe.seed, step + 1])
+            crops = self._crops.draw(size * worker.world_size, generator)
+            n_codebooks: int | None = maximum
+            if generator.random() >= recipe.all_codebooks_share:
+                n_codebooks = int(generator.integers(min(2, maximum), maximum + 1))
+            if recipe.warm_start is None and step < recipe.unquantized_steps:
+                n_codebooks = None
+            own = crops[worker.rank * size : (worker.rank + 1) * size]
+            yield Planned(0, step, FeatureBatch(own, n_codebooks))
+
+    def inputs(self, data: FeatureBatch, step: int, worker: Worker) -> Inputs:
+        return data.features.to(worker.device), data.n_codebooks
+
+    def metrics(self, record: StepRecord[FeatureBatch]) -> dict[str, float]:
+        """Number of codebooks and held-out errors, which also become a line of the training log."""
+        n_codebooks = record.planned.data.n_codebooks
+        line: dict[str, Any] = {
+            "step": record.step,
+            "codebooks": n_codebooks,
+            "error": round(record.terms["error"], 4),
+            "seconds": round(monotonic() - self._started),
+        }
+        errors = {} if n_codebooks is None else self._held_out_errors(record.model, record.worker)
+        if errors:
+            line["held_out"] = {number: round(error, 4) for number, error in errors.items()}
+        append_line(self._recipe.out, line)
+        return {"train/codebooks": n_codebooks or 0, **_validation_metrics(errors)}
+
+    def metadata(self) -> CodecCheckpointMetadata:
+        return CodecCheckpointMetadata(
+            kind="quantizer",
+            model=asdict(self._recipe.quantizer),
+            code_version=tracking.code_version(),
+            recipe=asdict(self._recipe),
         )
 
-    lines: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    with progress_bar(total=recipe.steps, label="quantizer", unit="step") as bar:
-        for step, batch, n_codebooks in _plan(recipe, crops):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * max(0.01, 1 - step / recipe.steps)
-            quantizer.train()
-            batch = batch.to(recipe.device)
-            restored, commitment = quantizer(batch, n_codebooks)
-            error = reconstruction_error(restored, batch, quantizer.deviation, weights)
-            loss = error + recipe.commitment_weight * commitment
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(quantizer.parameters(), 1.0)
-            optimizer.step()
-            bar.update()
-            n_steps = step + 1
-            if n_steps % recipe.log_every == 0 or n_steps == recipe.steps:
-                line: dict[str, Any] = {
-                    "step": n_steps, "codebooks": n_codebooks, "error": round(error.item(), 4),
-                    "seconds": round(time.perf_counter() - started),
-                }  # fmt: skip
-                if validation is not None and n_codebooks is not None:
-                    line["held_out"] = _validate(quantizer, validation, weights)
-                lines.append(line)
-            if n_steps % recipe.save_every == 0 or n_steps == recipe.steps:
-                save_quantizer(quantizer, Path(recipe.out))
-                log = "".join(json.dumps(line) + "\n" for line in lines)
-                storage.write_bytes(storage.join(recipe.out, "training.jsonl"), log.encode())
-    storage.write_json(storage.join(recipe.out, "recipe.json"), asdict(recipe))
-    return lines[-1]
+    def validate(self, written: WrittenCheckpoint) -> dict[str, float]:
+        """Held-out errors by number of codebooks, once there are codebooks."""
+        assert isinstance(written.model, Quantizer), "build_backend() made it"
+        if not all(book.inited for book in written.model.codebooks()):
+            return {}
+        return _validation_metrics(self._held_out_errors(written.model, written.worker))
+
+    def export(self, written: WrittenCheckpoint, metrics: Mapping[str, float]) -> None:
+        """The codec in `out`, and the recipe it was trained by."""
+        assert isinstance(written.model, Quantizer), "build_backend() made it"
+        save_quantizer(written.model, Path(self._recipe.out))
+        recipe = relative_to_home(asdict(self._recipe))
+        storage.write_json(storage.join(self._recipe.out, "recipe.json"), recipe)
+
+    def _objective(self, quantizer: Quantizer) -> QuantizerObjective:
+        return QuantizerObjective(
+            quantizer,
+            commitment_weight=self._recipe.commitment_weight,
+            pitch_weight=self._recipe.pitch_weight,
+            voicing_weight=self._recipe.voicing_weight,
+        )
+
+    def _held_out_errors(self, model: nn.Module, worker: Worker) -> dict[int, float]:
+        """Reconstruction error on held-out speakers; empty if there are none."""
+        assert isinstance(model, Quantizer), "build_backend() made it"
+        if self._validation_crops is None:
+            return {}
+        objective = self._objective(model)
+        return objective.errors_by_codebooks(self._validation_crops.to(worker.device))
 
 
-def _initialize(recipe: QuantizerRecipe, recordings: Sequence[NDArray[np.float32]]) -> Quantizer:
-    """The quantiser before the first step. Raises ValueError for weights of other sizes."""
-    if recipe.warm_start is None:
-        quantizer = Quantizer(recipe.quantizer)
-        features = np.concatenate(recordings)
-        quantizer.mean.copy_(torch.from_numpy(features.mean(0))[:, None])
-        quantizer.deviation.copy_(torch.from_numpy(features.std(0))[:, None])
-        return quantizer
-    quantizer = load_quantizer(Path(storage.absolute(recipe.warm_start)))
-    if quantizer.config != recipe.quantizer:
+def _validation_metrics(errors: Mapping[int, float]) -> dict[str, float]:
+    return {f"validation/error_{number}_codebooks": error for number, error in errors.items()}
+
+
+def load_warm_start(folder: str, config: QuantizerConfig) -> Quantizer:
+    """The quantiser in `folder`, trainable. Raises ValueError if its sizes are not `config`."""
+    quantizer = load_quantizer(Path(folder))
+    if quantizer.config != config:
         raise ValueError(
-            f"warm_start: {recipe.warm_start} holds {quantizer.config}, the recipe asks for "
-            f"{recipe.quantizer}"
+            f"warm_start: {folder} holds {quantizer.config}, the recipe asks for {config}"
         )
     return quantizer.requires_grad_(True)
 
 
-def _plan(recipe: QuantizerRecipe, crops: FeatureCrops) -> Iterator[tuple[int, Tensor, int | None]]:
-    """Step, batch `[B, S, 20]` and number of codebooks: functions of the seed and the step."""
-    for step in range(recipe.steps):
-        generator = _generator(recipe, step)
-        batch = crops.draw(recipe.batch_size, generator)
-        maximum = recipe.quantizer.n_codebooks
-        uses_all = generator.random() < recipe.all_codebooks_share
-        n_codebooks = maximum if uses_all else int(generator.integers(min(2, maximum), maximum + 1))
-        unquantized = recipe.warm_start is None and step < recipe.unquantized_steps
-        yield step, batch, None if unquantized else n_codebooks
+def fit(recipe: QuantizerRecipe) -> str:
+    """Trains on the connected cluster; returns the URI of the last checkpoint.
+
+    Raises ValueError before anything starts if the cluster can never hold the workers.
+    """
+    return ray_train.fit(
+        recipe, partial(QuantizerTrainee, recipe), section="train_quantizer", name=recipe.run
+    )
 
 
-def _generator(recipe: QuantizerRecipe, step: int) -> np.random.Generator:
-    return np.random.default_rng([recipe.seed, step + 1])
-
-
-@torch.no_grad()
-def _validate(quantizer: Quantizer, batch: Tensor, weights: Tensor) -> dict[int, float]:
-    """Error by number of codebooks, on speakers that were not learnt from."""
-    quantizer.eval()
-    errors = {}
-    for count in sorted({2, 4, 6, quantizer.config.n_codebooks}):
-        if count <= quantizer.config.n_codebooks:
-            restored, _ = quantizer(batch, count)
-            error = reconstruction_error(restored, batch, quantizer.deviation, weights)
-            errors[count] = round(error.item(), 4)
-    return errors
+def resolve_recipe(recipe: QuantizerRecipe) -> QuantizerRecipe:
+    """The recipe with absolute paths, its corpora and the weights of a warm start checked."""
+    recipe = resolve_paths(recipe)
+    list_recordings(recipe)  # fails for a missing corpus before Ray starts
+    if recipe.warm_start is not None:
+        load_warm_start(recipe.warm_start, recipe.quantizer)
+    return recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.train_quantizer --recipe nano2`."""
-    recipe = parse_arguments(argv, "train_quantizer", QuantizerRecipe, __doc__ or "")
-    with exit_on_error():
-        print(json.dumps(train(recipe)))
+    recipe = resolve_recipe(
+        parse_arguments(argv, "train_quantizer", QuantizerRecipe, __doc__ or "")
+    )
+    with exit_on_error(), connect():
+        fit(recipe)
+    print(f"quantizer: exported to {recipe.out}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""The method: text, codec, the two models, sampling, training. Imports neither Ray nor MLflow."""
+"""VALL-E in PyTorch: text, codecs, the AR and NAR models, sampling.
+
+Imports no other folder of the project, neither Ray nor MLflow, and reads no environment variables.
+"""

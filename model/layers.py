@@ -1,10 +1,10 @@
-"""The transformer under both models: attention with cache, feed-forward, level-adaptive norm.
+"""The transformer of both models: attention with cache, feed-forward, level-adaptive norm.
 
 Legend: B batch, S sequence, D width, H heads, K head width, N layers.
 
-Choices: pre-norm, because it trains without tricks at any depth; rotary positions, because one
-sequence holds text and frames whose relative offset carries the alignment, and because it needs
-no table and no longest length; GELU with 4 D hidden units as in the paper's sizes.
+Choices: pre-norm, which trains stably at any depth; rotary positions, since the relative offset of
+text and frames in one sequence carries the alignment, and since they need no table and no maximal
+length; GELU with 4 D hidden units, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -21,48 +21,48 @@ from valle.model.tokens import CODEBOOK_SIZE
 
 @runtime_checkable  # shapes and types are checked in tests
 class Cache(Protocol):
-    """What attention needs of a store of keys and values."""
+    """Store of keys and values, as attention uses it."""
 
     @property
     def causal(self) -> bool:
-        """Whether of what is appended, all there is, no position sees a later one."""
+        """True if appended positions must attend causally to each other, by a causal kernel."""
 
     def append(
         self, layer: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores new positions `[B, H, S, K]`; returns all keys and values to attend to, and which
-        of them each row may see (None: all)."""
+        """Stores new positions `[B, H, S, K]` of a layer. Returns the keys and values to attend to,
+        and the mask of visible ones (None: all)."""
 
     def advance(self, n_positions: int) -> None:
-        """Counts `n_positions` more as filled, once all layers have stored theirs."""
+        """Marks `n_positions` as filled, after every layer has appended them."""
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the positions already seen, for what comes after them in turn."""
+    """Keys and values of past positions, for incremental decoding of equally long rows."""
 
     keys: Float[Tensor, "N B H S K"]
     values: Float[Tensor, "N B H S K"]
     length: int = 0
-    """Positions filled so far, the same for every row."""
+    """Filled positions, the same for every row."""
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> "KVCache":
-        """Room for `capacity` positions, on the device and in the precision of `like`."""
+        """An empty cache of `capacity` positions, with the device and dtype of `like`."""
         head = config.width // config.n_heads
         shape = (config.n_layers, batch, config.n_heads, capacity, head)
         return cls(like.new_empty(shape), like.new_empty(shape))
 
     @property
     def causal(self) -> bool:
-        """Of what is appended to an empty cache, no position sees a later one."""
+        """True for the first append; later ones return a mask instead."""
         return self.length == 0
 
     def append(
         self, layer: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Bool[Tensor, "B 1 S _"] | None]:
-        """Stores new positions `[B, H, S, K]` of a layer; returns everything up to them, and what
-        each of several may see after others."""
+        """Stores new positions `[B, H, S, K]`; returns all positions so far, and a causal mask if
+        several new positions follow earlier ones."""
         new = key.shape[2]
         end = self.length + new
         assert end <= self.keys.shape[3], "KV cache is full: capacity was computed too small"
@@ -75,11 +75,11 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end], mask
 
     def advance(self, n_positions: int) -> None:
-        """Counts `n_positions` more as filled."""
+        """Marks `n_positions` as filled."""
         self.length += n_positions
 
     def reset(self) -> None:
-        """Forgets everything; the memory stays."""
+        """Empties the cache; the memory stays allocated."""
         self.length = 0
 
 
@@ -91,7 +91,7 @@ def rotary_cos_sin(positions: Float[Tensor, "B S"], width: int) -> Float[Tensor,
 
 
 def apply_rotary(x: Float[Tensor, "*n B H S K"], cos_sin: Float[Tensor, "2 B 1 S half"]) -> Tensor:
-    """Turns each pair of features of queries or keys by the angles of their position."""
+    """Rotates each pair of features of queries or keys by the angles of their position."""
     cos, sin = cos_sin.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
@@ -104,10 +104,10 @@ def dot_product_attention(
     mask: Bool[Tensor, "B 1 _ T"] | None,
     causal: bool,
 ) -> Float[Tensor, "B H S K"]:
-    """Softmax attention over the positions of `mask`, by PyTorch's fused kernel.
+    """Softmax attention over the positions of `mask` (None: all), by PyTorch's fused kernel.
 
-    Not where a CPU learns: its kernel's backward pass is a quarter of a bf16 training step, twice
-    what the three plain operations take, whose memory grows with the square of the length.
+    Training on a CPU uses three plain operations instead: the fused kernel's backward pass takes
+    twice their time there, a quarter of a bf16 training step. They need memory quadratic in S.
     """
     if query.is_cuda or not (torch.is_grad_enabled() and query.requires_grad):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
@@ -121,10 +121,10 @@ def dot_product_attention(
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose gain and bias belong to the level (AdaLN, VALL-E section 4.2.2).
+    """Layer norm with a gain and bias per level (AdaLN, VALL-E section 4.2.2).
 
-    All levels are one stacked parameter: separate modules would leave some without a gradient in a
-    step, which breaks DDP and, silently, DeepSpeed's ZeRO.
+    All levels are one stacked parameter. With separate modules, those whose level is not in a batch
+    would have no gradient, which breaks DDP and, silently, DeepSpeed's ZeRO.
     """
 
     def __init__(self, n_levels: int, width: int) -> None:
@@ -136,7 +136,7 @@ class AdaptiveNorm(nn.Module):
         self, x: Float[Tensor, "B S D"], level: Int[Tensor, " B"]
     ) -> Float[Tensor, "B S D"]:
         """Normalises `x` with the gain and bias of each row's level."""
-        if len(self.modulation) == 1:  # one kernel for three: a step of one frame counts them
+        if len(self.modulation) == 1:  # one kernel instead of three: matters in decoding steps
             gain, bias = self.modulation[0]
             return F.layer_norm(x, self._shape, 1 + gain, bias)
         gain, bias = self.modulation[level][:, :, None].unbind(1)
@@ -150,7 +150,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        # with a bias, a head can attend by position alone: how alignment to the text begins
+        # with a bias a head can attend by position alone, from which text alignment is learnt
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
@@ -162,12 +162,12 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
-        """Causal when `mask` is None, else over what each position may see.
+        """Attention of `x` `[B, S, D]` to itself: causal if `mask` is None.
 
-        With a cache, which says itself what is seen, `x` is what comes after its contents.
+        With a `cache`, `x` follows the cached positions, and the cache provides the mask.
         """
         assert mask is None or cache is None, "a cache has a mask of its own"
-        # [3, B, H, S, K]; queries and keys are turned together
+        # [3, B, H, S, K]; queries and keys are rotated together
         parts = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         (query, key), value = apply_rotary(parts[:2], cos_sin), parts[2]
         causal = mask is None
@@ -203,7 +203,6 @@ class Block(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "B S D"]:
-        """One layer."""
         x = x + self.dropout(
             self.attention(self.attention_norm(x, level), cos_sin, mask, cache, layer)
         )
@@ -219,7 +218,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, n_levels) for _ in range(config.n_layers))
         self.norm = AdaptiveNorm(n_levels, config.width)
         self.apply(_initialize)
-        for block in self.blocks:  # keep the residual stream's variance flat in depth (GPT-2)
+        for block in self.blocks:  # keeps the residual stream's variance constant in depth (GPT-2)
             for last in (block.attention.out, block.ffn[2]):  # type: ignore[union-attr, index]
                 nn.init.normal_(last.weight, std=0.02 / (2 * config.n_layers) ** 0.5)  # type: ignore[union-attr, arg-type]
 
@@ -231,7 +230,8 @@ class Transformer(nn.Module):
         mask: Bool[Tensor, "B S S"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B S D"]:
-        """Hidden states. Causal, unless `mask` says which positions (last) each may see."""
+        """Hidden states. Attention is causal without a `mask`, whose last axis is the positions
+        that each position may attend to."""
         cos_sin = rotary_cos_sin(positions, self.head_width)
         for number, block in enumerate(self.blocks):
             x = block(x, cos_sin, level, mask, cache, number)
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
 
 
 class CodeEmbedding(nn.Module):
-    """Sums the embeddings of a frame's codes over codebooks; one stacked table."""
+    """Embeds frames: the sum of their codes' embeddings over codebooks, from one stacked table."""
 
     def __init__(self, n_codebooks: int, width: int) -> None:
         super().__init__()

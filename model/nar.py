@@ -1,13 +1,12 @@
-"""The NAR model: fills in codebooks 2 to 8, one parallel pass each.
+"""The NAR model: predicts each codebook after the first in one parallel pass.
 
 VALL-E (Wang et al. 2023) section 4.2.2. The sequence is
-`phonemes . <text end> . prompt (all codebooks) . <go> . response (codebooks below the level)`;
-every position sees every other, but for those of the prompt, which see only the prompt (in the
-paper they see everything): what is read of a prompt serves for all that is said in its voice, at
-every level once, as each layer's norm depends on the codebook to be filled in. The text sees the
-response, which is not the same twice, and is computed anew in each pass. The prompt is apart from
-the target, and no loss falls on it (VALL-E 2 measures what that is worth: similarity 0.639 against
-0.530).
+`phonemes . <text end> . prompt (all codebooks) . <go> . response (codebooks below the level)`.
+Attention is bidirectional, with one exception: prompt positions attend to the prompt only (in the
+paper, to everything). A prompt's keys and values therefore depend on the prompt and the level alone
+and are computed once per voice and level (`prompt.py`). Text and response are recomputed in each
+pass. The prompt is separate from the target and carries no loss (VALL-E 2 measures the effect on
+speaker similarity: 0.639 against 0.530).
 
 Legend: B batch, L phonemes, P prompt frames, T response frames, Q codebooks, D width.
 """
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from valle.model.config import ModelConfig
+from valle.model.config import NARConfig
 from valle.model.layers import CodeEmbedding, Transformer
 from valle.model.prompt import BatchedPromptKV, KVRecorder, PromptKV
 from valle.model.sampling import Sampling, guide, sample
@@ -34,13 +33,13 @@ from valle.model.sequence import (
 from valle.model.tokens import CODEBOOK_SIZE
 
 PROMPT_SEGMENT = 2
-"""Which of the sequence's segments the prompt is."""
+"""Index of the prompt among the segments of the sequence."""
 
 
 class NAR(nn.Module):
     """Predicts codebook `level` of every frame from the codebooks below it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: NARConfig) -> None:
         super().__init__()
         self.config = config
         self.n_levels = config.n_codebooks - 1
@@ -48,10 +47,10 @@ class NAR(nn.Module):
         self.prompt_embedding = CodeEmbedding(config.n_codebooks, config.width)
         self.code_embedding = CodeEmbedding(self.n_levels, config.width)
         self.separators = nn.Parameter(torch.zeros(2, config.width))
-        # text, prompt and response overlap in position: what each is has to be said
+        # text, prompt and response share rotary positions: a learnt vector tells them apart
         self.segments = nn.Parameter(torch.zeros(3, config.width))
         self.transformer = Transformer(config, self.n_levels)
-        # one stacked head: see AdaptiveNorm
+        # one stacked parameter, not a head per level: see AdaptiveNorm
         self.heads = nn.Parameter(torch.empty(self.n_levels, CODEBOOK_SIZE, config.width))
         for parameter in (self.text_embedding.weight, self.separators, self.segments, self.heads):
             nn.init.normal_(parameter, std=0.02)
@@ -67,11 +66,10 @@ class NAR(nn.Module):
         return self._logits(gather_span(hidden, sequence.starts[-1], batch.codes.shape[2]), level)
 
     def _around_prompt(self, batch: Batch, level: Int[Tensor, " B"]) -> list[Segment]:
-        """Text, its end, go, response."""
+        """All segments but the prompt: text, its end, go, response."""
         one = torch.ones_like(batch.frames)
         end, go = self.separators[:, None, None].expand(-1, len(one), 1, -1)
-        # text positions are stretched over the response: a phoneme starts out beside the frames
-        # that say it
+        # text positions are stretched over the response: a phoneme lies near its frames
         stretch = (batch.total_frames / batch.phoneme_lengths)[:, None]
         text_positions = frame_positions(batch.phoneme_lengths, batch.phonemes.shape[1]) * stretch
         code_positions = frame_positions(batch.frames, batch.codes.shape[2])
@@ -95,7 +93,7 @@ class NAR(nn.Module):
 
     @torch.inference_mode()
     def prefill_prompt(self, prompt: Int[Tensor, "Q P"], n_levels: int) -> PromptKV:
-        """A prompt's keys and values at levels 1 .. `n_levels`, as rows of one batch."""
+        """Keys and values of a prompt at levels 1 .. `n_levels`, computed as one batch."""
         rows = prompt.expand(n_levels, -1, -1).to(self.heads.device)
         level = torch.arange(n_levels, device=rows.device)
         segment = self._prompt_segment(rows, torch.full_like(level, prompt.shape[1]))
@@ -107,7 +105,7 @@ class NAR(nn.Module):
     def forward_cached(
         self, prompts: Sequence[PromptKV], batch: Batch, level: int
     ) -> Float[Tensor, "B T 1024"]:
-        """`forward` at one level, the prompts of the batch's rows being read already."""
+        """`forward` at one level, with `prompts` in place of the batch's own prompts."""
         levels = torch.full_like(batch.frames, level)
         sequence = concat_segments(self._around_prompt(batch, levels))
         prompt_kv = BatchedPromptKV.stack(level, prompts, sequence.valid)
@@ -122,18 +120,21 @@ class NAR(nn.Module):
         first_codebook: Int[Tensor, " T"],
         *,
         sampling: Sampling,
-        generator: torch.Generator,
+        seed: int,
         guided_levels: int | None = None,
         prefix: Int[Tensor, "Q S"] | None = None,
         total_frames: int | None = None,
     ) -> Int[Tensor, "Q T"]:
-        """All codebooks of a response whose `first_codebook` is given: the plain way.
+        """All codebooks of a response with the given `first_codebook`: the slow reference.
 
-        Guidance is for the first `guided_levels` (None: all). Of a response that goes on, the first
-        frames may be settled, the `prefix`, and `total_frames` is how long it may become.
+        Guidance applies to the first `guided_levels` (None: all). While a response is still being
+        generated, `prefix` holds the frames that must stay as they are, and `total_frames` is the
+        estimated length of the whole. Tokens are a function of `seed`, codebook and frame.
         """
         codes = first_codebook.new_zeros(self.config.n_codebooks, len(first_codebook))
         codes[0] = first_codebook
+        positions = torch.arange(len(first_codebook), device=first_codebook.device)
+        # one pass per codebook; each reads the codes of the passes before it
         for level in range(1, self.config.n_codebooks):
             totals = None if total_frames is None else [total_frames]
             batch = collate([phonemes], [prompt], [codes], totals).to(self.heads.device)
@@ -141,7 +142,9 @@ class NAR(nn.Module):
             logits = self(batch, levels)
             if sampling.guided and (guided_levels is None or level <= guided_levels):
                 logits = guide(logits, self(unconditional(batch), levels), sampling.guidance_scale)
-            codes[level] = sample(logits[0], sampling, generator=generator)
+            codes[level] = sample(
+                logits[0], sampling, seed=seed, positions=positions, codebook=level
+            )
             if prefix is not None:
                 codes[level, : prefix.shape[1]] = prefix[level]
         return codes

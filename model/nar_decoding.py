@@ -1,4 +1,7 @@
-"""The NAR model's part: from the first codebook to all eight, one sentence or many at once."""
+"""NAR decoding: from the first codebook to all of them, for one sentence or a batch.
+
+Legend: Q codebooks, T frames, P prompt frames, S settled frames.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,52 +16,54 @@ from torch import Tensor
 from valle.model.codec.interface import Codes
 from valle.model.nar import NAR
 from valle.model.prompt import PromptKV
-from valle.model.sampling import Sampling, guide, sample
+from valle.model.sampling import Sampling, guide, sample, validate_seed
 from valle.model.sequence import collate, estimate_total_frames, with_unconditional
 from valle.model.tokens import NULL_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
 class NARDecoding:
-    """How codebooks 2 to 8 are filled in."""
+    """Settings of NAR decoding, the same for a batch."""
 
     sampling: Sampling
-    """A temperature of 0 is the paper's greedy choice."""
+    """A temperature of 0 is greedy, as in the paper."""
 
     guided_levels: int
-    """Codebooks that are filled in with guidance, from the second on: they carry the words."""
+    """Number of codebooks decoded with guidance, from the second on: the low ones carry the
+    words."""
 
     seed: int = 0
-    """Of sampling, if there is any."""
+    """Seed of sampling, 0 to 2**63 - 1; greedy decoding ignores it."""
 
     def __post_init__(self) -> None:
+        validate_seed(self.seed)
         if self.guided_levels < 0:
             raise ValueError(f"guided_levels: {self.guided_levels} is below 0")
 
 
 @dataclass(frozen=True)
 class NARRequest:
-    """Speech of which the first codebook is known."""
+    """A sentence, or its beginning, whose first codebook the AR model has generated."""
 
     phonemes: list[int]
-    """Ids."""
+    """Ids of the whole text."""
     prompt: Codes
-    """`[8, P]`"""
+    """`[Q, P]`"""
     first_codebook: NDArray[np.int16]
     """`[T]`"""
     prefix: Codes | None = None
-    """`[8, S]`: the first frames, where they are settled already."""
+    """`[Q, S]`: first frames whose codes are already in use and must not change."""
     complete: bool = True
-    """Whether that says the whole text, or the AR model has more to say, or would have had."""
+    """False if the AR model is still generating or stopped at its length limit."""
 
     @property
     def n_positions(self) -> int:
-        """Of the NAR model's sequence, but for two separators: a prompt that was read before is
-        still looked at, and takes memory in each row."""
+        """Length of the NAR model's sequence, separators apart. The prompt counts even if its keys
+        and values are cached: they take memory in each row."""
         return len(self.phonemes) + self.prompt.shape[1] + len(self.first_codebook)
 
     def total_frames(self, frames_per_phoneme: float) -> int:
-        """Frames of the whole."""
+        """Frames of the whole sentence: known if it is `complete`, else estimated."""
         n_frames = len(self.first_codebook)
         if self.complete:
             return n_frames
@@ -66,46 +71,49 @@ class NARRequest:
 
 
 def nar_decode(nar: NAR, item: NARRequest, decoding: NARDecoding) -> Codes:
-    """All codebooks `[8, T]`, the plain way."""
+    """All codebooks `[Q, T]` of one sentence, by `NAR.generate`: the slow reference."""
     device = nar.heads.device
     codes = nar.generate(
-        torch.tensor(item.phonemes, device=device), _codes(item.prompt, device),
+        torch.tensor(item.phonemes, device=device),
+        _codes(item.prompt, device),
         _codes(item.first_codebook, device),
-        sampling=decoding.sampling, guided_levels=decoding.guided_levels,
-        generator=torch.Generator(device).manual_seed(decoding.seed),
+        sampling=decoding.sampling,
+        guided_levels=decoding.guided_levels,
+        seed=decoding.seed,
         prefix=None if item.prefix is None else _codes(item.prefix, device),
         total_frames=item.total_frames(nar.config.frames_per_phoneme),
-    )  # fmt: skip
+    )
     return codes.to("cpu", torch.int16).numpy()
 
 
 class NARDecoder:
-    """`nar_decode` for many at once, by a NAR model that remembers the prompts it has read last."""
+    """Batched `nar_decode` with a cache of prompt keys and values."""
 
     def __init__(self, nar: NAR, max_prompts: int = 8) -> None:
-        """`max_prompts` are remembered: of each frame, keys and values of every layer at seven
-        levels, 19 MB for three seconds in nano, 155 MB in the paper's size (float32)."""
+        """The cache holds `max_prompts`. One prompt of three seconds takes 19 MB in the `mini` size
+        and 155 MB in the paper's (keys and values of every layer at seven levels, float32)."""
         self._nar = nar
         self._prompts: LRUCache[bytes, PromptKV] = LRUCache(max_prompts)
-        # null prompts differ in length only, and most prompts are as long as they may be
+        # null prompts differ in length only, and most prompts have the maximal length
         self._null_prompts: LRUCache[tuple[int, int], PromptKV] = LRUCache(2)
 
     def decode(self, items: Sequence[NARRequest], decoding: NARDecoding) -> list[Codes]:
-        """All codebooks `[8, T]` of each item."""
+        """All codebooks `[Q, T]` of each item."""
         nar = self._nar
         device = nar.heads.device
         texts = [torch.tensor(item.phonemes, device=device) for item in items]
-        # prompts have been read
+        # the batch itself has empty prompts: their keys and values come from the cache
         no_prompts = [texts[0].new_empty(nar.config.n_codebooks, 0)] * len(items)
         codes = [_codes(item.first_codebook, device) for item in items]
         codes = [torch.cat([row[None], row.new_zeros(nar.n_levels, len(row))]) for row in codes]
-        generators = [torch.Generator(device).manual_seed(decoding.seed) for _ in items]
+        positions = [torch.arange(len(item.first_codebook), device=device) for item in items]
         guided_levels = min(decoding.guided_levels, nar.n_levels) if decoding.sampling.guided else 0
         prompts = [self._prompt(item.prompt) for item in items]
         null_prompts = [
             self._null_prompt(item.prompt, guided_levels) for item in items if guided_levels
         ]
         total_frames = [item.total_frames(nar.config.frames_per_phoneme) for item in items]
+        # one pass per codebook; each reads the codes of the passes before it
         for level in range(1, nar.config.n_codebooks):
             batch = collate(texts, no_prompts, codes, total_frames).to(device)
             if level <= guided_levels:
@@ -114,14 +122,20 @@ class NARDecoder:
                 logits = guide(logits, unconditional, decoding.sampling.guidance_scale)
             else:
                 logits = nar.forward_cached(prompts, batch, level)
-            for row, scores, item, generator in zip(codes, logits, items, generators, strict=True):
-                row[level] = sample(scores[: row.shape[1]], decoding.sampling, generator=generator)
+            for row, scores, item, frames in zip(codes, logits, items, positions, strict=True):
+                row[level] = sample(
+                    scores[: len(frames)],
+                    decoding.sampling,
+                    seed=decoding.seed,
+                    positions=frames,
+                    codebook=level,
+                )
                 if item.prefix is not None:
                     row[level, : item.prefix.shape[1]] = _codes(item.prefix[level], device)
         return [row.to("cpu", torch.int16).numpy() for row in codes]
 
     def _prompt(self, prompt: Codes) -> PromptKV:
-        """A prompt, read now or before."""
+        """The keys and values of a prompt, from the cache if it is there."""
         key = prompt.tobytes()
         if (prompt_kv := self._prompts.get(key)) is None:
             prompt_kv = self._nar.prefill_prompt(self._tensor(prompt), self._nar.n_levels)
@@ -129,7 +143,7 @@ class NARDecoder:
         return prompt_kv
 
     def _null_prompt(self, prompt: Codes, n_levels: int) -> PromptKV:
-        """A null prompt of the same length: what guidance compares with."""
+        """The same for a null prompt of equal length, for the unconditional rows."""
         key = prompt.shape[1], n_levels
         if (prompt_kv := self._null_prompts.get(key)) is None:
             null_prompt = self._tensor(np.full_like(prompt, NULL_CODE))

@@ -1,8 +1,8 @@
-"""What the NAR model has read of a prompt, kept for whatever is said in that voice.
+"""Cached keys and values of the NAR model's prompts.
 
-A prompt sees only itself, so its keys and values in each layer depend on the prompt and on the
-codebook that is filled in, and on nothing else: three seconds are most of a short sentence's
-positions, and need not be computed again for the next one.
+Prompt positions attend to the prompt only. Their keys and values in each layer therefore depend on
+the prompt and the level (the codebook to predict) alone, and one computation serves every sentence
+in that voice. A prompt of three seconds is most of a short sentence's positions.
 
 Legend: V levels, N layers, B rows, H heads, P prompt frames, S other positions, K head width.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptKV:
-    """Keys and values of one prompt, at the first V levels."""
+    """Keys and values of one prompt at levels 1 .. V."""
 
     keys: Float[Tensor, "V N H P K"]
     values: Float[Tensor, "V N H P K"]
@@ -26,7 +26,7 @@ class PromptKV:
 
 @dataclass
 class KVRecorder:
-    """Takes down what a transformer makes of whole prompts: a `model.layers.Cache`."""
+    """A `model.layers.Cache` that collects the keys and values of whole prompts."""
 
     keys: list[Tensor] = field(default_factory=list)
     """`[B, H, P, K]` of each layer."""
@@ -35,24 +35,24 @@ class KVRecorder:
     causal = False
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Keeps a layer's, and has all of it seen."""
+        """Stores the layer's keys and values and returns them, all visible."""
         assert layer == len(self.keys), "layers come in their order"
         self.keys.append(key)
         self.values.append(value)
         return key, value, None
 
     def advance(self, n_positions: int) -> None:
-        """Nothing comes after a prompt."""
+        """A recorder takes one call per layer, so there is no length to keep."""
 
 
 @dataclass(frozen=True)
 class BatchedPromptKV:
-    """Prompts that were read, seen by all that follows: a `model.layers.Cache`."""
+    """A `model.layers.Cache` that puts each row's cached prompt before the row's positions."""
 
     keys: Float[Tensor, "N B H P K"]
     values: Float[Tensor, "N B H P K"]
     mask: Bool[Tensor, "B 1 1 _"]
-    """Of P + S positions: prompts may differ in length, and so may what follows."""
+    """Valid ones among the P + S positions; rows differ in prompt length and in length."""
 
     causal = False
 
@@ -60,15 +60,13 @@ class BatchedPromptKV:
     def stack(
         cls, level: int, prompts: Sequence[PromptKV], valid: Bool[Tensor, "B S"]
     ) -> "BatchedPromptKV":
-        """Prompts of a batch's rows at a level (1 .. V), before positions of which only
-        `valid` ones are seen."""
+        """The rows' prompts at a level (1 .. V), padded to one length. `valid` marks the rows' own
+        positions that are no padding."""
         frames = [prompt.keys.shape[3] for prompt in prompts]
         longest = max(frames)
 
         def pad_and_stack(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.stack(
-                [F.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors], dim=1
-            )  # fmt: skip
+            return torch.stack([F.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors], dim=1)
 
         in_prompt = torch.arange(longest) < torch.tensor(frames)[:, None]
         mask = torch.cat([in_prompt.to(valid.device), valid], dim=1)
@@ -79,7 +77,7 @@ class BatchedPromptKV:
         )
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A layer's keys and values `[B, H, S, K]`, after those of the prompts."""
+        """The layer's cached prompts, followed by keys and values `[B, H, S, K]`."""
         return (
             torch.cat([self.keys[layer], key], dim=2),
             torch.cat([self.values[layer], value], dim=2),
@@ -87,4 +85,4 @@ class BatchedPromptKV:
         )
 
     def advance(self, n_positions: int) -> None:
-        """All positions come at once."""
+        """Each pass starts over, so there is no length to keep."""

@@ -1,9 +1,8 @@
-"""int8 with a scale per row: weights at a quarter of their size, stored or computed with.
+"""int8 weights with a scale per row: a storage format, and a precision to compute in.
 
-As storage, a checkpoint is turned back into float32 when it is loaded. A row of a matrix (the
-weights of one output, or one embedding) keeps its largest value as scale; the rounding error is at
-most 1/254 of that. `convert` is the precision that models compute in: a switch of the endpoint,
-the evaluation and benchmarks.
+`to_int8` stores a checkpoint in a quarter of its size; `from_int8` restores float32 when it is
+loaded. The scale of a row (the weights of one output, or one embedding) is its largest magnitude;
+the rounding error is at most 1/254 of it. `convert` sets the precision that a model computes in.
 """
 
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ Precision = Literal["fp32", "bf16", "int8"]
 Model = TypeVar("Model", AR, NAR)
 
 SCALE = ".scale"
-"""Ending of the name under which the scales of an int8 tensor are stored."""
+"""Suffix of the name under which the scales of an int8 tensor are stored."""
 
 
 def to_int8(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices (and stacks of them) as int8 with scales; vectors as they are."""
+    """Matrices, and stacks of them, as int8 with scales; vectors unchanged."""
     stored: dict[str, Tensor] = {}
     for name, value in weights.items():
         if value.dim() < 2:
@@ -37,9 +36,9 @@ def to_int8(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_int8(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `to_int8` was given, but for rounding; anything else as it is.
+    """The inverse of `to_int8`, up to rounding; other tensors unchanged.
 
-    Raises ValueError when an int8 tensor has no scales.
+    Raises ValueError for an int8 tensor without scales.
     """
     weights: dict[str, Tensor] = {}
     for name, value in stored.items():
@@ -55,12 +54,12 @@ def from_int8(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert(model: Model, precision: Precision) -> Model:
-    """The model, changed in place to compute in `precision`.
+    """The model, converted in place to compute in `precision`.
 
-    int8, for CPUs that have bf16, keeps the matrices of the AR model's transformer in int8 (rounded
-    now, if they were not shipped so), of which a step reads a quarter of the bytes, and gives them
-    activations in bf16. The NAR model works on hundreds of frames at once, which no memory bounds:
-    it is in bf16.
+    int8 is for CPUs with bf16 instructions. It stores the matrices of the AR model's transformer in
+    int8 and multiplies them by bf16 activations: a decoding step, which memory bandwidth limits,
+    reads a quarter of the bytes. The NAR model computes hundreds of frames at once, which
+    arithmetic limits; it gets bf16.
     """
     if precision == "int8" and isinstance(model, AR):
         for block in model.transformer.blocks:
@@ -93,11 +92,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", stored["weight"])
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        # the kernel's own scales are bf16: too coarse, so they are left out of it
+        # the kernel's scales are bf16, too coarse: it gets ones, and `forward` scales in float32
         self.register_buffer("_ones", torch.ones_like(scale, dtype=torch.bfloat16))
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """`x` times the matrix, plus the bias; float32 but for what is multiplied."""
+        """`x` times the matrix, plus the bias: a bf16 product, scaled and added in float32."""
         rows = x.flatten(0, -2).bfloat16()
         product = torch._weight_int8pack_mm(rows, self.weight, self._ones)
         return torch.addcmul(self.bias, product, self.scale).view(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Long text in pieces that the models can say in one breath."""
+"""Splits long text into sentences short enough for the models, and joins their waves."""
 
 import re
 from collections.abc import Sequence
@@ -11,41 +11,41 @@ from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 
 MAX_SENTENCE_CHARACTERS = 240
-"""Characters of a piece: about 15 s, as long as the utterances models are trained on."""
+"""Characters of a sentence: about 15 s of speech, as long as the training utterances."""
 
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
-"""Between two sentences, beside what the model itself leaves."""
+"""Silence between two sentences, in addition to what the models generate."""
 
-_BREATHS = re.compile(r"(?<=[,;:–—])\s+")
+_CLAUSE_ENDS = re.compile(r"(?<=[,;:–—])\s+")
 
 
 def split_sentences(
     text: str, language: str = "en-us", max_characters: int = MAX_SENTENCE_CHARACTERS
 ) -> list[str]:
-    """The sentences of `text`, white space evened out; those above `max_characters` are cut at
-    commas and the like, and where there are none, between words."""
+    """The sentences of `text`, white space normalised. A sentence above `max_characters` is cut at
+    commas, colons, semicolons or dashes, and without those between words."""
     sentences = (" ".join(part.split()) for part in sentencex.segment(language[:2], text))
     return [piece for sentence in sentences if sentence for piece in _cut(sentence, max_characters)]
 
 
 def sentence_phoneme_ids(text: str, language: str) -> list[list[int]]:
-    """Phoneme ids of each sentence of a long text that has something to say. Raises ValueError when
-    none has."""
-    sentences, silent = [], None
+    """Phoneme ids of each sentence that can be pronounced. Raises ValueError if none can."""
+    sentences, last_error = [], None
     for sentence in split_sentences(text, language):
         try:
             sentences.append(phoneme_ids(sentence, language))
         except ValueError as error:
-            silent = error
+            last_error = error
     if not sentences:
-        raise silent or ValueError("text: nothing to say in it")
+        raise last_error or ValueError("text: nothing to say in it")
     return sentences
 
 
 def _cut(sentence: str, max_characters: int) -> list[str]:
+    """A sentence in as few parts as commas and word boundaries allow."""
     if len(sentence) <= max_characters:
         return [sentence]
-    clauses = _BREATHS.split(sentence)
+    clauses = _CLAUSE_ENDS.split(sentence)
     parts = [part for clause in clauses for part in _words(clause, max_characters)]
     pieces = [parts[0]]
     for part in parts[1:]:
@@ -58,7 +58,7 @@ def _cut(sentence: str, max_characters: int) -> list[str]:
 
 
 def _words(clause: str, max_characters: int) -> list[str]:
-    """A clause between words; a word above `max_characters`, which nobody can say, anywhere."""
+    """A clause, cut between words; a word above `max_characters` is cut anywhere."""
     if len(clause) <= max_characters:
         return [clause]
     words = [
@@ -74,6 +74,6 @@ def _words(clause: str, max_characters: int) -> list[str]:
 
 
 def join_waves(waves: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Sentences in turn, with pauses between them."""
+    """The sentences one after the other, with `PAUSE` between them."""
     parts = [part for wave in waves for part in (PAUSE, wave)]
     return np.concatenate(parts[1:])

@@ -1,6 +1,7 @@
-"""One sequence of text, prompt and response, without holes, for a batch of unequal lengths.
+"""Batches of unequal lengths: segments (text, prompt, response) joined into padded sequences.
 
-Legend: B batch, L phonemes, P prompt frames, T response frames, S joined length, D width.
+Legend: B batch, L phonemes, P prompt frames, T response frames, S joined length, Q codebooks,
+D width.
 """
 
 from collections.abc import Sequence
@@ -17,31 +18,30 @@ from valle.model.tokens import NULL_CODE
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is given: text, the prompt recording, and the speech to learn or continue."""
+    """Model input: text, prompt, and the response to learn or to continue."""
 
     phonemes: Int[Tensor, "B L"]
     phoneme_lengths: Int[Tensor, " B"]
     prompt: Int[Tensor, "B Q P"]
     prompt_frames: Int[Tensor, " B"]
     codes: Int[Tensor, "B R T"]
-    """R = Q, or 1 where only the first codebook is known."""
+    """R = Q, or 1 if only the first codebook is known."""
     frames: Int[Tensor, " B"]
     total_frames: Int[Tensor, " B"]
-    """Frames that the whole text takes: more than `frames` where only its beginning is said."""
+    """Length of the whole response: more than `frames` where `codes` is only its beginning."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     @property
     def n_tokens(self) -> int:
-        """Positions that carry content: phonemes, prompt frames and response frames."""
+        """Positions without padding: phonemes, prompt frames and response frames."""
         total = self.phoneme_lengths + self.prompt_frames + self.frames
         return int(total.sum())
 
     @property
     def n_padded(self) -> int:
-        """Positions the joined sequences occupy, padding included."""
+        """Positions of the joined sequences, padding included."""
         total = self.phoneme_lengths + self.prompt_frames + self.frames
         return int(total.max()) * len(total)
 
@@ -52,7 +52,7 @@ def collate(
     codes: Sequence[Int[Tensor, "_ _"]],
     total_frames: Sequence[int] | None = None,
 ) -> Batch:
-    """Pads single items into a batch; each says its whole text, unless `total_frames` is more."""
+    """Pads single items into a batch; `total_frames` are by default the frames of `codes`."""
 
     def lengths(items: Sequence[Tensor]) -> Tensor:
         return torch.tensor([item.shape[-1] for item in items])
@@ -63,11 +63,14 @@ def collate(
         return torch.stack(padded)
 
     return Batch(
-        pad(phonemes, PAD), lengths(phonemes),
-        pad(prompts, 0), lengths(prompts),
-        pad(codes, 0), lengths(codes),
+        pad(phonemes, PAD),
+        lengths(phonemes),
+        pad(prompts, 0),
+        lengths(prompts),
+        pad(codes, 0),
+        lengths(codes),
         lengths(codes) if total_frames is None else torch.tensor(total_frames),
-    )  # fmt: skip
+    )
 
 
 def single_batch(
@@ -77,27 +80,31 @@ def single_batch(
     *,
     guided: bool = False,
 ) -> Batch:
-    """A batch of one, from unpadded parts; `codes` is the first codebook. `guided` adds a second
-    row, with text and prompt hidden."""
+    """A batch of one item; `codes` is the first codebook. `guided` adds its unconditional row."""
 
     def length(x: Tensor) -> Tensor:
         return torch.tensor([x.shape[-1]], device=phonemes.device)
 
     batch = Batch(
-        phonemes[None], length(phonemes), prompt[None], length(prompt),
-        codes[None, None], length(codes), length(codes),
-    )  # fmt: skip
+        phonemes[None],
+        length(phonemes),
+        prompt[None],
+        length(prompt),
+        codes[None, None],
+        length(codes),
+        length(codes),
+    )
     return with_unconditional(batch) if guided else batch
 
 
 def estimate_total_frames(phonemes: int, n_frames: int, frames_per_phoneme: float) -> int:
-    """How long a text will be, of which `n_frames` are known and no end is in sight."""
+    """Estimated response length of a text, of which `n_frames` exist and more will follow."""
     return max(n_frames, round(phonemes * frames_per_phoneme))
 
 
 def unconditional(batch: Batch) -> Batch:
-    """The same rows with text and prompt hidden, of which only the lengths are left: what
-    classifier-free guidance compares with."""
+    """The same rows with text and prompt replaced by padding and null codes of equal length: the
+    unconditional input of classifier-free guidance."""
     return replace(
         batch,
         phonemes=torch.full_like(batch.phonemes, PAD),
@@ -106,7 +113,7 @@ def unconditional(batch: Batch) -> Batch:
 
 
 def with_unconditional(batch: Batch) -> Batch:
-    """All rows, and then all of them again with text and prompt hidden."""
+    """All rows, followed by the unconditional version of each."""
     null = unconditional(batch)
     return Batch(
         *(torch.cat([getattr(batch, f), getattr(null, f)]) for f in Batch.__dataclass_fields__)
@@ -115,7 +122,7 @@ def with_unconditional(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Segment:
-    """A padded part of the sequence: its embeddings, positions and true lengths."""
+    """A padded part of the sequence: embeddings, rotary positions and lengths without padding."""
 
     x: Float[Tensor, "B N D"]
     positions: Float[Tensor, "B N"]
@@ -124,27 +131,27 @@ class Segment:
 
 @dataclass(frozen=True)
 class PaddedSequence:
-    """Segments one after the other, each row's padding moved to its end."""
+    """Segments joined row by row, with each row's padding at its end."""
 
     x: Float[Tensor, "B S D"]
     positions: Float[Tensor, "B S"]
     valid: Bool[Tensor, "B S"]
     starts: tuple[Int[Tensor, " B"], ...]
-    """Where each segment begins, per row."""
+    """First position of each segment, per row."""
 
     def segment_mask(self, segment: int) -> Bool[Tensor, "B S"]:
-        """Which positions belong to a segment that is not the last."""
+        """True at the positions of a segment, which must not be the last."""
         first, end = self.starts[segment][:, None], self.starts[segment + 1][:, None]
         steps = torch.arange(self.valid.shape[1], device=self.valid.device)
         return (steps >= first) & (steps < end)
 
 
 def concat_segments(segments: Sequence[Segment]) -> PaddedSequence:
-    """Concatenates segments row by row; rows are as long as their own content."""
+    """Joins segments and moves all padding to the end of the rows."""
     x = torch.cat([s.x for s in segments], dim=1)
     positions = torch.cat([s.positions for s in segments], dim=1)
     valid = torch.cat([length_mask(s.lengths, s.x.shape[1]) for s in segments], dim=1)
-    # a stable sort by validity moves the holes to the end and keeps the order of the rest
+    # a stable sort by validity moves padding to the end and keeps the order of the rest
     order = torch.argsort((~valid).int(), dim=1, stable=True)
     longest = int(valid.sum(1).max())
     order = order[:, :longest]
@@ -161,7 +168,7 @@ def concat_segments(segments: Sequence[Segment]) -> PaddedSequence:
 def gather_span(
     x: Float[Tensor, "B S D"], start: Int[Tensor, " B"], length: int
 ) -> Float[Tensor, "B {length} D"]:
-    """`length` positions of each row from its `start` on (clamped to the end of the row)."""
+    """`length` positions of each row from its `start` on; beyond the end, the last one repeated."""
     steps = torch.arange(length, device=x.device)
     index = (start[:, None] + steps).clamp_max(x.shape[1] - 1)
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
@@ -175,7 +182,7 @@ def length_mask(lengths: Int[Tensor, " B"], size: int) -> Bool[Tensor, "B {size}
 def frame_positions(
     lengths: Int[Tensor, " B"], size: int, stride: int = 1, end: bool = False
 ) -> Tensor:
-    """Positions 0, 1, 2 ... of frames, or of groups of `stride` frames; with `end`, they count up
-    to the separator's, which is at -1."""
+    """Rotary positions 0, 1, 2 ... of frames, or of groups of `stride` frames. With `end` the last
+    one comes right before the separator, which is at -1."""
     steps = torch.arange(size, device=lengths.device, dtype=torch.float32).expand(len(lengths), -1)
     return (steps - lengths[:, None]) * stride - 1 if end else steps * stride

@@ -1,10 +1,10 @@
-"""Text to phoneme ids: normalise, speak numbers, phonemise with espeak, look ids up.
+"""Text to phoneme ids: normalisation, numbers in words, espeak phonemes, ids.
 
-Everything that touches GPL-3 code (phonemizer and the espeak library in `espeakng-loader`) is
-behind this module; the rest of the project sees strings of IPA and lists of ids.
+Only this module touches GPL-3 code (phonemizer, and the espeak library in `espeakng-loader`); the
+rest of the project handles IPA strings and lists of ids.
 
 A phoneme token is one Unicode code point of espeak's IPA: letters, length, stress, the space as
-word boundary, and punctuation. That keeps one inventory for all languages.
+word boundary, and punctuation. One inventory serves all languages.
 """
 
 import re
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from phonemizer.backend import EspeakBackend
 
 PAD: Final = 0
-"""Fills up a batch, where no loss sees it, and stands for the phonemes of a hidden text."""
+"""Padding, which carries no loss; also each phoneme of an unconditional row."""
 UNK: Final = 1
-"""Stands for every symbol outside the inventory."""
+"""Any symbol outside the inventory."""
 
 _PUNCTUATION = " .,?!;:-…()\"'¿¡«»—"
 _MARKS = "ˈˌːˑ\u0303\u0329\u032f\u0361ʲʰʷˠˤ\u0325\u032a\u0306\u030a\u0308\u031d\u031e\u0320"
@@ -29,12 +29,12 @@ _LATIN = "abcdefghijklmnopqrstuvwxyz"
 _IPA = "ɑɐɒæɓʙβɔɕçɗɖðʤəɘɚɛɜɝɞɟʄɡɠɢʛɦɧħɥʜɨɪʝɭɬɫɮʟɱɯɰŋɳɲɴøɵɸθœɶʘɹɺɾɻʀʁɽʂʃʈʧʉʊʋⱱʌɣɤʍχʎʏʑʐʒʔʡʕʢǀǁǂǃᵻᵊ"
 
 INVENTORY: Final[tuple[str, ...]] = ("<pad>", "<unk>", *_PUNCTUATION, *_MARKS, *_LATIN, *_IPA)
-"""Id to symbol. Append only: an id, once given, is in datasets and checkpoints for good."""
+"""Symbol by id. Append only: datasets and checkpoints contain the ids."""
 
 _IDS: Final = {symbol: index for index, symbol in enumerate(INVENTORY)}
 
-# phonemizer cuts the text at punctuation before espeak sees it, so espeak's own knowledge of
-# "Dr." is lost: a full stop that abbreviates has to be spelled out here.
+# phonemizer splits the text at punctuation before espeak reads it, so that espeak cannot recognise
+# "Dr.": abbreviations with a full stop are expanded here
 _ABBREVIATIONS: Final[dict[str, dict[str, str]]] = {
     "en": {
         "mr.": "mister", "mrs.": "missus", "ms.": "miss", "dr.": "doctor", "st.": "saint",
@@ -71,13 +71,13 @@ _YEAR: Final = re.compile(r"(?<![\w,.$€£])(1[1-9]\d\d|20[1-9]\d)(?!\w|[,.:]\d
 
 
 def normalize(text: str, language: str = "en-us") -> str:
-    """Unicode NFKC, abbreviations, symbols and numbers spelled out, white space folded.
+    """Unicode NFKC; abbreviations, symbols and numbers in words; white space collapsed.
 
-    `language` is an espeak voice name; its part before the hyphen picks the tables. A language
-    without tables keeps its abbreviations and gets its numbers from num2words or espeak.
+    `language` is an espeak voice name; the part before the hyphen selects the tables. Without
+    tables, abbreviations stay and numbers are read by num2words or espeak.
     """
     base = language.split("-")[0]
-    # NFKC would take an ellipsis apart into three full stops
+    # NFKC would split an ellipsis into three full stops
     text = unicodedata.normalize("NFKC", text.replace("…", "\0")).replace("\0", "…")
     text = text.translate(_FOLDED)
     for short, words in _ABBREVIATIONS.get(base, {}).items():
@@ -95,37 +95,37 @@ def _speak_numbers(text: str, base: str) -> str:
     if base not in CONVERTER_CLASSES or not any(c.isdigit() for c in text):
         return text
 
-    def say(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
+    def in_words(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
         number = float(value) if "." in value else int(value)
         if kind == "currency":
             return str(num2words(float(number), lang=base, to=kind, currency=currency))
         return str(num2words(number, lang=base, to=kind))
 
-    if base == "en":  # before commas go: "1,984" is no year
-        text = _YEAR.sub(lambda m: say(m[1], "year"), text)
+    if base == "en":  # before thousands separators are removed: "1,984" is no year
+        text = _YEAR.sub(lambda m: in_words(m[1], "year"), text)
     # "10:30" as two numbers; "1,000,000" (or "1.000.000") as one; decimals with a point inside
     text = re.sub(r"(\d)[:h](\d\d)\b", r"\1 \2", text)
     thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
     text = re.sub(rf"(?<=\d){thousands}(?=\d\d\d\b)", "", text)
     text = re.sub(rf"(?<=\d){decimal}(?=\d)", ".", text)
-    # beyond 15 digits it is an identifier: digit by digit
+    # more than 15 digits are an identifier, read digit by digit
     text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
     number = r"\d+(?:\.\d+)?"
     for sign, code in _CURRENCIES.items():
         amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
 
         def money(match: re.Match[str], currency: str = code) -> str:
-            return say(match[1] or match[2], "currency", currency)
+            return in_words(match[1] or match[2], "currency", currency)
 
         text = re.sub(amount, money, text)
     if base in _ORDINAL:
-        text = re.sub(_ORDINAL[base], lambda m: say(m[1], "ordinal"), text)
-    return re.sub(number, lambda m: say(m[0]), text)
+        text = re.sub(_ORDINAL[base], lambda m: in_words(m[1], "ordinal"), text)
+    return re.sub(number, lambda m: in_words(m[0]), text)
 
 
 @lru_cache(maxsize=1)
 def languages() -> frozenset[str]:
-    """Names of espeak's voices. Asked once: each asking copies the shared library."""
+    """Names of espeak's voices. Cached, since each query copies the shared library."""
     import espeakng_loader
     from phonemizer.backend import EspeakBackend
     from phonemizer.backend.espeak.wrapper import EspeakWrapper
@@ -137,7 +137,10 @@ def languages() -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def _backend(language: str) -> "EspeakBackend":
-    """One espeak backend per language and process: each copies the shared library."""
+    """The espeak backend of a language. Cached, since each backend copies the shared library.
+
+    Raises ValueError for a language that espeak lacks.
+    """
     if language not in languages():
         raise ValueError(f"language: espeak has no voice named {language!r} (try en-us, fr-fr, es)")
     from phonemizer.backend import EspeakBackend
@@ -148,16 +151,16 @@ def _backend(language: str) -> "EspeakBackend":
 
 
 _ESPEAK = threading.Lock()
-"""espeak's library keeps its results in static memory: one call at a time in a process."""
+"""espeak returns results in static memory: a process may make one call at a time."""
 
 
 def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
-    """IPA of each text, with stress marks, spaces between words and punctuation kept.
+    """IPA of each text, with stress marks, word boundaries and punctuation.
 
-    Raises ValueError for a language espeak does not know.
+    Raises ValueError for a language that espeak lacks.
     """
     clean = [normalize(text, language) for text in texts]
-    # an empty line would be dropped by phonemizer and shift the rest
+    # phonemizer drops empty lines, which would shift the rest
     lines = [text or " " for text in clean]
     with _ESPEAK:
         phonemes = _backend(language).phonemize(lines, strip=True)
@@ -168,7 +171,7 @@ def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
 
 
 def encode(phonemes: str) -> list[int]:
-    """Ids of an IPA string. A symbol outside the inventory becomes `UNK`, with a warning."""
+    """Ids of an IPA string. Symbols outside the inventory become `UNK`, with a warning."""
     unknown = sorted({symbol for symbol in phonemes if symbol not in _IDS})
     if unknown:
         names = ", ".join(f"{s!r} (U+{ord(s):04X})" for s in unknown)
@@ -177,23 +180,30 @@ def encode(phonemes: str) -> list[int]:
 
 
 def phoneme_ids(text: str, language: str) -> list[int]:
-    """Phoneme ids of a text. Raises ValueError when nothing in it can be spoken."""
+    """Phoneme ids of a text. Raises ValueError if nothing in it can be pronounced."""
     phonemes = phonemize([text], language)[0]
     if not any(symbol.isalpha() for symbol in phonemes):
         raise ValueError("text: nothing to say in it")
     return encode(phonemes)
 
 
+def inventory_matches(symbols: Sequence[str]) -> bool:
+    """True if `symbols`, an inventory stored with data or weights, gives every id its present
+    meaning. An older, shorter inventory does: symbols are only ever appended."""
+    return list(symbols) == list(INVENTORY[: len(symbols)])
+
+
 def decode(ids: Sequence[int]) -> str:
-    """The IPA string of ids; `UNK` shows as the replacement character."""
+    """The IPA string of ids; `UNK` becomes the Unicode replacement character."""
     return "".join("\ufffd" if i == UNK else INVENTORY[i] for i in ids if i != PAD)
 
 
 def read_phn(content: str) -> str:
-    """IPA of a reference-system `.phn.txt`: symbols joined by one space, a real space empty.
+    """IPA of a `.phn.txt` file of the reference system: symbols separated by one space, a word
+    boundary being an empty symbol.
 
-    Stress and length marks there are merged onto the symbol before them, which in a string of
-    code points is the same text.
+    The file attaches stress and length marks to the symbol before them; as a string of code points
+    that is the same text.
     """
     symbols = content.strip("\n").split(" ")
     return "".join(symbol or " " for symbol in symbols)

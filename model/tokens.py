@@ -1,12 +1,12 @@
-"""Special ids, codebooks, hop and rate: every number that two modules must agree on, named once.
+"""Numbers that several modules must agree on: special ids, codebooks, hop, rates.
 
-Legend used throughout `model/`: B batch, L phonemes, T frames, Q codebooks, D width, V codes.
+Legend of `model/`: B batch, L phonemes, T frames, Q codebooks, D width, V codes.
 """
 
 from typing import Final
 
 SAMPLE_RATE: Final = 24_000
-"""Samples per second of every waveform inside the system (EnCodec 24 kHz)."""
+"""Samples per second of every waveform in the system (EnCodec 24 kHz)."""
 
 HOP: Final = 320
 """Samples per code frame: the product of EnCodec's strides 2, 4, 5 and 8."""
@@ -21,7 +21,7 @@ CODEBOOK_SIZE: Final = 1024
 """Entries of each codebook; codes are 0 .. 1023."""
 
 NULL_CODE: Final = 0
-"""In every codebook of every frame: a prompt that is hidden, for classifier-free guidance."""
+"""Code of every codebook and frame of a null prompt, for classifier-free guidance."""
 
 EOS: Final = CODEBOOK_SIZE
 """End of speech: the one extra class of the AR model's first codebook."""

@@ -1,8 +1,8 @@
-"""What Ray's autoscaler may add: its node types, read where it runs.
+"""The node types that Ray's autoscaler may add, read from its configuration file.
 
-Ray keeps the nodes that are there, but open-source Ray does not tell a driver which ones may come
-(only Anyscale's fills `ClusterConfig`). The autoscaler, a process on the head node, was started
-with the cluster's configuration as a file: that is read here, on the head node itself.
+Open-source Ray lists the running nodes to a driver, not the types that may be added (only Anyscale
+fills `ClusterConfig`). The autoscaler is a process on the head node, and its command line names
+the cluster's configuration file; the functions here read that file on the head node.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,68 +15,75 @@ import yaml
 from valle.platform import settings
 
 HEAD_RESOURCE = "node:__internal_head__"
-"""The resource that only the head node has."""
+"""A resource of the head node alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeShape:
-    """What a living node, or each node of a kind that may be started, has."""
+    """The resources of a running node, or of each node of a type that may be added."""
 
     name: str
     cpus: float
     gpus: float
 
     max_count: int
-    """How many of it there may be."""
+    """Upper limit of such nodes; 1 for a running node."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
     is_head: bool = False
-    """Whether it is the head node, of which there is one and which no autoscaler starts."""
+    """True for the head node, which no autoscaler adds."""
 
     @classmethod
     def from_ray(
         cls, name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_count: int
     ) -> "NodeShape":
-        """From Ray's resources and labels."""
+        """The shape of a node with Ray's `resources` and `labels`."""
         cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
         return cls(
-            name=name, cpus=cpus, gpus=gpus, max_count=max_count, labels=labels,
+            name=name,
+            cpus=cpus,
+            gpus=gpus,
+            max_count=max_count,
+            labels=labels,
             is_head=HEAD_RESOURCE in resources,
-        )  # fmt: skip
+        )
 
     def has_labels(self, labels: Mapping[str, str]) -> bool:
-        """Whether it carries all of `labels`."""
+        """True if the node has all of `labels`."""
         return labels.items() <= self.labels.items()
 
     def workers_that_fit(self, cpus: float, gpus: float) -> int:
-        """Workers of so many cores and GPUs (at most 1) that fit on one such node; a fraction of a
-        GPU never spans two."""
+        """Number of workers with `cpus` cores and `gpus` GPUs (at most 1) that fit on one node.
+
+        A fraction of a GPU never spans two GPUs.
+        """
         by_cpu = int(self.cpus / cpus + 1e-6)
         if not gpus:
             return by_cpu
-        # of a GPU that is partly taken, what is left of it
+        # a fractional count is one GPU of which others hold a part
         full_gpus, partial_gpu = divmod(self.gpus, 1)
         by_gpu = int(full_gpus) * int(1 / gpus + 1e-6) + int(partial_gpu / gpus + 1e-6)
         return min(by_cpu, by_gpu)
 
     def without(self, cpus: float) -> "NodeShape":
-        """The same with so many cores less."""
+        """The same node with `cpus` fewer cores."""
         return replace(self, cpus=max(0.0, self.cpus - cpus))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoscalerLimits:
-    """What may be added to a cluster."""
+    """The nodes that an autoscaler may add to a cluster."""
 
     node_types: tuple[NodeShape, ...] | None
-    """Empty without an autoscaler; None when one may exist but keeps it to itself."""
+    """Empty without an autoscaler; None if there may be one whose types are unknown (KubeRay)."""
 
     max_nodes: int
+    """Upper limit of nodes of all types together, the head not counted."""
 
 
 def find_limits(nodes: Sequence[Mapping[str, Any]]) -> AutoscalerLimits:
-    """What may be added to the connected cluster, whose living `nodes` `ray.nodes()` lists."""
+    """The nodes that may be added to the connected cluster; `nodes` are Ray's running ones."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -85,14 +92,14 @@ def find_limits(nodes: Sequence[Mapping[str, Any]]) -> AutoscalerLimits:
     if head == context.get_node_id():
         return read_limits(context.gcs_address)
     on_head = NodeAffinitySchedulingStrategy(head, soft=False)
-    # no CPUs: a head that takes no work has none
+    # a head node that runs no jobs has no CPUs to give
     task = ray.remote(num_cpus=0, scheduling_strategy=on_head)(read_limits)
     limits: AutoscalerLimits = ray.get(task.remote(context.gcs_address))
     return limits
 
 
 def read_limits(gcs_address: str) -> AutoscalerLimits:
-    """Read on the head node: the node types of the autoscaler that serves this cluster."""
+    """The limits of the autoscaler of the cluster at `gcs_address`; runs on its head node."""
     import psutil
 
     lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -105,8 +112,10 @@ def read_limits(gcs_address: str) -> AutoscalerLimits:
 
 
 def configuration_path(command_lines: Iterable[Sequence[str]], gcs_address: str) -> Path | None:
-    """The file named by the autoscaler's command line, of the cluster with this address: several
-    clusters may share a machine, and then differ in their ports."""
+    """The configuration file of the autoscaler of the cluster at `gcs_address`, or None.
+
+    Several clusters may share a machine; their ports tell them apart.
+    """
     port = gcs_address.rpartition(":")[2]
     for line in command_lines:
         options = dict(part.split("=", 1) for part in line if part.startswith("--") and "=" in part)
@@ -117,7 +126,7 @@ def configuration_path(command_lines: Iterable[Sequence[str]], gcs_address: str)
 
 
 def parse_limits(configuration: Mapping[str, Any]) -> AutoscalerLimits:
-    """The worker types of a cluster launcher's configuration (`available_node_types`)."""
+    """The limits that a cluster launcher's configuration sets (`available_node_types`)."""
     max_nodes = int(configuration.get("max_workers", 2))  # the launcher's own default
     types = []
     for name, node in configuration.get("available_node_types", {}).items():

@@ -1,20 +1,20 @@
-"""The checkpoint format, and the only code that reads or writes it.
+"""The checkpoint format: no other module reads or writes these files.
 
-    model.safetensors   weights of one model; shipped ones in int8 with scales (quantize.py)
+    model.safetensors   weights of one model; int8 with scales in shipped bundles (quantize.py)
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
-    metrics.json        what validation said of it
-    state/              what a resumed run needs besides: counters and optimizer
+    metrics.json        validation metrics
+    state/              for resuming: counters and optimizer state
 
-Weights are safetensors and are never unpickled. The optimizer of the `ddp` backend is safetensors
-too; DeepSpeed keeps its own shards in `state/deepspeed`, which only the same run reads back.
+Weights are safetensors and are never unpickled. So is the optimizer state of the `ddp` backend;
+DeepSpeed writes shards of its own to `state/deepspeed`, which only the same run reads.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dacite
 import torch
@@ -24,75 +24,104 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.codec.interface import CodecIdentity
-from valle.model.config import Kind, ModelConfig
+from valle.model.config import ARConfig, Kind, NARConfig
 from valle.model.nar import NAR
 from valle.model.quantize import from_int8
-from valle.model.text import INVENTORY
+from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import storage
+from valle.platform.typed import from_dict
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STATE = "state"
-FORMAT = 2
-"""In 1, prompts of the NAR model saw all there is: its weights mean something else in 2, where a
-prompt sees only itself. AR models are the same in both."""
+_CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
+
+FORMAT = 3
+"""Version of the format. 3: only an AR model's config has a `group_size`. 2: every config has a
+`group`, which NAR models ignore. 1: a NAR model's prompt attends to the whole sequence, since 2 to
+itself only. AR weights are the same in all."""
+
+FIRST_NAR_FORMAT = 2
+"""NAR weights of earlier formats can start a training run, but generate badly."""
 
 WORD_ERROR_RATE = "validation/wer"
-"""Name of the metric that decides which checkpoint of a run is the best."""
+"""The metric by which `find_best` ranks the checkpoints of a run."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainState:
-    """Where a run is: all that a checkpoint needs besides weights and optimizer."""
+    """State of a training run: all that a resumed run needs besides weights and optimizer."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps taken."""
 
     epoch: int = 0
-    """Pass over the data; the batch plan is a function of it."""
+    """Number of the current pass over the data; selects its batch plan."""
 
     batch: int = 0
-    """Batches of this epoch already used by each worker."""
+    """Batches of this epoch that each worker has used."""
 
-    def to_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return asdict(self)
+    averages: dict[str, float] = field(default_factory=dict)
+    """Running averages of the training metrics; empty where single steps are logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:
-    """`config.json`: everything about a checkpoint but its numbers."""
+    """The contents of `config.json`."""
 
     kind: Kind
-    model: ModelConfig
+    model: ARConfig | NARConfig
     codec: CodecIdentity
     inventory: list[str]
     """Phoneme symbols by id."""
     code_version: str
-    """Of the code that trained it."""
+    """Version of the code that trained the model."""
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     format: int = 1
-    """What the weights mean; see `FORMAT`."""
+    """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecCheckpointMetadata:
+    """`config.json` of a checkpoint of a codec in training."""
+
+    kind: Literal["encodec", "quantizer"]
+    model: dict[str, Any]
+    """Sizes of the network."""
+    code_version: str
+    """Version of the code that trained it."""
+    recipe: dict[str, Any]
+    """The resolved recipe of the run."""
+    format: int = 1
 
 
 def new_metadata(
-    kind: Kind, model: ModelConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
+    model: ARConfig | NARConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
 ) -> CheckpointMetadata:
-    """Metadata with this code's phoneme inventory."""
+    """Metadata of the present format and phoneme inventory."""
     return CheckpointMetadata(
-        kind=kind, model=model, codec=codec, inventory=list(INVENTORY),
-        code_version=code_version, recipe=recipe, format=FORMAT,
-    )  # fmt: skip
+        kind=model.kind,
+        model=model,
+        codec=codec,
+        inventory=list(INVENTORY),
+        code_version=code_version,
+        recipe=recipe,
+        format=FORMAT,
+    )
 
 
-def build_model(kind: Kind, config: ModelConfig) -> AR | NAR:
-    """A fresh model."""
-    return AR(config) if kind == "ar" else NAR(config)
+def build_model(config: ARConfig | NARConfig) -> AR | NAR:
+    """A model with newly initialised weights."""
+    return AR(config) if isinstance(config, ARConfig) else NAR(config)
 
 
-def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
+def save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    metadata: CheckpointMetadata | CodecCheckpointMetadata,
+) -> None:
     """Writes weights and metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -101,17 +130,39 @@ def save(folder: Path, weights: Mapping[str, Tensor], metadata: CheckpointMetada
 
 
 def read_metadata(folder: Path) -> CheckpointMetadata:
-    """The metadata of a checkpoint. Raises FileNotFoundError or ValueError."""
+    """The metadata of a checkpoint.
+
+    Raises FileNotFoundError, and ValueError for unreadable metadata or another phoneme inventory.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
     try:
-        metadata = dacite.from_dict(CheckpointMetadata, json.loads(path.read_text()), _STRICT)
-    except (json.JSONDecodeError, dacite.DaciteError) as error:
+        metadata = _parse_metadata(json.loads(path.read_text()))
+    except (json.JSONDecodeError, dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
-    if metadata.inventory != list(INVENTORY[: len(metadata.inventory)]):
+    if not inventory_matches(metadata.inventory):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
     return metadata
+
+
+def _parse_metadata(content: dict[str, Any]) -> CheckpointMetadata:
+    """The content of a `config.json` of any format. Raises DaciteError or ValueError."""
+    kind, format = content.get("kind"), content.get("format", 1)
+    if kind not in _CONFIGS:
+        raise ValueError(f"kind: {kind!r} is none of {sorted(_CONFIGS)}")
+    if format > FORMAT:
+        raise ValueError(f"format: {format} is of newer code; this code reads up to {FORMAT}")
+    model = dict(content.get("model", {}))
+    if format < FORMAT and "group" in model:
+        group_size = model.pop("group")
+        if kind == "ar":
+            model["group_size"] = group_size
+    if kind == "ar" or format >= FIRST_NAR_FORMAT:
+        format = FORMAT
+    config = from_dict(_CONFIGS[kind], model)
+    content = {**content, "model": config, "format": format}
+    return from_dict(CheckpointMetadata, content)
 
 
 def load(
@@ -119,16 +170,17 @@ def load(
 ) -> tuple[AR | NAR, CheckpointMetadata]:
     """The model of a checkpoint, in evaluation mode, and its metadata.
 
-    Raises ValueError for a NAR model of an earlier format, which would speak badly without a word;
-    `allow_old_format` takes it as a beginning.
+    Raises ValueError for weights that do not fit the metadata, and for a NAR model of an earlier
+    format, whose speech would be worse without any error; `allow_old_format` accepts such a model
+    as the start of further training.
     """
     metadata = read_metadata(folder)
-    if metadata.kind == "nar" and metadata.format < FORMAT and not allow_old_format:
+    if metadata.kind == "nar" and metadata.format < FIRST_NAR_FORMAT and not allow_old_format:
         raise ValueError(
-            f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt saw more "
-            f"than itself; train it further with this code (`warm_start.nar=...`)"
+            f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt attends to "
+            f"more than itself; train it further with this code (`warm_start.nar=...`)"
         )
-    model = build_model(metadata.kind, metadata.model)
+    model = build_model(metadata.model)
     try:
         weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -138,9 +190,9 @@ def load(
 
 
 def load_from_uri(uri: str, codec: CodecIdentity, *, allow_old_format: bool = False) -> AR | NAR:
-    """The model of a checkpoint, or of a run's best one, at a path or URI.
+    """The model of a checkpoint, or of the best checkpoint of a run, at a path or URI.
 
-    Raises ValueError when it was trained on the codes of another codec, and as `load` does.
+    Raises ValueError for a model of another codec, and as `load` does.
     """
     with tempfile.TemporaryDirectory() as name:
         fetch(find_best(uri), Path(name) / "model")
@@ -150,45 +202,44 @@ def load_from_uri(uri: str, codec: CodecIdentity, *, allow_old_format: bool = Fa
 
 
 def warm_start(model: AR | NAR, uri: str, codec: CodecIdentity) -> None:
-    """Gives `model` the weights of another one at a path or URI.
+    """Copies the weights of another model, at a path or URI, into `model`.
 
-    Raises ValueError when that is not built as `model` is (dropout apart), or knows another codec.
+    Raises ValueError for a model of another architecture (dropout may differ) or codec.
     """
-    other = load_from_uri(uri, codec, allow_old_format=True)
-    if type(other) is not type(model):
-        raise ValueError(f"warm_start: {uri} holds an {type(other).__name__} model")
-    theirs, ours = asdict(other.config), asdict(model.config)
-    ignored = ("dropout",) if isinstance(model, AR) else ("dropout", "group")
-    for field in theirs:
-        if theirs[field] != ours[field] and field not in ignored:
+    source = load_from_uri(uri, codec, allow_old_format=True)
+    if type(source) is not type(model):
+        raise ValueError(f"warm_start: {uri} holds an {type(source).__name__} model")
+    source_config, config = asdict(source.config), asdict(model.config)
+    for name in source_config:
+        if source_config[name] != config[name] and name != "dropout":
             raise ValueError(
-                f"warm_start: {uri} has {field} {theirs[field]}, this run has {ours[field]}"
+                f"warm_start: {uri} has {name} {source_config[name]}, this run has {config[name]}"
             )
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(source.state_dict())
 
 
 def save_state(folder: Path, state: TrainState) -> None:
-    """Writes the counters of a run below `state/`."""
+    """Writes the state of a run below `state/`."""
     target = folder / STATE
     target.mkdir(parents=True, exist_ok=True)
-    (target / "train_state.json").write_text(json.dumps(state.to_dict()))
+    (target / "train_state.json").write_text(json.dumps(asdict(state)))
 
 
 def load_state(folder: Path) -> TrainState:
-    """The counters of a run."""
+    """Reads the state of a run."""
     return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
 
 
 def save_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Writes what validation said."""
+    """Writes validation metrics."""
     (folder / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n")
 
 
 def find_best(uri: str) -> str:
-    """`uri` itself when it is a checkpoint, else the best `step_*` folder of the run it names.
+    """The URI of a checkpoint: `uri` itself, or the best `step_*` folder of the run at `uri`.
 
-    Best is the lowest word error rate where a quick check measured one, else the newest. Raises
-    FileNotFoundError when there is none.
+    The best has the lowest word error rate; if no quick check measured one, it is the newest.
+    Raises FileNotFoundError when there is no checkpoint.
     """
     if storage.exists(storage.join(uri, WEIGHTS)):
         return uri
@@ -207,7 +258,10 @@ def _word_error_rate(path: str) -> float | None:
 
 
 def fetch(uri: str, folder: Path) -> None:
-    """Copies weights and metadata of a checkpoint from anywhere into a new local folder."""
+    """Copies weights and metadata of the checkpoint at a path or URI into a new local folder.
+
+    Raises FileNotFoundError for an incomplete checkpoint.
+    """
     folder.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         source = storage.join(uri, name)
@@ -217,12 +271,12 @@ def fetch(uri: str, folder: Path) -> None:
 
 
 def load_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The weights alone."""
+    """The weights of a checkpoint, as floats."""
     return from_int8(load_file(folder / WEIGHTS, device=device))
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """AdamW's averages as safetensors, named after the parameters they belong to."""
+    """Writes AdamW's state as safetensors, named after the parameters."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -231,15 +285,11 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Puts saved averages back; every parameter must have its own."""
+    """Restores AdamW's averages; every parameter must have its own."""
     tensors = load_file(folder / STATE / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {
-            # fused AdamW keeps its step counter beside the weights
-            key: tensors[f"{name}/{key}"].to(parameter.device)
-            for key in keys
-        }
-
-
-_STRICT = dacite.Config(strict=True)
+        state = {key: tensors[f"{name}/{key}"].to(parameter.device) for key in keys}
+        if not optimizer.defaults["fused"]:  # only fused AdamW counts steps beside the weights
+            state["step"] = state["step"].cpu()
+        optimizer.state[parameter] = state

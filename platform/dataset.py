@@ -1,8 +1,8 @@
-"""The token dataset: Parquet shards under one URI, and `dataset.json` that says what they hold.
+"""The token dataset: Parquet shards below one URI, described by `dataset.json`.
 
-One row is an utterance. Utterances of a speaker lie together and row groups are bounded in
-frames. Training does not read the Parquet row by row: each node keeps a memory-mapped Arrow copy
-of every shard, built on first use and named by the shard's hash.
+A row is an utterance. Utterances of a speaker are adjacent, and row groups are bounded in frames.
+Training reads a memory-mapped Arrow copy of each shard, which every node builds on first use and
+names by the shard's hash.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from valle.model.codec.interface import CodecIdentity, Codes
-from valle.model.text import INVENTORY
+from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import storage
+from valle.platform.typed import from_dict
 
 VERSION = 1
 SCHEMA = pa.schema(
@@ -45,7 +46,7 @@ FRAMES_PER_ROW_GROUP = 60_000
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One Parquet file, as `dataset.json` lists it."""
+    """One Parquet file, as listed in `dataset.json`."""
 
     name: str
     sha256: str
@@ -59,7 +60,7 @@ class Manifest:
 
     codec: CodecIdentity
     inventory: list[str]
-    """Phoneme symbols by id, as they were when the dataset was made."""
+    """Phoneme symbols by id, at the time of `prepare`."""
     shards: list[Shard] = field(default_factory=list)
     utterances: int = 0
     hours: float = 0.0
@@ -70,7 +71,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One row, ready for a model."""
+    """One row of a dataset, as a model takes it."""
 
     id: str
     speaker: str
@@ -82,19 +83,19 @@ class Utterance:
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Rows with the fields of `SCHEMA` (codes as arrays `[Q, T]`) as an Arrow table."""
+    """An Arrow table of rows with the fields of `SCHEMA`; `codes` are arrays `[Q, T]`."""
     flat = [{**row, "codes": np.asarray(row["codes"], np.int16).ravel()} for row in rows]
     return pa.Table.from_pylist(flat, schema=SCHEMA)
 
 
 def write_shard(uri: str, name: str, rows: pa.Table) -> Shard:
-    """Writes `shards/{name}.parquet` atomically; row groups end before they grow too long."""
+    """Writes `shards/{name}.parquet` atomically; `FRAMES_PER_ROW_GROUP` bounds its row groups."""
     buffer = io.BytesIO()
     frames = rows.column("frames").to_numpy()
     with pq.ParquetWriter(buffer, SCHEMA, compression="zstd") as writer:
-        group = np.cumsum(frames) // FRAMES_PER_ROW_GROUP
-        for number in np.unique(group):
-            start, end = np.searchsorted(group, [number, number + 1])
+        group_of_row = np.cumsum(frames) // FRAMES_PER_ROW_GROUP
+        for group in np.unique(group_of_row):
+            start, end = np.searchsorted(group_of_row, [group, group + 1])
             writer.write_table(rows.slice(start, end - start), row_group_size=end - start)
     data = buffer.getvalue()
     storage.write_bytes(storage.join(uri, "shards", f"{name}.parquet"), data)
@@ -105,7 +106,7 @@ def write_shard(uri: str, name: str, rows: pa.Table) -> Shard:
 def write_manifest(
     uri: str, codec: CodecIdentity, shards: Sequence[Shard], statistics: "Statistics"
 ) -> Manifest:
-    """Writes `dataset.json`, which makes `shards` the dataset."""
+    """Writes `dataset.json`: from then on the dataset consists of `shards`."""
     manifest = Manifest(
         codec=codec,
         inventory=list(INVENTORY),
@@ -120,14 +121,14 @@ def write_manifest(
 
 
 class Statistics:
-    """Frames per speaker and language, added up shard by shard."""
+    """Frames per speaker and per language, summed over shards."""
 
     def __init__(self) -> None:
         self.by_speaker: dict[str, int] = {}
         self.by_language: dict[str, int] = {}
 
     def add(self, rows: pa.Table) -> None:
-        """Counts the rows of a shard (only `speaker`, `language` and `frames` are needed)."""
+        """Adds a shard, of which `speaker`, `language` and `frames` are read."""
         for column, sums in (("speaker", self.by_speaker), ("language", self.by_language)):
             grouped = rows.group_by(column).aggregate([("frames", "sum")])
             for row in grouped.to_pylist():
@@ -135,36 +136,44 @@ class Statistics:
 
 
 def frames_to_hours(frames: dict[str, int], frame_rate: int) -> dict[str, float]:
-    """Frames as hours, by name."""
+    """Hours of speech by name, from frames by name."""
     return {name: round(n / frame_rate / 3600, 4) for name, n in sorted(frames.items())}
 
 
 def read_manifest(uri: str) -> Manifest:
-    """`dataset.json` of a dataset. Raises FileNotFoundError or ValueError with what to do."""
+    """The manifest of a dataset.
+
+    Raises FileNotFoundError, and ValueError for another version or phoneme inventory.
+    """
     path = storage.join(uri, "dataset.json")
     if not storage.exists(path):
         raise FileNotFoundError(f"no dataset at {uri}: run `prepare` first (no dataset.json)")
     values = storage.read_json(path)
     if values.get("version") != VERSION:
         raise ValueError(f"{path}: version {values.get('version')}, this code reads {VERSION}")
-    manifest = dacite.from_dict(Manifest, values)
-    # ids are positions: a dataset made with a shorter inventory is still right
-    if manifest.inventory != list(INVENTORY[: len(manifest.inventory)]):
+    try:
+        manifest = from_dict(Manifest, values)
+    except dacite.DaciteError as error:
+        raise ValueError(f"{path} is not a dataset's manifest: {error}") from error
+    if not inventory_matches(manifest.inventory):
         raise ValueError(f"{path}: made with another phoneme inventory; prepare it again")
     return manifest
 
 
 def read_columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:
-    """Some columns of one shard; reads the footer and those columns only."""
+    """Some columns of a shard; the others are not read."""
     filesys, path = storage.filesystem(storage.join(uri, "shards", f"{shard}.parquet"))
     return pq.read_table(path, columns=list(names), filesystem=filesys)
 
 
 class TokenDataset:
-    """A dataset opened for training: utterances by number, through the node's cache."""
+    """A dataset opened for training: utterances by number, from the node's cache.
+
+    Raises ValueError for an empty dataset and for a shard that does not match its hash.
+    """
 
     def __init__(self, uri: str, cache: Path) -> None:
-        self.uri = storage.absolute(uri)
+        self.uri = uri
         self.manifest = read_manifest(self.uri)
         if not self.manifest.utterances:
             raise ValueError(f"the dataset at {uri} is empty: see its rejects/ for the reasons")
@@ -193,15 +202,15 @@ class TokenDataset:
         )
 
     def frames(self) -> NDArray[np.int64]:
-        """Frames of every utterance."""
+        """Number of frames of every utterance."""
         return self._numbers(lambda t: t.column("frames"))
 
     def n_phonemes(self) -> NDArray[np.int64]:
-        """Phonemes of every utterance."""
+        """Number of phonemes of every utterance."""
         return self._numbers(lambda t: pc.list_value_length(t.column("phonemes")))
 
     def speakers(self) -> NDArray[np.int64]:
-        """A number for the speaker of every utterance, the same for the same speaker."""
+        """The speaker of every utterance, as a number."""
         names = pa.chunked_array([c for t in self._tables for c in t.column("speaker").chunks])
         encoded = names.combine_chunks().dictionary_encode()
         return np.asarray(encoded.indices, np.int64)
@@ -210,21 +219,23 @@ class TokenDataset:
         return np.concatenate([np.asarray(column(t), np.int64) for t in self._tables])
 
     def _memory_map(self, shard: Shard, cache: Path) -> pa.Table:
-        """The shard as a memory-mapped table; its pages are shared by all processes of a node."""
+        """The shard as a memory-mapped table, whose pages all processes of a node share."""
         path = cache / "shards" / f"{shard.sha256}.arrow"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):  # one process per node does the work
+            with FileLock(f"{path}.lock"):  # one process per node builds the copy
                 if not path.exists():
                     self._build(shard, path)
-        # one chunk per shard: rows are then found without a search
+        # `_build` writes one chunk, so that a row is found without a search
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     def _build(self, shard: Shard, path: Path) -> None:
         data = storage.read_bytes(storage.join(self.uri, "shards", f"{shard.name}.parquet"))
         if hashlib.sha256(data).hexdigest() != shard.sha256:
-            raise ValueError(f"{self.uri}: shard {shard.name} does not match its hash; it was "
-                             "changed or damaged after `prepare` wrote it")  # fmt: skip
+            raise ValueError(
+                f"{self.uri}: shard {shard.name} does not match its hash; it was changed or "
+                "damaged after `prepare` wrote it"
+            )
         rows = pq.read_table(io.BytesIO(data)).combine_chunks()
         handle, part = tempfile.mkstemp(dir=path.parent)
         os.close(handle)
@@ -234,6 +245,6 @@ class TokenDataset:
 
 
 def shard_names(uri: str) -> Iterator[str]:
-    """Names of the shard files that are there, listed in `dataset.json` or not."""
+    """Names of all shard files below `uri`, including those not listed in `dataset.json`."""
     for path in storage.list_files(storage.join(uri, "shards"), (".parquet",)):
         yield path.removesuffix(".parquet")

@@ -1,4 +1,4 @@
-"""Progress bars that stay readable in a log file."""
+"""Progress bars, on a terminal and in a log file."""
 
 import sys
 from typing import Any
@@ -9,12 +9,17 @@ from tqdm import tqdm
 def progress_bar(
     *, total: int, label: str, unit: str, initial: int = 0, enabled: bool = True
 ) -> "tqdm[Any]":
-    """A tqdm bar to `update()`: lively on a terminal, one line every 20 s elsewhere.
+    """A tqdm bar: refreshed five times a second on a terminal, every 20 s elsewhere.
 
-    Of several workers on one task, only the first has its bar `enabled`.
+    `initial` is where a resumed run starts. Workers other than the first pass `enabled=False`.
     """
     interval = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm(
-        total=total, desc=label, unit=unit, initial=initial, mininterval=interval,
-        maxinterval=interval * 2, disable=not enabled,
-    )  # fmt: skip
+        total=total,
+        desc=label,
+        unit=unit,
+        initial=initial,
+        mininterval=interval,
+        maxinterval=interval * 2,
+        disable=not enabled,
+    )

@@ -1,15 +1,15 @@
-"""The model registry: a voice model as one MLflow version of plain files.
+"""The model registry: a voice model as one version in MLflow, a bundle of plain files.
 
     ar/ nar/            checkpoints (weights and metadata)
-    codec/              the codec's weights, unless it is the official one
-    bundle.json         codec identity, where the parts came from
-    sample.wav          what it sounds like
-    report.json, .md    its evaluation, once there is one
+    codec/              weights of the codec, unless it is the official one
+    bundle.json         identity of the codec, URIs of the checkpoints
+    sample.wav          a sentence spoken by the model
+    report.json, .md    the evaluation, if there was one
 
-A new version is the `candidate`; `champion` is what is served. Each version keeps as tags when and
-why it was promoted, and whom it replaced, so that a rollback knows where to go.
+A new version gets the alias `candidate`; `champion` is served. The tags of a version record when
+and why it was promoted and which version it replaced; a rollback returns to that one.
 
-Nothing in it is pickled, and nothing is executed on loading.
+Nothing is pickled, and loading executes nothing.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import dacite
 from filelock import FileLock
 
 from valle.model.ar import AR
@@ -31,29 +30,33 @@ from valle.model.nar import NAR
 from valle.model.valle import Synthesizer
 from valle.platform import checkpoint, settings, storage, tracking
 from valle.platform.cluster import CODE_ROOT
+from valle.platform.typed import from_dict
 
 MODEL_NAME = "valle"
 REGISTRY_PREFIX = "models:/"
 CHAMPION = f"{REGISTRY_PREFIX}{MODEL_NAME}@champion"
 SHIPPED_BUNDLE = CODE_ROOT / "release" / "nano"
-"""The model that comes with the repository."""
+"""The bundle of the model that is part of the repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """`bundle.json`."""
+    """The contents of `bundle.json`."""
 
     codec: CodecIdentity
     official_codec: bool
-    """True when the codec is `encodec-24khz`, whose weights are not copied."""
+    """True for `encodec-24khz`, whose weights are not copied."""
     ar: str
-    """URI of the checkpoint it was made from."""
+    """URI of the AR checkpoint."""
     nar: str
-    """URI of the checkpoint it was made from."""
+    """URI of the NAR checkpoint."""
 
 
 def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
-    """Gathers two checkpoints and a codec in `folder`; checks that they belong together."""
+    """Copies two checkpoints and a codec into `folder`.
+
+    Raises ValueError for checkpoints of the wrong kind or of another codec.
+    """
     checkpoint.fetch(ar, folder / "ar")
     checkpoint.fetch(nar, folder / "nar")
     identity = encodec.load(codec, cache=settings.read().cache).identity
@@ -74,7 +77,7 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
 
 
 def publish(folder: Path, tags: dict[str, str]) -> int:
-    """Registers a packed bundle as the next version, alias `candidate`; returns its number."""
+    """Registers a bundle as the next version, with the alias `candidate`; returns its number."""
     import mlflow
 
     tracking.configure()
@@ -95,13 +98,13 @@ def attach(version: int, folder: Path) -> None:
     import mlflow
 
     client = mlflow.MlflowClient()
-    # models:/{its logged model}
+    # `models:/ID` of the logged model that holds the version's files
     source: str = client.get_model_version(MODEL_NAME, str(version)).source
     client.log_model_artifacts(source.removeprefix("models:/"), str(folder))
 
 
 def champion_version() -> int | None:
-    """The version that is served, if any."""
+    """The number of the version with the alias `champion`, or None."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -115,7 +118,10 @@ def champion_version() -> int | None:
 
 
 def publish_shipped() -> int | None:
-    """Publishes the shipped model as champion of an empty registry; returns its number then."""
+    """Publishes the shipped model as the champion of an empty registry.
+
+    Returns its number, or None if the registry holds a version or the model is missing.
+    """
     if list_versions() or not (SHIPPED_BUNDLE / "bundle.json").exists():
         return None
     version = publish(SHIPPED_BUNDLE, {"source": "shipped with the repository"})
@@ -124,26 +130,27 @@ def publish_shipped() -> int | None:
 
 
 def promote(version: int, reason: str) -> None:
-    """Makes a version the champion and records when, why and instead of whom.
+    """Makes a version the champion, and records when, why and which version it replaced.
 
-    Raises ValueError when there is no such version.
+    Raises ValueError for a missing version.
     """
     import mlflow
 
     previous = champion_version()
     if version not in (numbers := [v.number for v in list_versions()]):
         raise ValueError(f"version: the registry has no {version}, only {numbers}")
-    record = {"promoted_at": _now(), "promoted_because": reason}
+    tags = {"promoted_at": _now(), "promoted_because": reason}
     if previous not in (None, version):
-        record["replaced"] = str(previous)
-    _tag(version, record)
+        tags["replaced"] = str(previous)
+    # before the alias moves: a champion without its predecessor could not be rolled back
+    _tag(version, tags)
     mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", str(version))
 
 
 def roll_back(reason: str) -> int:
-    """Makes the champion's predecessor the champion again; returns its number.
+    """Makes the version that the champion replaced the champion again; returns its number.
 
-    Raises ValueError when there is no champion or it replaced nothing.
+    Raises ValueError if there is no champion or it replaced none.
     """
     import mlflow
 
@@ -161,7 +168,7 @@ def roll_back(reason: str) -> int:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A line of the registry's history."""
+    """A version with its aliases and tags."""
 
     number: int
     aliases: tuple[str, ...]
@@ -175,7 +182,7 @@ def list_versions() -> list[ModelVersion]:
     tracking.configure()
     client = mlflow.MlflowClient()
     results = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    # a search leaves the aliases out
+    # the results of a search lack the aliases
     with_aliases = [client.get_model_version(MODEL_NAME, result.version) for result in results]
     versions = [ModelVersion(int(v.version), tuple(v.aliases), dict(v.tags)) for v in with_aliases]
     return sorted(versions, key=lambda version: -version.number)
@@ -193,20 +200,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def absolute(model_uri: str) -> str:
-    """A bundle's folder by its absolute path, for whoever works elsewhere; a registry URI as it
-    is."""
-    return model_uri if model_uri.startswith(REGISTRY_PREFIX) else storage.absolute(model_uri)
-
-
 def pin(model_uri: str, tracking_uri: str | None = None) -> str:
-    """The version that a registry URI stands for now (`@alias`, `/latest` or a number), as a URI
-    that will not move; a path is as it is.
+    """A URI of the same model that later registrations do not change.
 
-    Raises FileNotFoundError when there is no such model, ValueError for another kind of URI.
+    `models:/name@alias` and `models:/name/latest` become `models:/name/version`, a bundle's folder
+    its absolute path. Raises FileNotFoundError for a missing model, ValueError for another URI.
     """
     if not model_uri.startswith(REGISTRY_PREFIX):
-        return model_uri
+        return storage.absolute(model_uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -225,7 +226,7 @@ def pin(model_uri: str, tracking_uri: str | None = None) -> str:
 
 
 def _parse(model_uri: str) -> tuple[str, str, str]:
-    """Name, alias and version of `models:/name@alias` or `models:/name/version`."""
+    """(name, alias, version) of `models:/name@alias` or `models:/name/version`."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))", model_uri)
     if match is None:
         raise ValueError(f"model: {model_uri!r} is not models:/name@alias or models:/name/version")
@@ -233,14 +234,14 @@ def _parse(model_uri: str) -> tuple[str, str, str]:
 
 
 def resolve(model_uri: str, tracking_uri: str | None = None) -> Path:
-    """The local folder of a bundle: a path as it is, `models:/...` through the registry.
+    """The local folder of a bundle, by its path or by its registry URI.
 
-    Raises FileNotFoundError when there is no such model, with what to do.
+    Raises FileNotFoundError, with what to do, for a missing model.
     """
     if not model_uri.startswith(REGISTRY_PREFIX):
-        path = Path(model_uri)
+        path = Path(storage.absolute(model_uri))
         if not (path / "bundle.json").is_file():
-            raise FileNotFoundError(f"no model bundle at {model_uri}: bundle.json is missing")
+            raise FileNotFoundError(f"no model bundle at {path}: bundle.json is missing")
         return path
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -259,7 +260,7 @@ def resolve(model_uri: str, tracking_uri: str | None = None) -> Path:
 
 
 def _fetch(version: str, address: str) -> Path:
-    """A version's folder in the node's cache: whoever asks first fetches it, once."""
+    """The local folder of a version in this node's cache, downloaded by the first caller."""
     import mlflow
 
     digest = hashlib.sha256(f"{address} {version}".encode()).hexdigest()[:20]
@@ -267,15 +268,16 @@ def _fetch(version: str, address: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
+            # renamed when complete: an interrupted download must not look like a model
             with tempfile.TemporaryDirectory(dir=target.parent) as part:
                 Path(mlflow.artifacts.download_artifacts(version, dst_path=part)).rename(target)
     return target
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """What `bundle.json` says."""
+    """The parsed `bundle.json` of a folder."""
     values = json.loads((folder / "bundle.json").read_text())
-    return dacite.from_dict(Bundle, values, dacite.Config(strict=True))
+    return from_dict(Bundle, values)
 
 
 def load_ar(folder: Path, device: str = "cpu") -> AR:
@@ -293,7 +295,7 @@ def load_nar(folder: Path, device: str = "cpu") -> NAR:
 
 
 def load_codec(folder: Path, device: str = "cpu") -> encodec.Encodec:
-    """The codec of a bundle. Raises ValueError when its weights are not those it was made with."""
+    """The codec of a bundle. Raises ValueError if its weights differ from the recorded identity."""
     bundle = read_bundle(folder)
     source = "encodec-24khz" if bundle.official_codec else str(folder / "codec")
     codec = encodec.load(source, device=device, cache=settings.read().cache)
@@ -302,6 +304,6 @@ def load_codec(folder: Path, device: str = "cpu") -> encodec.Encodec:
 
 
 def load_synthesizer(folder: Path, device: str = "cpu") -> Synthesizer:
-    """All three networks of a bundle."""
+    """The AR model, the NAR model and the codec of a bundle."""
     ar, nar = load_ar(folder, device), load_nar(folder, device)
     return Synthesizer(ar, nar, load_codec(folder, device))

@@ -1,9 +1,9 @@
-"""CPUs, GPUs, fractions: what a job may use is asked of the cluster, never of the driver's torch.
+"""CPUs and GPUs of a job's workers, allocated from the cluster, not from the driver's machine.
 
-A driver often sits where no GPU is (a CPU head node, a laptop) while the nodes that have one are
-elsewhere, or do not exist yet: the autoscaler starts them when a job asks. So `resolve` looks at
-the nodes that are there and at the node types that may be added, and fails before work starts
-where a recipe asks for what the cluster will never have. A worker asks `device` where to compute.
+A driver often runs on a machine without a GPU (a CPU head node, a laptop), while nodes with GPUs
+are elsewhere or are added by the autoscaler on demand. `resolve` therefore inspects the living
+nodes and the node types that may be added, and fails before work starts if the cluster can never
+satisfy a recipe. A worker calls `device` for the device to compute on.
 """
 
 import logging
@@ -26,24 +26,24 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the workers of a job compute, and what share of a node each of them takes."""
+    """The device and the share of a node of each worker of a job."""
 
     accelerator: Accelerator = "auto"
-    """auto (gpu where the cluster has GPUs or its autoscaler can add some, else cpu), cpu (never a
-    GPU, even where there are any) or gpu (an error, before work starts, where there are none)."""
+    """auto (gpu if the cluster has GPUs or its autoscaler can add some, else cpu), cpu (no GPU,
+    even if there are some) or gpu (an error, before work starts, if there are none)."""
 
     gpus_per_worker: float = 1.0
-    """Share of a GPU for each worker, up to 1: a worker computes on one GPU; 0.25 lets four share
-    one. Ray counts shares, it does not enforce them: the workers' memory must fit together."""
+    """Share of a GPU per worker, at most 1: a worker computes on one GPU; at 0.25 four share one.
+    Ray counts shares and does not enforce them: the workers' memory must fit together."""
 
     cpus_per_worker: float | None = None
-    """CPU cores that Ray sets aside for a worker, beside a GPU or without: how many workers find
-    room, not how many threads one runs (`threads` of `train` and `codec`). None: what the job
-    needs."""
+    """CPU cores that Ray reserves per worker, with or without a GPU. They decide how many workers
+    fit on a node, not how many threads a worker runs (`threads` of `train` and `train_codec`).
+    None: the job's own number."""
 
     node_labels: dict[str, str] = field(default_factory=dict)
-    """Only nodes with all of these labels, `{role: train}` for instance: keeps a job off the nodes
-    that others answer requests on. `cluster.yaml` gives its nodes such labels."""
+    """Labels, such as `{role: train}`, that a node must have; keeps a job off the nodes that serve.
+    The nodes of `cluster.yaml` have such labels."""
 
     def __post_init__(self) -> None:
         if self.accelerator not in ("auto", "cpu", "gpu"):
@@ -62,35 +62,35 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What Ray sets aside for each worker of a job, and how many of them the cluster holds."""
+    """The resources that Ray reserves per worker of a job, and how many workers fit."""
 
     gpus: float
-    """0: the worker computes on the CPU."""
+    """GPUs per worker; 0: it computes on the CPU."""
 
     cpus: float
 
     fits_now: int
-    """Workers that can start at once; 0 where they wait for others to end, or for new nodes."""
+    """Workers that can start at once; 0: they wait for other jobs to end, or for new nodes."""
 
     fits_alone: int
-    """Workers that the nodes hold that are there, if nothing else ran."""
+    """Workers that fit on the running nodes if nothing else ran."""
 
     fits_at_most: int | None
-    """Workers that fit once all is there that may be added; None: not known."""
+    """Workers that fit on the largest cluster that may be; None: unknown."""
 
     resource_limits: tuple[float, float] | None = None
-    """(CPUs, GPUs) that all of the job's stages together can ever have; None: not known."""
+    """(CPUs, GPUs) that all stages of the job together may use; None: unknown."""
 
     labels: dict[str, str] = field(default_factory=dict)
-    """Of the nodes that will do."""
+    """Labels that a node must have."""
 
     @property
     def accelerator(self) -> Accelerator:
-        """For reports: `gpu` or `cpu`."""
+        """`gpu` or `cpu`, for reports."""
         return "gpu" if self.gpus else "cpu"
 
     def __str__(self) -> str:
-        """For whoever started the job."""
+        """A line for the user of the job."""
         each = f"{self.cpus:g} CPUs and {self.gpus:g} GPUs" if self.gpus else f"{self.cpus:g} CPUs"
         limit = "as many as the autoscaler adds" if self.fits_at_most is None else self.fits_at_most
         nodes = f", on nodes with {self.labels}" if self.labels else ""
@@ -101,36 +101,39 @@ class Allocation:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For Ray's tasks and actors."""
+        """Options of Ray's tasks and actors."""
         selector = {"label_selector": self.labels} if self.labels else {}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **selector}
 
     def worker_count(self, requested: int | None, n_items: int) -> int:
-        """How many workers to start at most: as many as `requested` (None: as can be), but no more
-        than there are items, nor than the cluster will ever hold."""
+        """Number of workers to start: `requested` (None: no limit), at most one per item, at most
+        as many as will ever fit, and at least one."""
         return max(1, min(n_items, self.fits_at_most or n_items, requested or n_items))
 
     def actor_pool(self, requested: int | None, n_items: int) -> "ActorPoolStrategy":
-        """Ray Data's actors: at first what fits now, growing with the nodes that join later.
+        """A pool of Ray Data's actors: starts with what fits now, and grows as nodes join.
 
-        Only the first is waited for: others may have taken the rest meanwhile, and the stages
-        that feed the actors need room as well, which Ray Data keeps for them as the pool grows.
+        `min_size` is 1, so that the job waits for one actor only: other jobs may have reserved the
+        rest meanwhile, and the upstream stages, for which Ray Data keeps resources as the pool
+        grows, must start as well.
         """
         from ray.data import ActorPoolStrategy
 
-        largest = self.worker_count(requested, n_items)
+        max_size = self.worker_count(requested, n_items)
         return ActorPoolStrategy(
-            min_size=1, initial_size=max(1, min(self.fits_now, largest)), max_size=largest
+            min_size=1, initial_size=max(1, min(self.fits_now, max_size)), max_size=max_size
         )
 
     def configure_ray_data(self) -> None:
-        """Sets up Ray Data in this process for a dataset of the job: every stage on nodes with the
-        labels, new nodes asked for with these labels and only as far as the job can use them, a
-        block as one piece of work that is never split."""
+        """Configures Ray Data in this process for a dataset of the job.
+
+        All stages run on nodes with the labels, new nodes are requested with them and within
+        `resource_limits`, and blocks are not split.
+        """
         from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
         context = DataContext.get_current()
-        context.enable_progress_bars = False  # the jobs count utterances and lines
+        context.enable_progress_bars = False  # jobs have bars that count utterances and lines
         context.target_max_block_size = None
         cpus, gpus = self.resource_limits or (None, None)
         context.execution_options = ExecutionOptions(
@@ -141,28 +144,36 @@ class Allocation:
         )
 
     def map_blocks(
-        self, blocks: "Dataset", actor: type, arguments: tuple[Any, ...], workers: int | None,
+        self,
+        blocks: "Dataset",
+        actor: type,
+        arguments: tuple[Any, ...],
+        workers: int | None,
         n_items: int,
-    ) -> "Dataset":  # fmt: skip
-        """Each block of a dataset, whole and as an Arrow table, through an actor of the pool.
+    ) -> "Dataset":
+        """Maps each block of a dataset, as one Arrow table, through an actor of the pool.
 
-        The public `map_batches` refuses whole blocks where GPUs are asked for, since their sizes
-        may vary; here a block is one piece of work, and its actor bounds its own batches. So it is
-        Ray's developer API that is called, which may change with a version of Ray.
+        Calls Ray's developer API, which may change between versions: the public `map_batches`
+        refuses whole blocks with GPUs because their sizes vary. Here a block is one unit of work,
+        and its actor bounds the batches on the GPU.
         """
         mapped: Dataset = blocks.map_batches_internal(
-            actor, batch_size=None, batch_format="pyarrow", fn_constructor_args=arguments,
-            compute=self.actor_pool(workers, n_items), **self.options,
-        )  # fmt: skip
+            actor,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_args=arguments,
+            compute=self.actor_pool(workers, n_items),
+            **self.options,
+        )
         return mapped
 
     def ray_train_configs(self, workers: int) -> "tuple[ScalingConfig, TorchConfig]":
-        """Ray Train's settings for `workers` data-parallel workers."""
+        """Ray Train's configuration of `workers` data-parallel workers."""
         from ray.train import ScalingConfig
         from ray.train.torch import TorchConfig
 
         resources = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
-        # NCCL refuses two ranks on one GPU, and needs one that is more than a number
+        # NCCL refuses two ranks on one GPU, and cannot use a GPU that only Ray counts
         own_gpu = self.gpus >= 1 or (self.gpus > 0 and workers == 1)
         nccl = own_gpu and not settings.read().logical_gpus
         return (
@@ -185,13 +196,13 @@ def resolve(
     upstream_cpus: float = 0.0,
     cluster: Cluster | None = None,
 ) -> Allocation:
-    """What each worker of a job gets on the connected cluster, which is also printed; or on
-    `cluster`, without a word.
+    """The allocation of a job on the connected cluster, which is also printed; or on `cluster`,
+    without output.
 
-    `section` is the recipe's, for messages; `cpus` a worker's cores where the recipe leaves them
-    open; `workers` those that have to be there at the same time; `upstream_cpus` the cores of the
-    stages that feed them. Raises RecipeError, which names the field, what the cluster has and what
-    to change, when the cluster will never have that.
+    `section` is the recipe's section, for messages; `cpus` the cores per worker if the recipe sets
+    none; `workers` the number that must run at the same time; `upstream_cpus` the cores of the
+    stages that produce their input. Raises RecipeError if the workers can never fit; the message
+    holds the field, the cluster's resources and the fix.
     """
     if cluster is None:
         return _resolve_and_print(
@@ -200,52 +211,72 @@ def resolve(
     cluster = cluster.labelled(placement.node_labels)
     demand = _demand(placement, section, cpus, upstream_cpus, cluster)
     allocation = Allocation(
-        gpus=demand.gpus, cpus=demand.cpus, fits_now=cluster.fits_now(demand),
-        fits_alone=cluster.fits_alone(demand), fits_at_most=cluster.fits_at_most(demand),
-        resource_limits=cluster.resource_limits(demand), labels=placement.node_labels,
-    )  # fmt: skip
+        gpus=demand.gpus,
+        cpus=demand.cpus,
+        fits_now=cluster.fits_now(demand),
+        fits_alone=cluster.fits_alone(demand),
+        fits_at_most=cluster.fits_at_most(demand),
+        resource_limits=cluster.resource_limits(demand),
+        labels=placement.node_labels,
+    )
     if allocation.fits_at_most is not None and allocation.fits_at_most < workers:
-        upstream = (
-            f", beside {upstream_cpus:g} CPUs for the stages that feed them"
-            if upstream_cpus
-            else ""
-        )
-        field_name = "workers" if allocation.fits_at_most else "placement"
         raise RecipeError(
-            f"{section}.{field_name}: {workers} worker(s) with {demand.cpus:g} CPUs and "
-            f"{demand.gpus:g} GPUs each{upstream} were asked for, the cluster holds "
-            f"{allocation.fits_at_most}{_where(placement, cluster)}. Lower {section}.workers, or "
-            f"a worker's share: {section}.placement.cpus_per_worker"
-            f"{' or gpus_per_worker' if demand.gpus else ''}"
+            _too_many_workers(demand, placement, section, workers, cluster, allocation.fits_at_most)
         )
     return allocation
+
+
+def _too_many_workers(
+    demand: Demand,
+    placement: Placement,
+    section: str,
+    workers: int,
+    cluster: Cluster,
+    fits_at_most: int,
+) -> str:
+    """The message of `resolve` for workers that never fit."""
+    upstream = f", beside {demand.upstream_cpus:g} CPUs for the stages that feed them"
+    return (
+        f"{section}.{'workers' if fits_at_most else 'placement'}: {workers} worker(s) with "
+        f"{demand.cpus:g} CPUs and {demand.gpus:g} GPUs each"
+        f"{upstream if demand.upstream_cpus else ''} are requested, the cluster holds "
+        f"{fits_at_most}{_where(placement, cluster)}. Lower {section}.workers, or "
+        f"a worker's share: {section}.placement.cpus_per_worker"
+        f"{' or gpus_per_worker' if demand.gpus else ''}"
+    )
 
 
 def _resolve_and_print(
     placement: Placement, section: str, *, cpus: float, workers: int, upstream_cpus: float
 ) -> Allocation:
-    """`resolve` on the connected cluster, with a line for whoever started the job."""
+    """`resolve` on the connected cluster; prints the allocation and its warnings to stderr."""
     for attempt in range(5):
         cluster = inspect_cluster()
         allocation = resolve(
-            placement, section, cpus=cpus, workers=workers, upstream_cpus=upstream_cpus,
+            placement,
+            section,
+            cpus=cpus,
+            workers=workers,
+            upstream_cpus=upstream_cpus,
             cluster=cluster,
-        )  # fmt: skip
-        # what an earlier job of this driver had is given back within a second or two
+        )
+        # resources of this driver's previous job are released within a second or two
         if allocation.fits_now >= min(workers, allocation.fits_alone):
             break
         time.sleep(0.5 if attempt < 4 else 0)
     warnings = placement_warnings(allocation, placement, section, workers, cluster)
     for line in (f"placement: {allocation}", *warnings):
-        print(f"{section}: {line}", file=sys.stderr)  # noqa: T201  # for whoever typed the command
+        print(f"{section}: {line}", file=sys.stderr)  # noqa: T201  # the user of a command reads it
     return allocation
 
 
 def _demand(
     placement: Placement, section: str, cpus: float, upstream_cpus: float, cluster: Cluster
 ) -> Demand:
-    """A worker's share of `cluster`, the part of it with the labels. Raises RecipeError where a GPU
-    is asked for that will never be there."""
+    """The resources of a worker on `cluster`, the part of it with the labels.
+
+    Raises RecipeError for a GPU that the cluster can never have.
+    """
     on_gpu = placement.accelerator == "gpu" or (
         placement.accelerator == "auto" and cluster.has_gpus
     )
@@ -255,16 +286,19 @@ def _demand(
             f"{_where(placement, cluster)}. Add a node with a GPU, or set "
             f"{section}.placement.accelerator to auto or cpu"
         )
-    # without a GPU a worker computes on a core, also where the job books part of one and leaves
-    # the rest to what feeds it; a recipe that says how much it takes is believed
-    busy = 0.0 if on_gpu or placement.cpus_per_worker else 1.0
+    # a worker without a GPU keeps a core busy, even if the job reserves less of it to leave room
+    # for the upstream stages; an explicit number in the recipe is taken as it is
+    busy_cpus = 0.0 if on_gpu or placement.cpus_per_worker else 1.0
     return Demand(
-        cpus=placement.cpus_per_worker or cpus, gpus=placement.gpus_per_worker if on_gpu else 0.0,
-        busy_cpus=busy, upstream_cpus=upstream_cpus,
-    )  # fmt: skip
+        cpus=placement.cpus_per_worker or cpus,
+        gpus=placement.gpus_per_worker if on_gpu else 0.0,
+        busy_cpus=busy_cpus,
+        upstream_cpus=upstream_cpus,
+    )
 
 
 def _where(placement: Placement, cluster: Cluster) -> str:
+    """The cluster's resources and the labels, for messages."""
     labels = placement.node_labels
     return f"; nodes with {labels}: {cluster}" if labels else f": {cluster}"
 
@@ -272,8 +306,10 @@ def _where(placement: Placement, cluster: Cluster) -> str:
 def placement_warnings(
     allocation: Allocation, placement: Placement, section: str, workers: int, cluster: Cluster
 ) -> list[str]:
-    """What whoever started a job should know of its placement: that it waits, or that GPUs may
-    have been left alone. `workers`: those that have to be there at the same time."""
+    """Warnings for the user of a job: that it waits, or that it may have missed a GPU.
+
+    `workers` is the number that must run at the same time.
+    """
     cluster = cluster.labelled(placement.node_labels)
     field_name = f"{section}.placement.accelerator"
     if cluster.node_types is None:
@@ -296,11 +332,11 @@ def placement_warnings(
 
 
 def device() -> str:
-    """Where the calling Ray worker computes: `cuda` if Ray gave it a GPU or a part of one, else
-    `cpu`.
+    """The device of the calling Ray worker: `cuda` if Ray allocated a GPU or a part of one to it,
+    else `cpu`.
 
-    Raises RuntimeError when torch cannot use the GPU: a node with a broken driver, or a torch
-    without CUDA, must not do a GPU's work on its CPU. With `VALLE_LOGICAL_GPUS` it does so.
+    Raises RuntimeError if torch cannot use that GPU: a node with a broken driver, or a torch
+    without CUDA, must not run a GPU's work on its CPU. With `VALLE_LOGICAL_GPUS` it does.
     """
     import ray
     import torch
@@ -327,7 +363,7 @@ def device() -> str:
 
 
 def train_device() -> Any:
-    """`device` for a worker of Ray Train, as a torch.device with the index of its GPU."""
+    """The torch.device of a worker of Ray Train, with the index of its GPU."""
     import ray.train.torch
     import torch
 

@@ -9,39 +9,39 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the machine, not the recipe, decides."""
+    """Settings of a machine, read from its environment; those of a run are in its recipe."""
 
     home: Path
-    """Where relative paths of recipes start, and where runs and the tracking store are kept
-    (`VALLE_HOME`; default: the current folder)."""
+    """Start of relative paths; holds runs and the default tracking store (`VALLE_HOME`; default:
+    the current folder)."""
 
     cache: Path
-    """Node-local cache: the memory-mapped copies of token datasets (`VALLE_CACHE`; default:
-    `valle` in the user's cache folder)."""
+    """Cache of this node: memory-mapped token datasets, models, the official codec (`VALLE_CACHE`;
+    default: `valle` in the user's cache folder)."""
 
     tracking_uri: str
-    """MLflow's address (`MLFLOW_TRACKING_URI`; default: sqlite in `home`)."""
+    """Address of MLflow (`MLFLOW_TRACKING_URI`; default: sqlite in `home`)."""
 
     ray_address: str | None
-    """A running cluster (`RAY_ADDRESS`); None starts an embedded one."""
+    """Address of a running cluster (`RAY_ADDRESS`); None: an embedded one is started."""
 
     ray_token_exists: bool
     """True when this user has a Ray authentication token (file or variable)."""
 
     inside_ray_job: bool
-    """True in the driver of a submitted job, whose working directory Ray has shipped already."""
+    """True in the driver of a submitted job, whose code Ray has shipped."""
 
     on_kuberay: bool
-    """True in a pod that KubeRay manages."""
+    """True in a pod managed by KubeRay."""
 
     logical_gpus: bool
-    """True when this cluster's GPUs are numbers only (`ray start --num-gpus` on a machine without
-    one) and workers that are given one compute on the CPU, for tests of placement
+    """True for a cluster with GPUs that only Ray counts (`ray start --num-gpus` on a machine
+    without any): workers with such a GPU compute on the CPU, for tests of placement
     (`VALLE_LOGICAL_GPUS=1`)."""
 
 
 def read() -> Settings:
-    """The settings as the environment has them now."""
+    """The settings from the present environment."""
     env = os.environ
     home = Path(env.get("VALLE_HOME", ".")).absolute()
     cache_root = env.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -59,7 +59,7 @@ def read() -> Settings:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """The environment of a child process: this one's, with some variables set anew."""
+    """The environment of a child process: this process's, with some variables replaced."""
     return {**os.environ, **changes}
 
 
@@ -67,26 +67,26 @@ WORKER_VARIABLES = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "VALLE_LOGICAL_GPUS",
 )  # fmt: skip
-"""Variables that hold for a driver's workers as well: where storage and tracking are. None is a
-credential, nor a fact about the driver's machine."""
+"""Variables that a driver passes to its workers: addresses of storage and tracking. None holds a
+credential or depends on the driver's machine."""
 
 _WITH_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 
 
 def worker_environment() -> dict[str, str]:
-    """What the workers of a driver outside the cluster must know of its environment: where its
-    relative paths start, where storage and tracking are, and what `VALLE_FORWARD` names.
+    """The variables that a driver outside the cluster sets for its workers.
 
-    Credentials are not among it: nodes have roles of their own, and Ray writes these values to the
-    logs of every node and shows them on its dashboard. `VALLE_FORWARD=AWS_ACCESS_KEY_ID,...` hands
-    on whatever it names all the same, which is warned of; so is a password inside an address.
-    Raises ValueError where it names what is not set, or `VALLE_CACHE`, which each node decides.
+    These are `VALLE_HOME`, `WORKER_VARIABLES` and the names listed in `VALLE_FORWARD`. Credentials
+    are left out: nodes have roles of their own, and Ray writes the values to every node's logs and
+    shows them on its dashboard. `VALLE_FORWARD=AWS_ACCESS_KEY_ID,...` passes them all the same,
+    with a warning; a password inside an address is warned of too. Raises ValueError if
+    `VALLE_FORWARD` names a variable that is not set, or `VALLE_CACHE`, which belongs to a node.
     """
     extra = [name for name in os.environ.get("VALLE_FORWARD", "").split(",") if name]
     if "VALLE_CACHE" in extra:
         raise ValueError("VALLE_FORWARD: VALLE_CACHE is a folder of each node's own; set it there")
     if unset := [name for name in extra if name not in os.environ]:
-        raise ValueError(f"VALLE_FORWARD: {unset[0]} is not set")
+        raise ValueError(f"VALLE_FORWARD: {unset[0]} is not set; set it, or take it out")
     names = (*WORKER_VARIABLES, *extra)
     values = {name: os.environ[name] for name in names if name in os.environ}
     exposed = [
@@ -94,7 +94,7 @@ def worker_environment() -> dict[str, str]:
     ]
     if exposed:
         logging.getLogger(__name__).warning(
-            "handed to every node, and readable in Ray's logs and on its dashboard: %s",
+            "passed to every node, and readable in Ray's logs and on its dashboard: %s",
             ", ".join(exposed),
         )
     return {**values, "VALLE_HOME": str(read().home)}

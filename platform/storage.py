@@ -1,13 +1,14 @@
-"""URI to filesystem: local folders and S3 through one small set of verbs.
+"""Files on a local disk or on S3, by URI.
 
-A URI is `s3://bucket/key`, `file:///abs/path` or a plain path; a relative path starts at
-`VALLE_HOME`. S3 endpoints and credentials come from the AWS_* variables, which pyarrow reads.
+A URI is `s3://bucket/key`, `file:///absolute/path` or a plain path. A relative path starts at
+`VALLE_HOME`. pyarrow reads S3 endpoints and credentials from the AWS_* variables.
 """
 
 import json
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,12 +16,21 @@ from pyarrow import fs
 
 from valle.platform import settings
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
-def absolute(uri: str) -> str:
-    """`uri` with a relative path resolved against `VALLE_HOME`; schemes other than file stay."""
+
+def absolute(uri: str, names: Collection[str] = ()) -> str:
+    """The absolute form of a path or URI: the one rule for relative paths.
+
+    A relative path is resolved against `VALLE_HOME`; `file://` is removed; other URIs (`s3://`,
+    the registry's `models:/`) are returned unchanged. So are the `names` of things that have no
+    path, such as the codecs shipped with the code: `nano` is the codec, `./nano` is a folder.
+    """
+    if uri in names:
+        return uri
     if uri.startswith("file://"):
         return uri.removeprefix("file://")
-    if "://" in uri:
+    if _SCHEME.match(uri):
         return uri
     return str(settings.read().home / uri)
 
@@ -31,9 +41,9 @@ def join(uri: str, *parts: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem that holds `uri`, and the path inside it. Raises ValueError for a bad URI."""
+    """The filesystem of `uri`, and the path on it. Raises ValueError for an unusable URI."""
     target = absolute(uri)
-    if "://" not in target:
+    if not _SCHEME.match(target):
         return fs.LocalFileSystem(), target
     try:
         return fs.FileSystem.from_uri(target)
@@ -42,23 +52,23 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def exists(uri: str) -> bool:
-    """True when a file or folder is there."""
+    """True if there is a file or folder."""
     filesys, path = filesystem(uri)
     return bool(filesys.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises FileNotFoundError when it is missing."""
+    """The content of a file. Raises FileNotFoundError."""
     filesys, path = filesystem(uri)
     with filesys.open_input_file(path) as file:
         return bytes(file.read())
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes atomically: a reader sees the old file or the new one, never a part of it."""
+    """Writes a file atomically: a reader sees the old content or the new one, never a part."""
     filesys, path = filesystem(uri)
     if not isinstance(filesys, fs.LocalFileSystem):
-        with filesys.open_output_stream(path) as stream:  # S3 makes an object visible on close
+        with filesys.open_output_stream(path) as stream:  # S3 shows an object once it is closed
             stream.write(data)
         return
     folder = os.path.dirname(path)
@@ -70,27 +80,31 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def delete(uri: str) -> None:
-    """Removes a file; one that is not there is as good as removed."""
+    """Removes a file, if there is one."""
     filesys, path = filesystem(uri)
     with suppress(FileNotFoundError):
         filesys.delete_file(path)
 
 
 def read_json(uri: str) -> Any:
-    """The parsed JSON file."""
+    """The content of a JSON file. Raises FileNotFoundError."""
     return json.loads(read_bytes(uri))
 
 
 def write_json(uri: str, value: object) -> None:
-    """Writes `value` as readable JSON, atomically."""
+    """Writes `value` as indented JSON, atomically."""
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths below `uri`, relative to it, sorted; `suffixes` (lower case) filters by ending."""
+    """Paths of the files below `uri`, relative to it, sorted; none for a missing folder.
+
+    `suffixes` (lower case) selects by ending. Files that `write_bytes` has not finished are left
+    out.
+    """
     filesys, root = filesystem(uri)
     selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
-    # an object store answers with paths that start at the bucket, a disk with ours
+    # paths on S3 start with the bucket, as `root` does
     files = (i.path for i in filesys.get_file_info(selector) if i.type == fs.FileType.File)
     relative = sorted(os.path.relpath(path, root) for path in files)
     for path in relative:

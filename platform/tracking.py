@@ -1,12 +1,14 @@
-"""MLflow runs: the driver opens one, the first worker writes to it.
+"""MLflow runs: the driver opens a run, the first worker logs to it.
 
-The default store is sqlite in `VALLE_HOME`; `MLFLOW_TRACKING_URI` names a server instead.
+The store is sqlite in `VALLE_HOME`, or the server at `MLFLOW_TRACKING_URI`.
 """
 
 import io
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from valle import __version__
@@ -19,29 +21,33 @@ EXPERIMENT = "valle"
 
 
 def code_version() -> str:
-    """Package version and, in a checkout, the commit, with `+dirty` when files differ from it."""
+    """The package's version and, in a checkout, the commit, with `+dirty` for changed files."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12"],
-            cwd=CODE_ROOT, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+            cwd=CODE_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return __version__  # a submitted job's working directory has no .git
     return f"{__version__}-{git.stdout.strip()}"
 
 
 def configure(uri: str | None = None) -> None:
-    """Points MLflow at a store (default: this machine's settings) and at our experiment.
+    """Selects MLflow's store (default: this machine's settings) and the project's experiment.
 
-    Workers and replicas run in folders and environments of their own, so they are told the URI
-    by whoever started them.
+    Workers and replicas have current folders and environments of their own; the process that
+    starts them passes them the URI.
     """
     import mlflow
 
     machine = settings.read()
     mlflow.set_tracking_uri(uri or machine.tracking_uri)
     if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        # without a server, MLflow would keep artifacts in whatever folder it was started in
+        # without a server, MLflow would write artifacts to the current folder
         local = mlflow.get_tracking_uri().startswith("sqlite:")
         mlflow.create_experiment(EXPERIMENT, str(machine.home / "mlruns") if local else None)
     mlflow.set_experiment(EXPERIMENT)
@@ -49,17 +55,19 @@ def configure(uri: str | None = None) -> None:
 
 @contextmanager
 def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
-    """One MLflow run around a training; yields its id.
+    """An MLflow run during the block; yields its id.
 
-    An earlier unfinished run of the same name is continued, as the training itself is.
+    An unfinished run of the same name is continued, as the training itself is.
     """
     import mlflow
 
     configure()
     unfinished = mlflow.search_runs(
-        experiment_names=[EXPERIMENT], max_results=1, output_format="list",
+        experiment_names=[EXPERIMENT],
+        max_results=1,
+        output_format="list",
         filter_string=f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'",
-    )  # fmt: skip
+    )
     run_id = unfinished[0].info.run_id if unfinished else None
     with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=False) as run:
         if run_id is None:
@@ -69,23 +77,24 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
 
 
 def metric_history(name: str, metric: str) -> list[tuple[float, float]]:
-    """(time in hours, value) of a metric over all runs of a name, oldest first."""
+    """(time in hours, value) of a metric over all runs with a name, oldest first."""
     import mlflow
 
     configure()
     runs = mlflow.search_runs(
-        experiment_names=[EXPERIMENT], filter_string=f"attributes.run_name = '{name}'",
+        experiment_names=[EXPERIMENT],
+        filter_string=f"attributes.run_name = '{name}'",
         output_format="list",
-    )  # fmt: skip
+    )
     client = mlflow.MlflowClient()
     points = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
     return sorted((m.timestamp / 3_600_000, m.value) for m in points)
 
 
 def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
-    """A finished run of its own for figures and the folder they came with; returns its id.
+    """Logs a report as a finished run; returns its id.
 
-    A folder that is not local stays where it is: the run then names it in the tag `report`.
+    The tag `report` names the folder. The files of a local folder become artifacts of the run.
     """
     import mlflow
 
@@ -99,7 +108,7 @@ def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as `a.b` and value, the form MLflow shows."""
+    """The (key, value) pairs of nested settings, with keys such as `a.b`."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -108,33 +117,30 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class WorkerRun(Protocol):
-    """What the training loop tells its run."""
+    """The MLflow run of a training loop."""
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Logs numbers of a step."""
+        """Logs the metrics of a step, by name."""
 
     def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
-        """Logs audio, each with its spectrogram."""
+        """Logs named waves with their spectrograms."""
 
     def close(self) -> None:
-        """Waits until everything is stored."""
+        """Waits until all logged values are stored."""
 
 
 class NullRun:
-    """For the workers that do not log."""
+    """A run that ignores everything, for workers that do not log."""
 
-    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Does nothing."""
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
-        """Does nothing."""
+    def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None: ...
 
-    def close(self) -> None:
-        """Does nothing."""
+    def close(self) -> None: ...
 
 
 class MlflowRun:
-    """The first worker's end of the driver's run, with its machine's system metrics."""
+    """The driver's run, as the first worker logs to it, with its machine's system metrics."""
 
     def __init__(self, run_id: str, uri: str) -> None:
         import mlflow
@@ -144,13 +150,13 @@ class MlflowRun:
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queues the numbers; a thread stores them."""
         import mlflow
 
+        # a thread stores the values: a slow server must not hold up the step
         mlflow.log_metrics(dict(values), step=step, synchronous=False)
 
     def log_audio(self, samples: Sequence[tuple[str, Wave]], step: int) -> None:
-        """Stores `samples/step/{name}.wav` and `.png`."""
+        """Stores `samples/{step}/{name}.wav` and `.png`."""
         import mlflow
 
         client = mlflow.MlflowClient()
@@ -164,7 +170,6 @@ class MlflowRun:
                 file.write(spectrogram_png(wave, name))
 
     def close(self) -> None:
-        """Stores what is queued; the driver ends the run."""
         import mlflow
 
         mlflow.flush_async_logging()
@@ -172,10 +177,7 @@ class MlflowRun:
 
 @contextmanager
 def _artifact(client: Any, run_id: str, path: str) -> Iterator[io.BufferedWriter]:
-    """A local file that becomes the artifact `path` of a run."""
-    import tempfile
-    from pathlib import Path, PurePosixPath
-
+    """A temporary file, uploaded as the artifact `path` of a run when the block ends."""
     target = PurePosixPath(path)
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / target.name
@@ -185,5 +187,5 @@ def _artifact(client: Any, run_id: str, path: str) -> Iterator[io.BufferedWriter
 
 
 def worker_run(run_id: str | None, uri: str) -> WorkerRun:
-    """The run to log to; None gives one that ignores everything."""
+    """The run with an id, for the worker that logs; a NullRun for None."""
     return NullRun() if run_id is None else MlflowRun(run_id, uri)

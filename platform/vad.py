@@ -1,15 +1,15 @@
-"""How much of a recording is speech (silero's detector, weights in its wheel)."""
+"""Voice activity detection by silero-vad, whose weights come in its wheel."""
 
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio
 
 _RATE = 16_000
-"""What the detector hears."""
+"""Sample rate of the detector's input, in Hz."""
 
 
 class SpeechFraction:
-    """Share of the time that silero's detector takes for speech."""
+    """The share of a recording that is speech."""
 
     def __init__(self) -> None:
         from silero_vad import load_silero_vad
@@ -17,7 +17,7 @@ class SpeechFraction:
         self._model = load_silero_vad(onnx=True)
 
     def score(self, wave: Wave) -> float:
-        """0 to 1 for a 24 kHz recording."""
+        """The share, 0 to 1, of a 24 kHz recording."""
         import torch
         from silero_vad import get_speech_timestamps
 

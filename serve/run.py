@@ -4,16 +4,37 @@ import argparse
 import logging
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ray import serve
 
 from valle.platform import registry, storage
 from valle.platform.cluster import connect
 from valle.serve.app import build_app
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
+from valle.serve.deployments.handles import APP_NAME
+
+
+@contextmanager
+def endpoint(args: AppArgs, port: int, host: str = "127.0.0.1") -> Iterator[str]:
+    """Serves on the connected cluster while the block runs; yields the base URL, without a slash
+    at its end. Ray stays connected, all of Serve is shut down."""
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        deploy(args)
+        yield f"http://{host}:{port}"
+    finally:
+        serve.shutdown()
+
+
+def deploy(args: AppArgs) -> None:
+    """Deploys the application, or replaces the one that runs; returns when it is ready."""
+    serve.run(build_app(args), name=APP_NAME)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves the champion; returns the exit status."""
+    """Serves the champion until SIGINT or SIGTERM; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
     parser.add_argument("--voices", default="data/voices", help="folder of reference recordings")
@@ -23,28 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.model == registry.CHAMPION and (version := registry.publish_shipped()):
         logging.warning("the registry was empty: version %d is the model shipped here", version)
     try:
-        registry.resolve(arguments.model)  # a missing model is better noticed before Ray starts
+        registry.resolve(arguments.model)  # a missing model fails before Ray starts
     except FileNotFoundError as error:
         parser.exit(2, f"error: {error}\n")
     voices = storage.absolute(arguments.voices)
     if not any(True for _ in storage.list_files(voices, (".wav",))):
         logging.warning("no voices in %s: put a wav there, or `valle.jobs.starter_voices`", voices)
-    from ray import serve
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with connect():
-        serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        app = build_app(AppArgs(model=arguments.model, voices=voices))
-        serve.run(app, name="valle")
-        url = f"http://{arguments.host}:{arguments.port}"
+    args = AppArgs(model=arguments.model, voices=voices)
+    with connect(), endpoint(args, arguments.port, arguments.host) as url:
         logging.getLogger("ray.serve").warning(
             "POST %s/v1/audio/speech with a voice of %s, documentation at %s/docs, Ctrl-C stops",
-            url, voices, url,
-        )  # fmt: skip
+            url,
+            voices,
+            url,
+        )
         stop.wait()
-        serve.shutdown()
     return 0
 
 

@@ -1,29 +1,68 @@
 """Shared fixtures: a codec of random weights, a tiny token dataset, an isolated home."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import clusters
-from helpers.tiny_models import TINY, TINY_CODEC, tiny_ar, tiny_nar
+from helpers.endpoints import RunningEndpoint, SharedEndpoint
+from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
+from helpers.tiny_models import TINY_CODEC
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
-from valle.model.tokens import EOS
-from valle.platform import audio, checkpoint, storage
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the endpoint come last, those that share one after each other."""
+
+    def endpoint_order(item: pytest.Item) -> tuple[bool, float]:
+        callspec = getattr(item, "callspec", None)
+        eos_bias = callspec.params.get("eos_bias", EOS_BIAS) if callspec else EOS_BIAS
+        return "endpoint" in getattr(item, "fixturenames", ()), -eos_bias
+
+    items.sort(key=endpoint_order)
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Every test has a home, a cache and an MLflow store of its own."""
-    monkeypatch.setenv("VALLE_HOME", str(tmp_path))
-    monkeypatch.setenv("VALLE_CACHE", str(tmp_path / "cache"))
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home, a cache and an MLflow store for each test; a test of the endpoint has those of the
+    endpoint."""
+    shares_endpoint = "endpoint" in request.fixturenames
+    folder = request.getfixturevalue("running_endpoint").home if shares_endpoint else tmp_path
+    monkeypatch.setenv("VALLE_HOME", str(folder))
+    monkeypatch.setenv("VALLE_CACHE", str(folder / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield tmp_path
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Of a tiny model's work a second thread mostly waits for the first, and takes its core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded Ray for every test of this process: four CPUs, and one GPU that is only a
+    number.
+
+    Its workers share a home and a cache: what belongs to one test reaches them as an argument, as
+    it reaches workers on other machines. A test of CPU work sets `accelerator="cpu"`.
+    """
+    home = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # until the cluster runs
+            patch.setenv("VALLE_HOME", str(home))
+            patch.setenv("VALLE_CACHE", str(home / "cache"))
+            patch.setenv("VALLE_LOGICAL_GPUS", "1")
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # of an earlier test
+            stack.enter_context(clusters.embedded_cluster(num_gpus=1))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +84,8 @@ def tiny_codec(tiny_codec_folder: Path) -> Encodec:
 
 @pytest.fixture
 def eos_bias() -> float:
-    """How much the untrained AR model wants to stop; a test may set another."""
-    return 4.2  # after some fifteen frames
+    """Bias of the AR model's EOS logit; a test may set another."""
+    return EOS_BIAS
 
 
 @pytest.fixture
@@ -54,42 +93,49 @@ def publish_recipe(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, eos_bias: float
 ) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
-    for kind, model in (("ar", tiny_ar()), ("nar", tiny_nar())):
-        if kind == "ar":
-            model.head.bias.data[EOS] = eos_bias
-        metadata = checkpoint.new_metadata(kind, TINY, tiny_codec.identity, "test", {})
-        for step in (5, 20):
-            folder = home / f"runs/test-{kind}/step_{step:08d}"
-            checkpoint.save(folder, model.state_dict(), metadata)
-    noise = np.random.default_rng(0).normal(0, 0.1, 36_000).astype(np.float32)
-    storage.write_bytes("voices/ann.wav", audio.wav_bytes(noise))
-    return PublishRecipe(
-        ar="runs/test-ar", nar="runs/test-nar", codec=str(tiny_codec_folder),
-        sample_prompt="voices/ann.wav", sample_seconds=1.0,
-    )  # fmt: skip
+    return write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias)
 
 
 @pytest.fixture
 def app_args() -> AppArgs:
-    """How the endpoint is set up."""
+    """Configuration of `endpoint`."""
     return AppArgs(
-        voices="voices", max_replicas=1, max_sentence_seconds=1.0, max_body_bytes=1_000_000,
+        voices="voices",
+        max_replicas=1,
+        max_sentence_seconds=1.0,
+        max_body_bytes=1_000_000,
         registry_poll_seconds=0.5,
-    )  # fmt: skip
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_endpoint(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedEndpoint]:
+    shared = SharedEndpoint(lambda: tmp_path_factory.mktemp("endpoint"))
+    yield shared
+    shared.close()
 
 
 @pytest.fixture
-def endpoint(publish_recipe: PublishRecipe, app_args: AppArgs) -> Iterator[str]:
-    from ray import serve
+def running_endpoint(
+    shared_endpoint: SharedEndpoint,
+    app_args: AppArgs,
+    tiny_codec: Encodec,
+    tiny_codec_folder: Path,
+    eos_bias: float,
+) -> RunningEndpoint:
+    """Serves untrained models; tests of the same `eos_bias` and `app_args` that follow each other
+    share it, with what they leave in its registry and among its voices."""
 
-    from valle.serve.app import build_app
+    def fill(home: Path) -> None:
+        publish(write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias))
 
-    publish(publish_recipe)
-    port = clusters.free_port()
-    with clusters.embedded_cluster():
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(app_args), name="valle")
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
+    key = (eos_bias, app_args.model_dump_json())
+    return shared_endpoint.get(key, app_args, fill)
+
+
+@pytest.fixture
+def endpoint(running_endpoint: RunningEndpoint) -> str:
+    """The URL of the endpoint."""
+    return running_endpoint.url

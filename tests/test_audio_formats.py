@@ -1,4 +1,4 @@
-"""The formats an answer can have: what was said comes out, whole or in pieces."""
+"""Audio formats: decoded again, the samples are the same, whole or in chunks."""
 
 import io
 
@@ -19,7 +19,7 @@ def sweep(seconds: float = 2.0) -> Wave:
 
 
 def decode(data: bytes, format: AudioFormat) -> Wave:
-    """By ffmpeg, at 24 kHz."""
+    """Samples of a file at 24 kHz, by ffmpeg."""
     if format == "pcm":
         return np.frombuffer(data, "<i2").astype(np.float32) / 32767
     resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
@@ -41,7 +41,7 @@ def best_match(decoded: Wave, wave: Wave) -> float:
 
 
 @pytest.mark.parametrize("format", AUDIO_FORMATS)
-def test_what_is_encoded_is_heard(format: AudioFormat) -> None:
+def test_encode_audio_keeps_the_samples(format: AudioFormat) -> None:
     wave = sweep()
     decoded = decode(encode_audio(wave, format), format)
     assert abs(len(decoded) - len(wave)) < 0.1 * SAMPLE_RATE
@@ -50,15 +50,15 @@ def test_what_is_encoded_is_heard(format: AudioFormat) -> None:
 
 @pytest.mark.parametrize("format", AUDIO_FORMATS)
 @pytest.mark.parametrize("speed", [1.0, 1.5])
-def test_pieces_sound_like_the_whole(format: AudioFormat, speed: float) -> None:
+def test_audio_encoder_in_chunks_equals_encode_audio(format: AudioFormat, speed: float) -> None:
     wave = sweep()
     encoder = AudioEncoder(format, speed)
     parts = [encoder.add(wave[start : start + 3001]) for start in range(0, len(wave), 3001)]
-    assert any(parts[: len(parts) // 2]), "nothing left before half was said"
+    assert any(parts[: len(parts) // 2]), "no bytes before the second half"
     data = b"".join([*parts, encoder.finish()])
     reference = decode(encode_audio(wave, format, speed), format)
     decoded = decode(data, format)
-    if format == "mp3":  # only a whole file can say where the encoder's own delay ends
+    if format == "mp3":  # only a complete file states the encoder's delay, which decoders cut off
         assert abs(len(decoded) - len(reference)) < 0.1 * SAMPLE_RATE
         assert best_match(decoded, reference) > 0.98
         return
@@ -67,7 +67,7 @@ def test_pieces_sound_like_the_whole(format: AudioFormat, speed: float) -> None:
     np.testing.assert_allclose(decoded[:size], reference[:size], atol=0.02)
 
 
-def test_a_whole_wav_says_how_long_it_is() -> None:
+def test_encode_audio_writes_the_length_to_the_header() -> None:
     wave = sweep(1.0)
     file = soundfile.info(io.BytesIO(encode_audio(wave, "wav")))
     assert (file.frames, file.samplerate, file.subtype) == (SAMPLE_RATE, SAMPLE_RATE, "PCM_16")
@@ -76,15 +76,15 @@ def test_a_whole_wav_says_how_long_it_is() -> None:
 
 
 @pytest.mark.parametrize("speed", [0.25, 0.8, 4.0])
-def test_speed_changes_the_length_and_not_the_pitch(speed: float) -> None:
+def test_speed_changes_the_duration_and_keeps_the_pitch(speed: float) -> None:
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = (0.5 * np.sin(2 * np.pi * 300 * time)).astype(np.float32)
     decoded = decode(encode_audio(tone, "wav", speed), "wav")
     assert abs(len(decoded) * speed / len(tone) - 1) < 0.1
-    loudest = np.abs(np.fft.rfft(decoded)).argmax() * SAMPLE_RATE / len(decoded)
-    assert abs(loudest - 300) < 10
+    pitch = np.abs(np.fft.rfft(decoded)).argmax() * SAMPLE_RATE / len(decoded)
+    assert abs(pitch - 300) < 10
 
 
-def test_nothing_said_is_an_empty_file() -> None:
+def test_no_samples_are_an_empty_pcm_file() -> None:
     assert encode_audio(np.zeros(0, np.float32), "pcm") == b""
     assert AudioEncoder("pcm").finish() == b""

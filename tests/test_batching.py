@@ -1,4 +1,4 @@
-"""Batches of what waits: equal to one at a time, like with like, nobody forgotten."""
+"""Dynamic batching: similar lengths together, errors and cancellations apart."""
 
 import asyncio
 import threading
@@ -9,21 +9,21 @@ from valle.serve.deployments.batching import DynamicBatcher
 
 
 class Doubler:
-    """Doubles numbers, holds at the gate, and remembers its batches."""
+    """Doubles numbers once the gate is open; records its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
 
     def __call__(self, items: list[int]) -> list[int]:
-        self.gate.wait(10)
+        assert self.gate.wait(30)
         self.batches.append(items)
         if 13 in items:
             raise ValueError("13 is bad luck")
         return [2 * item for item in items]
 
 
-def test_what_waits_goes_together_like_with_like() -> None:
+def test_batches_hold_items_of_similar_size_within_the_budget() -> None:
     work = Doubler()
 
     async def go() -> list[int]:
@@ -36,12 +36,12 @@ def test_what_waits_goes_together_like_with_like() -> None:
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(go()) == [20, 200, 22, 18, 24, 180, 28, 1000]
-    # the oldest goes first, with what is like it; a batch is padded to its longest and stays in the
-    # budget; what is too large for that goes alone
+    # the oldest item first, with those of similar size; each batch, padded to its longest item, is
+    # within the budget, unless it is a single item
     assert work.batches == [[10, 11, 9], [100], [12, 14], [90], [500]]
 
 
-def test_one_bad_item_fails_alone() -> None:
+def test_an_item_that_fails_leaves_the_others_of_its_batch() -> None:
     work = Doubler()
     work.gate.set()
 
@@ -56,7 +56,7 @@ def test_one_bad_item_fails_alone() -> None:
     assert isinstance(results[1], ValueError) and "bad luck" in str(results[1])
 
 
-def test_who_has_left_is_not_worked_for() -> None:
+def test_a_cancelled_item_is_left_out() -> None:
     work = Doubler()
 
     async def go() -> None:

@@ -1,4 +1,4 @@
-"""The bench for a card, run on a CPU: its phases, what it says of failures, what it imports."""
+"""`make gpu` on a CPU: phases, failures, exit status, and imports on a bare machine."""
 
 import json
 import signal
@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers import clusters
 
 from valle.jobs.bench.gpu import report, schedule
 from valle.jobs.bench.gpu import run as bench_gpu
@@ -25,11 +26,11 @@ ABSENT = (
     "yaml", "docstring_parser", "fastapi", "librosa", "matplotlib", "boto3", "av", "torchaudio",
     "scipy", "sklearn",
 )  # fmt: skip
-"""Not on a bare machine, or not to be counted on."""
+"""Packages that a bare machine lacks or may lack."""
 
 
-def bare(folder: Path, *also: str) -> dict[str, str]:
-    """The environment of a Python that cannot import what a bare machine lacks."""
+def bare_environment(folder: Path, *lacking: str) -> dict[str, str]:
+    """Environment of a Python that cannot import the packages that a bare machine lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(
         f"""
@@ -38,7 +39,7 @@ from importlib.machinery import PathFinder
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        absent = name.split(".")[0] in {(*ABSENT, *also)!r}
+        absent = name.split(".")[0] in {(*ABSENT, *lacking)!r}
         return None if absent else super().find_spec(name, path, target)
 sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
 """
@@ -46,12 +47,12 @@ sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.m
     return settings.child_environment(PYTHONPATH=f"{folder}:{ROOT}")
 
 
-def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tuple[int, Any]:
-    """Exit status and gpu.json of the command on a bare machine without a card."""
+def run_bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tuple[int, Any]:
+    """Exit status and phases of gpu.json, of the command on a bare machine without a GPU."""
     out = tmp_path / "out"
     command = [sys.executable, "jobs/bench/gpu/run.py", "--device", "cpu", "--quick", *arguments]
     command += ["--out", str(out), "--time-scale", "5"]
-    environment = bare(tmp_path / "bare", *lacking)
+    environment = bare_environment(tmp_path / "bare", *lacking)
     completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (out / "gpu.json").exists(), completed.stdout + completed.stderr
     values = json.loads((out / "gpu.json").read_text())
@@ -60,26 +61,30 @@ def bench(tmp_path: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> tup
     return completed.returncode, values["phases_run"]
 
 
-def passed(result: dict[str, Any]) -> set[str]:
-    """Names of the checks of a phase, all of which must hold."""
+def passed_checks(result: dict[str, Any]) -> set[str]:
+    """Names of the checks of a phase; all must have passed."""
     assert result["status"] == "done", result
     assert not result["errors"], result["errors"]
     assert [check for check in result["checks"] if not check["passed"]] == []
     return {check["name"] for check in result["checks"]}
 
 
-def test_truth_on_a_bare_machine(tmp_path: Path) -> None:
-    status, phases = bench(tmp_path, "--phases", "P1")
+def test_numerics_phase_on_a_bare_machine(tmp_path: Path) -> None:
+    status, phases = run_bench(tmp_path, "--phases", "P1")
     assert status == 0 and list(phases) == ["P1"]
     expected = {
-        "cached = uncached, group 2", "engine with four guided slots = generate, group 1",
-        "engine with four guided slots = generate, group 2", "NAR batched = plain",
-        "codec: codes equal to the CPU's, TF32 off", "codec: samples equal to the CPU's",
-    }  # fmt: skip
+        "cached = uncached, group 2",
+        "engine with four guided slots = generate, group 1",
+        "engine with four guided slots = generate, group 2",
+        "NAR batched = plain",
+        "codec: codes equal to the CPU's, TF32 off",
+        "codec: samples equal to the CPU's",
+        "uniforms = the CPU's",
+    }
     for kind in ("ar", "nar"):
         expected |= {f"golden {kind}: {what}" for what in ("logits", "loss", "gradients")}
         expected |= {f"golden {kind}: pinned logits"}
-    assert expected <= passed(phases["P1"])
+    assert expected <= passed_checks(phases["P1"])
     checks = {check["name"]: check for check in phases["P1"]["checks"]}
     # float32 against float64: equal to rounding, and not the same computation
     assert 0 < checks["golden nar: logits"]["relative_error"] < 1e-5
@@ -89,8 +94,8 @@ def test_truth_on_a_bare_machine(tmp_path: Path) -> None:
     assert "no module" in json.loads((tmp_path / "out/gpu.json").read_text())["picture"].lower()
 
 
-def test_a_failing_phase_does_not_stop_the_next(tmp_path: Path) -> None:
-    status, phases = bench(tmp_path, "--phases", "P6,P0", lacking=("cachetools",))
+def test_run_continues_after_a_failing_phase(tmp_path: Path) -> None:
+    status, phases = run_bench(tmp_path, "--phases", "P6,P0", lacking=("cachetools",))
     assert status == report.EXIT_FAILED
     assert phases["P6"]["status"] == "failed"
     assert "No module named 'cachetools'" in phases["P6"]["errors"][0]["traceback"]
@@ -100,25 +105,25 @@ def test_a_failing_phase_does_not_stop_the_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parallel_training_on_a_bare_machine(tmp_path: Path) -> None:
-    status, phases = bench(tmp_path, "--phases", "P2")
+def test_parallel_phase_on_a_bare_machine(tmp_path: Path) -> None:
+    status, phases = run_bench(tmp_path, "--phases", "P2")
     assert status == 0
-    names = passed(phases["P2"])
-    for way in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
+    names = passed_checks(phases["P2"])
+    for backend in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"):
         for kind in ("ar", "nar"):
-            assert f"{way} {kind} fp32: weights = plain" in names
-            assert f"{way} {kind} bf16: losses follow float32" in names
-            assert f"{way} {kind} bf16: resumed = uninterrupted" in names
+            assert f"{backend} {kind} fp32: weights = plain" in names
+            assert f"{backend} {kind} bf16: losses follow float32" in names
+            assert f"{backend} {kind} bf16: resumed = uninterrupted" in names
     resumed = [c for c in phases["P2"]["checks"] if c["name"].endswith("resumed = uninterrupted")]
     assert len(resumed) == 20 and all(check["to_the_bit"] for check in resumed)
 
 
 @pytest.mark.slow
 def test_speed_phases_on_a_bare_machine(tmp_path: Path) -> None:
-    status, phases = bench(tmp_path, "--phases", "P0,P3,P4,P5,P6")
+    status, phases = run_bench(tmp_path, "--phases", "P0,P3,P4,P5,P6")
     assert status == 0
     for result in phases.values():
-        passed(result)
+        passed_checks(result)
     measurements = {m["name"]: m for result in phases.values() for m in result["measurements"]}
     assert (
         measurements["ar 600 bf16"]["mfu"] > 0 and 0 < measurements["ar 600 bf16"]["padding"] < 0.5
@@ -129,21 +134,23 @@ def test_speed_phases_on_a_bare_machine(tmp_path: Path) -> None:
     assert measurements["engine 3 fp32, guided: a step"]["kernels"] > 100
     assert measurements["chunks of 15 frames"]["times_real_time"] > 0
     assert measurements["NAR 3 bf16"]["milliseconds"] > 0
-    assert "engine hidden states = one pass without a cache, float32" in passed(phases["P4"])
-    assert {f"memory as planned, {p}" for p in ("fp32", "bf16")} <= passed(phases["P6"])
+    assert "engine hidden states = one pass without a cache, float32" in passed_checks(phases["P4"])
+    assert {f"memory as planned, {p}" for p in ("fp32", "bf16")} <= passed_checks(phases["P6"])
 
 
 @pytest.mark.slow
-def test_no_card_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides a card from the phase's process
+def test_run_phase_without_a_cuda_device_fails_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides a GPU from the phase's process
     arguments = Namespace(device="cuda", size="tiny", quick=True)
     with (tmp_path / "log").open("wb") as log:
         result = bench_gpu.run_phase("P0", arguments, None, 60, tmp_path, log, [].append)
     assert result["status"] == "failed"
-    assert "torch sees no card here" in result["errors"][0]["traceback"]
+    assert "torch finds no CUDA device" in result["errors"][0]["traceback"]
 
 
-def test_a_phase_that_crashes_or_hangs_is_recorded(
+def test_run_phase_records_a_crash_and_a_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "log").open("wb") as log:
@@ -153,7 +160,7 @@ def test_a_phase_that_crashes_or_hangs_is_recorded(
         slow = Namespace(device="cpu", size="tiny", quick=True)
         killed = bench_gpu.run_phase("P2", slow, None, 0.2, tmp_path, log, [].append)
     assert crashed["status"] == "crashed" and "invalid choice: 'nonsense'" in crashed["log"]
-    assert killed["status"] == "killed" and killed["wall_seconds"] < 5
+    assert killed["status"] == "killed"
     assert (
         report.exit_code({"P1": crashed}) == report.exit_code({"P2": killed}) == report.EXIT_FAILED
     )
@@ -162,53 +169,58 @@ def test_a_phase_that_crashes_or_hangs_is_recorded(
 
 
 @pytest.mark.slow
-def test_who_is_told_to_stop_leaves_results_and_no_process(tmp_path: Path) -> None:
+def test_command_stopped_by_a_signal_leaves_results_and_no_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "jobs/bench/gpu/run.py", "--device", "cpu", "--quick"]
     command += ["--phases", "P2,P0", "--out", str(out)]
     running = subprocess.Popen(
-        command, cwd=ROOT, env=bare(tmp_path / "bare"), stdout=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=bare_environment(tmp_path / "bare"),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert running.stdout is not None and "P2" in running.stdout.readline()
-    time.sleep(1)
-    (phase,) = psutil.Process(running.pid).children()
+    command_process = psutil.Process(running.pid)
+    clusters.wait_for(command_process.children, 30, "the phase's process")
+    (phase,) = command_process.children()
     running.terminate()
     assert "STOPPED P2" in running.communicate(timeout=30)[0]
     values = json.loads((out / "gpu.json").read_text())
     assert running.returncode == values["exit_code"] == report.EXIT_FAILED
-    assert values["phases_run"]["P2"]["reason"] == "the command was told to stop: SIGTERM"
+    assert values["phases_run"]["P2"]["reason"] == "the command received SIGTERM"
     assert list(values["phases_run"]) == ["P2"] and not phase.is_running()
 
 
-def test_exit_status_says_what_is_wrong(tmp_path: Path) -> None:
+def test_exit_code_of_checks_floors_and_skipped_entries(tmp_path: Path) -> None:
     def status(record: Record) -> int:
         record.status = "done"
         record.write()
         return report.exit_code({"P1": json.loads((tmp_path / "r.json").read_text())})
 
-    def fresh(seconds: float = 60) -> Record:
+    def new_record(seconds: float = 60) -> Record:
         return Record(tmp_path / "r.json", time.time() + seconds)
 
-    fine = fresh()
-    fine.check("a", True)
-    fine.expect_floor("f", 1.0)
-    assert status(fine) == report.EXIT_MISSED, "not measured is not met"
-    fine.floor("f", 2.0)
-    fine.skip("not needed", "no time")
-    assert status(fine) == 0
-    fine.expect_floor("g", 1.0)
-    fine.floor("g", 0.5)
-    assert status(fine) == report.EXIT_MISSED
-    fine.check("b", False)
-    assert status(fine) == report.EXIT_FAILED
+    complete = new_record()
+    complete.check("a", True)
+    complete.expect_floor("f", 1.0)
+    assert status(complete) == report.EXIT_MISSED, "not measured is not met"
+    complete.floor("f", 2.0)
+    complete.skip("not needed", "no time")
+    assert status(complete) == 0
+    complete.expect_floor("g", 1.0)
+    complete.floor("g", 0.5)
+    assert status(complete) == report.EXIT_MISSED
+    complete.check("b", False)
+    assert status(complete) == report.EXIT_FAILED
 
-    raised = fresh()
+    raised = new_record()
     assert not raised.attempt("division", lambda: [1 / 0])
     assert "ZeroDivisionError" in raised.errors[0]["traceback"]
     assert raised.attempt("next", lambda: raised.check("c", True)), "what comes next is still done"
     assert status(raised) == report.EXIT_FAILED
 
-    late = fresh(seconds=5)
+    late = new_record(seconds=5)
     assert not late.attempt("long", lambda: None, 10)
     assert status(late) == 0 and "no time" in late.skipped[0]["reason"]
     assert not late.attempt("long", lambda: None, 10, required=True)
@@ -217,22 +229,22 @@ def test_exit_status_says_what_is_wrong(tmp_path: Path) -> None:
     def too_much() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    full = fresh()
+    full = new_record()
     assert not full.attempt("large", too_much) and not full.errors
     assert full.skipped[0]["reason"] == "out of memory: CUDA out of memory. Tried to allocate"
 
 
-def test_phases_fit_their_time() -> None:
+def test_schedules_fit_five_and_nine_minutes() -> None:
     for phases, expected, minutes in (
         (schedule.DEFAULT_PHASES, schedule.FIVE_MINUTES, 5),
         (tuple(schedule.PHASES), schedule.NINE_MINUTES, 9),
-    ):  # fmt: skip
+    ):
         assert schedule.schedule_for(phases) is expected and set(expected.seconds) == set(phases)
         assert sum(expected.seconds.values()) <= expected.total
         assert expected.total + schedule.GRACE_SECONDS <= minutes * 60
 
 
-def test_unused_time_passes_on() -> None:
+def test_limit_includes_unused_seconds_of_earlier_phases() -> None:
     phases, seconds = schedule.DEFAULT_PHASES, schedule.FIVE_MINUTES.seconds
     assert schedule.FIVE_MINUTES.limit(phases, "P4", 200) == 200
     reserved = seconds["P3"] + seconds["P4"]
@@ -244,7 +256,7 @@ def test_unused_time_passes_on() -> None:
     assert schedule.FIVE_MINUTES.scaled(2).seconds["P4"] == 2 * seconds["P4"]
 
 
-def test_what_a_phase_has_measured_is_shown_while_it_runs(tmp_path: Path) -> None:
+def test_wait_for_phase_reports_partial_results(tmp_path: Path) -> None:
     path, shown = tmp_path / "phase.json", []
     path.write_text('{"status": "running", "measurements": [{"name": "m"}]}')
     running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -260,7 +272,7 @@ def test_what_a_phase_has_measured_is_shown_while_it_runs(tmp_path: Path) -> Non
     assert code == -signal.SIGTERM and shown == [json.loads(path.read_text())]
 
 
-def test_a_picture_that_cannot_be_drawn_costs_nothing(
+def test_finish_without_a_picture_keeps_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -275,7 +287,9 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing(
     assert values["exit_code"] == 0 and "RuntimeError: no font" in values["picture"]
 
 
-def test_wrong_commands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_arguments_refuses_unknown_phases_and_unwritable_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as refused:
         bench_gpu.parse_arguments(["--phases", "P1,P9"])
     assert refused.value.code == 2 and "P9 is none of P0, P1" in capsys.readouterr().err
@@ -287,29 +301,31 @@ def test_wrong_commands_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert everything.phases == tuple(schedule.PHASES)
 
 
-def test_the_picture_shows_training_and_decoding(tmp_path: Path) -> None:
+def test_draw_writes_a_png(tmp_path: Path) -> None:
     measurements = {
         "P3": [{"name": "ar", "mfu": 0.2}],
         "P4": [{"name": "engine", "frames_per_second": 5.0, "limit_frames_per_second": 9.0}],
     }
-    values = {"limits": {"name": "made"}, "size": "full"} | {
+    values = {"limits": {"name": "synthetic"}, "size": "full"} | {
         "phases_run": {name: {"measurements": entries} for name, entries in measurements.items()}
     }
     report.draw(values, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_with_earlier_names_are_read(tmp_path: Path) -> None:
+def test_load_accepts_earlier_names(tmp_path: Path) -> None:
     entry = {"name": "a", "reason": "no time", "required": False}
     phases = {"P0": {"status": "done", "errors": [], "floors": [], "left_out": [entry]}}
     path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({"card": {"name": "made"}, "size": "full", "phases_run": phases}))
+    path.write_text(
+        json.dumps({"card": {"name": "synthetic"}, "size": "full", "phases_run": phases})
+    )
     values = report.load(path)
-    assert values["limits"] == {"name": "made"} and "card" not in values
+    assert values["limits"] == {"name": "synthetic"} and "card" not in values
     assert "skipped: a: no time" in report.table(values)
 
 
-def test_wheels_are_pinned_and_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wheels_are_pinned_and_within_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
     pins = gpu_wheels.pinned_versions((ROOT / "constraints.txt").read_text())
     names = (*gpu_wheels.SOURCE_ONLY, *gpu_wheels.WHEELS)
     assert len(gpu_wheels.requirements(names, pins)) == len(names)

@@ -1,4 +1,4 @@
-"""What the phases of the bench for a card rest on: checks that can fail, cases, counts."""
+"""Parts of the phases of `make gpu`: checks that can fail, cases, counts."""
 
 import copy
 import time
@@ -33,13 +33,17 @@ from valle.serve.engine.runner import SlotCache
 def make_context(tmp_path: Path, **changes: Any) -> PhaseContext:
     record = Record(tmp_path / "record.json", time.time() + 60)
     values = {
-        "device": torch.device("cpu"), "config": TINY, "quick": True, "record": record,
-        "scratch": tmp_path, "limits": DeviceLimits("test", 1e12, 1e12, 1e12, 1e12, 1e-6),
-    }  # fmt: skip
+        "device": torch.device("cpu"),
+        "config": TINY,
+        "quick": True,
+        "record": record,
+        "scratch": tmp_path,
+        "limits": DeviceLimits("test", 1e12, 1e12, 1e12, 1e12, 1e-6),
+    }
     return PhaseContext(**values | changes)
 
 
-def test_why_nothing_can_be_compiled_is_named(
+def test_unavailable_reason_names_the_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -58,10 +62,10 @@ def test_why_nothing_can_be_compiled_is_named(
     )
 
 
-def test_what_goes_on_eagerly_is_no_compiled_case() -> None:
-    """Dynamo gives up at its limit of recompilations: an error, not a slow figure."""
+def test_strict_raises_at_the_recompilation_limit() -> None:
+    """Beyond the limit dynamo would run eagerly, and a case named compiled would be slow."""
 
-    # a backend that compiles nothing: what is tested is dynamo's limit
+    # a backend that compiles nothing: dynamo's limit is tested
     def step(values: torch.Tensor, factor: int) -> torch.Tensor:
         return values * factor
 
@@ -75,10 +79,10 @@ def test_what_goes_on_eagerly_is_no_compiled_case() -> None:
             for factor in range(6, 20):
                 compiled(values, factor)
     with compiling.strict() as counters:
-        assert counters.graphs == 0, "a case begins anew"
+        assert counters.graphs == 0, "counters start at zero"
 
 
-def test_engines_that_compute_differently_are_told_apart(tmp_path: Path) -> None:
+def test_step_both_separates_equal_and_different_engines(tmp_path: Path) -> None:
     workload, frames = Workload.default(quick=True), 12
     right = synthetic.short_ar(1)
     with torch.no_grad():
@@ -105,8 +109,10 @@ def test_engines_that_compute_differently_are_told_apart(tmp_path: Path) -> None
     assert [check["passed"] for check in context.record.checks[1:]] == [False, True]
 
 
-def test_an_engine_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions counted wrong: the states of the first frame are right, the next are not."""
+def test_check_against_generate_fails_for_wrong_cache_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states of the first frame are right, later ones are not."""
     context = make_context(tmp_path)
     advance = SlotCache.advance
     monkeypatch.setattr(SlotCache, "advance", lambda cache, positions: advance(cache, 0))
@@ -114,8 +120,8 @@ def test_an_engine_that_forgets_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     assert not context.record.checks[0]["passed"]
 
 
-def test_truth_notices_a_wrong_model(tmp_path: Path) -> None:
-    """Each of logits, loss and gradients is a check that can fail."""
+def test_check_outputs_fails_for_each_wrong_output(tmp_path: Path) -> None:
+    """Logits, loss and gradients are separate checks."""
     batch = random_batch(18, 25, 40)
     for kind in ("ar", "nar"):
         reference = numerics.compute_outputs(synthetic.golden_model(kind).double(), batch)
@@ -140,8 +146,9 @@ def test_truth_notices_a_wrong_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_model_flops_are_what_a_forward_pass_does(kind: str) -> None:
-    """PyTorch counts a causal matrix whole, and the NAR prompt's view of what it does not see."""
+def test_model_flops_equal_those_that_pytorch_counts(kind: str) -> None:
+    """PyTorch counts masked pairs too: half of a causal matrix, and those that the NAR prompt does
+    not attend to."""
     config = replace(TINY, width=32)
     model = synthetic.build_model(kind, config, torch.device("cpu"))
     batch = random_batch(30, 30)
@@ -158,7 +165,9 @@ def test_model_flops_are_what_a_forward_pass_does(kind: str) -> None:
     assert training.model_flops(kind, config, batch) + masked == pytest.approx(expected)
 
 
-def test_memory_check_notices_a_wrong_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_memory_fails_for_a_wrong_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = make_context(tmp_path)
     load = nar.ServingLoad(slots=3, positions=50, prompts=2, prompt_frames=9)
     plan_memory = nar.plan_memory
@@ -171,7 +180,7 @@ def test_memory_check_notices_a_wrong_plan(tmp_path: Path, monkeypatch: pytest.M
     assert not context.record.checks[0]["passed"]
 
 
-def test_varlen_attention_of_both_versions_is_told_to_be_causal() -> None:
+def test_causal_arguments_of_both_versions() -> None:
     def newer(query: object, *, scale: float | None = None, window_size: object = (-1, -1)) -> None:
         """torch 2.11 and later."""
 
@@ -184,13 +193,13 @@ def test_varlen_attention_of_both_versions_is_told_to_be_causal() -> None:
         attention.causal_arguments(lambda query: query)
 
 
-def test_made_inputs_are_those_of_the_rest() -> None:
+def test_synthetic_defaults_equal_those_of_the_model() -> None:
     assert Synthesis(ar=synthetic.GUIDED_SAMPLING) == Synthesis()
     assert Synthesis().nar_decoding == nar.NAR_DECODING
     assert torch.equal(synthetic.random_batch(7, 9, seed=3).codes, random_batch(7, 9, seed=3).codes)
 
 
-def test_training_cases_are_begun_where_they_can_end(tmp_path: Path) -> None:
+def test_training_cases_and_their_estimated_seconds(tmp_path: Path) -> None:
     h100 = DeviceLimits("NVIDIA H100 80GB HBM3", 8e14, 4e14, 5e13, 3e12, 5e-6)
     context = make_context(tmp_path, limits=h100, config=SIZES["full"], quick=False)
     order = training.cases(quick=False, on_gpu=True)

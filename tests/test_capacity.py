@@ -1,4 +1,4 @@
-"""How many workers a cluster holds, what each gets, what is refused: reckoned, without Ray."""
+"""Allocation of workers on clusters that exist only as data: what fits, what is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,27 +9,27 @@ import pytest
 import yaml
 
 from valle.jobs import synthesize as synthesize_job
-from valle.jobs import train as train_job
-from valle.jobs import train_codec
 from valle.jobs.evaluate import EvaluateRecipe, allocation_for
 from valle.jobs.ingest.layouts import Source
 from valle.jobs.prepare import PrepareRecipe
 from valle.jobs.prepare import allocation_for as prepare_allocation
 from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.recipes import RECIPES, load
 from valle.jobs.synthesize import SynthesizeRecipe
 from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.training import ray_train
 from valle.jobs.training.recipe import TrainRecipe
 from valle.platform import resources
-from valle.platform.autoscaler import NodeShape
+from valle.platform.autoscaler import NodeShape, configuration_path, parse_limits
 from valle.platform.capacity import Cluster, Demand
-from valle.platform.recipe import RECIPES, load
 from valle.platform.resources import Allocation, Placement
 
 GPU_NODE = NodeShape(name="gpu", cpus=8, gpus=2, max_count=4)
 CPU = Placement(accelerator="cpu")
 
 
-def test_shares_that_fit_on_a_node() -> None:
+def test_workers_that_fit_on_a_node_by_their_share() -> None:
     assert GPU_NODE.workers_that_fit(1, 1) == 2 and GPU_NODE.workers_that_fit(5, 1) == 1
     assert GPU_NODE.workers_that_fit(1, 0.25) == 8 and GPU_NODE.workers_that_fit(2, 0.25) == 4
     assert GPU_NODE.workers_that_fit(1, 0.4) == 4, "a share never spans two GPUs"
@@ -56,17 +56,15 @@ def test_shares_that_fit_on_a_node() -> None:
         (1, 0, {"cpus_per_worker": 0.25}, 1),
     ],
 )
-def test_codec_actors_leave_room_for_the_stages_that_feed_them(
+def test_fits_now_leaves_room_for_upstream_stages(
     cpus: int, gpus: int, placement: dict[str, Any], workers: int
 ) -> None:
     node = NodeShape(name="only", cpus=cpus, gpus=gpus, max_count=1)
-    recipe = PrepareRecipe(
-        out="x", sources=(Source(path="y"),), placement=Placement(**placement)
-    )  # fmt: skip
+    recipe = PrepareRecipe(out="x", sources=(Source(path="y"),), placement=Placement(**placement))
     allocation = prepare_allocation(recipe, Cluster(nodes=(node,)))
     pool = allocation.actor_pool(None, 100)
     assert (pool.min_size, pool.initial_size, pool.max_size) == (1, workers, workers)
-    # the feeders go to a node without GPUs, where they displace nobody
+    # the upstream stages go to a node without GPUs, where they displace no worker
     other = NodeShape(name="other", cpus=1, gpus=0, max_count=1)
     if gpus:
         assert prepare_allocation(recipe, Cluster(nodes=(node, other))).fits_now == 8
@@ -77,7 +75,7 @@ def test_codec_actors_leave_room_for_the_stages_that_feed_them(
         prepare_allocation(replace(recipe, placement=CPU), Cluster(nodes=(other,)))
 
 
-def test_what_others_hold_is_not_asked_for_at_the_start() -> None:
+def test_actor_pool_starts_with_what_others_leave_free() -> None:
     free = replace(GPU_NODE, cpus=3.0, gpus=0.5)
     cluster = Cluster(nodes=(GPU_NODE,), free=(free,))
     allocation = resources.resolve(CPU, "prepare", cpus=0.5, cluster=cluster)
@@ -89,13 +87,13 @@ def test_what_others_hold_is_not_asked_for_at_the_start() -> None:
     waits = resources.resolve(
         Placement(), "prepare", cpus=0.5, upstream_cpus=0.75, cluster=replace(cluster, free=(full,))
     )
-    assert waits.resource_limits == (1.25, 1.0), "when others end, one worker can begin"
+    assert waits.resource_limits == (1.25, 1.0), "one worker can begin when others end"
     busy = resources.resolve(Placement(), "evaluate", cpus=1, cluster=cluster)
     assert (busy.fits_now, busy.fits_alone) == (0, 2)
     assert busy.actor_pool(None, 100).initial_size == 1
 
 
-def test_the_largest_cluster_that_is_permitted() -> None:
+def test_fits_at_most_counts_the_largest_cluster() -> None:
     head = NodeShape(name="head", cpus=3, gpus=0, max_count=1, is_head=True)
     spot = replace(GPU_NODE, name="spot", gpus=8, max_count=2)
     cluster = Cluster(nodes=(head,), node_types=(GPU_NODE, spot), max_nodes=3)
@@ -112,7 +110,7 @@ def test_the_largest_cluster_that_is_permitted() -> None:
     assert allocation.resource_limits == (3 + 3 * 8, 18)
 
 
-def test_nodes_with_gpus_are_not_started_for_work_on_cpus() -> None:
+def test_fits_at_most_counts_no_gpu_nodes_for_work_on_cpus() -> None:
     """As in `cluster.yaml`: types with GPUs have the most cores."""
     cpu = NodeShape(name="prepare", cpus=16, gpus=0, max_count=8)
     gpu = NodeShape(name="train", cpus=48, gpus=4, max_count=4)
@@ -121,14 +119,14 @@ def test_nodes_with_gpus_are_not_started_for_work_on_cpus() -> None:
     assert allocation.fits_at_most == 8 * 16
     assert allocation.resource_limits and allocation.resource_limits[0] == 8 * 16
     big = resources.resolve(CPU, "train", cpus=48, cluster=cluster)
-    assert big.fits_at_most == 4, "what no other type holds goes to them"
+    assert big.fits_at_most == 4, "no other type holds such a worker"
     only = replace(cluster, node_types=(gpu,))
     assert resources.resolve(CPU, "prepare", cpus=0.5, cluster=only).fits_at_most == 4 * 48
     present = replace(cluster, nodes=(gpu,) * 4)
     assert resources.resolve(CPU, "prepare", cpus=0.5, cluster=present).fits_at_most == 4 * 48
 
 
-def test_ray_data_keeps_to_the_labels_and_to_what_the_job_can_use() -> None:
+def test_configure_ray_data_sets_labels_and_limits() -> None:
     from ray.data import DataContext
 
     trains = replace(GPU_NODE, labels={"role": "train"}, max_count=2)
@@ -142,22 +140,29 @@ def test_ray_data_keeps_to_the_labels_and_to_what_the_job_can_use() -> None:
         options = DataContext.get_current().execution_options
         assert options.label_selector == {"role": "train"}
         assert (options.resource_limits.cpu, options.resource_limits.gpu) == (16, 4)
-        resources.resolve(CPU, "prepare", cpus=1, cluster=Cluster(nodes=(), node_types=None)
-                          ).configure_ray_data()  # fmt: skip
+        unknown = Cluster(nodes=(), node_types=None)
+        resources.resolve(CPU, "prepare", cpus=1, cluster=unknown).configure_ray_data()
         options = DataContext.get_current().execution_options
         assert options.label_selector is None and options.is_resource_limits_default()
     finally:
         DataContext._set_current(before)
 
 
+def train_allocation(section: str) -> Callable[[Any, Cluster], Allocation]:
+    return lambda recipe, cluster: ray_train.allocation_for(recipe, section, cluster)
+
+
 ALLOCATIONS: dict[str, tuple[type, Callable[[Any, Cluster], Allocation]]] = {
-    "train_codec": (CodecRecipe, train_codec.allocation_for),
+    "train_codec": (CodecRecipe, train_allocation("train_codec")),
     "evaluate": (EvaluateRecipe, lambda recipe, cluster: allocation_for(recipe, cluster=cluster)),
     "prepare": (PrepareRecipe, prepare_allocation),
-    "publish": (PublishRecipe, lambda recipe, cluster: allocation_for(
-        recipe.evaluation, "publish.evaluation", cluster)),
+    "publish": (
+        PublishRecipe,
+        lambda recipe, cluster: allocation_for(recipe.evaluation, "publish.evaluation", cluster),
+    ),
     "synthesize": (SynthesizeRecipe, synthesize_job.allocation_for),
-    "train": (TrainRecipe, train_job.allocation_for),
+    "train": (TrainRecipe, train_allocation("train")),
+    "train_quantizer": (QuantizerRecipe, train_allocation("train_quantizer")),
 }  # fmt: skip
 SHIPPED = [
     (path.stem, section)
@@ -169,18 +174,18 @@ SHIPPED = [
 
 @pytest.mark.parametrize(("name", "section"), SHIPPED)
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_shipped_recipes_find_room_on_a_workstation(name: str, section: str, gpus: int) -> None:
+def test_shipped_recipes_fit_on_a_workstation(name: str, section: str, gpus: int) -> None:
     schema, allocate = ALLOCATIONS[section]
     recipe = load(name, section, schema)
     if section == "publish" and recipe.evaluation is None:
         return
     box = NodeShape(name="box", cpus=16, gpus=gpus, max_count=1)
     allocation = allocate(recipe, Cluster(nodes=(box,)))
-    assert allocation.fits_now >= (recipe.workers if section in ("train", "train_codec") else 1)
+    assert allocation.fits_now >= (recipe.workers if section.startswith("train") else 1)
 
 
-def test_a_version_is_not_registered_when_it_cannot_be_judged(home: Path) -> None:
-    """Nothing of the recipe exists but its placement, which is looked at first."""
+def test_publish_registers_nothing_when_its_evaluation_cannot_run(home: Path) -> None:
+    """Of the recipe's inputs none exists: the allocation comes first."""
     evaluation = EvaluateRecipe(
         items="quick", recordings="x", out="judged", placement=Placement(accelerator="gpu")
     )
@@ -193,7 +198,7 @@ def test_a_version_is_not_registered_when_it_cannot_be_judged(home: Path) -> Non
     assert not (home / "mlflow.db").exists()
 
 
-def test_waiting_and_gpus_left_alone_are_said() -> None:
+def test_placement_warnings_for_waiting_and_unused_gpus() -> None:
     node = NodeShape(name="box", cpus=16, gpus=1, max_count=1)
     box = Cluster(nodes=(node,), free=(replace(node, cpus=4, gpus=0),))
 
@@ -222,7 +227,9 @@ def test_waiting_and_gpus_left_alone_are_said() -> None:
     ("placement", "gpus"),
     [({}, 1.0), ({"accelerator": "cpu"}, 0.0), ({"gpus_per_worker": 0.25}, 0.25)],
 )
-def test_cpu_never_takes_a_gpu(placement: dict[str, Any], gpus: float) -> None:
+def test_resolve_takes_a_gpu_only_as_the_placement_says(
+    placement: dict[str, Any], gpus: float
+) -> None:
     cluster = Cluster(nodes=(GPU_NODE,))
     allocation = resources.resolve(Placement(**placement), "train", cpus=1, cluster=cluster)
     assert allocation.options == {"num_cpus": 1, "num_gpus": gpus}
@@ -234,7 +241,7 @@ def test_cpu_never_takes_a_gpu(placement: dict[str, Any], gpus: float) -> None:
     assert processes.backend == ("nccl" if gpus == 1 else "gloo"), "two on one GPU"
 
 
-def test_an_autoscaler_that_does_not_say_what_it_may_add_is_believed() -> None:
+def test_resolve_accepts_any_number_for_an_unknown_autoscaler() -> None:
     """KubeRay's node types are not to be seen from a job."""
     head = NodeShape(name="head", cpus=2, gpus=0, max_count=1)
     cluster = Cluster(nodes=(head,), node_types=None)
@@ -255,12 +262,12 @@ def test_an_autoscaler_that_does_not_say_what_it_may_add_is_believed() -> None:
         ({"cpus_per_worker": 0}, "placement.cpus_per_worker: 0 is not above 0"),
     ],
 )
-def test_a_bad_placement_names_the_field(fields: dict[str, Any], message: str) -> None:
+def test_placement_names_the_field_in_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Placement(**fields)
 
 
-def test_only_nodes_with_the_labels_are_taken() -> None:
+def test_resolve_counts_only_nodes_with_the_labels() -> None:
     trains = replace(GPU_NODE, labels={"role": "train", "zone": "a"})
     answers = replace(GPU_NODE, labels={"role": "serve"})
     cluster = Cluster(nodes=(trains, answers), node_types=(trains,), max_nodes=2)
@@ -274,7 +281,7 @@ def test_only_nodes_with_the_labels_are_taken() -> None:
         resources.resolve(elsewhere, "train", cpus=1, cluster=cluster)
 
 
-def test_what_no_node_holds_is_refused() -> None:
+def test_resolve_refuses_what_no_node_holds() -> None:
     cluster = Cluster(nodes=(GPU_NODE,))
     with pytest.raises(ValueError, match="train.placement: 1 worker.s. with 9 CPUs and 1 GPUs"):
         resources.resolve(Placement(cpus_per_worker=9), "train", cpus=1, cluster=cluster)
@@ -282,14 +289,15 @@ def test_what_no_node_holds_is_refused() -> None:
         resources.resolve(Placement(accelerator="cpu"), "train", cpus=16, cluster=cluster)
     with pytest.raises(ValueError, match="DeepSpeed's workers need a whole GPU each"):
         TrainRecipe(
-            data="x", run="y", workers=2, backend="deepspeed",
+            data="x",
+            run="y",
+            workers=2,
+            backend="deepspeed",
             placement=Placement(gpus_per_worker=0.5),
-        )  # fmt: skip
+        )
 
 
-def test_the_configuration_is_that_of_this_cluster_s_autoscaler(tmp_path: Path) -> None:
-    from valle.platform.autoscaler import configuration_path, parse_limits
-
+def test_configuration_path_is_that_of_this_cluster(tmp_path: Path) -> None:
     lines = [
         ["ray", "start", "--head", "--autoscaling-config=/not/a/monitor"],
         ["python", "monitor.py", "--gcs-address=10.0.0.1:7000", "--autoscaling-config=/other"],
@@ -297,6 +305,9 @@ def test_the_configuration_is_that_of_this_cluster_s_autoscaler(tmp_path: Path) 
     ]
     assert configuration_path(lines, "10.0.0.1:6379") == Path("/this")
     assert configuration_path(lines[:2], "10.0.0.1:6379") is None
+
+
+def test_parse_limits_reads_worker_types() -> None:
     limits = parse_limits(
         {
             "max_workers": 5, "head_node_type": "head",

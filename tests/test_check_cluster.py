@@ -35,7 +35,7 @@ def nodes(configuration: Configuration) -> dict[str, Any]:
     return types
 
 
-def test_nothing_is_wrong_with_it(configuration: Configuration) -> None:
+def test_problems_finds_none_in_cluster_yaml(configuration: Configuration) -> None:
     assert list(problems(configuration)) == []
 
 
@@ -88,14 +88,14 @@ TRAIN = "available_node_types.train.node_config"
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(
+def test_problems_names_each_fault(
     configuration: Configuration, key: str, value: Any, message: str
 ) -> None:
     errors = list(problems(with_value(configuration, key, value)))
     assert errors and re.search(message, errors[0]), errors
 
 
-def test_the_command_lists_what_is_to_be_set(
+def test_main_lists_placeholders_and_node_types(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     assert main([]) == 0
@@ -108,13 +108,15 @@ def test_the_command_lists_what_is_to_be_set(
     assert "wrong: head: SecurityGroupIds: missing" in capsys.readouterr().err
 
 
-def test_no_node_is_open_or_carries_keys(text: str, nodes: dict[str, Any]) -> None:
+def test_nodes_are_closed_and_carry_no_keys(text: str, nodes: dict[str, Any]) -> None:
     for node in nodes.values():
         config = node["node_config"]
         assert config["IamInstanceProfile"]["Arn"].endswith(("/valle-head", "/valle-worker"))
         assert config["MetadataOptions"] == {
-            "HttpEndpoint": "enabled", "HttpTokens": "required", "HttpPutResponseHopLimit": 1
-        }  # fmt: skip
+            "HttpEndpoint": "enabled",
+            "HttpTokens": "required",
+            "HttpPutResponseHopLimit": 1,
+        }
         assert config["SecurityGroupIds"] and not {"KeyName", "UserData"} & config.keys()
         assert all(disk["Ebs"]["Encrypted"] for disk in config["BlockDeviceMappings"])
     profiles = {
@@ -127,7 +129,7 @@ def test_no_node_is_open_or_carries_keys(text: str, nodes: dict[str, Any]) -> No
     assert "0.0.0.0" not in text
 
 
-def test_the_head_takes_no_work_and_the_others_start_from_nothing(
+def test_node_types_scale_from_zero_beside_an_idle_head(
     configuration: Configuration, nodes: dict[str, Any]
 ) -> None:
     assert nodes["head"]["resources"] == {"CPU": 0}
@@ -149,11 +151,14 @@ def test_the_head_takes_no_work_and_the_others_start_from_nothing(
     limits = parse_limits(configuration)  # what `accelerator: auto` sees of it
     assert limits.max_nodes == configuration["max_workers"] and limits.node_types
     assert {node.name for node in limits.node_types if node.gpus} == {
-        "train", "train-spot", "serve", "serve-spot"
-    }  # fmt: skip
+        "train",
+        "train-spot",
+        "serve",
+        "serve-spot",
+    }
 
 
-def test_the_pins_are_those_of_the_repository(configuration: Configuration) -> None:
+def test_setup_installs_the_versions_of_the_repository(configuration: Configuration) -> None:
     mounts = configuration["file_mounts"]
     for name in ("pyproject.toml", "constraints.txt"):
         assert mounts[f"/home/ubuntu/pins/{name}"] == name and (CODE_ROOT / name).is_file()
@@ -170,7 +175,7 @@ def test_the_pins_are_those_of_the_repository(configuration: Configuration) -> N
     assert "https://astral.sh/uv/0.13.8/install.sh" in install[0]
 
 
-def test_ray_asks_for_its_token_on_every_node(configuration: Configuration) -> None:
+def test_start_commands_require_ray_s_token_on_every_node(configuration: Configuration) -> None:
     assert configuration["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     (environment,) = (
         line for line in configuration["setup_commands"] if "cat > ~/valle.env" in line
@@ -184,7 +189,7 @@ def test_ray_asks_for_its_token_on_every_node(configuration: Configuration) -> N
     assert "--dashboard-host=127.0.0.1" in configuration["head_start_ray_commands"][-1]
 
 
-def test_the_environment_is_written_as_it_is_read(
+def test_setup_writes_the_environment_that_bash_reads(
     configuration: Configuration, tmp_path: Path
 ) -> None:
     """Through Ray's own quoting of commands, and a second time as `ray up` does it."""
@@ -194,14 +199,22 @@ def test_the_environment_is_written_as_it_is_read(
     lines = [line for line in configuration["setup_commands"] if "valle.env" in line][:2]
     for line in lines * 2:
         shell = " ".join(_with_interactive(line))
-        subprocess.run(shell, shell=True, check=True, env=os.environ | {"HOME": str(tmp_path)},
-                       stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+        subprocess.run(
+            shell,
+            shell=True,
+            check=True,
+            env=os.environ | {"HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
     assert (tmp_path / ".bashrc").read_text() == ". ~/valle.env\n"
     output = subprocess.run(
         ["bash", "-c", '. ~/valle.env; echo "$VALLE_CACHE $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH"'],
-        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, check=True, text=True,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        check=True,
+        text=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     assert output.stdout == f"/mnt/nvme/valle token {tmp_path}/.ray/auth_token\n"
 
 
@@ -227,10 +240,13 @@ FREE, MOUNTED, HELD = "{disk}\n", "{disk} /data ext4\n", "{disk}\nvg-data\n"
         ([HELD, HELD], [], []),
     ],
 )  # fmt: skip
-def test_the_node_s_disks_become_one(
-    configuration: Configuration, tmp_path: Path, disks: list[str], mount_points: list[str],
+def test_initialization_joins_the_disks_of_a_node(
+    configuration: Configuration,
+    tmp_path: Path,
+    disks: list[str],
+    mount_points: list[str],
     expected: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """The commands, run with stand-ins for those that need root and real disks."""
     templates = {f"/dev/nvme{number}n1": disk for number, disk in enumerate(disks, 1)}
     disk_lines = "".join(f"{name} Amazon EC2 NVMe Instance Storage\n" for name in templates)
@@ -253,11 +269,13 @@ def test_the_node_s_disks_become_one(
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     (command,) = configuration["initialization_commands"]
-    subprocess.run(["bash", "-c", command], check=True,
-                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    subprocess.run(
+        ["bash", "-c", command], check=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    )
     assert (tmp_path / "waits").read_text().splitlines() == [
-        "cloud-init status --wait", "systemctl is-system-running --wait"
-    ]  # fmt: skip
+        "cloud-init status --wait",
+        "systemctl is-system-running --wait",
+    ]
     commands = (tmp_path / "commands").read_text().splitlines()
     assert commands[0] == "mkdir -p /mnt/nvme"
     assert commands[1:-2] == expected
@@ -271,7 +289,7 @@ def test_the_node_s_disks_become_one(
     ("vendor", "torch_works", "status"),
     [("0x10de", True, 0), ("0x10de", False, 1), ("0x1d0f", False, 0), (None, False, 0)],
 )
-def test_a_node_whose_gpu_torch_cannot_use_does_not_join(
+def test_setup_fails_on_a_node_whose_gpu_torch_cannot_use(
     configuration: Configuration, tmp_path: Path, vendor: str | None, torch_works: bool, status: int
 ) -> None:
     """Whether or not it has NVIDIA's driver; there is none where this runs in CI."""
@@ -286,9 +304,10 @@ def test_a_node_whose_gpu_torch_cannot_use_does_not_join(
     python.write_text(f"#!/bin/sh\nexit {0 if torch_works else 1}\n")
     python.chmod(0o755)
     process = subprocess.run(
-        ["bash", "-c", command.replace("/sys/bus/pci", f"{tmp_path}/bus/pci")], check=False,
+        ["bash", "-c", command.replace("/sys/bus/pci", f"{tmp_path}/bus/pci")],
+        check=False,
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
-    )  # fmt: skip
+    )
     assert process.returncode == status
 
 
@@ -317,12 +336,14 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
         for name in ("valle-head", "valle-worker"):
             iam.create_instance_profile(InstanceProfileName=name)
         yield {
-            "sg-EDIT": group["GroupId"], **subnets, "iam::EDIT": "iam::123456789012",
-        }  # fmt: skip
+            "sg-EDIT": group["GroupId"],
+            **subnets,
+            "iam::EDIT": "iam::123456789012",
+        }
 
 
 @pytest.mark.slow
-def test_ray_starts_such_nodes_and_opens_nothing(text: str, aws: dict[str, str]) -> None:
+def test_ray_up_starts_each_node_type_and_opens_no_port(text: str, aws: dict[str, str]) -> None:
     """As far as `ray up` goes without machines: its bootstrap, and a node of each kind."""
     import boto3
     from ray.autoscaler._private.commands import _bootstrap_config
@@ -350,8 +371,9 @@ def test_ray_starts_such_nodes_and_opens_nothing(text: str, aws: dict[str, str])
     assert sum(i.get("InstanceLifecycle") == "spot" for i in instances) == 3
     for node in nodes.values():
         assert set(node["node_config"]["SubnetIds"]) == {
-            aws["subnet-EDIT-a"], aws["subnet-EDIT-b"]
-        }, "a zone that is full has another beside it"  # fmt: skip
+            aws["subnet-EDIT-a"],
+            aws["subnet-EDIT-b"],
+        }, "a zone that is full has another beside it"
     for instance in instances:
         assert instance["MetadataOptions"]["HttpTokens"] == "required"
         assert [g["GroupId"] for g in instance["SecurityGroups"]] == [aws["sg-EDIT"]]

@@ -1,4 +1,4 @@
-"""Pictures: curves of training runs, read from MLflow, pauses cut out; spectrograms."""
+"""Pictures: curves of training runs in MLflow, and spectrograms of recordings."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from valle.platform import tracking
 from valle.platform.audio import wav_bytes
 
 
-def test_pauses_between_sittings_do_not_count() -> None:
+def test_training_hours_leaves_out_pauses() -> None:
     clock = [10.0, 10.1, 10.2, 15.0, 15.1]
     history = [(10.1, 3.0), (15.0, 2.0), (15.1, 1.0)]
     curve = curves.training_hours(history, clock)
@@ -19,18 +19,15 @@ def test_pauses_between_sittings_do_not_count() -> None:
     assert [time for time, _ in curve] == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_curves_are_drawn_from_mlflow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_draws_curves_from_mlflow(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import mlflow
 
     with tracking.driver_run("tiny-ar", {}) as run_id:
         for step in range(3):
             mlflow.log_metric("train/loss", 3.0 - step, step=step, run_id=run_id)
         mlflow.log_metric("validation/wer", 0.5, step=2, run_id=run_id)
-    assert [value for _, value in tracking.metric_history("tiny-ar", "train/loss")] == [
-        3.0,
-        2.0,
-        1.0,
-    ]
+    history = tracking.metric_history("tiny-ar", "train/loss")
+    assert [value for _, value in history] == [3.0, 2.0, 1.0]
     out = home / "curves.png"
     curves.main(["tiny-ar", "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
@@ -40,7 +37,7 @@ def test_curves_are_drawn_from_mlflow(home: Path, capsys: pytest.CaptureFixture[
     assert "no run 'nobody' with metrics" in capsys.readouterr().err
 
 
-def test_recordings_are_drawn_one_below_the_other(
+def test_spectrograms_are_drawn_one_below_the_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heights = []

@@ -1,4 +1,4 @@
-"""The token dataset: what goes in comes out, lazily, checked."""
+"""The token dataset: round trip, cache, refusal of changed or foreign data."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from valle.platform import dataset, storage
 from valle.platform.dataset import SCHEMA, Statistics, TokenDataset
 
 
-def test_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_token_dataset_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
     rows = write_dataset(str(tmp_path / "tokens"), tiny_codec)
     loaded = TokenDataset(str(tmp_path / "tokens"), tmp_path / "cache")
     assert len(loaded) == len(rows)
@@ -31,7 +31,7 @@ def test_round_trip(tmp_path: Path, tiny_codec: Encodec) -> None:
     assert (np.diff(speakers) >= 0).all()  # utterances of a speaker lie together
 
 
-def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_read_manifest_counts_utterances_and_hours(tmp_path: Path, tiny_codec: Encodec) -> None:
     rows = write_dataset(str(tmp_path), tiny_codec)
     manifest = dataset.read_manifest(str(tmp_path))
     frames = sum(row["frames"] for row in rows)
@@ -42,7 +42,9 @@ def test_manifest_says_what_is_in_it(tmp_path: Path, tiny_codec: Encodec) -> Non
     assert manifest.codec == tiny_codec.identity
 
 
-def test_row_groups_are_bounded_in_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_shard_bounds_row_groups_in_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dataset, "FRAMES_PER_ROW_GROUP", 300)
     dataset.write_shard(str(tmp_path), "one", dataset.to_table(random_rows(50)))
     footer = pq.ParquetFile(tmp_path / "shards/one.parquet").metadata
@@ -53,7 +55,7 @@ def test_row_groups_are_bounded_in_frames(tmp_path: Path, monkeypatch: pytest.Mo
         assert group.sum() <= 300 + frames.max()
 
 
-def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_token_dataset_refuses_a_changed_shard(tmp_path: Path, tiny_codec: Encodec) -> None:
     write_dataset(str(tmp_path), tiny_codec)
     path = next((tmp_path / "shards").glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -61,7 +63,7 @@ def test_a_changed_shard_is_refused(tmp_path: Path, tiny_codec: Encodec) -> None
         TokenDataset(str(tmp_path), tmp_path / "cache")
 
 
-def test_cache_is_built_once(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_token_dataset_builds_its_cache_once(tmp_path: Path, tiny_codec: Encodec) -> None:
     uri = str(tmp_path / "tokens")
     write_dataset(uri, tiny_codec)
     TokenDataset(uri, tmp_path / "cache")
@@ -72,7 +74,7 @@ def test_cache_is_built_once(tmp_path: Path, tiny_codec: Encodec) -> None:
     assert len(TokenDataset(uri, tmp_path / "cache")) == 60
 
 
-def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_missing_and_empty_datasets_are_errors(tmp_path: Path, tiny_codec: Encodec) -> None:
     with pytest.raises(FileNotFoundError, match="run `prepare` first"):
         dataset.read_manifest(str(tmp_path))
     dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
@@ -80,7 +82,9 @@ def test_missing_and_empty_datasets_say_what_to_do(tmp_path: Path, tiny_codec: E
         TokenDataset(str(tmp_path), tmp_path / "cache")
 
 
-def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_read_manifest_refuses_another_inventory_version_or_key(
+    tmp_path: Path, tiny_codec: Encodec
+) -> None:
     manifest = dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], Statistics())
     path = str(tmp_path / "dataset.json")
     storage.write_json(path, {**asdict(manifest), "inventory": ["x", "y"]})
@@ -89,11 +93,14 @@ def test_another_inventory_or_version_is_refused(tmp_path: Path, tiny_codec: Enc
     storage.write_json(path, {**asdict(manifest), "version": 99})
     with pytest.raises(ValueError, match="version 99, this code reads 1"):
         dataset.read_manifest(str(tmp_path))
+    storage.write_json(path, {**asdict(manifest), "surprise": 1})
+    with pytest.raises(ValueError, match="dataset.json is not a dataset's manifest: .*surprise"):
+        dataset.read_manifest(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Encodec) -> None:
-    """200,000 utterances: lengths and speakers come from mapped columns, not from rows."""
+def test_token_dataset_opens_without_reading_rows(tmp_path: Path, tiny_codec: Encodec) -> None:
+    """200,000 utterances: their columns stay on disk, memory-mapped."""
     count = 200_000
     frames = np.full(count, 4, np.int32)
     lists = pa.ListArray.from_arrays(np.arange(0, count * 4 + 1, 4), np.zeros(count * 4, np.int16))
@@ -110,6 +117,10 @@ def test_opening_a_large_dataset_reads_no_rows(tmp_path: Path, tiny_codec: Encod
     statistics.add(table)
     dataset.write_manifest(str(tmp_path), tiny_codec.identity, [shard], statistics)
     TokenDataset(str(tmp_path), tmp_path / "cache")
+    del table, lists, codes
+    allocated = pa.total_allocated_bytes()
     loaded = TokenDataset(str(tmp_path), tmp_path / "cache")
+    (copy,) = (tmp_path / "cache/shards").glob("*.arrow")
+    assert pa.total_allocated_bytes() - allocated < 0.01 * copy.stat().st_size
     assert len(loaded.frames()) == len(loaded.speakers()) == count
     assert loaded[123_456].id == "123456"

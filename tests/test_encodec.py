@@ -17,26 +17,26 @@ def waves(*lengths: int) -> list[np.ndarray]:
     return [generator.normal(0, 0.1, n).astype(np.float32) for n in lengths]
 
 
-def test_batched_encode_equals_one_by_one(tiny_codec: Encodec) -> None:
+def test_encode_batched_equals_single(tiny_codec: Encodec) -> None:
     recordings = waves(24_000, 7_777, 48_001, 640, 12_345)
-    together = tiny_codec.encode(recordings)
-    for recording, codes in zip(recordings, together, strict=True):
+    batched = tiny_codec.encode(recordings)
+    for recording, codes in zip(recordings, batched, strict=True):
         assert codes.dtype == np.int16
         assert codes.shape == (8, -(-len(recording) // HOP))
         np.testing.assert_array_equal(codes, tiny_codec.encode([recording])[0])
     # any split into groups gives the same
-    for codes, grouped in zip(together, tiny_codec.encode(recordings, 1.0), strict=True):
-        np.testing.assert_array_equal(codes, grouped)
+    for codes, regrouped in zip(batched, tiny_codec.encode(recordings, 1.0), strict=True):
+        np.testing.assert_array_equal(codes, regrouped)
 
 
-def test_batched_decode_equals_one_by_one(tiny_codec: Encodec) -> None:
+def test_decode_batched_equals_single(tiny_codec: Encodec) -> None:
     codes = tiny_codec.encode(waves(24_000, 7_777, 3_200))
     for item, wave in zip(codes, tiny_codec.decode(codes), strict=True):
         assert wave.shape == (item.shape[1] * HOP,)
         np.testing.assert_allclose(wave, tiny_codec.decode([item])[0], atol=1e-5)
 
 
-def test_folded_weights_equal_the_packages_own_model(tiny_codec_folder: Path) -> None:
+def test_encodec_equals_the_packages_model(tiny_codec_folder: Path) -> None:
     """The slow twin: EncodecModel.encode/decode with weight normalisation left in place."""
     model = encodec.build(TINY_CODEC).eval()
     model.load_state_dict(encodec.load_file(tiny_codec_folder / "model.safetensors"), strict=False)
@@ -50,14 +50,14 @@ def test_folded_weights_equal_the_packages_own_model(tiny_codec_folder: Path) ->
     np.testing.assert_allclose(ours.decode([codes[0].short().numpy()])[0], decoded, atol=1e-5)
 
 
-def test_decode_refuses_what_is_not_codes(tiny_codec: Encodec) -> None:
+def test_decode_refuses_codes_out_of_range_or_shape(tiny_codec: Encodec) -> None:
     with pytest.raises(ValueError, match=r"codes\[0\]: values must lie in 0 .. 1023"):
         tiny_codec.decode([np.full((8, 4), 1024, np.int16)])
     with pytest.raises(ValueError, match=r"codes\[1\]: expected \[1..8, T\]"):
         tiny_codec.decode([np.zeros((8, 4), np.int16), np.zeros((9, 4), np.int16)])
 
 
-def test_identity_follows_the_weights(tiny_codec_folder: Path, tmp_path: Path) -> None:
+def test_identity_depends_on_the_weights(tiny_codec_folder: Path, tmp_path: Path) -> None:
     first = encodec.load(str(tiny_codec_folder)).identity
     assert encodec.load(str(tiny_codec_folder)).identity == first
     weights = encodec.load_file(tiny_codec_folder / "model.safetensors")
@@ -70,7 +70,7 @@ def test_identity_follows_the_weights(tiny_codec_folder: Path, tmp_path: Path) -
         first.check(other, "the dataset")
 
 
-def test_official_checkpoint_loads_from_a_path(tmp_path: Path) -> None:
+def test_load_official_checkpoint_from_a_path(tmp_path: Path) -> None:
     """The official file is a state dict of exactly this architecture; here with random weights."""
     model = encodec.build(encodec.EncodecConfig())
     path = tmp_path / "encodec_24khz-d7cc33bc.th"
@@ -80,7 +80,7 @@ def test_official_checkpoint_loads_from_a_path(tmp_path: Path) -> None:
     assert codec.encode(waves(6_400))[0].shape == (8, 20)
 
 
-def test_official_checkpoint_without_a_network_says_what_to_do(
+def test_load_without_network_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
@@ -91,7 +91,7 @@ def test_official_checkpoint_without_a_network_says_what_to_do(
         encodec.load("encodec-24khz", cache=tmp_path)
 
 
-def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_refuses_a_damaged_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = tmp_path / "served.th"
     served.write_bytes(b"not the checkpoint")
     monkeypatch.setattr(encodec, "OFFICIAL_URL", f"file://{served}")
@@ -99,12 +99,12 @@ def test_a_damaged_download_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         encodec.load("encodec-24khz", cache=tmp_path / "cache")
 
 
-def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+def test_load_of_a_missing_folder_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give nano, encodec-24khz, a folder"):
         encodec.load(str(tmp_path / "nothing"))
 
 
-def test_nano_ships_and_is_small() -> None:
+def test_load_nano_ships_and_is_small() -> None:
     codec = encodec.load("nano")
     assert codec.identity == CodecIdentity(name="nano", sha256=codec.identity.sha256)
     assert (encodec.NANO_CODEC_FOLDER / "model.safetensors").stat().st_size < 8_000_000

@@ -1,4 +1,4 @@
-"""Training a narrow EnCodec: its start from data, the teacher, the quantiser, falling losses."""
+"""Training a narrow EnCodec: initialisation from data, teacher, quantiser, falling losses."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from valle.model.codec.encodec_training import (
 from valle.model.tokens import HOP
 
 
-def test_initialisation_from_data_gives_unit_deviation() -> None:
+def test_init_convolutions_gives_unit_deviation() -> None:
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     audio = torch.randn(4, 9_600) * 0.1
@@ -29,7 +29,7 @@ def test_initialisation_from_data_gives_unit_deviation() -> None:
     assert after == pytest.approx(1.0, rel=1e-3)
 
 
-def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
+def test_teacher_is_causal() -> None:
     teacher = Teacher(TINY_CODEC.dimension)
     time = torch.arange(8 * HOP) / 24_000
     audio = torch.cat([torch.zeros(8 * HOP), 0.3 * torch.sin(2 * torch.pi * 440 * time)])[None]
@@ -41,7 +41,7 @@ def test_teacher_describes_its_own_frame_and_never_a_later_one() -> None:
     assert loud > quiet
 
 
-def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
+def test_teacher_fit_normalises() -> None:
     torch.manual_seed(0)
     teacher = Teacher(TINY_CODEC.dimension)
     audio = torch.randn(4, 30 * HOP) * torch.tensor([0.01, 0.1, 0.3, 0.5])[:, None]
@@ -53,8 +53,8 @@ def test_teacher_is_normalised_over_the_speech_it_was_fitted_to() -> None:
 
 # whether an entry or two stays empty depends on the number of threads
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-def test_codebooks_start_where_the_vectors_are() -> None:
-    """Each book takes up what the ones before it left, and every entry is in use."""
+def test_init_codebooks_follow_the_vectors() -> None:
+    """Each codebook lowers the residual of those before it, and nearly every entry is used."""
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     vectors = torch.randn(4_000, TINY_CODEC.dimension)
@@ -70,8 +70,8 @@ def test_codebooks_start_where_the_vectors_are() -> None:
     assert all(after < 0.9 * before for before, after in itertools.pairwise(energies))
 
 
-def test_quantiser_revives_dead_entries() -> None:
-    """The package's own rule leaves one entry in use here; ours gives most vectors their own."""
+def test_residual_quantize_revives_dead_entries() -> None:
+    """The package's own rule leaves one entry in use here; ours, hundreds."""
     torch.manual_seed(0)
     model = encodec.build(TINY_CODEC)
     loss = EncodecLossConfig()
@@ -84,7 +84,7 @@ def test_quantiser_revives_dead_entries() -> None:
 
 
 @pytest.mark.parametrize("teacher_steps", [0, 100], ids=["joined", "taught"])
-def test_training_lowers_the_loss(teacher_steps: int) -> None:
+def test_objective_is_lowered_by_training(teacher_steps: int) -> None:
     torch.manual_seed(0)
     objective = EncodecObjective(
         encodec.build(TINY_CODEC), EncodecLossConfig(teacher_steps=teacher_steps)
@@ -95,14 +95,14 @@ def test_training_lowers_the_loss(teacher_steps: int) -> None:
     objective.initialize(audio, per_step=16 * 38, seed=0)
     optimizer = torch.optim.AdamW(objective.model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
-    seen: dict[str, list[float]] = {"mel": [], "teacher": []}
+    history: dict[str, list[float]] = {"mel": [], "teacher": []}
     for step in range(30):
-        total, terms = objective(audio[::8], step, generator)
+        output = objective(audio[::8], step, generator)
         optimizer.zero_grad()
-        total.backward()
+        output.loss.backward()
         optimizer.step()
-        for name, values in seen.items():
-            values.append(terms[name].item())
-    assert seen["mel"][-1] < 0.8 * seen["mel"][0]
+        for name, values in history.items():
+            values.append(output.terms[name].item())
+    assert history["mel"][-1] < 0.8 * history["mel"][0]
     if teacher_steps:
-        assert seen["teacher"][-1] < 0.8 * seen["teacher"][0]
+        assert history["teacher"][-1] < 0.8 * history["teacher"][0]

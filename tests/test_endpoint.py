@@ -1,4 +1,4 @@
-"""The endpoint on a cluster, with untrained models: every path through real Serve."""
+"""The endpoint on a Ray cluster, with untrained models: every path through Serve."""
 
 import base64
 import io
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import ray
 import soundfile
 import yaml
 from helpers import clusters
-from helpers.tiny_models import TINY, tiny_ar, tiny_nar
-from ray import serve
+from helpers.endpoints import SharedEndpoint
+from helpers.tiny_models import tiny_ar, tiny_nar
 
 from valle.jobs.bench.replicas import replica_processes
 from valle.jobs.publish import PublishRecipe, publish
@@ -37,17 +37,17 @@ from valle.model.sentences import PAUSE
 from valle.model.text import phoneme_ids
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Synthesizer
-from valle.platform import audio, checkpoint, registry
-from valle.serve.app import build_app
+from valle.platform import audio, checkpoint, registry, settings
+from valle.serve.app_args import AppArgs
+from valle.serve.run import deploy
 from valle.serve.web.audio_formats import encode_audio
-from valle.serve.web.schema import AppArgs
 from valle.serve.web.voices import read_voice_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def check_streams(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None:
-    """Two sentences through OpenAI's client: what comes in pieces is what each says alone."""
+    """Two sentences through OpenAI's client: the stream is the sentences, each as alone."""
     text = "Hello there. Good bye."
     parts, limited = [], False
     for number, sentence in enumerate(("Hello there.", "Good bye.")):
@@ -61,15 +61,15 @@ def check_streams(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None
     with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", timeout=60) as client:
         speech = client.audio.speech
         fields = {"model": "valle", "voice": "ann", "input": text, "extra_body": {"seed": 7}}
-        with speech.with_streaming_response.create(response_format="pcm", **fields) as answer:
-            data = b"".join(answer.iter_bytes())
+        with speech.with_streaming_response.create(response_format="pcm", **fields) as response:
+            data = b"".join(response.iter_bytes())
         samples = np.frombuffer(data, "<i2").astype(int)
         assert len(samples) == len(expected) and np.abs(samples - expected).max() <= 1
 
         with speech.with_streaming_response.create(
             response_format="pcm", stream_format="sse", **fields
-        ) as answer:
-            lines = [line for line in answer.iter_lines() if line]
+        ) as response:
+            lines = [line for line in response.iter_lines() if line]
         events = [json.loads(line.removeprefix("data: ")) for line in lines]
         *deltas, last_event = events
         assert {event["type"] for event in deltas} == {"speech.audio.delta"} and len(deltas) >= 2
@@ -77,9 +77,9 @@ def check_streams(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None
         usage = last_event["usage"]
         with speech.with_streaming_response.create(
             response_format="pcm", **{**fields, "extra_body": {"seed": 7, "max_seconds": 0.1}}
-        ) as answer:
-            short = b"".join(answer.iter_bytes())
-        assert len(short) == 2 * 320 * 7  # so many frames fit, and no second sentence
+        ) as response:
+            short = b"".join(response.iter_bytes())
+        assert len(short) == 2 * 320 * 7  # seven frames fit, and no second sentence
         assert last_event["type"] == "speech.audio.done"
         assert last_event["hit_limit"] == limited
         assert usage["output_tokens"] * 320 == len(parts[0]) + len(parts[1])
@@ -93,34 +93,35 @@ def check_streams(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None
 
 
 def check_chunks(endpoint: str, synthesizer: Synthesizer, prompt: Wave) -> None:
-    """A sentence in chunks: the NAR model's codes so far, each frame's when it was ready, decoded
-    as one."""
+    """A sentence in chunks has the codes of `nar_decode_chunks`, decoded at once."""
     text = "A sentence that is said before it is done, which takes a while."
     codes = synthesizer.encode_prompt(prompt, Synthesis())
     ids = phoneme_ids(text, "en-us")
-    for seed in range(50):  # the model stops by chance: take one that goes on for three chunks
+    for seed in range(50):  # EOS comes at random: take a seed with three chunks
         synthesis = replace(Synthesis(), seed=seed, max_seconds=1.0)
         sentence_codes = synthesizer.synthesize_phonemes(ids, codes, synthesis).codes
         if sentence_codes.shape[1] > 55:
             break
     body = {"input": text, "voice": "ann", "seed": seed, "response_format": "pcm", "chunked": True}
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
-        assert answer.status_code == 200 and "x-hit-limit" not in answer.headers
-        data = b"".join(answer.iter_bytes())
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as response:
+        assert response.status_code == 200 and "x-hit-limit" not in response.headers
+        data = b"".join(response.iter_bytes())
     samples = np.frombuffer(data, "<i2").astype(int)
     assert len(samples) == sentence_codes.shape[1] * 320 > 55 * 320
 
     decoded = nar_decode_chunks(
         lambda nar_request: nar_decode(synthesizer.nar, nar_request, synthesis.nar_decoding),
-        NARRequest(ids, codes, sentence_codes[0]), Chunking(), synthesizer.ar.config.group,
-    )  # fmt: skip
+        NARRequest(ids, codes, sentence_codes[0]),
+        Chunking(),
+        synthesizer.ar.config.group_size,
+    )
     wave = synthesizer.codec.decode([decoded])[0]
     expected = np.clip(wave * 32767, -32767, 32767).round().astype(int)
     assert np.abs(samples - expected).max() <= 2
 
 
-def check_an_upload_brings_its_prompt(endpoint: str, synthesizer: Synthesizer, home: Path) -> None:
-    """The codes that are kept with a voice are those that its recording gives."""
+def check_an_upload_stores_its_prompt(endpoint: str, synthesizer: Synthesizer, home: Path) -> None:
+    """The codes stored with a voice are those of its recording."""
     joe = Joe().synthesize(
         "We walked along the river and talked until it was dark.", "joe", "en-us"
     )
@@ -136,24 +137,24 @@ def check_an_upload_brings_its_prompt(endpoint: str, synthesizer: Synthesizer, h
     body = {"input": "hello", "voice": "joe", "response_format": "pcm"}
     named = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     inline = body | {"voice": "", "ref_audio": base64.b64encode(stored).decode()}
-    brought = httpx.post(f"{endpoint}/v1/audio/speech", json=inline, timeout=60)
-    assert named.status_code == 200 and named.content == brought.content
+    by_content = httpx.post(f"{endpoint}/v1/audio/speech", json=inline, timeout=60)
+    assert named.status_code == 200 and named.content == by_content.content
     assert httpx.delete(f"{endpoint}/v1/audio/voices/joe").status_code == 200
 
 
 @pytest.mark.ray
-def test_endpoint(endpoint: str, home: Path) -> None:
+def test_endpoint_equals_the_reference_path(endpoint: str, home: Path) -> None:
     recording = (home / "voices/ann.wav").read_bytes()
     with httpx.Client(base_url=endpoint, timeout=60) as client:
 
         def speech(**body: object) -> httpx.Response:
             return client.post("/v1/audio/speech", json={"response_format": "wav", **body})
 
-        good = speech(input="hello there", voice="ann", seed=7)
-        assert good.status_code == 200, good.text
-        assert good.headers["content-type"] == "audio/wav"
+        response = speech(input="hello there", voice="ann", seed=7)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "audio/wav"
 
-        # through four deployments = the reference path, sample for sample
+        # through four deployments, sample by sample the reference path
         synthesizer: Synthesizer = registry.load_synthesizer(registry.resolve(registry.CHAMPION))
         synthesis = replace(Synthesis(), seed=7, max_seconds=1.0)
         prompt = audio.read(recording, max_seconds=30)
@@ -162,28 +163,28 @@ def test_endpoint(endpoint: str, home: Path) -> None:
             synthesizer.encode_prompt(prompt, synthesis),
             synthesis,
         )
-        samples, _ = soundfile.read(io.BytesIO(good.content), dtype="int16")
+        samples, _ = soundfile.read(io.BytesIO(response.content), dtype="int16")
         reference, _ = soundfile.read(io.BytesIO(encode_audio(expected.wave, "wav")), dtype="int16")
-        # a replica has one torch thread, this process more: sums differ in their last bit
+        # replicas have one torch thread, this process several: sums differ in their last bit
         assert np.abs(samples.astype(int) - reference).max() <= 1 and samples.std() > 10
-        assert good.headers["x-hit-limit"] == str(expected.hit_limit).lower()
+        assert response.headers["x-hit-limit"] == str(expected.hit_limit).lower()
 
-        assert speech(input="hello there", voice="ann", seed=8).content != good.content
-        usual = client.post("/v1/audio/speech", json={"input": "hello there", "voice": "ann"})
-        assert usual.headers["content-type"] == "audio/mpeg"  # as OpenAI's answers
-        assert soundfile.info(io.BytesIO(usual.content)).format == "MP3"
+        assert speech(input="hello there", voice="ann", seed=8).content != response.content
+        default = client.post("/v1/audio/speech", json={"input": "hello there", "voice": "ann"})
+        assert default.headers["content-type"] == "audio/mpeg"  # OpenAI's default
+        assert soundfile.info(io.BytesIO(default.content)).format == "MP3"
         faster = speech(input="hello there", voice="ann", seed=7, speed=2.0)
         ratio = soundfile.info(io.BytesIO(faster.content)).frames / len(samples)
         assert ratio == pytest.approx(0.5, abs=0.1)
         inline = base64.b64encode(recording).decode()
-        assert speech(input="hello there", ref_audio=inline, seed=7).content == good.content
+        assert speech(input="hello there", ref_audio=inline, seed=7).content == response.content
         assert client.get("/v1/audio/voices").json() == {"voices": [{"id": "ann", "name": "ann"}]}
         assert client.get("/health/live").json() == {"status": "ok"}
         assert client.get("/health/ready").json() == {"status": "ready", "waiting_for": []}
 
         check_streams(endpoint, synthesizer, prompt)
         check_chunks(endpoint, synthesizer, prompt)
-        check_an_upload_brings_its_prompt(endpoint, synthesizer, home)
+        check_an_upload_stores_its_prompt(endpoint, synthesizer, home)
 
         refused = {
             (400, "input"): {"input": "", "voice": "ann"},
@@ -197,8 +198,8 @@ def test_endpoint(endpoint: str, home: Path) -> None:
             (404, "voice"): {"input": "hello", "voice": "bob"},
         }
         for (status, param), body in refused.items():
-            answer = speech(**body)
-            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+            response = speech(**body)
+            assert (response.status_code, response.json()["error"]["param"]) == (status, param)
         assert speech(input="...", voice="ann").json()["error"]["message"].startswith("text:")
         assert "5000 characters, limit 4096" in speech(input="x" * 5000, voice="ann").text
         outside = speech(input="hello", voice="../voices/ann")
@@ -215,71 +216,68 @@ def test_endpoint(endpoint: str, home: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])
-def test_who_leaves_frees_the_slot(endpoint: str) -> None:
-    """A client that goes away in the middle of an answer."""
+def test_a_client_that_leaves_ends_the_synthesis(endpoint: str) -> None:
     body = {"input": "And on it goes. " * 60, "voice": "ann", "response_format": "pcm"}
-    started = time.monotonic()
     complete = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=120)
     assert complete.status_code == 200
-    to_the_end = time.monotonic() - started  # what it takes where nobody leaves
-    started = time.monotonic()
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as answer:
-        chunks = answer.iter_raw()
+    complete_seconds = clusters.audio_seconds(endpoint)
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=body, timeout=60) as response:
+        chunks = response.iter_raw()
         assert next(chunks)
         clusters.wait_for(clusters.slot_demand, 10, "the next sentence")
     clusters.wait_for(clusters.endpoint_idle, 30, "the slot")
-    assert time.monotonic() - started < to_the_end / 2
+    assert clusters.audio_seconds(endpoint) - complete_seconds < complete_seconds / 2
 
 
 @contextmanager
 def steady_clients(endpoint: str, body: dict[str, object]) -> Iterator[list[httpx.Response]]:
-    """Four clients that ask and ask; yields what they are answered, some of it already there."""
-    answers: list[httpx.Response] = []
+    """Four clients that send request after request; yields their responses, some from the start."""
+    responses: list[httpx.Response] = []
     stop = threading.Event()
 
     def run_client() -> None:
         with httpx.Client(base_url=endpoint, timeout=60) as client:
             while not stop.is_set():
-                answers.append(client.post("/v1/audio/speech", json=body))
+                responses.append(client.post("/v1/audio/speech", json=body))
 
     with ThreadPoolExecutor(4) as clients:
         running = [clients.submit(run_client) for _ in range(4)]
         try:
-            clusters.wait_for(lambda: len(answers) > 4, 60, "the first answers")
-            yield answers
+            clusters.wait_for(lambda: len(responses) > 4, 60, "the first responses")
+            yield responses
         finally:
             stop.set()
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()
 
 
 @pytest.mark.ray
-def test_the_application_is_deployed_anew_while_people_ask(
-    endpoint: str, app_args: AppArgs
-) -> None:
-    """With other arguments every replica is another, and no request notices."""
+def test_a_new_deployment_fails_no_request(endpoint: str, app_args: AppArgs) -> None:
+    """Other arguments replace every replica."""
     body = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
-    with steady_clients(endpoint, body) as answers:
-        old = {process.pid for process in replica_processes()}
-        assert len(old) == 4
-        serve.run(build_app(app_args.model_copy(update={"slots": 4})), name="valle")
+    with steady_clients(endpoint, body) as responses:
+        old_pids = {process.pid for process in replica_processes()}
+        assert len(old_pids) == 4
+        deploy(app_args.model_copy(update={"slots": 4}))
         clusters.wait_for(
-            lambda: not old & {p.pid for p in replica_processes()}, 60, "the last old replica"
+            lambda: not old_pids & {p.pid for p in replica_processes()}, 60, "the last old replica"
         )
-        so_far = len(answers)
-        clusters.wait_for(lambda: len(answers) > so_far + 8, 60, "answers of the new ones")
+        n_responses = len(responses)
+        clusters.wait_for(
+            lambda: len(responses) > n_responses + 8, 60, "responses of the new replicas"
+        )
 
-    assert {answer.status_code for answer in answers} == {200}
-    first, *others = (np.frombuffer(answer.content, "<i2").astype(int) for answer in answers)
+    assert {response.status_code for response in responses} == {200}
+    first, *others = (np.frombuffer(response.content, "<i2").astype(int) for response in responses)
     for samples in others:  # batched with other neighbours
         assert len(samples) == len(first) and np.abs(samples - first).max() <= 2
 
 
 @pytest.mark.ray
-def test_the_champion_changes_while_people_ask(
+def test_a_new_champion_fails_no_request(
     endpoint: str, publish_recipe: PublishRecipe, home: Path
 ) -> None:
-    """No request fails, and each answer is one version's, whole."""
+    """No response mixes two versions."""
     prompt = audio.read((home / "voices/ann.wav").read_bytes(), max_seconds=30)
 
     def expected(version: str) -> np.ndarray:
@@ -294,71 +292,77 @@ def test_the_champion_changes_while_people_ask(
         return wave.astype(int)
 
     body = {"input": "hello there", "voice": "ann", "seed": 1, "response_format": "wav"}
-    with steady_clients(endpoint, body) as answers:
+    with steady_clients(endpoint, body) as responses:
         codec = registry.load_synthesizer(registry.resolve(registry.CHAMPION)).codec.identity
         for kind, model in (("ar", tiny_ar(seed=1)), ("nar", tiny_nar(seed=1))):
             if kind == "ar":
                 model.head.bias.data[EOS] = 4.2
-            metadata = checkpoint.new_metadata(kind, TINY, codec, "test", {})
+            metadata = checkpoint.new_metadata(model.config, codec, "test", {})
             folder = home / f"runs/test-{kind}/step_{30:08d}"
             checkpoint.save(folder, model.state_dict(), metadata)
         assert publish(publish_recipe) == 2
         clusters.wait_for(
-            lambda: answers[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
+            lambda: responses[-1].headers.get("x-model") == "models:/valle/2", 60, "version 2"
         )
 
-    assert {answer.status_code for answer in answers} == {200}
+    assert {response.status_code for response in responses} == {200}
     seen = {version: expected(version) for version in ("models:/valle/1", "models:/valle/2")}
-    assert {answer.headers["x-model"] for answer in answers} == set(seen)
-    for answer in answers:
-        samples, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
-        reference = seen[answer.headers["x-model"]]
+    assert {response.headers["x-model"] for response in responses} == set(seen)
+    for response in responses:
+        samples, _ = soundfile.read(io.BytesIO(response.content), dtype="int16")
+        reference = seen[response.headers["x-model"]]
         assert len(samples) == len(reference) and np.abs(samples - reference).max() <= 1
 
 
 @pytest.mark.ray
-def test_serve_run_starts_the_application(publish_recipe: PublishRecipe, home: Path) -> None:
+def test_serve_run_starts_the_application(
+    shared_endpoint: SharedEndpoint, publish_recipe: PublishRecipe, home: Path
+) -> None:
     """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
+    shared_endpoint.close()  # the command starts Serve on its own port
     publish(publish_recipe)
     port = clusters.free_port()
-    with clusters.embedded_cluster():
-        import ray
-
-        content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
-        content["http_options"] |= {"host": "127.0.0.1", "port": port}
-        content["applications"][0]["args"] |= {"voices": str(home / "voices"), "max_replicas": 1}
-        config = home / "serve.yaml"
-        config.write_text(yaml.safe_dump(content))
-        serve_command = Path(sys.executable).parent / "serve"
-        address = ray.get_runtime_context().gcs_address
-        command = [str(serve_command), "run", f"--address={address}", str(config)]
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            clusters.wait_for(lambda: clusters.responds(f"{url}/health/live"), 120, "the endpoint")
-            body = {"input": "hello", "voice": "ann"}
-            assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+    content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
+    content["http_options"] |= {"host": "127.0.0.1", "port": port}
+    content["applications"][0]["args"] |= {
+        "voices": str(home / "voices"), "tracking_uri": settings.read().tracking_uri,
+        "max_replicas": 1,
+    }  # fmt: skip
+    config = home / "serve.yaml"
+    config.write_text(yaml.safe_dump(content))
+    serve_command = Path(sys.executable).parent / "serve"
+    address = ray.get_runtime_context().gcs_address
+    command = [str(serve_command), "run", f"--address={address}", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        clusters.wait_for(lambda: clusters.responds(f"{url}/health/live"), 120, "the endpoint")
+        body = {"input": "hello", "voice": "ann"}
+        assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shared_endpoint.close()  # it leaves Serve running
 
 
 @pytest.mark.ray
 def test_the_command_serves_behind_haproxy(publish_recipe: PublishRecipe, home: Path) -> None:
-    """`make serve` with the flags for many clients: same answers, refusals and streams."""
+    """`make serve` with the flags for many clients: same responses, errors and streams."""
     publish(publish_recipe)
     port = clusters.free_port()
     folder = tempfile.mkdtemp(prefix="valle-haproxy-")
     flags = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(clusters.free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(clusters.free_port()),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_TMPDIR": folder, "VALLE_HOME": str(home),
-    }  # fmt: skip
+        "RAY_TMPDIR": folder,
+        "VALLE_HOME": str(home),
+    }
     command = [sys.executable, "-m", "valle.serve.run", "--port", str(port), "--voices", "voices"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | flags, start_new_session=True)
     try:
@@ -368,10 +372,10 @@ def test_the_command_serves_behind_haproxy(publish_recipe: PublishRecipe, home: 
             body = {"input": "Hello there. Good bye.", "voice": "ann", "response_format": "pcm"}
             complete = client.post("/v1/audio/speech", json=body)
             assert complete.status_code == 200
-            [config] = Path(folder).rglob("*.cfg")  # one a node
-            assert f":{port}" in config.read_text()  # it is in between
-            with client.stream("POST", "/v1/audio/speech", json=body) as answer:
-                assert b"".join(answer.iter_bytes()) == complete.content
+            [config] = Path(folder).rglob("*.cfg")  # one per node
+            assert f":{port}" in config.read_text()  # HAProxy listens there
+            with client.stream("POST", "/v1/audio/speech", json=body) as response:
+                assert b"".join(response.iter_bytes()) == complete.content
             refused = client.post("/v1/audio/speech", json={**body, "voice": "bob"})
             assert refused.status_code == 404
             assert refused.json()["error"]["code"] == "voice_not_found"

@@ -1,4 +1,4 @@
-"""The engine: every stream says what it would say alone, whoever comes and goes beside it."""
+"""The engine: the codes of a request do not depend on the requests beside it."""
 
 from dataclasses import replace
 
@@ -25,46 +25,52 @@ from valle.serve.engine.slots import Move, Slots
         pytest.param(2, 2, True, "fp32", True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_any_order_of_arrivals_and_aborts_changes_nothing(
-    group: int, seed: int, guided: bool, precision: Precision, compiled: bool,
+def test_engine_equals_generate_in_any_order_of_arrivals_and_aborts(
+    group: int,
+    seed: int,
+    guided: bool,
+    precision: Precision,
+    compiled: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    if compiled:  # the compiler stumbles over checks of shapes, which only tests have
+) -> None:
+    if compiled:  # the compiler cannot trace the shape checks, which only tests enable
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = convert(short_ar(group), precision)
     requests = [request(number) for number in range(12)]
     if not guided:
-        requests = [one for one in requests if not one.sampling.guided]
-    expected = {one.id: generate_alone(model, one) for one in requests}
-    assert len({len(codes) for codes, _ in expected.values()}) > 3, "a dull test"
+        requests = [item for item in requests if not item.sampling.guided]
+    expected = {item.id: generate_alone(model, item) for item in requests}
+    assert len({len(codes) for codes, _ in expected.values()}) > 3, (
+        "the requests should end at different lengths"
+    )
     rng = np.random.default_rng(seed)
     engine = build_engine(model, slots=4, guided=guided, compiled=compiled)
     codes: dict[str, list[int]] = {}
     ends: dict[str, FinishReason] = {}
-    late = [requests[i] for i in rng.permutation(len(requests))]
-    aborted = {one.id for one in late[::5]}
-    while late or not engine.idle:
+    pending = [requests[i] for i in rng.permutation(len(requests))]
+    aborted = {item.id for item in pending[::5]}
+    while pending or not engine.idle:
         for _ in range(int(rng.integers(0, 3))):
-            if late:
-                engine.add(late.pop())
+            if pending:
+                engine.add(pending.pop())
         collect(engine.step(), codes, ends)
         engine.check_integrity()
         for name in sorted(aborted - ends.keys()):
             if rng.random() < 0.2:
                 engine.abort(name)
         engine.check_integrity()
-    for one in requests:
-        expected_codes, finish_reason = expected[one.id]
-        if one.id in ends:
-            assert (codes[one.id], ends[one.id]) == (expected_codes, finish_reason), one.id
-        else:  # aborted: what it had said by then was right
-            assert one.id in aborted
-            partial_codes = codes.get(one.id, [])
+    for item in requests:
+        expected_codes, finish_reason = expected[item.id]
+        if item.id in ends:
+            assert (codes[item.id], ends[item.id]) == (expected_codes, finish_reason), item.id
+        else:  # aborted: its codes up to then are the same
+            assert item.id in aborted
+            partial_codes = codes.get(item.id, [])
             assert partial_codes == expected_codes[: len(partial_codes)]
 
 
-def test_no_text_is_answered_by_nothing() -> None:
-    """A model that would stop at once, alone and beside others."""
+def test_engine_gives_every_request_at_least_one_frame() -> None:
+    """From a model that would draw EOS at once."""
     model = short_ar(2)
     model.head.bias.data[EOS] += 100
     engine = build_engine(model, 3)
@@ -79,12 +85,12 @@ def test_no_text_is_answered_by_nothing() -> None:
         assert len(codes[f"r{number}"]) == 1
 
 
-def test_a_request_that_fits_no_slot_is_refused() -> None:
+def test_engine_refuses_a_request_that_cannot_run() -> None:
     engine = Engine(Runner(short_ar(2), slots=2, max_positions=60), Scheduler(2))
     with pytest.raises(ValueError, match="max_frames: text, prompt and 200 frames need"):
         engine.add(request(0, max_frames=200))
     unknown = replace(request(0), phonemes=[5, 10_000])
-    with pytest.raises(ValueError, match="phonemes: the model knows"):
+    with pytest.raises(ValueError, match="phonemes: ids must be 0 to"):
         engine.add(unknown)
     with pytest.raises(ValueError, match="prompt: 7 codebooks, not 8"):
         engine.add(replace(request(0), prompt=request(0).prompt[:7]))
@@ -93,7 +99,7 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
     window = replace(request(0), sampling=Sampling(repetition_window=65))
     with pytest.raises(ValueError, match="repetition_window: at most 64"):
         engine.add(window)
-    with pytest.raises(ValueError, match="guidance_scale: this engine was made without"):
+    with pytest.raises(ValueError, match="guidance_scale: must be 1, this engine runs without"):
         engine.add(replace(request(0), sampling=Sampling(guidance_scale=1.5)))
     engine.add(request(0))
     with pytest.raises(ValueError, match="id: 'r0' is in use"):
@@ -102,33 +108,31 @@ def test_a_request_that_fits_no_slot_is_refused() -> None:
         replace(request(0), phonemes=[])
 
 
-def test_the_urgent_overtake_and_nobody_starves() -> None:
-    now = 0.0
-    scheduler = Scheduler(1, clock=lambda: now)
-    for arrival, name, priority in ((0.0, "first", 0), (1.0, "urgent", 5), (7.0, "late", 5)):
-        now = arrival
-        scheduler.add(replace(request(0), id=name, priority=priority))
+def test_scheduler_serves_requests_in_order_of_arrival() -> None:
+    scheduler = Scheduler(1)
+    for name in ("first", "second", "third"):
+        scheduler.add(replace(request(0), id=name))
     order = []
     while not scheduler.idle:
         state = scheduler.admit()
-        assert state is not None and scheduler.admit() is None  # one is read at a time
-        assert scheduler.activate() is state and scheduler.admit() is None  # one slot
+        assert state is not None and scheduler.admit() is None, "one prefill at a time"
+        assert scheduler.activate() is state and scheduler.admit() is None, "there is one slot"
         order.append(state.request.id)
         scheduler.remove(state.request.id)
-    assert order == ["urgent", "first", "late"]  # urgent by 5 s, not more
+    assert order == ["first", "second", "third"]
 
 
-def test_an_aborted_request_leaves_the_queue() -> None:
+def test_scheduler_skips_a_request_that_was_removed() -> None:
     scheduler = Scheduler(1)
     for name in ("a", "b", "c"):
         scheduler.add(replace(request(0), id=name))
     assert scheduler.n_waiting == 3
     scheduler.remove("a")
-    scheduler.add(replace(request(0), id="a"))  # again, behind the others now
+    scheduler.add(replace(request(0), id="a"))  # again, now at the end of the queue
     first = scheduler.admit()
     assert first is not None and first.request.id == "b"
     scheduler.check_integrity()
-    assert [scheduler.n_waiting, len(scheduler.running())] == [2, 0], "b is being read"
+    assert [scheduler.n_waiting, len(scheduler.running())] == [2, 0], "b is in prefill"
     scheduler.activate()
     scheduler.check_integrity()
     assert [scheduler.n_waiting, len(scheduler.running())] == [2, 1]
@@ -136,13 +140,13 @@ def test_an_aborted_request_leaves_the_queue() -> None:
     assert scheduler.admit() is not None and scheduler.prefilling is not None
     scheduler.remove(scheduler.prefilling.request.id)
     scheduler.check_integrity()
-    assert scheduler.prefilling is None and scheduler.n_waiting == 1, "whoever left is not read on"
+    assert scheduler.prefilling is None and scheduler.n_waiting == 1
 
 
-def test_a_long_text_holds_up_nobody() -> None:
-    """It is read a piece at a tick, and all that time the others speak."""
+def test_engine_prefills_a_long_text_in_chunks() -> None:
+    """The running request gets a frame at every step meanwhile."""
     model = short_ar(1)
-    model.head.bias.data[EOS] -= 100  # speaks until its limit
+    model.head.bias.data[EOS] -= 100  # no EOS before the limit
     engine = build_engine(model, 2)
     codes: dict[str, list[int]] = {}
     ends: dict[str, FinishReason] = {}
@@ -152,28 +156,28 @@ def test_a_long_text_holds_up_nobody() -> None:
         collect(engine.step(), codes, ends)
     long = replace(request(1, max_frames=10), id="long", phonemes=[5] * 300)
     engine.add(long)
-    ticks = 0
+    n_steps = 0
     while "long" not in codes:
         before = len(codes["r0"])
         collect(engine.step(), codes, ends)
         assert len(codes["r0"]) == before + 1
-        ticks += 1
-    assert ticks == -(-(300 + 2 + long.prompt.shape[1]) // 16)
+        n_steps += 1
+    assert n_steps == -(-(300 + 2 + long.prompt.shape[1]) // 16)
     while not engine.idle:
         collect(engine.step(), codes, ends)
-    for one in (short, long):
-        assert (codes[one.id], ends[one.id]) == generate_alone(model, one)
+    for item in (short, long):
+        assert (codes[item.id], ends[item.id]) == generate_alone(model, item)
 
 
-def test_a_text_that_is_given_up_half_read_leaves_no_trace() -> None:
+def test_engine_aborts_a_request_in_prefill() -> None:
     model = short_ar(2)
     engine = build_engine(model, 2)
     codes: dict[str, list[int]] = {}
     ends: dict[str, FinishReason] = {}
-    engine.add(replace(request(1), id="gone", phonemes=[5] * 300))
+    engine.add(replace(request(1), id="aborted", phonemes=[5] * 300))
     for _ in range(3):
         assert not engine.step()
-    engine.abort("gone")
+    engine.abort("aborted")
     engine.check_integrity()
     assert engine.idle
     engine.add(request(3))
@@ -182,7 +186,7 @@ def test_a_text_that_is_given_up_half_read_leaves_no_trace() -> None:
     assert (codes["r3"], ends["r3"]) == generate_alone(model, request(3))
 
 
-def test_slots_stay_dense() -> None:
+def test_slots_stay_dense_after_a_release() -> None:
     slots = Slots(3)
     assert [slots.allocate(name) for name in "abc"] == [0, 1, 2] and slots.full
     assert slots.release(0) == Move(source=2, target=0)

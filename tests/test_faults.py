@@ -1,4 +1,4 @@
-"""What clients and machines do to an endpoint: floods, silence, bombs, killed replicas."""
+"""The endpoint under faults: overload, slow and leaving clients, bad files, killed replicas."""
 
 import asyncio
 import base64
@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import socket
-import time
 from http.client import HTTPResponse
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,7 +24,7 @@ from valle.platform import audio
 from valle.serve.engine.request import Request
 
 LONG = {"input": "And on it goes. " * 120, "voice": "ann", "response_format": "pcm"}
-"""Two minutes in pieces, more than sockets hold."""
+"""Two minutes of speech: more than the sockets' buffers hold."""
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,10 +35,10 @@ pytestmark = [
 def speaks(endpoint: str) -> bool:
     try:
         body = {"input": "hello", "voice": "ann", "response_format": "pcm"}
-        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
+        response = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     except httpx.HTTPError:
         return False
-    return answer.status_code == 200 and len(answer.content) > 0
+    return response.status_code == 200 and len(response.content) > 0
 
 
 def connect(endpoint: str, head: str) -> socket.socket:
@@ -49,18 +48,19 @@ def connect(endpoint: str, head: str) -> socket.socket:
     return connection
 
 
-def check_gone_before_the_first_sound(endpoint: str, to_the_end: float) -> None:
+def check_a_client_that_leaves_before_the_first_audio(endpoint: str) -> None:
     body = json.dumps(LONG)
     head = "POST /v1/audio/speech HTTP/1.1\nHost: x\nContent-Type: application/json\n"
-    started = time.monotonic()
+    seconds = clusters.audio_seconds(endpoint)
     with connect(endpoint, f"{head}Content-Length: {len(body)}\n\n{body}"):
         clusters.wait_for(clusters.slot_demand, 20, "the first sentence")
     clusters.wait_for(clusters.endpoint_idle, 60, "the slot")
-    assert time.monotonic() - started < to_the_end / 2
+    # 120 sentences of a second; what was synthesized of them counts when the response ends
+    assert clusters.audio_seconds(endpoint) - seconds < 60
 
 
 def check_a_gigabyte_is_refused_unread(endpoint: str, route: str) -> None:
-    """By its announced length, and before much of it has been sent."""
+    """By its declared length, before much of it has been sent."""
     size, sent = 2**30, 0
     head = f"POST {route} HTTP/1.1\nHost: x\nContent-Length: {size}\n"
     with connect(endpoint, f"{head}Content-Type: multipart/form-data; boundary=x\n\n") as client:
@@ -69,62 +69,62 @@ def check_a_gigabyte_is_refused_unread(endpoint: str, route: str) -> None:
             if readable or not writable:
                 break
             sent += client.send(bytes(2**16))
-        answer = HTTPResponse(client)
-        answer.begin()
-        content = json.loads(answer.read())
-    assert (answer.status, content["error"]["code"]) == (413, "request_too_large")
+        response = HTTPResponse(client)
+        response.begin()
+        content = json.loads(response.read())
+    assert (response.status, content["error"]["code"]) == (413, "request_too_large")
     assert sent < size / 8
 
 
-def peak(pid: int) -> int:
-    """Bytes of memory that a process has needed at most since `forget_peak`."""
+def peak_memory(pid: int) -> int:
+    """Peak resident memory of a process since `reset_peak_memory`, in bytes."""
     [line] = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in x]
     return int(line.split()[1]) * 1024
 
 
-def forget_peak(pid: int) -> None:
+def reset_peak_memory(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-def check_bombs(endpoint: str) -> None:
-    """Sound files that are small, and would not be once decoded."""
+def check_decompression_bombs(endpoint: str) -> None:
+    """Small audio files that would take a lot of memory when decoded."""
     written = io.BytesIO()
     with soundfile.SoundFile(written, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
         for _ in range(180):
             file.write(np.zeros(60 * 8_000, np.float32))
-    hours = written.getvalue()  # three, of silence
+    hours = written.getvalue()  # three hours of silence
     unknown = bytearray(hours)
-    unknown[21] &= 0xF0  # the length in FLAC's header, 36 bits: not known
+    unknown[21] &= 0xF0  # FLAC's header then says that the length is unknown
     unknown[22:26] = bytes(4)
     wav = bytearray(audio.wav_bytes(np.zeros(24_000, np.float32)))
-    wav[40:44] = b"\xf0\xff\xff\xff"  # a header that announces four gigabytes
+    wav[40:44] = b"\xf0\xff\xff\xff"  # a header that states four gigabytes
     running = [process.pid for process in replica_processes()]
     for pid in running:
-        forget_peak(pid)
-    before = {pid: peak(pid) for pid in running}
+        reset_peak_memory(pid)
+    before = {pid: peak_memory(pid) for pid in running}
     statuses = []
     for data in (hours, bytes(unknown), bytes(wav), b"fLaC" + bytes(1000), b"OggS" * 99):
         assert len(data) < 700_000
         body = {"input": "hello", "ref_audio": base64.b64encode(data).decode()}
-        answer = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=30)
-        statuses.append(answer.status_code)
-        if answer.status_code != 200:
-            assert answer.json()["error"]["param"] == "ref_audio"
+        response = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=30)
+        statuses.append(response.status_code)
+        if response.status_code != 200:
+            assert response.json()["error"]["param"] == "ref_audio"
     assert (statuses[0], *statuses[3:]) == (400, 400, 400)
-    # what a false header stands before may be refused, or used as far as the limit
+    # a file with a false header may be refused, or read up to the limit
     assert set(statuses) <= {200, 400}
-    # three hours would be 345 MB
-    assert max(peak(pid) - before[pid] for pid in running) < 100e6
+    # three hours are 345 MB of samples
+    assert max(peak_memory(pid) - before[pid] for pid in running) < 100e6
 
 
-def check_a_slow_reader_holds_nobody_up(endpoint: str, reference: bytes) -> None:
-    """It gets the same answer as a fast one, and others need not wait for it."""
-    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=LONG, timeout=60) as answer:
-        assert answer.status_code == 200
-        chunks = answer.iter_raw()
+def check_a_slow_reader_blocks_no_other_request(endpoint: str, reference: bytes) -> None:
+    """It gets the same response as a fast one."""
+    with httpx.stream("POST", f"{endpoint}/v1/audio/speech", json=LONG, timeout=60) as response:
+        assert response.status_code == 200
+        chunks = response.iter_raw()
         data = next(chunks)
         clusters.wait_for(
-            clusters.endpoint_idle, 120, "nothing to be made any more, while nobody reads"
+            clusters.endpoint_idle, 120, "the end of the synthesis, while the client does not read"
         )
         assert speaks(endpoint)
         data += b"".join(chunks)
@@ -134,51 +134,49 @@ def check_a_slow_reader_holds_nobody_up(endpoint: str, reference: bytes) -> None
 
 
 def check_overload(endpoint: str) -> None:
-    """Who does not fit is told to come again, at once; who is let in is served."""
+    """Requests beyond slots and queue are refused with 429; all others are served."""
 
-    async def fire() -> list[httpx.Response]:
+    async def send_requests() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=300, limits=limits) as client:
             body = LONG | {"input": "And on it goes. " * 4}
             calls = [client.post(f"{endpoint}/v1/audio/speech", json=body) for _ in range(250)]
             return await asyncio.gather(*calls)
 
-    answers = asyncio.run(fire())
-    served = [answer for answer in answers if answer.status_code == 200]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(served) + len(refused) == len(answers)
+    responses = asyncio.run(send_requests())
+    served = [response for response in responses if response.status_code == 200]
+    refused = [response for response in responses if response.status_code == 429]
+    assert len(served) + len(refused) == len(responses)
     assert len(served) >= 64 and refused
-    assert {len(answer.content) for answer in served} == {len(served[0].content)}
-    for answer in refused:
-        assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-    slowest = max(answer.elapsed for answer in served)
-    assert max(answer.elapsed for answer in refused) < slowest / 2
+    assert {len(response.content) for response in served} == {len(served[0].content)}
+    for response in refused:
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["type"] == "rate_limit_error"
     assert speaks(endpoint)
 
 
 async def check_a_killed_replica(endpoint: str) -> None:
-    """Streams that it was speaking say that they broke; those that come later are answered."""
+    """Its streams end with an error event; later requests are served."""
     open_streams = []
 
-    async def listen() -> list[dict]:
+    async def read_events() -> list[dict]:
         events = []
         body = LONG | {"stream_format": "sse"}
         async with (
             httpx.AsyncClient(timeout=300) as client,
-            client.stream("POST", f"{endpoint}/v1/audio/speech", json=body) as answer,
+            client.stream("POST", f"{endpoint}/v1/audio/speech", json=body) as response,
         ):
-            assert answer.status_code == 200
-            async for line in answer.aiter_lines():
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
                 if line:
                     events.append(json.loads(line.removeprefix("data: ")))
                     open_streams.append(events)
         return events
 
-    running = [asyncio.create_task(listen()) for _ in range(3)]
+    running = [asyncio.create_task(read_events()) for _ in range(3)]
     while len({id(events) for events in open_streams}) < 3:
         await asyncio.sleep(0.1)
-    await asyncio.to_thread(clusters.wait_for, clusters.slot_demand, 20, "a stream at work")
+    await asyncio.to_thread(clusters.wait_for, clusters.slot_demand, 20, "a running stream")
     [process] = replica_processes("AR")
     os.kill(process.pid, signal.SIGKILL)
     last = [events[-1] for events in await asyncio.gather(*running)]
@@ -188,30 +186,28 @@ async def check_a_killed_replica(endpoint: str) -> None:
     clusters.wait_for(lambda: speaks(endpoint), 60, "another replica")
 
 
-def check_the_engine_breaks(endpoint: str) -> None:
-    """A request that no border lets in, straight to the engine: Serve replaces the replica."""
+def check_a_failing_engine(endpoint: str) -> None:
+    """A request that the HTTP layer would refuse stops the engine: Serve replaces the replica."""
     prompt = np.zeros((8, 225), np.int16)
-    poison = Request(id="x", phonemes=[5], prompt=prompt, max_frames=9, seed="no number")
+    bad_request = Request(id="x", phonemes=[5], prompt=prompt, max_frames=9, seed="no number")
     ar = serve.get_deployment_handle("AR", "valle")
     with pytest.raises(Exception, match="the engine has stopped"):
-        ar.generate.remote("models:/valle/1", poison).result(timeout_s=30)
+        ar.generate.remote("models:/valle/1", bad_request).result(timeout_s=30)
     clusters.wait_for(lambda: speaks(endpoint), 60, "another replica")
 
 
-def test_what_clients_do(endpoint: str) -> None:
-    started = time.monotonic()
+def test_endpoint_survives_its_clients(endpoint: str) -> None:
     reference = httpx.post(f"{endpoint}/v1/audio/speech", json=LONG, timeout=300)
-    to_the_end = time.monotonic() - started
     assert reference.status_code == 200
-    check_gone_before_the_first_sound(endpoint, to_the_end)
+    check_a_client_that_leaves_before_the_first_audio(endpoint)
     for route in ("/v1/audio/speech", "/v1/audio/voices"):
         check_a_gigabyte_is_refused_unread(endpoint, route)
-    check_bombs(endpoint)
-    check_a_slow_reader_holds_nobody_up(endpoint, reference.content)
+    check_decompression_bombs(endpoint)
+    check_a_slow_reader_blocks_no_other_request(endpoint, reference.content)
     check_overload(endpoint)
 
 
-def test_what_machines_do(endpoint: str) -> None:
+def test_endpoint_survives_killed_replicas(endpoint: str) -> None:
     assert speaks(endpoint)
     asyncio.run(check_a_killed_replica(endpoint))
-    check_the_engine_breaks(endpoint)
+    check_a_failing_engine(endpoint)

@@ -1,4 +1,4 @@
-"""API keys: none, wrong, too often, too many at a time; and what is open to all."""
+"""API keys: missing, wrong or over their limits; and paths that need none."""
 
 import asyncio
 import hashlib
@@ -7,12 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from helpers.deployments import FakeDeployments
 from starlette.types import Receive, Scope, Send
 
+from valle.serve.app_args import AppArgs
 from valle.serve.web import keys
 from valle.serve.web.api import create_api
 from valle.serve.web.keys import ApiKey, ApiKeyMiddleware, read_keys
-from valle.serve.web.schema import AppArgs
 
 
 def key(name: str, secret: str, **limits: int) -> ApiKey:
@@ -26,7 +27,7 @@ def client(middleware: object) -> httpx.AsyncClient:
 
 
 @pytest.mark.anyio
-async def test_keys_made_by_the_command_open_the_api(
+async def test_a_key_of_the_command_opens_the_api(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys.main(["web"])
@@ -35,14 +36,15 @@ async def test_keys_made_by_the_command_open_the_api(
     file = tmp_path / "keys.yaml"
     file.write_text("\n".join(rest))
     assert secret not in file.read_text()
-    api = create_api(AppArgs(voices=str(tmp_path), api_keys=str(file)))
+    args = AppArgs(model="/some/bundle", voices=str(tmp_path), api_keys=str(file))
+    api = create_api(args, FakeDeployments())
     async with client(api) as http:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Basic {secret}"}):
-            answer = await http.get("/v1/audio/voices", headers=headers)
-            assert answer.status_code == 401
-            assert answer.json()["error"]["code"] == "invalid_api_key"
-        answer = await http.get("/v1/audio/voices", headers={"Authorization": f"Bearer {secret}"})
-        assert answer.status_code == 200
+            response = await http.get("/v1/audio/voices", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        response = await http.get("/v1/audio/voices", headers={"Authorization": f"Bearer {secret}"})
+        assert response.status_code == 200
         assert (await http.get("/health/live")).status_code == 200
         assert (await http.get("/docs")).status_code == 401
     # Serve leaves a route prefix in the path, beside `root_path`
@@ -73,15 +75,15 @@ async def test_each_key_has_its_own_limits() -> None:
 
         running = get("A")
         await entered.wait()
-        second = await get("A")
-        assert second.status_code == 429 and second.headers["retry-after"] == "1"
-        assert second.json()["error"]["type"] == "rate_limit_error"
-        other = get("B")
+        concurrent = await get("A")
+        assert concurrent.status_code == 429 and concurrent.headers["retry-after"] == "1"
+        assert concurrent.json()["error"]["type"] == "rate_limit_error"
+        of_another_key = get("B")
         gate.set()
-        assert (await running).status_code == (await other).status_code == 200
+        assert (await running).status_code == (await of_another_key).status_code == 200
         assert [(await get("A")).status_code for _ in range(3)] == [200, 200, 429]
-        late = await get("A")
-        assert 1 <= int(late.headers["retry-after"]) <= 61
+        over_the_limit = await get("A")
+        assert 1 <= int(over_the_limit.headers["retry-after"]) <= 61
         assert (await get("B")).status_code == 200
 
 
@@ -95,7 +97,7 @@ async def test_each_key_has_its_own_limits() -> None:
         ([{"name": "a", "sha256": d * 64} for d in "01"], "two keys have the same name"),
     ],
 )
-def test_a_bad_file_of_keys_is_refused(tmp_path: Path, content: object, reason: str) -> None:
+def test_read_keys_refuses_a_bad_file(tmp_path: Path, content: object, reason: str) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=reason):

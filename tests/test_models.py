@@ -1,11 +1,21 @@
-"""Shapes, cache = full, batched = single, and the family's known defects."""
+"""AR and NAR: cached = full, batched = single, known defects of other VALL-E implementations."""
 
 from dataclasses import replace
 
 import jaxtyping
 import pytest
 import torch
-from helpers.tiny_models import TINY, perturb, random_batch, random_items, tiny_ar, tiny_nar
+from helpers.golden import GOLDEN, golden_tokens
+from helpers.tiny_models import (
+    TINY,
+    TINY_AR,
+    perturb,
+    random_batch,
+    random_items,
+    tiny_ar,
+    tiny_nar,
+)
+from safetensors.torch import load_file
 
 from valle.jobs.training.objective import ar_loss, nar_loss
 from valle.model.ar import AR
@@ -19,8 +29,8 @@ GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
-def test_cached_steps_equal_the_full_forward(group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+def test_step_with_cache_equals_forward(group: int) -> None:
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model)
     phonemes, prompt, codes = random_items(30)[0]
     first = codes[0]
@@ -50,22 +60,26 @@ def test_cached_steps_equal_the_full_forward(group: int) -> None:
         Sampling(top_p=0.9, guidance_scale=2.0),
     ],
 )
-def test_generation_with_and_without_cache_is_the_same(sampling: Sampling, group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+def test_generate_with_cache_equals_without(sampling: Sampling, group: int) -> None:
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
     with_cache, without_cache = (
         model.generate(
-            phonemes, prompt, sampling=sampling, max_frames=25, use_cache=use_cache,
-            generator=torch.Generator().manual_seed(3),
+            phonemes,
+            prompt,
+            sampling=sampling,
+            max_frames=25,
+            use_cache=use_cache,
+            seed=3,
         )
         for use_cache in (True, False)
-    )  # fmt: skip
+    )
     assert torch.equal(with_cache.codes, without_cache.codes)
     assert with_cache.hit_limit == without_cache.hit_limit
 
 
-def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
+def test_generate_guidance_compares_with_unconditional_logits() -> None:
     model = tiny_ar()
     perturb(model)
     phonemes, prompt, _ = random_items(20)[0]
@@ -79,25 +93,35 @@ def test_ar_guidance_is_by_the_same_model_without_conditions() -> None:
             )
         )
     expected = [guide(conditional, unconditional_logits, scale).argmax() for scale in (1.0, 10.0)]
-    assert expected[0] != expected[1], "a dull test"
+    assert expected[0] != expected[1], "the test needs different codes"
     for scale, code in zip((1.0, 10.0), expected, strict=True):
         output = model.generate(
-            phonemes, prompt, sampling=Sampling(temperature=0.0, guidance_scale=scale),
-            max_frames=1, generator=torch.Generator(),
-        )  # fmt: skip
+            phonemes,
+            prompt,
+            sampling=Sampling(temperature=0.0, guidance_scale=scale),
+            max_frames=1,
+            seed=0,
+        )
         assert output.codes.tolist() == [int(code)]
+
+
+def test_generate_gives_the_golden_tokens() -> None:
+    """Sampler and both models: a change that moves every voice (`tests/helpers/make_golden.py`)."""
+    expected = load_file(GOLDEN / "tokens.safetensors")
+    tokens = golden_tokens()
+    assert tokens.keys() == expected.keys()
+    for name, codes in tokens.items():
+        assert torch.equal(codes, expected[name]), name
 
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
-    use_cache: bool, group: int
-) -> None:
-    model = tiny_ar(config=replace(TINY, group=group))
+def test_generate_with_prefix_continues_it(use_cache: bool, group: int) -> None:
+    model = tiny_ar(config=replace(TINY_AR, group_size=group))
     perturb(model, 0.5)
     phonemes, prompt, _ = random_items(20)[0]
     model.head.bias.data[EOS] = -100.0
-    arguments = {"sampling": GREEDY, "max_frames": 12, "generator": torch.Generator()}
+    arguments = {"sampling": GREEDY, "max_frames": 12, "seed": 0}
     codes = model.generate(phonemes, prompt, **arguments).codes
     assert len(codes.unique()) > 2
     for length in (group, 6, 12):
@@ -106,12 +130,12 @@ def test_continuation_goes_on_as_if_the_model_had_said_the_prefix(
         )
         assert torch.equal(continued.codes, codes) and continued.hit_limit
     if group > 1:
-        with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of the group's 3"):
+        with pytest.raises(ValueError, match="prefix: 4 frames are no multiple of group_size 3"):
             model.generate(phonemes, prompt, prefix=codes[:4], **arguments)
 
 
-def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
-    model = tiny_ar(config=replace(TINY, group=3))
+def test_group_conditioning_is_causal_within_a_group() -> None:
+    model = tiny_ar(config=replace(TINY_AR, group_size=3))
     perturb(model, 0.5)
     phonemes, prompt, codes = random_items(20)[0]
     base = model(single_batch(phonemes, prompt, codes[0]))[0]
@@ -123,20 +147,22 @@ def test_frames_of_a_group_know_those_before_them_and_none_after() -> None:
         assert not torch.allclose(base[frame + 1], logits[frame + 1])
 
 
-def test_length_limit_is_reported_and_eos_stops() -> None:
+def test_generate_stops_at_eos_and_reports_the_limit() -> None:
     model = tiny_ar()
     phonemes, prompt, _ = random_items(20)[0]
-    arguments = {"sampling": GREEDY, "max_frames": 5, "generator": torch.Generator()}
+    arguments = {"sampling": GREEDY, "max_frames": 5, "seed": 0}
     model.head.bias.data[EOS] = -100.0
     assert model.generate(phonemes, prompt, **arguments).hit_limit
     model.head.bias.data[EOS] = 100.0
     stopped = model.generate(phonemes, prompt, **arguments)
-    assert len(stopped.codes) == 1 and not stopped.hit_limit  # it would have said nothing
+    assert (
+        len(stopped.codes) == 1 and not stopped.hit_limit
+    )  # EOS is suppressed before the first frame
 
 
 @pytest.mark.parametrize(("kind", "group"), [("ar", 1), ("ar", 3), ("nar", 1)])
-def test_a_row_does_not_depend_on_its_neighbours(kind: str, group: int) -> None:
-    model = tiny_ar(config=replace(TINY, group=group)) if kind == "ar" else tiny_nar()
+def test_forward_batched_equals_single(kind: str, group: int) -> None:
+    model = tiny_ar(config=replace(TINY_AR, group_size=group)) if kind == "ar" else tiny_nar()
     perturb(model)
     items = random_items(40, 12, 27)
     level = torch.tensor([1, 4, 7])
@@ -145,13 +171,13 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: str, group: int) -> None:
         batch = collate(*zip(*rows, strict=True))
         return model(batch) if kind == "ar" else model(batch, levels)
 
-    together = run(items, level)
+    batched = run(items, level)
     for row, item in enumerate(items):
         alone = run([item], level[row : row + 1])[0]
-        torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(batched[row, : len(alone)], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_ar_is_causal_and_sees_text_and_prompt() -> None:
+def test_ar_is_causal_and_attends_to_text_and_prompt() -> None:
     model = tiny_ar()
     perturb(model)
     phonemes, prompt, codes = random_items(20)[0]
@@ -163,13 +189,15 @@ def test_ar_is_causal_and_sees_text_and_prompt() -> None:
     assert not torch.allclose(base[13:], changed[13:])
     other_text = model(single_batch(phonemes.roll(1), prompt, codes[0]))[0]
     assert not torch.allclose(base[0], other_text[0])
-    for book in range(8):  # the prompt is heard in all its codebooks
-        louder = prompt.clone()
-        louder[book] = (louder[book] + 1) % 1024
-        assert not torch.allclose(base[0], model(single_batch(phonemes, louder, codes[0]))[0][0])
+    for book in range(8):  # every codebook of the prompt matters
+        changed_prompt = prompt.clone()
+        changed_prompt[book] = (changed_prompt[book] + 1) % 1024
+        assert not torch.allclose(
+            base[0], model(single_batch(phonemes, changed_prompt, codes[0]))[0][0]
+        )
 
 
-def test_first_response_token_is_trained() -> None:
+def test_ar_loss_trains_the_first_response_token() -> None:
     """Defect 1 of the family: the target at the separator was ignored, its gradient exactly 0."""
     model = tiny_ar()
     batch = random_batch(6, 9)
@@ -185,7 +213,7 @@ def test_first_response_token_is_trained() -> None:
 
 
 def test_nar_is_bidirectional_and_level_conditioned() -> None:
-    """Defects 2 and 3: a causal NAR that never learnt which level it was at."""
+    """Defects 2 and 3 of the family: a causal NAR without level conditioning."""
     model = tiny_nar()
     perturb(model)
     phonemes, prompt, codes = random_items(20)[0]
@@ -201,7 +229,7 @@ def test_nar_is_bidirectional_and_level_conditioned() -> None:
     assert not torch.allclose(base, same_input)
 
 
-def test_nar_loss_falls_on_the_response_at_its_level() -> None:
+def test_nar_loss_covers_the_response_at_its_level() -> None:
     model = tiny_nar()
     batch = random_batch(6, 9)
     level = torch.tensor([2, 7])
@@ -214,12 +242,10 @@ def test_nar_loss_falls_on_the_response_at_its_level() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_nar_generates_all_codebooks_from_the_first() -> None:
+def test_nar_generate_is_consistent_with_its_logits() -> None:
     model = tiny_nar()
     phonemes, prompt, codes = random_items(15)[0]
-    generated = model.generate(
-        phonemes, prompt, codes[0], sampling=GREEDY, generator=torch.Generator()
-    )
+    generated = model.generate(phonemes, prompt, codes[0], sampling=GREEDY, seed=0)
     assert generated.shape == (8, 15)
     assert torch.equal(generated[0], codes[0])
     # teacher-forced with its own output, each level predicts itself
@@ -239,7 +265,7 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     assert not torch.allclose(score(3.0, 7.0), score(3.0, 8.0))
 
 
-def test_cache_knows_its_bounds() -> None:
+def test_kv_cache_refuses_more_than_its_capacity() -> None:
     cache = KVCache.empty(TINY, 1, 2, like=torch.zeros(1))
     part = torch.zeros(1, TINY.n_heads, 3, 8)
     with pytest.raises(AssertionError, match="KV cache is full"):
@@ -249,7 +275,7 @@ def test_cache_knows_its_bounds() -> None:
     assert cache.length == 0
 
 
-def test_config_names_the_wrong_field() -> None:
+def test_config_error_names_the_field() -> None:
     with pytest.raises(ValueError, match="width: 30 is no even multiple of n_heads 4"):
         ModelConfig(width=30, n_heads=4)
     with pytest.raises(ValueError, match=r"dropout: 1.0 is not in \[0, 1\)"):
@@ -257,32 +283,32 @@ def test_config_names_the_wrong_field() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_attention_that_learns_equals_the_fused_kernel(kind: str) -> None:
-    """On a CPU a training step attends by plain operations, everything else by the kernel."""
+def test_training_attention_equals_the_fused_kernel(kind: str) -> None:
+    """On a CPU training uses plain operations, inference the fused kernel."""
     model = tiny_ar() if kind == "ar" else tiny_nar()
     perturb(model)
     batch = random_batch(30, 17)
     arguments = (batch,) if kind == "ar" else (batch, torch.tensor([1, 2]))
-    learning = model(*arguments)
+    training_logits = model(*arguments)
     with torch.inference_mode():
-        speaking = model(*arguments)
-    assert learning.requires_grad
-    torch.testing.assert_close(learning.detach(), speaking, atol=1e-5, rtol=1e-4)
+        inference_logits = model(*arguments)
+    assert training_logits.requires_grad
+    torch.testing.assert_close(training_logits.detach(), inference_logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.ray  # not of Ray, but it takes as long: a minute of C++ compiler
+@pytest.mark.ray  # not a Ray test, but as slow: a minute of C++ compiler
 @pytest.mark.filterwarnings("ignore")  # the compiler uses what torch deprecates
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_compiled_training_equals_plain(kind: str) -> None:
-    jaxtyping.config.update("jaxtyping_disable", True)  # the compiler cannot see through checks
+def test_compiled_training_equals_eager(kind: str) -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)  # the compiler cannot trace shape checks
     try:
-        compare_compiled_with_plain(kind)
+        compare_compiled_with_eager(kind)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def compare_compiled_with_plain(kind: str) -> None:
-    """Losses and gradients of batches whose shapes change."""
+def compare_compiled_with_eager(kind: str) -> None:
+    """Losses and gradients of batches of changing shapes."""
     model = tiny_ar() if kind == "ar" else tiny_nar()
     perturb(model)
     level = torch.tensor([1, 2])
@@ -300,6 +326,6 @@ def compare_compiled_with_plain(kind: str) -> None:
             loss.loss.backward()
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             results.append([loss.loss.detach(), *gradients])
-    plain, fast = results[:2], results[2:]
-    for one, other in zip(plain, fast, strict=True):
+    eager, compiled_results = results[:2], results[2:]
+    for one, other in zip(eager, compiled_results, strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Sources, and the preparation of good and bad recordings."""
+"""The layouts of sources, and the preparation of valid and invalid recordings."""
 
 import io
 import json
@@ -31,6 +31,7 @@ from valle.model import text
 from valle.model.codec import encodec
 from valle.platform import audio, dataset
 from valle.platform.dataset import TokenDataset
+from valle.platform.resources import Placement
 
 
 def sound(seconds: float, rate: int = 24_000, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -49,7 +50,7 @@ def put(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Nine usable recordings in awkward clothes, and nine that are not."""
+    """Nine valid recordings in several formats, and nine invalid ones (`REASONS`)."""
     root = tmp_path / "my corpus"
     for number in range(6):
         put(root / f"speaker{number % 2}" / f"{number}.wav", sound(0.6 + number / 5, seed=number))
@@ -84,27 +85,23 @@ REASONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("home")
-        patch.setenv("VALLE_HOME", str(home))
-        patch.setenv("VALLE_CACHE", str(home / "cache"))
-        with clusters.embedded_cluster():
-            yield
-
-
 def recipe_for(corpus: Path, tmp_path: Path, codec: Path) -> PrepareRecipe:
     return PrepareRecipe(
-        out=str(tmp_path / "tokens"), sources=(Source(path=str(corpus)),), codec=str(codec),
-        max_seconds=3.0, utterances_per_shard=4,
-    )  # fmt: skip
+        out=str(tmp_path / "tokens"),
+        sources=(Source(path=str(corpus)),),
+        codec=str(codec),
+        max_seconds=3.0,
+        utterances_per_shard=6,
+        workers=1,
+        placement=Placement(accelerator="cpu"),
+    )
 
 
 @pytest.mark.ray
-def test_good_and_bad_recordings(
+def test_prepare_mixed_inputs_encodes_or_rejects(
     ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path
 ) -> None:
+    """Codes equal those of each recording alone; later runs process new inputs only."""
     recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
     report = prepare(recipe)
     assert (report["inputs"], report["prepared"], report["utterances"]) == (18, 9, 9)
@@ -119,12 +116,12 @@ def test_good_and_bad_recordings(
     for name, reason in REASONS.items():
         assert reasons[name].startswith(reason), (name, reasons[name])
 
-    # sharded and batched = one file at a time
+    # Codes from shards and batches equal those of one recording at a time.
     codec = encodec.load(str(tiny_codec_folder))
-    opened = TokenDataset(recipe.out, tmp_path / "cache")
-    assert len(opened) == 9
+    tokens = TokenDataset(recipe.out, tmp_path / "cache")
+    assert len(tokens) == 9
     for number in range(9):
-        utterance = opened[number]
+        utterance = tokens[number]
         source = corpus / f"{utterance.id.removeprefix('my corpus/')}"
         path = next(
             p for p in source.parent.iterdir() if p.stem == source.name and p.suffix != ".txt"
@@ -134,11 +131,11 @@ def test_good_and_bad_recordings(
         assert utterance.speaker == path.parent.name
         assert text.decode(utterance.phonemes.tolist()) == text.phonemize(["hello there"])[0]
 
-    # a second run does nothing
+    # A second run has no inputs left.
     again = prepare(recipe)
     assert (again["already_done"], again["prepared"], again["utterances"]) == (18, 0, 9)
     assert again["rejected"] == {}
-    # and a new file is all that a third one does
+    # A third run processes only a new file.
     put(corpus / "speaker9" / "new.wav", sound(1.0))
     third = prepare(recipe)
     assert (third["already_done"], third["prepared"], third["utterances"]) == (18, 1, 10)
@@ -156,22 +153,26 @@ def _tiny() -> dict:
 
 
 @pytest.mark.ray
-def test_killed_half_way_it_leaves_a_valid_dataset_and_goes_on(
-    ray_cluster: None, corpus: Path, tmp_path: Path, tiny_codec_folder: Path,
+def test_prepare_interrupted_before_listing_adopts_the_shard(
+    ray_cluster: None,
+    corpus: Path,
+    tmp_path: Path,
+    tiny_codec_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
+    """The dataset stays valid, and a second run completes it with equal codes."""
     recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
     original = prepare_module.pipeline
 
-    def killed(*arguments: object) -> Iterator[dict]:
+    def interrupted(*arguments: object) -> Iterator[dict]:
         results = original(*arguments)  # type: ignore[arg-type]
         yield next(results)
         raise KeyboardInterrupt  # the driver dies before it can list the shard
 
-    monkeypatch.setattr(prepare_module, "pipeline", killed)
+    monkeypatch.setattr(prepare_module, "pipeline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe)
-    assert dataset.read_manifest(recipe.out).shards == []  # valid, if poorer than the folder
+    assert dataset.read_manifest(recipe.out).shards == []  # valid, but without the shard
     monkeypatch.setattr(prepare_module, "pipeline", original)
     report = prepare(recipe)
     assert report["already_done"] >= 4
@@ -179,18 +180,22 @@ def test_killed_half_way_it_leaves_a_valid_dataset_and_goes_on(
 
     uninterrupted = prepare(replace(recipe, out=str(tmp_path / "uninterrupted")))
     assert uninterrupted["utterances"] == 9
-    opened = [TokenDataset(uri, tmp_path / "cache") for uri in (recipe.out, uninterrupted["out"])]
-    ids = [{o[i].id: o[i].codes.tobytes() for i in range(9)} for o in opened]
-    assert ids[0] == ids[1]
+    datasets = [TokenDataset(uri, tmp_path / "cache") for uri in (recipe.out, uninterrupted["out"])]
+    codes = [{d[i].id: d[i].codes.tobytes() for i in range(9)} for d in datasets]
+    assert codes[0] == codes[1]
 
 
 @pytest.mark.ray
-def test_sigkill_half_way_loses_nothing(
-    corpus: Path, tmp_path: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_prepare_killed_by_sigkill_is_resumed(
+    ray_cluster: None,
+    corpus: Path,
+    tmp_path: Path,
+    tiny_codec_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The whole job with its embedded Ray, killed after its first shard, then run again."""
-    own = tempfile.TemporaryDirectory(prefix="valle-ray-", ignore_cleanup_errors=True)
-    monkeypatch.setenv("RAY_TMPDIR", own.name)
+    """A job with its own embedded Ray is killed after its first shard, then run again."""
+    ray_folder = tempfile.TemporaryDirectory(prefix="valle-ray-", ignore_cleanup_errors=True)
+    monkeypatch.setenv("RAY_TMPDIR", ray_folder.name)
     recipe = recipe_for(corpus, tmp_path, tiny_codec_folder)
     for number in range(40):
         put(corpus / f"speaker{number % 4}" / f"more {number}.wav", sound(0.6, seed=number))
@@ -216,14 +221,13 @@ def test_sigkill_half_way_loses_nothing(
             child.kill()
     assert job.wait(timeout=30) == -signal.SIGKILL
     for path in shards.rglob("*.parquet"):
-        parquet.read_table(path)  # whole, or not there
+        parquet.read_table(path)  # raises for an incomplete file
 
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    report = json.loads((shards / "report.json").read_text())
+    report = prepare(recipe)
     assert 0 < report["already_done"] < report["inputs"]
     assert report["utterances"] == 49
     assert len(TokenDataset(recipe.out, tmp_path / "cache")) == 49
-    own.cleanup()
+    ray_folder.cleanup()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,9 @@ def test_sigkill_half_way_loses_nothing(
         ("{speaker}/*/*", "c.wav", None),
     ],
 )
-def test_speaker_patterns(pattern: str, path: str, speaker: tuple[str, ...] | None) -> None:
+def test_compile_speaker_pattern_matches_end_of_path(
+    pattern: str, path: str, speaker: tuple[str, ...] | None
+) -> None:
     match = compile_speaker_pattern(pattern).search(path)
     assert (match.groups() if match else None) == speaker
 
@@ -243,12 +249,13 @@ def test_speaker_patterns(pattern: str, path: str, speaker: tuple[str, ...] | No
 @pytest.mark.parametrize(
     "pattern", ["*/*", "{speaker}", "lambda p: p", "{speaker}/{name}", "*/{speaker}"]
 )
-def test_bad_speaker_patterns_are_refused(pattern: str) -> None:
+def test_source_bad_speaker_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"speaker_pattern: .* must be folders of"):
         Source(path="x", speaker_pattern=pattern)
 
 
-def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
+def test_list_items_ljspeech_libritts_and_manifest(tmp_path: Path) -> None:
+    """Each layout yields its items, and rejects for what does not fit it."""
     lj = tmp_path / "LJSpeech-1.1"
     put(lj / "wavs/LJ001-0001.wav", sound(1), words=None)
     (lj / "metadata.csv").write_text("LJ001-0001|Dr. 1|Doctor one\nLJ001-0002\n")
@@ -266,9 +273,13 @@ def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
     assert items[0].text_uri == f"{libri}/19/198/19_198_0.normalized.txt"
 
     manifest = tmp_path / "list.jsonl"
-    rows = ['{"audio": "a b.wav", "text": "hi", "speaker": "s", "language": "de", "id": "7"}',
-            '{"audio": "s3://bucket/x.wav", "text": "ho", "speaker": "s"}',
-            "", '{"audio": "c.wav"}', "not json"]  # fmt: skip
+    rows = [
+        '{"audio": "a b.wav", "text": "hi", "speaker": "s", "language": "de", "id": "7"}',
+        '{"audio": "s3://bucket/x.wav", "text": "ho", "speaker": "s"}',
+        "",
+        '{"audio": "c.wav"}',
+        "not json",
+    ]
     manifest.write_text("\n".join(rows))
     entries = list(list_items(Source(path=str(manifest), layout="manifest")))
     items = [entry for entry in entries if isinstance(entry, SourceItem)]
@@ -284,7 +295,8 @@ def test_ljspeech_libritts_and_manifest_layouts(tmp_path: Path) -> None:
         list(list_items(Source(path=str(tmp_path / "none"))))
 
 
-def test_shards_keep_speakers_together_and_have_stable_names() -> None:
+def test_shard_items_any_order_gives_equal_shards() -> None:
+    """Shards are in order of speaker, and their names do not depend on the order of items."""
     items = [
         SourceItem(
             id=f"{n}", speaker=f"s{n % 3}", language="en-us", audio="", text="x", text_uri=None
@@ -295,11 +307,11 @@ def test_shards_keep_speakers_together_and_have_stable_names() -> None:
     speakers = [s for t in tables for s in t.column("speaker").to_pylist()]
     assert speakers == sorted(speakers)
     names = [set(t.column("shard").to_pylist()) for t in tables]
-    again = [set(t.column("shard").to_pylist()) for t in shard_items(items[::-1], 4)]
-    assert names == again and all(len(n) == 1 for n in names)
+    reversed_names = [set(t.column("shard").to_pylist()) for t in shard_items(items[::-1], 4)]
+    assert names == reversed_names and all(len(n) == 1 for n in names)
 
 
-def test_two_roots_with_the_same_ids_are_an_error(tmp_path: Path, tiny_codec_folder: Path) -> None:
+def test_prepare_roots_with_equal_ids_raise(tmp_path: Path, tiny_codec_folder: Path) -> None:
     for parent in ("a", "b"):
         put(tmp_path / parent / "data" / "s" / "1.wav", sound(1))
     sources = tuple(Source(path=str(tmp_path / parent / "data")) for parent in ("a", "b"))
@@ -308,7 +320,7 @@ def test_two_roots_with_the_same_ids_are_an_error(tmp_path: Path, tiny_codec_fol
         prepare_module._list(recipe)
 
 
-def test_wav_bytes_round_trip() -> None:
+def test_wav_bytes_round_trip_keeps_samples() -> None:
     wave = sound(0.5)[:, 0].astype(np.float32)
     samples, rate = soundfile.read(io.BytesIO(audio.wav_bytes(wave)))
     assert rate == 24_000

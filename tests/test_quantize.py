@@ -1,4 +1,4 @@
-"""Weights that stay int8: what they compute, against the same numbers in float32."""
+"""int8 computation against float32 with the same weights."""
 
 import copy
 
@@ -7,14 +7,14 @@ import torch
 from helpers.tiny_models import perturb, random_batch, tiny_ar, tiny_nar
 from torch import nn
 
-from valle.model.config import ModelConfig
+from valle.model.config import ARConfig
 from valle.model.quantize import Int8Linear, convert, from_int8, to_int8
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_int8_layer_is_the_float_layer_of_the_shipped_weights(bias: bool) -> None:
-    """Within what eight bits of mantissa of its input and its product allow."""
+def test_int8_linear_equals_the_dequantized_float_layer(bias: bool) -> None:
+    """Within the bf16 rounding of inputs and products."""
     torch.manual_seed(0)
     layer = nn.Linear(256, 100, bias=bias)
     x = torch.randn(2, 7, 256)
@@ -27,8 +27,8 @@ def test_an_int8_layer_is_the_float_layer_of_the_shipped_weights(bias: bool) -> 
     assert output.shape == expected.shape and output.dtype == torch.float32
 
 
-def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> None:
-    ar = tiny_ar(config=ModelConfig(width=64, n_heads=2, n_layers=3, dropout=0.0))
+def test_convert_to_int8_changes_the_ar_model_little_and_the_nar_model_to_bf16() -> None:
+    ar = tiny_ar(config=ARConfig(width=64, n_heads=2, n_layers=3, dropout=0.0))
     perturb(ar, 0.1)
     batch = random_batch(30, 40)
     with torch.inference_mode():
@@ -39,6 +39,6 @@ def test_int8_changes_the_ar_model_a_little_and_has_the_nar_model_in_bf16() -> N
 
 
 @pytest.mark.parametrize("options", [{"use_gpu": True}, {"compiled": True}])
-def test_int8_is_refused_where_it_cannot_work(options: dict[str, bool]) -> None:
+def test_app_args_refuse_int8_on_gpu_or_compiled(options: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="precision: int8 is for CPUs"):
         AppArgs.model_validate({"precision": "int8", **options})

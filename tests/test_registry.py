@@ -1,4 +1,4 @@
-"""Publishing, the registry and the command line, on untrained models."""
+"""The model registry, on untrained models: versions, aliases, bundles, a real server."""
 
 import multiprocessing
 import os
@@ -14,14 +14,9 @@ import numpy as np
 import pytest
 from helpers import clusters
 
-from valle.__main__ import main as speak_main
-from valle.__main__ import read_reference
-from valle.jobs.export import ExportRecipe, export
 from valle.jobs.publish import PublishRecipe, publish
-from valle.jobs.starter_voices import make_starter_voices
-from valle.model.quantize import to_int8
 from valle.model.valle import Synthesis
-from valle.platform import audio, checkpoint, registry, storage, tracking
+from valle.platform import audio, registry, tracking
 
 
 def test_publish_registers_plain_files_and_moves_the_alias(
@@ -41,69 +36,6 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     version = client.get_model_version_by_alias("valle", "champion")
     assert int(version.version) == 2
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
-
-
-def test_an_exported_model_speaks_like_its_source_and_seeds_a_registry(
-    publish_recipe: PublishRecipe, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ar, nar = home / publish_recipe.ar, home / publish_recipe.nar
-    version = publish(replace(publish_recipe, ar=str(ar), nar=f"file://{nar}"))
-    evaluation = home / "evaluation"
-    evaluation.mkdir()
-    (evaluation / "report.json").write_text(f'{{"bundle": {{"ar": "{home}/runs/test-ar"}}}}')
-    registry.attach(version, evaluation)
-    (home / "small").mkdir()
-    (home / "small/report.md").write_text("of another model")
-    source = registry.resolve(registry.CHAMPION)
-    small = export(ExportRecipe(out="small"))
-    exact = export(ExportRecipe(out="exact", precision="fp32"))
-    sizes = [(f / "ar/model.safetensors").stat().st_size for f in (source, exact, small)]
-    assert sizes[0] == sizes[1] and sizes[2] < sizes[0] / 3
-    for path in small.rglob("*.json"):
-        assert str(home) not in path.read_text()
-    assert '"ar": "runs/test-ar"' in (small / "report.json").read_text()
-    assert not (small / "report.md").exists()
-    prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=60)
-    synthesis = Synthesis(max_seconds=0.4)
-    results = [
-        registry.load_synthesizer(folder).synthesize("Hello.", prompt, synthesis)
-        for folder in (source, exact)
-    ]
-    np.testing.assert_array_equal(*[result.codes for result in results])
-    ours, theirs = (checkpoint.load_weights(f / "nar") for f in (small, source))
-    for name, value in theirs.items():
-        bound = value.abs().amax(-1, keepdim=True) / 253
-        assert ((ours[name] - value).abs() <= bound).all(), name
-
-    assert registry.publish_shipped() is None  # there is a champion already
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/another.db")
-    monkeypatch.setattr(registry, "SHIPPED_BUNDLE", small)
-    assert registry.publish_shipped() == 1 and registry.publish_shipped() is None
-    assert registry.champion_version() == 1
-    again = registry.load_ar(registry.resolve(registry.CHAMPION)).head.weight
-    assert again.equal(registry.load_ar(small).head.weight)
-
-
-def test_weights_without_their_scales_are_refused(
-    publish_recipe: PublishRecipe, home: Path
-) -> None:
-    folder = home / "runs/test-ar/step_00000020"
-    weights = to_int8(checkpoint.load_weights(folder))
-    del weights["head.weight.scale"]
-    checkpoint.save(folder, weights, checkpoint.read_metadata(folder))
-    with pytest.raises(ValueError, match="head.weight is int8 and has no head.weight.scale"):
-        checkpoint.load(folder)
-
-
-def test_starter_voices_are_made_once(home: Path) -> None:
-    folder = str(home / "fresh")
-    make_starter_voices(folder)
-    assert sorted(storage.list_files(folder, (".wav",))) == ["heart.wav", "joe.wav"]
-    wave = audio.read(storage.read_bytes(storage.join(folder, "joe.wav")), max_seconds=60)
-    assert 3 < len(wave) / 24_000 < 8
-    (home / "fresh/joe.wav").unlink()
-    make_starter_voices(folder)
-    assert list(storage.list_files(folder, (".wav",))) == ["heart.wav"]
 
 
 @pytest.fixture
@@ -168,49 +100,23 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     assert not (home / "mlruns").exists() and not (home / "mlflow.db").exists()
 
 
-def test_parts_that_do_not_belong_together_are_refused(
+def test_pack_refuses_parts_that_do_not_belong_together(
     publish_recipe: PublishRecipe, home: Path
 ) -> None:
     with pytest.raises(ValueError, match="ar: the checkpoint holds a model of kind 'nar'"):
         publish(replace(publish_recipe, ar="runs/test-nar"))
     with pytest.raises(ValueError, match="codec mismatch: the AR checkpoint"):
         publish(replace(publish_recipe, codec="nano"))
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*: train first"):
-        checkpoint.find_best(str(home / "runs/none"))
+
+
+def test_resolve_and_pin_accept_a_bundle_s_folder(home: Path) -> None:
+    (home / "bundle").mkdir()
+    (home / "bundle/bundle.json").touch()
+    assert registry.resolve("bundle") == home / "bundle", "relative to VALLE_HOME"
+    assert registry.pin("bundle") == str(home / "bundle")
+    with pytest.raises(FileNotFoundError, match=f"no model bundle at {home}/none: bundle.json is"):
+        registry.resolve("none")
     with pytest.raises(FileNotFoundError, match="train and publish one"):
         registry.resolve("models:/valle@champion")
-
-
-def test_command_line_speaks_and_is_repeatable(
-    publish_recipe: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    publish(publish_recipe)
-    arguments = ["hello there", str(home / "voices/ann.wav")]
-    for name in ("one.wav", "two.wav"):
-        assert speak_main([*arguments, str(home / name), "--max-ar-steps", "40"]) == 0
-    assert (home / "one.wav").read_bytes() == (home / "two.wav").read_bytes()
-    by_path = [
-        "--ar-ckpt", str(home / "runs/test-ar/step_00000020"),
-        "--nar-ckpt", str(home / "runs/test-nar/step_00000020"), "--codec", publish_recipe.codec,
-    ]  # fmt: skip
-    assert speak_main([*arguments, str(home / "three.wav"), "--max-ar-steps", "40", *by_path]) == 0
-    assert (home / "three.wav").read_bytes() == (home / "one.wav").read_bytes()
-    assert "s of speech" in capsys.readouterr().out
-    several = [arguments[0], f"{arguments[1]};{arguments[1]}", str(home / "four.wav")]
-    assert speak_main([*several, "--max-ar-steps", "40"]) == 0
-    assert (home / "four.wav").read_bytes() != (home / "one.wav").read_bytes()
-    for wrong in (["...", arguments[1]], ["hello", f"{arguments[1]};{home / 'none.wav'}"]):
-        assert speak_main([*wrong, str(home / "x.wav")]) == 2
-    assert "text: nothing to say in it" in capsys.readouterr().err
-
-
-def test_several_recordings_share_the_prompt(tmp_path: Path) -> None:
-    """A tenth of a second of each tone, where the first alone would have filled it."""
-    for hertz in (200, 400):
-        tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(24_000) / 24_000)
-        (tmp_path / f"{hertz}.wav").write_bytes(audio.wav_bytes(tone.astype(np.float32)))
-    wave = read_reference(f"{tmp_path / '200.wav'};{tmp_path / '400.wav'}", 0.2)
-    assert len(wave) == 4_800
-    for part, hertz in ((wave[:2_400], 200), (wave[2_400:], 400)):
-        assert np.abs(np.fft.rfft(part)).argmax() == hertz // 10
-    assert len(read_reference(str(tmp_path / "200.wav"), 0.2)) == 24_000
+    with pytest.raises(ValueError, match=r"'models:/valle' is not models:/name@alias or"):
+        registry.pin("models:/valle")

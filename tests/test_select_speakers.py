@@ -1,4 +1,4 @@
-"""Speakers of a corpus: judged, and selected when they are natural and unlike each other."""
+"""Selection of natural, dissimilar speakers, and the speaker encoder it measures with."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def speaker(name: str, distillmos: float, *direction: float) -> SpeakerMeasureme
     )
 
 
-def test_the_better_of_two_alike_is_selected() -> None:
+def test_select_similar_speakers_keeps_the_better() -> None:
     measurements = [
         speaker("a", 3.5, 1, 0, 0),
         speaker("like-a", 4.0, 1, 0.2, 0),
@@ -33,20 +33,21 @@ def test_the_better_of_two_alike_is_selected() -> None:
     assert {name for name, result in results.items() if result.selected} == {"like-a", "other"}
     assert results["a"].nearest == "like-a"
     assert results["a"].similarity == pytest.approx(1 / np.hypot(1, 0.2), abs=1e-3)
-    assert results["noisy"].similarity < 0.5  # refused for its score alone
+    assert results["noisy"].similarity < 0.5  # left out for its score alone
 
 
-def test_speakers_to_keep_come_first() -> None:
+def test_select_kept_speakers_come_first() -> None:
     measurements = [speaker("a", 2.0, 1, 0), speaker("like-a", 4.0, 1, 0.1)]
     recipe = SelectionRecipe(corpus="x", out="x", keep=("a",))
     assert [(r.speaker, r.selected) for r in select(measurements, recipe)] == [
-        ("a", True), ("like-a", False),
-    ]  # fmt: skip
+        ("a", True),
+        ("like-a", False),
+    ]
     with pytest.raises(ValueError, match="keep: no recordings of b in the corpus"):
         select(measurements, SelectionRecipe(corpus="x", out="x", keep=("b",)))
 
 
-def test_bounds_are_checked() -> None:
+def test_selection_recipe_bad_bounds_raise() -> None:
     with pytest.raises(ValueError, match="max_similarity: 1.5 is no cosine"):
         SelectionRecipe(corpus="x", out="x", max_similarity=1.5)
     with pytest.raises(ValueError, match="recordings: 0 is below 1"):
@@ -54,11 +55,14 @@ def test_bounds_are_checked() -> None:
 
 
 @pytest.mark.slow
-def test_two_voices_are_told_apart(tmp_path: Path) -> None:
+def test_measure_two_voices_are_distinguished(tmp_path: Path) -> None:
+    """Of joe twice and heart, one joe and heart are selected; silence is not measured."""
     text = "The boats came home before the storm had reached the harbour."
     for folder, engine, voice in (
-        ("joe", Joe(), "joe"), ("joe-again", Joe(), "joe"), ("heart", Heart(), "heart"),
-    ):  # fmt: skip
+        ("joe", Joe(), "joe"),
+        ("joe-again", Joe(), "joe"),
+        ("heart", Heart(), "heart"),
+    ):
         (tmp_path / folder).mkdir()
         wave = engine.synthesize(text, voice, "en-us")
         (tmp_path / folder / "0.wav").write_bytes(audio.wav_bytes(wave))
@@ -74,18 +78,18 @@ def test_two_voices_are_told_apart(tmp_path: Path) -> None:
     assert max(results["joe"].similarity, results["joe-again"].similarity) > 0.8
 
 
-def test_filterbank_is_kaldis() -> None:
-    """A tone is loudest in the band that holds its frequency on Kaldi's mel scale."""
+def test_filterbank_tone_peaks_in_its_band() -> None:
+    """The largest feature of a tone is the band of its frequency on Kaldi's mel scale."""
     hertz = 1000.0
     samples = (0.1 * np.sin(2 * np.pi * hertz * np.arange(16_000) / 16_000)).astype(np.float32)
     features = filterbank(samples)
-    assert features.shape == (98, 80)  # windows of 25 ms every 10 ms, none beyond the end
+    assert features.shape == (98, 80)  # windows of 25 ms every 10 ms, no padding
     mel = lambda f: 1127 * np.log(1 + f / 700)  # noqa: E731
     centres = np.linspace(mel(20), mel(8000), 82)[1:-1]
     assert features.mean(0).argmax() == np.abs(centres - mel(hertz)).argmin()
 
 
-def test_a_wheel_without_the_model_is_named(
+def test_wespeaker_library_without_model_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "libmoonshine.so"

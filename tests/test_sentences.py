@@ -1,4 +1,4 @@
-"""Long text becomes pieces that can be said; nothing of it is lost."""
+"""Long text is split into sentences of bounded length, without loss."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from valle.model.sentences import MAX_SENTENCE_CHARACTERS, sentence_phoneme_ids,
 from valle.model.text import phoneme_ids
 
 
-def test_sentences_end_where_people_end_them() -> None:
+def test_split_sentences_at_their_ends() -> None:
     text = 'Dr. Smith paid $3.50 at 5 p.m. on Monday. Why?  "I do not know," she said.\n\nThe end'
     assert split_sentences(text) == [
         "Dr. Smith paid $3.50 at 5 p.m. on Monday.",
@@ -27,20 +27,21 @@ def test_sentences_end_where_people_end_them() -> None:
         "short, " + "long " * 100 + ", short; " + "y" * 300,
     ],
 )
-def test_long_sentences_are_cut_at_breaths_and_between_words(text: str) -> None:
+def test_split_sentences_cuts_long_ones_without_loss(text: str) -> None:
     pieces = split_sentences(text)
     assert len(pieces) > 1 and all(0 < len(piece) <= MAX_SENTENCE_CHARACTERS for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
-def test_cuts_prefer_commas() -> None:
+def test_split_sentences_cuts_at_commas_first() -> None:
     text = "the first clause is here, and the second one follows it, then a third closes"
     assert split_sentences(text, max_characters=60) == [
-        "the first clause is here, and the second one follows it,", "then a third closes",
-    ]  # fmt: skip
+        "the first clause is here, and the second one follows it,",
+        "then a third closes",
+    ]
 
 
-def test_sentences_with_nothing_to_say_are_left_out() -> None:
+def test_sentence_phoneme_ids_leaves_out_silent_sentences() -> None:
     sentences = sentence_phoneme_ids("Hello there.\n\n...\n\nGood bye.", "en-us")
     assert sentences == [phoneme_ids("Hello there.", "en-us"), phoneme_ids("Good bye.", "en-us")]
     for silent in ("...", "  "):

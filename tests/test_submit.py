@@ -18,11 +18,14 @@ from valle.platform.cluster import CODE_ROOT
 
 def checkout(target: Path, version: str) -> Path:
     """A copy of the tracked files with one line changed."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=CODE_ROOT, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=CODE_ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in files.stdout.splitlines():
         source = CODE_ROOT / name
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target / name, follow_symlinks=False)
@@ -38,21 +41,32 @@ def submit(address: str, code: Path, home: Path, *command: str) -> str:
     environment = {"env_vars": {"VALLE_HOME": str(home), "VALLE_CACHE": str(home / "cache")}}
     process = subprocess.run(
         [
-            str(Path(sys.executable).parent / "ray"), "job", "submit", f"--address={address}",
-            "--working-dir=.", f"--runtime-env-json={json.dumps(environment)}", "--",
-            sys.executable, *command,
+            str(Path(sys.executable).parent / "ray"),
+            "job",
+            "submit",
+            f"--address={address}",
+            "--working-dir=.",
+            f"--runtime-env-json={json.dumps(environment)}",
+            "--",
+            sys.executable,
+            *command,
         ],
-        cwd=code, capture_output=True, text=True, timeout=400, check=False,
+        cwd=code,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
         env=os.environ | clusters.NO_AUTH,
-    )  # fmt: skip
+    )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-2000:]
     return process.stdout
 
 
 @pytest.mark.ray
-def test_submitted_jobs_run_the_submitted_code(
+def test_submit_second_checkout_runs_its_own_code(
     tmp_path: Path, home: Path, tiny_codec_folder: Path
 ) -> None:
+    """Checkpoints record the version of the checkout that each job was submitted from."""
     generator = np.random.default_rng(0)
     for number in range(24):
         path = home / "speech" / f"s{number % 2}" / f"{number}.wav"
@@ -61,16 +75,25 @@ def test_submitted_jobs_run_the_submitted_code(
         path.with_suffix(".txt").write_text("one two three")
     sections = {
         "prepare": {
-            "out": "tokens", "sources": [{"path": "speech"}], "codec": str(tiny_codec_folder),
+            "out": "tokens",
+            "sources": [{"path": "speech"}],
+            "codec": str(tiny_codec_folder),
             "utterances_per_shard": 12,
         },
         "train": {
-            "data": "tokens", "run": "submitted", "models": ["ar"], "steps": {"ar": 4},
+            "data": "tokens",
+            "run": "submitted",
+            "models": ["ar"],
+            "steps": {"ar": 4},
             "model": {"size": "mini", "width": 16, "n_heads": 2, "n_layers": 1},
-            "batching": {"max_tokens": 400}, "workers": 2, "samples": 0, "checkpoint_every": 4,
-            "codec": str(tiny_codec_folder), "validation_utterances": 2,
+            "batching": {"max_tokens": 400},
+            "workers": 1,
+            "samples": 0,
+            "checkpoint_every": 4,
+            "codec": str(tiny_codec_folder),
+            "validation_utterances": 2,
         },
-    }  # fmt: skip
+    }
     recipe = home / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(sections))
     first = checkout(tmp_path / "first", "1.1.1")

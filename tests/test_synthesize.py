@@ -1,4 +1,4 @@
-"""Many texts at once: what each alone would say, errors in their rows, nothing twice."""
+"""Offline synthesis of a manifest: equality with the slow twin, errors, and resuming."""
 
 import io
 import json
@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from helpers import clusters
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
@@ -30,7 +29,8 @@ def synthesizer(publish_recipe: PublishRecipe) -> Synthesizer:
     return registry.load_synthesizer(registry.resolve(registry.CHAMPION))
 
 
-def test_together_is_what_each_says_alone(synthesizer: Synthesizer) -> None:
+def test_offline_synthesizer_batch_equals_single_requests(synthesizer: Synthesizer) -> None:
+    """Codes and waves equal those of the slow twin; a too long request is an error of its own."""
     prompt = audio.read(storage.read_bytes("voices/ann.wav"), max_seconds=30)
     synthesis = Synthesis(max_seconds=1.0)
     codes = synthesizer.encode_prompt(prompt, synthesis)
@@ -49,25 +49,22 @@ def test_together_is_what_each_says_alone(synthesizer: Synthesizer) -> None:
     requests = [request(n, phoneme_ids(text, "en-us")) for n, text in enumerate(texts)]
     offline = OfflineSynthesizer(synthesizer, synthesis, slots=2, max_phonemes=100)
     requests.insert(2, request(99, [5] * 500))
-    for _ in range(2):  # an engine that has worked is as good as a new one
+    for _ in range(2):  # used slots give the same results as new ones
         results = offline.synthesize(requests)
         assert isinstance(results[2], ValueError) and "a slot holds" in str(results[2])
         for number, (text, result) in enumerate(zip(texts, results[:2] + results[3:], strict=True)):
-            alone = synthesizer.synthesize(text, prompt, replace(synthesis, seed=number))
+            expected = synthesizer.synthesize(text, prompt, replace(synthesis, seed=number))
             assert isinstance(result, SynthesisResult)
-            np.testing.assert_array_equal(result.codes, alone.codes)
-            np.testing.assert_allclose(result.wave, alone.wave, atol=1e-5)
-            assert result.hit_limit == alone.hit_limit
+            np.testing.assert_array_equal(result.codes, expected.codes)
+            np.testing.assert_allclose(result.wave, expected.wave, atol=1e-5)
+            assert result.hit_limit == expected.hit_limit
 
 
 @pytest.mark.ray
-def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
-    synthesizer: Synthesizer,
-    publish_recipe: PublishRecipe,
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_synthesize_second_run_does_missing_and_changed_lines(
+    ray_cluster: None, synthesizer: Synthesizer, publish_recipe: PublishRecipe, home: Path
 ) -> None:
-    monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
+    """JSONL first, then Parquet: missing, retried and changed lines; another model is refused."""
     lines = [
         {"id": "a", "text": "Hello there. Good bye.", "prompt": "ann.wav", "seed": 7},
         {"id": "b", "text": "Hello there.", "prompt": "bob.wav"},
@@ -77,30 +74,33 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
     ]
     (home / "lines.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
     recipe = SynthesizeRecipe(
-        manifest=str(home / "lines.jsonl"), recordings="voices", out=str(home / "spoken"),
-        synthesis=Synthesis(max_seconds=1.0), lines_per_shard=2, format="wav",
-    )  # fmt: skip
-    halves = Placement(gpus_per_worker=0.5)
-    with clusters.embedded_cluster(num_gpus=1):
-        report = synthesize(replace(recipe, placement=halves))
-        assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
-        assert report["accelerator"] == "gpu"
-        recipe = replace(recipe, placement=Placement(accelerator="cpu"))
-        (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
-        blank = {"id": None, "language": None, "seed": None}
-        table = pa.Table.from_pylist([{**blank, **line} for line in lines])
-        pq.write_table(table, home / "lines.parquet")
-        again = replace(recipe, manifest=str(home / "lines.parquet"))
-        report = synthesize(again)
-        assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
-        report = synthesize(replace(again, retry_errors=True))
-        assert (report["already_done"], report["errors"]) == (2, 2)
-        lines[0]["seed"] = 8
-        pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), again.manifest)
-        assert synthesize(again)["already_done"] == 4
-        assert publish(publish_recipe) == 2
-        with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
-            synthesize(again)
+        manifest=str(home / "lines.jsonl"),
+        recordings="voices",
+        out=str(home / "spoken"),
+        synthesis=Synthesis(max_seconds=1.0),
+        lines_per_shard=2,
+        format="wav",
+    )
+    half_gpu = Placement(gpus_per_worker=0.5)
+    report = synthesize(replace(recipe, placement=half_gpu))
+    assert (report["lines"], report["already_done"], report["errors"]) == (4, 0, 2)
+    assert report["accelerator"] == "gpu"
+    recipe = replace(recipe, placement=Placement(accelerator="cpu"), workers=1)
+    (home / "voices/bob.wav").write_bytes((home / "voices/ann.wav").read_bytes())
+    blank = {"id": None, "language": None, "seed": None}
+    table = pa.Table.from_pylist([{**blank, **line} for line in lines])
+    pq.write_table(table, home / "lines.parquet")
+    parquet = replace(recipe, manifest=str(home / "lines.parquet"))
+    report = synthesize(parquet)
+    assert (report["lines"], report["already_done"], report["errors"]) == (5, 4, 1)
+    report = synthesize(replace(parquet, retry_errors=True))
+    assert (report["already_done"], report["errors"]) == (2, 2)
+    lines[0]["seed"] = 8
+    pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), parquet.manifest)
+    assert synthesize(parquet)["already_done"] == 4
+    assert publish(publish_recipe) == 2
+    with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
+        synthesize(parquet)
 
     manifest = pq.read_table(home / "spoken/manifest").to_pylist()
     rows = {row["id"]: row for row in manifest}
@@ -130,14 +130,14 @@ def test_a_manifest_becomes_speech_and_a_second_run_does_the_rest(
         ({"text": "x", "prompt": "p", "seed": -1}, "line 2: seed -1 is no whole number"),
     ],
 )
-def test_lines_without_a_place_are_refused(home: Path, line: object, reason: str) -> None:
+def test_read_lines_invalid_line_raises(home: Path, line: object, reason: str) -> None:
     path = home / "lines.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"text": "a", "prompt": "p"}, line])))
     with pytest.raises(ValueError, match=reason):
         read_lines(SynthesizeRecipe(manifest=str(path), out="out"))
 
 
-def test_a_line_that_is_no_json_is_named(home: Path) -> None:
+def test_read_lines_invalid_json_names_the_line(home: Path) -> None:
     path = home / "lines.jsonl"
     path.write_text('{"text": "a", "prompt": "p"}\n\n{"text": "b"\n')
     reason = "manifest: line 3: not JSON"

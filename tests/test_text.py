@@ -23,7 +23,9 @@ from valle.model import text
          "eight nine zero one two three four five six seven eight nine zero"),
     ],
 )  # fmt: skip
-def test_normalize(written: str, language: str, expected: str) -> None:
+def test_normalize_speaks_numbers_symbols_and_abbreviations(
+    written: str, language: str, expected: str
+) -> None:
     assert text.normalize(written, language) == expected
 
 
@@ -42,12 +44,12 @@ def test_phonemize_keeps_stress_word_boundaries_and_punctuation(
     assert text.phonemize([written], language) == [ipa]
 
 
-def test_empty_lines_do_not_shift_their_neighbours() -> None:
+def test_phonemize_with_empty_lines_keeps_the_order() -> None:
     alone = text.phonemize(["one"])
     assert text.phonemize(["", "one", "  "]) == ["", *alone, ""]
 
 
-def test_everything_espeak_says_is_in_the_inventory() -> None:
+def test_encode_knows_all_symbols_of_espeak() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for language, line in [
@@ -61,14 +63,14 @@ def test_everything_espeak_says_is_in_the_inventory() -> None:
             assert text.decode(text.encode(ipa)) == ipa
 
 
-def test_unknown_symbols_warn_and_become_unk() -> None:
+def test_encode_of_unknown_symbols_warns_and_gives_unk() -> None:
     with pytest.warns(UserWarning, match=r"'☃' \(U\+2603\)"):
         ids = text.encode("a☃b")
     assert ids[1] == text.UNK
     assert text.decode(ids) == "a\ufffdb"
 
 
-def test_unknown_language_names_the_field() -> None:
+def test_phonemize_of_unknown_language_names_the_field() -> None:
     with pytest.raises(ValueError, match="language: espeak has no voice named 'xx-yy'"):
         text.phonemize(["hello"], "xx-yy")
 
@@ -80,7 +82,7 @@ def test_inventory_is_stable() -> None:
     assert len(set(text.INVENTORY)) == len(text.INVENTORY)
 
 
-def test_reads_the_reference_systems_phn_files() -> None:
+def test_read_phn_of_the_reference_system() -> None:
     content = "h ə lˈ oʊ ,  w ˈɜː l d"
     assert text.read_phn(content) == "həlˈoʊ, wˈɜːld"
     assert text.UNK not in text.encode(text.read_phn(content))

@@ -1,66 +1,58 @@
-"""Training on Ray: both backends, killed workers, resumed runs."""
+"""Training on Ray: equal to the plain loop, both backends, killed workers, resumed runs."""
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from helpers import clusters
-from helpers.token_datasets import write_dataset
+from helpers.tiny_models import TINY_CODEC
+from helpers.training import last_checkpoint, run_two_ranks, tiny_train_recipe, write_tones
 
-from valle.jobs.train import build_backend, fit, resolve_recipe
-from valle.jobs.training.loader import Loader
-from valle.jobs.training.objective import (
-    draw_levels,
-    drop_conditions,
-    seed_step,
-    truncate_responses,
-)
+from valle.jobs import train_codec, train_quantizer
+from valle.jobs.train import fit, resolve_recipe
+from valle.jobs.train_codec import CodecRecipe
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.training.language_model import LanguageModelTrainee, build_backend
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
-from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
+from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
-from valle.model.sequence import Batch
+from valle.model.codec.quantizer import QuantizerConfig
+from valle.model.codec.weights import load_quantizer
 from valle.platform import checkpoint, tracking
-from valle.platform.checkpoint import TrainState
 from valle.platform.dataset import TokenDataset
 
 
 @pytest.fixture
-def ray_cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ray_cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    with clusters.embedded_cluster():
-        yield
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less per run
 
 
 @pytest.fixture
 def recipe(home: Path, tiny_codec: Encodec, tiny_codec_folder: Path) -> TrainRecipe:
-    write_dataset(str(home / "tokens"), tiny_codec)
-    return resolve_recipe(
-        TrainRecipe(
-            data="tokens", run="test", codec=str(tiny_codec_folder), workers=2,
-            model=ModelSize(width=16, n_heads=2, n_layers=2, dropout=0.1),
-            steps={"ar": 24, "nar": 24}, optimization=Optimization(warmup=5),
-            batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=6,
-            checkpoint_every=8, log_every=1, samples=1, keep_checkpoints=10,
-        )
-    )  # fmt: skip
+    return tiny_train_recipe(home, tiny_codec, tiny_codec_folder)
 
 
 def losses(name: str) -> dict[int, float]:
-    """Training loss by step, as MLflow has it (the last value wins after a restart)."""
+    return logged(name, "train/loss")
+
+
+def logged(name: str, metric: str) -> dict[int, float]:
+    """A metric by step, as MLflow has it (the last value wins after a restart)."""
     import mlflow
 
     tracking.configure()
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-    history = client.get_metric_history(run.info.run_id, "train/loss")
+    runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    history = [m for run in runs for m in client.get_metric_history(run.info.run_id, metric)]
     return {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
 
 
@@ -68,41 +60,11 @@ def weights(uri: str) -> dict[str, torch.Tensor]:
     return checkpoint.load_weights(Path(uri))
 
 
-def plain_loop(recipe: TrainRecipe, kind: str, home: Path) -> list[float]:
-    """The slow twin: both workers' batches in one process, gradients averaged by hand."""
-    loader = Loader(
-        TokenDataset(recipe.data, home / "cache"), seed=recipe.seed,
-        prompt_seconds=recipe.prompt_seconds, validation_utterances=recipe.validation_utterances,
-    )  # fmt: skip
-    backend = build_backend(recipe, kind, torch.device("cpu"))
-    objective, optimizer = backend._objective, backend._optimizer
-    streams = [loader.batches(recipe.batching, TrainState(), rank, 2) for rank in range(2)]
-    history = []
-    for step in range(recipe.steps[kind]):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.optimization.learning_rate_at(step, recipe.steps[kind])
-        optimizer.zero_grad()
-        for rank, stream in enumerate(streams):
-            batch: Batch = next(stream)[2]
-            key = f"{recipe.seed}/{step}/{rank}"
-            seed_step(key)
-            batch = drop_conditions(batch, key, recipe.condition_dropout)
-            if kind == "nar":
-                per_phoneme = recipe.model.resolve().frames_per_phoneme
-                batch = truncate_responses(batch, key, recipe.truncated_share, per_phoneme)
-            loss = objective.train()(batch, draw_levels(len(batch.frames), 8, key)).loss
-            (loss / 2).backward()
-            if rank == 0:
-                history.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(backend.model.parameters(), recipe.optimization.clip)
-        optimizer.step()
-    return history
-
-
 @pytest.mark.ray
-def test_ddp_trains_both_models_and_equals_a_plain_loop(
-    ray_cluster: None, recipe: TrainRecipe, home: Path
+def test_fit_equals_two_plain_ranks(
+    ray_cluster: None, recipe: TrainRecipe, home: Path, tmp_path: Path
 ) -> None:
+    """DDP on Ray and the same loop in two processes without Ray: same losses, same weights."""
     import mlflow
 
     for kind in ("ar", "nar"):
@@ -111,8 +73,11 @@ def test_ddp_trains_both_models_and_equals_a_plain_loop(
         assert metadata.kind == kind and metadata.recipe["run"] == "test"
         losses_by_step = losses(f"test-{kind}")
         assert list(losses_by_step) == list(range(1, 25))
-        expected = plain_loop(recipe, kind, home)
-        assert list(losses_by_step.values()) == pytest.approx(expected, rel=1e-4)
+        plain = run_two_ranks(partial(LanguageModelTrainee, recipe, kind), tmp_path / kind)
+        assert losses_by_step == {step: metrics["train/loss"] for step, metrics in plain.items()}
+        expected = weights(str(last_checkpoint(tmp_path / kind)))
+        for name, value in weights(uri).items():
+            assert torch.equal(value, expected[name]), name
         assert checkpoint.load_state(Path(uri)).step == 24
 
         client = mlflow.MlflowClient()
@@ -133,7 +98,7 @@ def test_ddp_trains_both_models_and_equals_a_plain_loop(
 
 
 @pytest.mark.ray
-def test_deepspeed_equals_ddp(ray_cluster: None, recipe: TrainRecipe) -> None:
+def test_fit_deepspeed_equals_ddp_and_resumes(ray_cluster: None, recipe: TrainRecipe) -> None:
     """ZeRO-1 on the NAR, whose per-level weights are what breaks it in other designs."""
     short = replace(recipe, steps={"nar": 10}, checkpoint_every=5, samples=0, models=("nar",))
     ddp = weights(fit(replace(short, run="ddp"), "nar"))
@@ -146,9 +111,9 @@ def test_deepspeed_equals_ddp(ray_cluster: None, recipe: TrainRecipe) -> None:
     assert list(losses("zero-nar").values()) == pytest.approx(
         list(losses("ddp-nar").values()), rel=1e-4
     )
-    # resume: the same name goes on from step 10, and equals a run that never stopped
+    # resumed from step 7 equals uninterrupted, to the last bit
     longer = replace(short, steps={"nar": 14}, optimization=Optimization(warmup=50))
-    uninterrupted = weights(fit(replace(longer, run="whole", backend="deepspeed"), "nar"))
+    uninterrupted = weights(fit(replace(longer, run="uninterrupted", backend="deepspeed"), "nar"))
     first = replace(longer, run="parts", backend="deepspeed", steps={"nar": 7})
     fit(first, "nar")
     parts = weights(fit(replace(first, steps={"nar": 14}), "nar"))
@@ -158,7 +123,7 @@ def test_deepspeed_equals_ddp(ray_cluster: None, recipe: TrainRecipe) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("stage", [2, 3])
-def test_other_zero_stages_equal_ddp(ray_cluster: None, recipe: TrainRecipe, stage: int) -> None:
+def test_fit_zero_2_and_3_equal_ddp(ray_cluster: None, recipe: TrainRecipe, stage: int) -> None:
     short = replace(recipe, steps={"nar": 6}, checkpoint_every=3, samples=0, models=("nar",))
     ddp = weights(fit(replace(short, run="ddp"), "nar"))
     zero = weights(fit(replace(short, run="zero", backend="deepspeed", zero_stage=stage), "nar"))
@@ -169,8 +134,8 @@ def test_other_zero_stages_equal_ddp(ray_cluster: None, recipe: TrainRecipe, sta
 
 @pytest.mark.ray
 @pytest.mark.parametrize("backend", ["ddp", "deepspeed"])
-def test_bf16_follows_fp32(ray_cluster: None, recipe: TrainRecipe, backend: str) -> None:
-    """Losses agree to bf16's three digits, and the weights that are kept stay float32."""
+def test_fit_bf16_follows_fp32(ray_cluster: None, recipe: TrainRecipe, backend: str) -> None:
+    """Losses agree to bf16's three digits, and the weights in the checkpoint are float32."""
     short = replace(recipe, steps={"ar": 8}, checkpoint_every=8, samples=0, models=("ar",))
     fit(replace(short, run="fp32"), "ar")
     uri = fit(replace(short, run="bf16", backend=backend, precision="bf16"), "ar")
@@ -181,10 +146,10 @@ def test_bf16_follows_fp32(ray_cluster: None, recipe: TrainRecipe, backend: str)
 
 
 @pytest.mark.ray
-def test_a_resumed_run_ranks_checkpoints_that_no_quick_check_has_read(
+def test_fit_resumed_ranks_checkpoints_without_a_score(
     ray_cluster: None, recipe: TrainRecipe
 ) -> None:
-    """Ray keeps the figures of checkpoints as JSON and compares them after a restart."""
+    """Ray keeps the scores of checkpoints as JSON and compares them after a restart."""
     check = QuickCheck(recordings="nowhere", every=800)  # due long after this run
     first = replace(
         recipe, quick_check=check, models=("ar",), steps={"ar": 8}, samples=0, keep_checkpoints=2
@@ -195,7 +160,41 @@ def test_a_resumed_run_ranks_checkpoints_that_no_quick_check_has_read(
     assert len(list(Path(uri).parent.glob("step_*"))) == 2
 
 
-def _training_workers() -> list[psutil.Process]:
+@pytest.mark.ray
+def test_fit_codecs_track_export_and_resume(ray_cluster: None, home: Path) -> None:
+    """The codecs' trainers on the same adapter: MLflow, `out`, and a run's name."""
+    corpus = str(write_tones(home / "corpus", ("a/0", "a/1", "b/0", "b/1", "c/0")))
+    storage_path = str(home / "runs")
+    codec = CodecRecipe(
+        data=corpus, out=str(home / "encodec"), run="codec", held_out_every=4, codec=TINY_CODEC,
+        steps=4, batch_size=4, crop_seconds=0.2, log_every=1, checkpoint_every=2, workers=2,
+        threads=1, storage_path=storage_path, keep_checkpoints=1,
+    )  # fmt: skip
+    quantizer = QuantizerRecipe(
+        corpora=(corpus,), out=str(home / "quantizer"), run="quantizer", held_out_speakers=("c",),
+        steps=4, unquantized_steps=2, batch_size=4, log_every=1, checkpoint_every=2, threads=1,
+        storage_path=storage_path, keep_checkpoints=1,
+        quantizer=QuantizerConfig(
+            n_codebooks=2, codebook_size=16, dimension=8, width=16, blocks=1
+        ),
+    )  # fmt: skip
+    for run, term, validation, name in (
+        (lambda: train_codec.fit(codec), "train/mel", "validation/mel", "codec"),
+        (lambda: train_quantizer.fit(quantizer), "train/error", "validation/error_2_codebooks",
+         "quantizer"),
+    ):  # fmt: skip
+        uri = run()
+        assert Path(uri).name == "step_00000004"
+        assert [path.name for path in Path(uri).parent.glob("step_*")] == ["step_00000004"]
+        history = logged(name, term)
+        assert list(history) == [1, 2, 3, 4]
+        assert list(logged(name, validation))[-1] == 4
+        assert run() == uri, "a finished run of this name takes no step"
+    assert encodec.load(codec.out).identity.name == TINY_CODEC.name
+    assert load_quantizer(Path(quantizer.out)).config == quantizer.quantizer
+
+
+def training_workers() -> list[psutil.Process]:
     """Processes of this test's own cluster that run the training loop."""
     workers = []
     for process in psutil.Process().children(recursive=True):
@@ -208,7 +207,7 @@ def _training_workers() -> list[psutil.Process]:
 
 
 @pytest.mark.ray
-def test_a_killed_worker_changes_nothing(
+def test_fit_with_a_killed_worker_equals_uninterrupted(
     ray_cluster: None, recipe: TrainRecipe, home: Path
 ) -> None:
     """SIGKILL of one of two workers mid-run: the run finishes with the same losses and weights."""
@@ -222,8 +221,8 @@ def test_a_killed_worker_changes_nothing(
     def kill_one() -> None:
         folder = home / "runs" / "interrupted-ar"
         clusters.wait_for(lambda: any(folder.glob("step_*/config.json")), 120, "a checkpoint")
-        clusters.wait_for(lambda: len(_training_workers()) == 2, 60, "two workers")
-        victim = _training_workers()[-1]
+        clusters.wait_for(lambda: len(training_workers()) == 2, 60, "two workers")
+        victim = training_workers()[-1]
         victim.kill()
         killed.append(victim.pid)
 
@@ -239,18 +238,18 @@ def test_a_killed_worker_changes_nothing(
         assert torch.equal(ours[name], value), name
 
 
-def test_a_mismatched_codec_is_noticed_before_training(
+def test_resolve_recipe_refuses_another_codec(
     home: Path, tiny_codec: Encodec, tmp_path: Path, recipe: TrainRecipe
 ) -> None:
     with pytest.raises(ValueError, match="codec mismatch: the dataset"):
         resolve_recipe(replace(recipe, codec="nano"))
 
 
-def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Path) -> None:
+def test_build_backend_warm_start_takes_weights_only(recipe: TrainRecipe, home: Path) -> None:
     device = torch.device("cpu")
     earlier = build_backend(replace(recipe, seed=5), "ar", device)
     manifest = TokenDataset(recipe.data, home / "cache").manifest
-    metadata = checkpoint.new_metadata("ar", recipe.model.resolve(), manifest.codec, "x", {})
+    metadata = checkpoint.new_metadata(recipe.model.resolve("ar"), manifest.codec, "x", {})
     checkpoint.save(home / "runs/earlier-ar/step_00000010", earlier.weights(), metadata)
 
     warm = resolve_recipe(replace(recipe, warm_start={"ar": "runs/earlier-ar"}))
@@ -260,8 +259,8 @@ def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Pa
     fresh = build_backend(recipe, "ar", device).weights()
     assert not torch.equal(fresh["head.weight"], started["head.weight"])
 
-    grouped = replace(warm, model=replace(warm.model, group=2))
-    with pytest.raises(ValueError, match="earlier-ar has group 1, this run has 2"):
+    grouped = replace(warm, model=replace(warm.model, group_size=2))
+    with pytest.raises(ValueError, match="earlier-ar has group_size 1, this run has 2"):
         build_backend(grouped, "ar", device, manifest.codec)
     with pytest.raises(ValueError, match="earlier-ar holds an AR model"):
         build_backend(
@@ -278,7 +277,7 @@ def test_warm_start_takes_weights_and_nothing_else(recipe: TrainRecipe, home: Pa
         replace(recipe, warm_start={"arr": "nano"})
 
 
-def test_unknown_settings_are_named() -> None:
+def test_train_recipe_names_bad_fields() -> None:
     with pytest.raises(ValueError, match="model.size: 'nano' is called 'mini' now"):
         TrainRecipe(data="x", run="y", model=ModelSize(size="nano"))
     with pytest.raises(ValueError, match="model.size: 'huge' is none of"):

@@ -1,4 +1,4 @@
-"""From the plan to batches: prompts of the same speaker, cut to lengths that vary."""
+"""Batches with prompts: of the same speaker, cut to varying lengths."""
 
 from pathlib import Path
 
@@ -11,15 +11,19 @@ from valle.model.codec.encodec import Encodec
 from valle.platform.dataset import TokenDataset
 
 
-def make_loader(folder: Path, codec: Encodec, shortest: float | None) -> Loader:
+def make_loader(folder: Path, codec: Encodec, min_seconds: float | None) -> Loader:
     write_dataset(str(folder / "tokens"), codec)
     dataset = TokenDataset(str(folder / "tokens"), folder / "cache")
     return Loader(
-        dataset, prompt_seconds=0.25, min_prompt_seconds=shortest, validation_utterances=6, seed=0
+        dataset,
+        prompt_seconds=0.25,
+        min_prompt_seconds=min_seconds,
+        validation_utterances=6,
+        seed=0,
     )
 
 
-def test_prompts_are_pieces_of_other_recordings_by_the_speaker(
+def test_batch_prompts_are_pieces_of_other_utterances_by_the_speaker(
     tmp_path: Path, tiny_codec: Encodec
 ) -> None:
     loader = make_loader(tmp_path, tiny_codec, None)
@@ -40,7 +44,7 @@ def test_prompts_are_pieces_of_other_recordings_by_the_speaker(
     assert not torch.equal(batch.prompt, loader.batch(utterances, [1, 2, 4]).prompt)
 
 
-def test_lengths_of_prompts_vary_between_batches(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_batch_prompt_lengths_vary_between_batches(tmp_path: Path, tiny_codec: Encodec) -> None:
     loader = make_loader(tmp_path, tiny_codec, 0.1)
     batches = [loader.batch(np.array([0, 40]), [0, number]) for number in range(60)]
     lengths = {int(batch.prompt_frames.max()) for batch in batches}
@@ -48,6 +52,6 @@ def test_lengths_of_prompts_vary_between_batches(tmp_path: Path, tiny_codec: Enc
 
 
 def contains(codes: np.ndarray, piece: np.ndarray) -> bool:
-    """Whether `piece` `[Q, P]` stands somewhere in `codes` `[Q, T]`."""
+    """Whether `piece` `[Q, P]` occurs in `codes` `[Q, T]`."""
     starts = range(codes.shape[1] - piece.shape[1] + 1)
     return any(np.array_equal(codes[:, s : s + piece.shape[1]], piece) for s in starts)

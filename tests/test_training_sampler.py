@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ def test_plan_uses_every_utterance_once() -> None:
     assert sorted(used) == list(range(len(LENGTHS)))
 
 
-def test_padding_is_at_most_five_percent_and_the_budget_holds() -> None:
+def test_plan_keeps_the_budget_and_pads_at_most_five_percent() -> None:
     batching = Batching(max_tokens=8000)
     batches = plan(LENGTHS, batching, seed=0, epoch=0)
     padded = sum(LENGTHS[b].max() * len(b) for b in batches)
@@ -19,7 +21,7 @@ def test_padding_is_at_most_five_percent_and_the_budget_holds() -> None:
     assert 1 - LENGTHS.sum() / padded <= 0.05
 
 
-def test_too_long_an_utterance_gets_a_batch_of_its_own() -> None:
+def test_plan_puts_too_long_an_utterance_alone() -> None:
     lengths = np.array([50, 60, 5000, 70])
     alone = [b for b in plan(lengths, Batching(max_tokens=200), seed=0, epoch=0) if 2 in b]
     assert [list(b) for b in alone] == [[2]]
@@ -35,8 +37,8 @@ def test_plan_is_a_function_of_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_ranks_share_a_plan_in_equal_parts(world_size: int) -> None:
-    """Sharded = single process: the ranks' slices together are the whole plan, less a remainder."""
+def test_plan_is_shared_by_ranks_in_equal_parts(world_size: int) -> None:
+    """Sharded equals single: the ranks' slices together are the plan, less a remainder."""
     batches = plan(LENGTHS, Batching(), seed=0, epoch=0, world_size=world_size)
     assert len(batches) % world_size == 0
     full = plan(LENGTHS, Batching(), seed=0, epoch=0)
@@ -45,12 +47,12 @@ def test_ranks_share_a_plan_in_equal_parts(world_size: int) -> None:
     assert len({len(part) for part in slices}) == 1
 
 
-def test_too_few_batches_for_the_workers_is_an_error() -> None:
+def test_plan_refuses_fewer_batches_than_workers() -> None:
     with pytest.raises(ValueError, match="too few for 8 workers; lower batching.max_tokens"):
         plan(np.array([100, 100]), Batching(), seed=0, epoch=0, world_size=8)
 
 
-def test_an_epoch_takes_so_many_of_a_speaker_and_others_in_the_next() -> None:
+def test_cap_per_speaker_draws_others_in_each_epoch() -> None:
     speakers = np.array([0] * 500 + [1, 2] * 5 + [3])
     draws = [cap_per_speaker(speakers, 5, seed=0, epoch=epoch) for epoch in range(100)]
     for numbers in draws:
@@ -61,7 +63,7 @@ def test_an_epoch_takes_so_many_of_a_speaker_and_others_in_the_next() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 30])
-def test_resumed_position_repeats_the_rest(limit: int | None) -> None:
+def test_batches_resumed_equal_uninterrupted(limit: int | None) -> None:
     speakers = np.repeat([0, 1, 2], [150, 40, 10])
 
     def take(epoch: int, batch: int, count: int) -> list[tuple[int, int, list[int]]]:
@@ -70,8 +72,8 @@ def test_resumed_position_repeats_the_rest(limit: int | None) -> None:
             batch=batch, rank=1, world_size=2,
         )  # fmt: skip
         return [
-            (e, n, indices.tolist())
-            for _, (e, n, indices) in zip(range(count), stream, strict=False)
+            (planned.epoch, planned.index, planned.data.tolist())
+            for planned in itertools.islice(stream, count)
         ]
 
     uninterrupted = take(0, 0, 60)
@@ -82,7 +84,7 @@ def test_resumed_position_repeats_the_rest(limit: int | None) -> None:
     assert limit is None or np.bincount(first).max() <= limit
 
 
-def test_prompts_come_from_the_same_speaker() -> None:
+def test_prompt_sampler_draws_from_the_same_speaker() -> None:
     speakers = np.array([2, 0, 1, 0, 2, 2, 0])
     prompts = PromptSampler(speakers)
     generator = np.random.default_rng(0)
@@ -92,6 +94,6 @@ def test_prompts_come_from_the_same_speaker() -> None:
         assert drawn == (others or {number})
 
 
-def test_a_tiny_budget_is_refused() -> None:
+def test_batching_refuses_a_tiny_budget() -> None:
     with pytest.raises(ValueError, match="max_tokens: 10 is too small"):
         Batching(max_tokens=10)

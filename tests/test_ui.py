@@ -1,4 +1,4 @@
-"""The page in a real Chromium, against a real endpoint: speak, stop, voices, errors."""
+"""The web page in Chromium, against an endpoint: speech, stop, voices, errors."""
 
 import io
 import shutil
@@ -24,30 +24,32 @@ pytestmark = [
 
 @pytest.fixture
 def page(endpoint: str, tmp_path: Path) -> Iterator[Page]:
-    """The page, ready, joe at the microphone; whatever it says on the console as an error fails the
-    test."""
+    """The loaded page, with a recording of joe as its microphone. Errors on the page's console fail
+    the test."""
     text = "The early train was late again, so we walked along the river and talked until dark."
     (tmp_path / "microphone.wav").write_bytes(wav_bytes(Joe().synthesize(text, "joe", "en-us")))
     with sync_playwright() as playwright:
         arguments = [
-            "--no-sandbox", "--autoplay-policy=no-user-gesture-required",
-            "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+            "--no-sandbox",
+            "--autoplay-policy=no-user-gesture-required",
+            "--use-fake-ui-for-media-stream",
+            "--use-fake-device-for-media-stream",
             f"--use-file-for-fake-audio-capture={tmp_path / 'microphone.wav'}",
-        ]  # fmt: skip
+        ]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page()
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(f"{request.url} failed"))
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("requestfailed", lambda request: errors.append(f"{request.url} failed"))
         page.goto(endpoint)
         page.wait_for_selector("body[data-ready]")
         yield page
         browser.close()
-        assert [line for line in wrong if "v1/audio/speech" not in line] == []
+        assert [line for line in errors if "v1/audio/speech" not in line] == []
 
 
 @pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])
-def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path) -> None:
+def test_page_speaks_stops_and_shows_errors(page: Page, endpoint: str, tmp_path: Path) -> None:
     expect(page.get_by_label("Voice", exact=True)).to_have_value("ann")
     page.get_by_label("Text").fill("Hello there. Good bye.")
     page.get_by_role("button", name="Speak").click()
@@ -57,8 +59,11 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
         link.click()
     samples, rate = soundfile.read(loaded.value.path(), dtype="int16")
     body = {
-        "input": "Hello there. Good bye.", "voice": "ann", "response_format": "wav", "chunked": True
-    }  # fmt: skip
+        "input": "Hello there. Good bye.",
+        "voice": "ann",
+        "response_format": "wav",
+        "chunked": True,
+    }
     same = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     wave, _ = soundfile.read(io.BytesIO(same.content), dtype="int16")
     assert rate == 24_000 and np.abs(samples.astype(int) - wave).max() <= 1
@@ -68,18 +73,18 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
         "() => new Set(document.querySelector('canvas').getContext('2d')"
         ".getImageData(0, 0, 1200, 320).data).size"
     )
-    assert pixel_values > 20  # not one colour
+    assert pixel_values > 20  # a plot, not a single colour
 
     page.get_by_label("Text").fill("And on and on it goes. " * 150)
     page.get_by_role("button", name="Speak").click()
     expect(page.locator("#duration")).to_contain_text(" s")
     page.get_by_role("button", name="Stop", exact=True).click()
-    # while it speaks it says "Speaking ..."; unstopped, this text takes many seconds
+    # the button reads "Speaking ..." until then; without the stop, this text takes many seconds
     speak = page.get_by_role("button", name="Speak", exact=True)
     expect(speak).to_be_visible(timeout=2000)
     seconds = float(page.locator("#duration").inner_text().removesuffix(" s"))
-    assert 0 < seconds < 60  # of 150 and more: the rest was not wanted
-    expect(page.get_by_role("alert")).to_be_hidden()  # it has not just failed
+    assert 0 < seconds < 60  # of 150 and more
+    expect(page.get_by_role("alert")).to_be_hidden()  # a stop is not an error
 
     page.get_by_label("Text").fill("...")
     page.get_by_role("button", name="Speak").click()
@@ -105,8 +110,8 @@ def test_speak_stop_voices_and_errors(page: Page, endpoint: str, tmp_path: Path)
     assert [voice["id"] for voice in voices] == ["ann"]
 
 
-def test_a_voice_from_the_microphone(page: Page, endpoint: str) -> None:
-    """Chromium's fake device plays a recording again and again where a microphone would be."""
+def test_page_adds_a_voice_from_the_microphone(page: Page, endpoint: str) -> None:
+    """Chromium's fake device plays a recording in a loop."""
     form = page.get_by_role("form", name="Add a voice")
     form.get_by_role("button", name="Record", exact=True).click()
     stop = form.get_by_role("button", name="Stop recording")

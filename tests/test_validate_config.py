@@ -1,4 +1,4 @@
-"""Serve configurations are read strictly."""
+"""Strict validation of Serve configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from valle.serve.web.validate_config import config_errors, main
 CONFIG = Path(__file__).resolve().parent.parent / "serve" / "config.yaml"
 
 
-def test_ours_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_configuration_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(CONFIG)]) == 0
-    assert "nothing wrong" in capsys.readouterr().out
+    assert "valid" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_ours_is_right(capsys: pytest.CaptureFixture[str]) -> None:
         ("http_options.port", "many", "http_options.port: Input should be a valid integer"),
     ],
 )
-def test_what_is_wrong_is_named(path: str, value: object, problem: str) -> None:
+def test_config_errors_name_the_key(path: str, value: object, problem: str) -> None:
     content: Any = yaml.safe_load(CONFIG.read_text())
-    *outer, last = path.split(".")
-    place = content
-    for part in outer:
-        place = place[int(part) if part.isdigit() else part]
-    place[last] = value
+    *parents, key = path.split(".")
+    mapping = content
+    for part in parents:
+        mapping = mapping[int(part) if part.isdigit() else part]
+    mapping[key] = value
     errors = list(config_errors(content))
     assert any(line.startswith(problem) for line in errors), errors
-    assert list(config_errors([])) == ["not a mapping"]
+    assert list(config_errors([])) == ["the configuration is not a mapping"]

@@ -1,4 +1,4 @@
-"""Versions beside each other: loading, failing, leaving; and how many replicas that needs."""
+"""Versions of a model in one replica: loading, failing, eviction; and the number of replicas."""
 
 import asyncio
 import threading
@@ -10,96 +10,84 @@ import pytest
 from valle.jobs.publish import PublishRecipe, publish
 from valle.platform import registry
 from valle.serve.deployments.scaling import SlotUtilizationPolicy
-from valle.serve.deployments.versions import AliasWatcher, MultiVersionDeployment
+from valle.serve.deployments.versions import MultiVersionDeployment
 
 
-class Shelf:
-    """Loads names as they are, slowly if told so, and notes what is let go."""
+class FakeLoader:
+    """Loads a name as its capitals, once `may_load` is set; records what is loaded and closed."""
 
     def __init__(self) -> None:
         self.loads: list[str] = []
         self.closed: list[str] = []
-        self.go = threading.Event()
-        self.go.set()
+        self.may_load = threading.Event()
+        self.may_load.set()
 
     def load(self, name: str) -> str:
         self.loads.append(name)
-        self.go.wait(5)
+        assert self.may_load.wait(30)
         if name == "bad":
             raise ValueError("no such weights")
         return name.upper()
 
     def deployment(self) -> MultiVersionDeployment[str]:
-        return MultiVersionDeployment(self.load, self.closed.append, "a")
+        return MultiVersionDeployment(self.load, "a", close=self.closed.append)
+
+
+async def until_loading(loader: FakeLoader, name: str) -> None:
+    async with asyncio.timeout(30):
+        while name not in loader.loads:
+            await asyncio.sleep(0.001)
 
 
 @pytest.mark.anyio
-async def test_a_version_that_loads_holds_nobody_up() -> None:
-    shelf = Shelf()
-    deployment = shelf.deployment()
-    shelf.go.clear()
-    impatient = asyncio.create_task(deployment.preload("b"))
+async def test_lease_of_a_loaded_version_does_not_wait_for_another_load() -> None:
+    loader = FakeLoader()
+    deployment = loader.deployment()
+    loader.may_load.clear()
+    cancelled = asyncio.create_task(deployment.preload("b"))
     patient = asyncio.create_task(deployment.preload("b"))
-    await asyncio.sleep(0.05)
-    async with asyncio.timeout(1), deployment.lease("a") as model:
+    await until_loading(loader, "b")
+    async with asyncio.timeout(10), deployment.lease("a") as model:
         assert model == "A"
-    impatient.cancel()
-    await asyncio.sleep(0.05)
-    shelf.go.set()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    loader.may_load.set()
     await patient
-    assert shelf.loads == ["a", "b"] and deployment.models == ["A", "B"]
-    with pytest.raises(ValueError, match="no such weights"):
-        await deployment.preload("bad")
+    assert loader.loads == ["a", "b"] and deployment.models == ["A", "B"]
     async with deployment.lease("b") as model:
         assert model == "B"
 
 
 @pytest.mark.anyio
-async def test_old_versions_go_when_nobody_uses_them() -> None:
-    shelf = Shelf()
-    deployment = shelf.deployment()
-    async with deployment.lease("a"):
-        for name in ("b", "c", "d"):
-            await deployment.preload(name)
-        assert shelf.closed == ["B"]  # a is in use, c and d are the last two
-        assert await deployment.record_autoscaling_stats() == {"slot_demand": 1}
-    assert shelf.closed == ["B", "A"] and deployment.models == ["C", "D"]
-    assert await deployment.record_autoscaling_stats() == {"slot_demand": 0}
+async def test_preload_raises_the_error_of_the_load() -> None:
+    deployment = FakeLoader().deployment()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such weights"):
+            await deployment.preload("bad")
+    assert deployment.models == ["A"]
 
 
 @pytest.mark.anyio
-async def test_requests_follow_the_alias_and_a_bad_version_is_not_tried_all_the_time(
-    publish_recipe: PublishRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert publish(publish_recipe) == 1
-    watcher = AliasWatcher(registry.CHAMPION, "", poll_seconds=0.01)
-    tried: list[str] = []
-
-    async def preload(version: str) -> None:
-        tried.append(version)
-        if version == "models:/valle/2":
-            raise RuntimeError("the weights do not fit")
-
-    monkeypatch.setattr(watcher, "_preload", preload)
-    assert await watcher.version() == "models:/valle/1"
-    publish(publish_recipe)
-    for _ in range(30):
-        assert await watcher.version() == "models:/valle/1"
-        await asyncio.sleep(0.02)
-    assert 1 <= len(tried) <= 7  # each wait twice the last: 20 ms, 40, 80 ...
-    publish(publish_recipe)
-    async with asyncio.timeout(20):
-        while await watcher.version() != "models:/valle/3":
-            await asyncio.sleep(0.05)
+async def test_versions_are_evicted_when_no_call_runs_on_them() -> None:
+    loader = FakeLoader()
+    deployment = loader.deployment()
+    async with deployment.lease("a"):
+        for name in ("b", "c", "d"):
+            await deployment.preload(name)
+        assert loader.closed == ["B"]  # a is leased, c and d are the last two
+        assert await deployment.record_autoscaling_stats() == {"slot_demand": 1}
+    assert loader.closed == ["B", "A"] and deployment.models == ["C", "D"]
+    assert await deployment.record_autoscaling_stats() == {"slot_demand": 0}
 
 
-def test_pinned_names_do_not_move(publish_recipe: PublishRecipe) -> None:
+def test_pin_returns_a_name_that_does_not_move(publish_recipe: PublishRecipe) -> None:
     publish(publish_recipe)
     publish(publish_recipe)
     assert registry.pin("models:/valle@champion") == "models:/valle/2"
     assert registry.pin("models:/valle/latest") == "models:/valle/2"
     assert registry.pin("models:/valle/1") == "models:/valle/1"
-    assert registry.pin("some/folder") == "some/folder"
+    assert registry.pin("/some/folder") == "/some/folder"
     with pytest.raises(FileNotFoundError, match="the registry has no models:/valle@nobody"):
         registry.pin("models:/valle@nobody")
     with pytest.raises(ValueError, match="is not models:/name@alias or models:/name/version"):
@@ -110,7 +98,9 @@ def test_pinned_names_do_not_move(publish_recipe: PublishRecipe) -> None:
     ("reported", "queued", "replicas"),
     [({}, 0, 1), ({"a": 6.0}, 0, 1), ({"a": 6.0}, 1, 2), ({"a": 8.0, "b": 8.0}, 9, 5)],
 )
-def test_replicas_by_slots(reported: dict[str, float], queued: int, replicas: int) -> None:
+def test_slot_utilization_policy_counts_running_and_queued_requests(
+    reported: dict[str, float], queued: int, replicas: int
+) -> None:
     context: Any = SimpleNamespace(
         aggregated_metrics={"slot_demand": reported}, total_queued_requests=queued
     )

@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parent / "golden" / "vocoder_expected.safetensors"
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    """Output of libopus' own programs for a sentence of the voice joe; see the weights' README."""
+    """Output of libopus' programs for a sentence of the voice joe; see the weights' README."""
     return load_file(GOLDEN)
 
 
@@ -39,13 +39,13 @@ def vocoder() -> Vocoder:
     return Vocoder.load()
 
 
-def several(golden: dict[str, Tensor], n_frames: int) -> Tensor:
+def speech_features(golden: dict[str, Tensor], n_frames: int) -> Tensor:
     """Features `[3, n_frames, 20]` of three different stretches of speech."""
     features = golden["features"]
     return torch.stack([features[start : start + n_frames] for start in (0, 20, 50)])
 
 
-def test_fargan_makes_the_samples_of_libopus(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+def test_fargan_equals_libopus(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
     features, expected = golden["features"][None], golden["speech"]
     state = vocoder.fargan.start(features[:, 0])
     wave, _ = vocoder.fargan.decode(features[:, 1:], state)
@@ -53,9 +53,7 @@ def test_fargan_makes_the_samples_of_libopus(golden: dict[str, Tensor], vocoder:
     torch.testing.assert_close(wave[0], expected, atol=2e-5, rtol=0)
 
 
-def test_bandwidth_extension_makes_the_samples_of_libopus(
-    golden: dict[str, Tensor], vocoder: Vocoder
-) -> None:
+def test_bandwidth_extension_equals_libopus(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
     narrow = golden["narrow"][None].float() / 2**15
     model = vocoder.bandwidth
     features, _ = model.network.features(narrow, model.start(1).network)
@@ -63,7 +61,7 @@ def test_bandwidth_extension_makes_the_samples_of_libopus(
         features[0, : len(golden["narrow_features"])], golden["narrow_features"], atol=2e-3, rtol=0
     )
     wave, _ = model.decode(narrow, model.start(1))
-    # theirs is at 48 kHz, which the same filter halves, written another way
+    # libopus' output is at 48 kHz: decimate it by the same filter, written differently
     taps = halving_taps(63)[0, :-1].double().numpy()
     wide = golden["wide"].double().numpy() / 2**15
     expected = np.convolve(wide, taps[::-1])[: len(wide) : 2]
@@ -71,8 +69,8 @@ def test_bandwidth_extension_makes_the_samples_of_libopus(
     np.testing.assert_allclose(wave[0].numpy(), expected, atol=1e-4)
 
 
-def test_forward_is_in_time_with_the_recording(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
-    """The wave that was analysed and the one made from its features peak together."""
+def test_forward_is_aligned_with_the_recording(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    """Envelopes of the recording and of the synthesized wave correlate best near lag zero."""
     features = golden["features"][None, :100]
     narrow = golden["narrow"].float() / 2**15
     for wave, recording in (
@@ -81,8 +79,8 @@ def test_forward_is_in_time_with_the_recording(golden: dict[str, Tensor], vocode
     ):
         lags = range(-60, 61)
         loudness = [envelope(signal)[100:-100] for signal in (wave, recording)]
-        similar = [float(loudness[0] @ loudness[1].roll(lag)) for lag in lags]
-        assert abs(lags[int(np.argmax(similar))]) <= 16
+        correlation = [float(loudness[0] @ loudness[1].roll(lag)) for lag in lags]
+        assert abs(lags[int(np.argmax(correlation))]) <= 16
 
 
 def envelope(signal: Tensor) -> Tensor:
@@ -90,20 +88,20 @@ def envelope(signal: Tensor) -> Tensor:
     return nn.functional.avg_pool1d(signal.abs()[None], 65, 1, 32)[0]
 
 
-def test_bandwidth_extension_keeps_the_lower_band_in_time(
+def test_bandwidth_extension_keeps_the_lower_band(
     golden: dict[str, Tensor], vocoder: Vocoder
 ) -> None:
     narrow = golden["narrow"].float()[None] / 2**15
     wide = vocoder.bandwidth(narrow)[0]
-    # what lies below 4 kHz, both at 8 kHz: the spectra's lower parts turned back
+    # both below 4 kHz, at a rate of 8 kHz: inverse transforms of the lower parts of the spectra
     length = narrow.shape[1] // 2
     lower = [
         torch.fft.irfft(torch.fft.rfft(signal)[: length // 2 + 1], length)
         for signal in (narrow[0], wide)
     ]
     spectra = [torch.fft.rfft(signal) for signal in lower]
-    similar = torch.fft.irfft(spectra[0] * spectra[1].conj(), length)
-    assert int(similar.argmax()) == 0
+    correlation = torch.fft.irfft(spectra[0] * spectra[1].conj(), length)
+    assert int(correlation.argmax()) == 0
     cosine = nn.functional.cosine_similarity(lower[0], lower[1], dim=0)
     assert float(cosine) > 0.98
     upper = torch.fft.rfft(wide).abs().square()
@@ -111,10 +109,10 @@ def test_bandwidth_extension_keeps_the_lower_band_in_time(
 
 
 @pytest.mark.parametrize("chunks", [[1, 1, 17, 1, 20], [2, 38], [40]])
-def test_chunks_decoded_in_turn_are_the_whole(
+def test_decode_in_chunks_equals_forward(
     chunks: list[int], golden: dict[str, Tensor], vocoder: Vocoder
 ) -> None:
-    features = several(golden, sum(chunks))
+    features = speech_features(golden, sum(chunks))
     expected = vocoder(features)
     assert expected.shape == (3, sum(chunks) * HOP) and expected.std() > 0.01
     state: VocoderState | None = None
@@ -123,7 +121,7 @@ def test_chunks_decoded_in_turn_are_the_whole(
         start, end = end, end + n_frames
         last = end == features.shape[1]
         wave, state = vocoder.decode(features[:, start:end], state, last=last)
-        # the state may go to another process
+        # the state can be sent to another process
         pickled = pickle.dumps(state)
         assert len(pickled) < 3 * 40_000
         state = pickle.loads(pickled)
@@ -132,10 +130,8 @@ def test_chunks_decoded_in_turn_are_the_whole(
     torch.testing.assert_close(torch.cat(waves, dim=1), expected, atol=1e-4, rtol=0)
 
 
-def test_batched_is_one_by_one_and_repeats_itself(
-    golden: dict[str, Tensor], vocoder: Vocoder
-) -> None:
-    features = several(golden, 25)
+def test_forward_batched_equals_single(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    features = speech_features(golden, 25)
     batched = vocoder(features)
     for row in range(3):
         torch.testing.assert_close(
@@ -144,11 +140,11 @@ def test_batched_is_one_by_one_and_repeats_itself(
     assert torch.equal(vocoder(features), batched)
 
 
-def test_memory_does_not_grow_with_what_is_decoded_at_once(
+def test_decode_runs_in_blocks_of_bounded_length(
     golden: dict[str, Tensor], vocoder: Vocoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long inputs go through in blocks; how long blocks are does not matter."""
-    features = several(golden, 25)
+    """The length of the blocks changes no sample."""
+    features = speech_features(golden, 25)
     expected = vocoder(features)
     lengths: list[int] = []
     run = vocoder.fargan._recurrence
@@ -166,8 +162,8 @@ def test_memory_does_not_grow_with_what_is_decoded_at_once(
     assert max(lengths) == 7
 
 
-def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
-    features = several(golden, 12)
+def test_recurrence_equals_run_plain(golden: dict[str, Tensor], vocoder: Vocoder) -> None:
+    features = speech_features(golden, 12)
     model = vocoder.fargan
     state = model.start(features[:, 0])
     with torch.inference_mode():
@@ -177,12 +173,12 @@ def test_loop_in_numpy_is_the_plain_one(golden: dict[str, Tensor], vocoder: Voco
         slow, slow_state = model.run_plain(subframes, initial)
     assert slow.abs().max() > 0.05
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
-    for quick, plain in zip(fast_state.hidden, slow_state.hidden, strict=True):
-        torch.testing.assert_close(quick, plain, atol=1e-4, rtol=0)
+    for fast_hidden, slow_hidden in zip(fast_state.hidden, slow_state.hidden, strict=True):
+        torch.testing.assert_close(fast_hidden, slow_hidden, atol=1e-4, rtol=0)
     torch.testing.assert_close(fast_state.samples, slow_state.samples, atol=1e-5, rtol=0)
 
 
-def test_other_weights_are_taken_up(golden: dict[str, Tensor]) -> None:
+def test_fargan_with_new_weights_uses_them(golden: dict[str, Tensor]) -> None:
     features = golden["features"][None, :4]
     model = Fargan.load()
     before = model(features)
@@ -194,7 +190,7 @@ def test_other_weights_are_taken_up(golden: dict[str, Tensor]) -> None:
     assert torch.equal(model(features), before)
 
 
-def test_gru_in_numpy_is_torchs(vocoder: Vocoder) -> None:
+def test_run_gru_equals_torch(vocoder: Vocoder) -> None:
     torch.manual_seed(0)
     module = vocoder.bandwidth.network.gru
     x, hidden = torch.randn(3, 50, 128), torch.randn(1, 3, 128)
@@ -203,7 +199,7 @@ def test_gru_in_numpy_is_torchs(vocoder: Vocoder) -> None:
             torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
 
 
-def test_adaptive_filter_is_the_plain_sum() -> None:
+def test_adaptive_filter_equals_the_plain_sum() -> None:
     torch.manual_seed(0)
     layer = AdaptiveFilter(2, 3, n_taps=5, length=16)
     signal, latents = torch.randn(2, 2, 48), torch.randn(2, 3, 128)
@@ -222,7 +218,7 @@ def test_adaptive_filter_is_the_plain_sum() -> None:
         torch.testing.assert_close(filtered[:, :, sample], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_doubling_is_the_recursive_filter() -> None:
+def test_doubling_taps_equal_the_recursive_filter() -> None:
     signal = np.random.default_rng(0).standard_normal(400)
     sections = (
         (0.026641845703125, 0.228668212890625, 1 - 0.4036407470703125),
@@ -243,7 +239,7 @@ def test_doubling_is_the_recursive_filter() -> None:
     np.testing.assert_allclose(doubled[0].numpy(), expected, atol=1e-5)
 
 
-def test_de_emphasis_is_the_recursive_filter(vocoder: Vocoder) -> None:
+def test_de_emphasis_equals_the_recursive_filter(vocoder: Vocoder) -> None:
     torch.manual_seed(0)
     samples, last = torch.randn(2, 480), torch.randn(2)
     wave, after = vocoder.fargan._de_emphasis(samples, last)
@@ -254,7 +250,7 @@ def test_de_emphasis_is_the_recursive_filter(vocoder: Vocoder) -> None:
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_numpy_has_one_thread_until_all_are_done() -> None:
+def test_one_thread_lasts_until_the_last_user_leaves() -> None:
     def threads() -> set[int]:
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
@@ -268,8 +264,8 @@ def test_numpy_has_one_thread_until_all_are_done() -> None:
         assert threads() == {2}
 
 
-def test_wild_features_stay_finite(vocoder: Vocoder) -> None:
-    """A quantiser's decoder may give a pitch that no recording has."""
+def test_vocoder_with_extreme_features_stays_finite(vocoder: Vocoder) -> None:
+    """A quantiser's decoder may output a pitch that no recording has."""
     torch.manual_seed(0)
     features = 3 * torch.randn(2, 40, 20)
     features[:, :, 18] = torch.linspace(-9, 9, 40)
@@ -277,27 +273,29 @@ def test_wild_features_stay_finite(vocoder: Vocoder) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 20), (1, 3, 19), (1, 0, 20)])
-def test_features_of_another_shape_are_refused(shape: tuple[int, ...], vocoder: Vocoder) -> None:
+def test_vocoder_refuses_features_of_another_shape(
+    shape: tuple[int, ...], vocoder: Vocoder
+) -> None:
     with pytest.raises(ValueError, match="features: "):
         vocoder(torch.zeros(shape))
     with pytest.raises(ValueError, match="features: "):
         vocoder.fargan(torch.zeros(shape))
 
 
-def test_waves_and_batches_that_do_not_fit_are_refused(vocoder: Vocoder) -> None:
+def test_decode_refuses_waves_and_states_that_do_not_fit(vocoder: Vocoder) -> None:
     model: BandwidthExtension = vocoder.bandwidth
     with pytest.raises(ValueError, match="even N"):
         model(torch.zeros(1, 161))
     with pytest.raises(ValueError, match="N in 160s"):
         model.decode(torch.zeros(1, 200), model.start(1))
-    with pytest.raises(ValueError, match="a batch of 2, but the state is of 1"):
+    with pytest.raises(ValueError, match="2 rows, but the state has 1"):
         model.decode(torch.zeros(2, 160), model.start(1))
     state = vocoder.fargan.start(torch.zeros(1, 20))
-    with pytest.raises(ValueError, match="a batch of 2, but the state is of 1"):
+    with pytest.raises(ValueError, match="2 rows, but the state has 1"):
         vocoder.fargan.decode(torch.zeros(2, 1, 20), state)
 
 
-def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_load_weights_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_weights("fargan", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no network named larynx"):

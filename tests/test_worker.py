@@ -1,4 +1,4 @@
-"""The engine's thread: many coroutines at once, leaving early, bad requests, a dead engine."""
+"""The engine's thread: concurrent coroutines, cancellation, bad requests, a failing engine."""
 
 import asyncio
 from dataclasses import replace
@@ -17,40 +17,41 @@ def model() -> AR:
     return short_ar(2)
 
 
-async def listen(worker: EngineWorker, request: Request) -> list[int]:
+async def collect_codes(worker: EngineWorker, request: Request) -> list[int]:
     return [code async for output in worker.stream(request) for code in output.codes]
 
 
-def test_coroutines_hear_what_they_would_hear_alone(model: AR) -> None:
+def test_worker_gives_each_coroutine_the_codes_of_its_request(model: AR) -> None:
     requests = [request(number) for number in range(9)]
 
     async def run() -> list[list[int]]:
         worker = EngineWorker(build_engine(model, slots=3))
         try:
-            return await asyncio.gather(*(listen(worker, one) for one in requests))
+            return await asyncio.gather(*(collect_codes(worker, item) for item in requests))
         finally:
             worker.close()
 
-    assert asyncio.run(run()) == [generate_alone(model, one)[0] for one in requests]
+    assert asyncio.run(run()) == [generate_alone(model, item)[0] for item in requests]
 
 
-def test_who_leaves_early_frees_the_slot(model: AR) -> None:
-    talker = replace(request(1, max_frames=40), seed=4)
-    assert len(generate_alone(model, talker)[0]) > 4
+def test_worker_frees_the_slot_of_a_cancelled_request(model: AR) -> None:
+    long_request = replace(request(1, max_frames=40), seed=4)
+    assert len(generate_alone(model, long_request)[0]) > 4
 
     async def run() -> list[int]:
         engine = build_engine(model, slots=1)
         worker = EngineWorker(engine)
         try:
-            speech = worker.stream(talker)
-            assert (await anext(speech)).codes
-            await speech.aclose()
-            waiting = asyncio.create_task(listen(worker, replace(talker, id="cancelled")))
+            outputs = worker.stream(long_request)
+            assert (await anext(outputs)).codes
+            await outputs.aclose()
+            cancelled = replace(long_request, id="cancelled")
+            task = asyncio.create_task(collect_codes(worker, cancelled))
             await asyncio.sleep(0)
-            waiting.cancel()
+            task.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await waiting
-            codes = await asyncio.wait_for(listen(worker, request(2)), 30)
+                await task
+            codes = await asyncio.wait_for(collect_codes(worker, request(2)), 30)
             assert engine.idle
             return codes
         finally:
@@ -59,28 +60,28 @@ def test_who_leaves_early_frees_the_slot(model: AR) -> None:
     assert asyncio.run(run()) == generate_alone(model, request(2))[0]
 
 
-def test_a_request_that_cannot_run_gets_its_error_and_hurts_nobody(model: AR) -> None:
+def test_worker_raises_the_error_of_a_bad_request_only_for_it(model: AR) -> None:
     async def run() -> list[int]:
         worker = EngineWorker(build_engine(model, slots=2))
         try:
             with pytest.raises(ValueError, match="max_frames: text, prompt and 5000 frames"):
-                await listen(worker, request(0, max_frames=5000))
-            return await listen(worker, request(2))
+                await collect_codes(worker, request(0, max_frames=5000))
+            return await collect_codes(worker, request(2))
         finally:
             worker.close()
 
     assert asyncio.run(run()) == generate_alone(model, request(2))[0]
 
 
-def test_closing_ends_who_listens_and_an_id_is_used_once(model: AR) -> None:
+def test_worker_ends_its_requests_when_closed(model: AR) -> None:
     async def run() -> None:
         worker = EngineWorker(build_engine(model, slots=1))
-        talkers = [asyncio.create_task(listen(worker, request(n))) for n in (1, 2, 3)]
+        tasks = [asyncio.create_task(collect_codes(worker, request(n))) for n in (1, 2, 3)]
         await asyncio.sleep(0)
         with pytest.raises(ValueError, match="id: 'r1' is in use"):
-            await listen(worker, request(1))
+            await collect_codes(worker, request(1))
         worker.close()
-        ends = await asyncio.wait_for(asyncio.gather(*talkers, return_exceptions=True), 30)
+        ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
         assert any(isinstance(end, EngineError) for end in ends)
         with pytest.raises(EngineError, match="the engine is closed"):
             worker.check_health()
@@ -88,29 +89,34 @@ def test_closing_ends_who_listens_and_an_id_is_used_once(model: AR) -> None:
     asyncio.run(run())
 
 
-def test_a_dead_engine_tells_everybody(model: AR, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = 0
+def test_worker_ends_all_requests_when_a_step_fails(
+    model: AR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_steps = 0
     step = Engine.step
 
-    def fails_later(self: Engine) -> list[StepOutput]:
-        nonlocal steps
-        steps += 1
-        if steps > 2:
+    def step_twice(self: Engine) -> list[StepOutput]:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps > 2:
             raise MemoryError("no room")
         return step(self)
 
-    monkeypatch.setattr(Engine, "step", fails_later)
+    monkeypatch.setattr(Engine, "step", step_twice)
 
     async def run() -> None:
         worker = EngineWorker(build_engine(model, slots=1))
-        talkers = [replace(request(1), id=f"t{n}", seed=4) for n in range(3)]
+        requests = [replace(request(1), id=f"t{n}", seed=4) for n in range(3)]
         ends = await asyncio.wait_for(
-            asyncio.gather(*(listen(worker, t) for t in talkers), return_exceptions=True), 30
+            asyncio.gather(
+                *(collect_codes(worker, item) for item in requests), return_exceptions=True
+            ),
+            30,
         )
         assert [str(end) for end in ends] == ["the engine has stopped: MemoryError: no room"] * 3
         with pytest.raises(EngineError, match="no room"):
             worker.check_health()
         with pytest.raises(EngineError, match="no room"):
-            await listen(worker, request(3))
+            await collect_codes(worker, request(3))
 
     asyncio.run(run())

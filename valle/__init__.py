@@ -1,10 +1,10 @@
-"""The name plate: `platform/`, `model/`, `jobs/` and `serve/` as one package.
+"""The package `valle`: the folders `platform/`, `model/`, `jobs/` and `serve/` of the repository.
 
-The four entries beside this file are relative links, so that type checkers, editors and Ray's
-upload see plain packages. Where a delivery channel dropped the links (a zip from a web page, a
-Windows checkout), the repository root on `__path__` finds the same folders.
+Four relative links in this folder make them plain packages for type checkers, editors and Ray's
+upload. Delivery channels that drop links (a zip from a web page, a Windows checkout) leave the
+repository root on `__path__`, where the same folders are found.
 
-`platform/` must never get an `__init__.py`: with the repository root on `sys.path` it would shadow
+`platform/` must never have an `__init__.py`: with the repository root on `sys.path` it would hide
 the standard library's `platform` and break torch and ray. See platform/README.md.
 """
 

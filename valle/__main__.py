@@ -1,99 +1,130 @@
-"""`python -m valle "text" ref.wav out.wav`: speech without any server."""
+"""The command `valle`: one subcommand per job, imported when it is run.
 
-import argparse
+`valle NAME ...` and `python -m valle NAME ...` call the `main(argv)` of the module that
+`python -m valle.jobs.NAME` runs, with the same recipes and the same `--help`.
+"""
+
+import difflib
+import importlib
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
-import numpy as np
+COMMANDS = {
+    "speech": {
+        "speak": "speak one text in the voice of a recording, without a server",
+        "serve": "start the HTTP endpoint with the registry's champion",
+        "starter-voices": "record two voices for an endpoint that has none",
+        "synthesize": "speak the texts of a manifest, on Ray Data",
+    },
+    "data": {
+        "corpus": "generate a corpus of speech with installed packages",
+        "select-speakers": "select the natural and distinct speakers of a corpus",
+        "prepare": "convert speech and text to the token dataset, on Ray Data",
+        "spectrograms": "draw recordings as log-mel spectrograms",
+    },
+    "training": {
+        "train": "train the AR and NAR models on a token dataset, on Ray Train",
+        "train-codec": "train a narrow EnCodec on a corpus, on Ray Train",
+        "train-quantizer": "train nano 2's quantizer on vocoder features",
+        "curves": "draw the loss and word error rate of training runs",
+    },
+    "evaluation and registry": {
+        "evaluate": "measure a model's word error rate, speaker similarity and quality",
+        "evaluate-codec": "measure what a codec does to held-out recordings",
+        "publish": "register two checkpoints as a version, and promote it past the gate",
+        "model-versions": "list the registry's versions, promote one, roll back",
+        "export": "write a version as a folder that can be shipped",
+    },
+    "operation": {
+        "demo": "run the whole path: corpus to a spoken sentence",
+        "keys": "make an API key for the endpoint",
+        "validate-config": "check a Serve configuration strictly",
+        "check-cluster": "check the cluster launcher's file without a network",
+        "include-results": "write the results of release/ into the documents",
+        "bench": "run a benchmark: valle bench NAME",
+    },
+}
+"""Subcommand and its summary, by group."""
 
-from valle.model.codec.interface import Wave
-from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
-from valle.model.valle import GUIDANCE_SCALE, Synthesis, Synthesizer
-from valle.platform import audio, checkpoint, registry
+BENCHMARKS = {
+    "chapter": "stream a long text from the endpoint",
+    "engine": "AR decoding: the engine against the plain decoder",
+    "gpu": "correctness and speed on this machine's GPU",
+    "nar": "NAR decoding",
+    "prepare": "encoding of speech, batched against one file at a time",
+    "scaling": "throughput of the endpoint while replicas are added",
+    "serve": "the endpoint under load, against other arrangements",
+    "soak": "the endpoint's memory over thousands of requests",
+}
+"""Benchmark and its summary."""
 
-
-def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
-    """The networks named on the command line."""
-    if not arguments.ar_ckpt and not arguments.nar_ckpt:
-        return registry.load_synthesizer(registry.resolve(arguments.model), arguments.device)
-    from valle.model.ar import AR
-    from valle.model.codec import encodec
-    from valle.model.nar import NAR
-
-    if not (arguments.ar_ckpt and arguments.nar_ckpt):
-        raise ValueError("--ar-ckpt and --nar-ckpt go together")
-    codec = encodec.load(arguments.codec, device=arguments.device)
-    ar, ar_metadata = checkpoint.load(arguments.ar_ckpt, arguments.device)
-    nar, nar_metadata = checkpoint.load(arguments.nar_ckpt, arguments.device)
-    if not isinstance(ar, AR) or not isinstance(nar, NAR):
-        raise ValueError("--ar-ckpt must hold an AR model, --nar-ckpt a NAR model")
-    codec.identity.check(ar_metadata.codec, "the AR checkpoint")
-    codec.identity.check(nar_metadata.codec, "the NAR checkpoint")
-    return Synthesizer(ar, nar, codec)
-
-
-def read_reference(names: str, seconds: float) -> Wave:
-    """The recording at a path, or an equal share of each of several, `a.wav;b.wav`, such that
-    the first `seconds` of the whole have something of all."""
-    waves = [audio.read(Path(name).read_bytes(), max_seconds=60) for name in names.split(";")]
-    if len(waves) == 1:
-        return waves[0]
-    share = int(seconds / len(waves) * SAMPLE_RATE)
-    return np.concatenate([audio.trim(wave)[:share] for wave in waves])
+_MODULES = {
+    "serve": "valle.serve.run",
+    "keys": "valle.serve.web.keys",
+    "validate-config": "valle.serve.web.validate_config",
+    "bench gpu": "valle.jobs.bench.gpu.run",
+}
+"""Modules that are not named after their command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Speaks one text; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m valle", description=__doc__)
-    parser.add_argument("text", help="what to say")
-    parser.add_argument(
-        "reference", help="recording of the voice (wav, flac, mp3), or several: 'a.wav;b.wav'"
-    )
-    parser.add_argument("out", type=Path, help="wav file to write")
-    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
-    parser.add_argument("--ar-ckpt", type=Path, help="AR checkpoint, instead of --model")
-    parser.add_argument("--nar-ckpt", type=Path, help="NAR checkpoint, instead of --model")
-    parser.add_argument("--codec", default="nano", help="codec of --ar-ckpt and --nar-ckpt")
-    parser.add_argument("--max-ar-steps", type=int, default=1500, help="length limit in frames")
-    parser.add_argument("--ar-temp", type=float, default=1.0, help="temperature of the AR model")
-    parser.add_argument("--nar-temp", type=float, default=0.0, help="0 is greedy, the default")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=GUIDANCE_SCALE,
-        help="how closely both models keep to the text; 1 is off, with half the rows to compute",
-    )
-    parser.add_argument("--language", default="en-us", help="espeak voice name of the text")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same speech")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    arguments = parser.parse_args(argv)
-    try:
-        default, scale = Synthesis(), arguments.guidance_scale
-        synthesis = replace(
-            default,
-            ar=replace(default.ar, temperature=arguments.ar_temp, guidance_scale=scale),
-            nar=replace(default.nar, temperature=arguments.nar_temp, guidance_scale=scale),
-            max_seconds=arguments.max_ar_steps / FRAME_RATE,
-            language=arguments.language,
-            seed=arguments.seed,
-        )
-        synthesizer = load_synthesizer(arguments)
-        prompt = read_reference(arguments.reference, synthesis.prompt_seconds)
-        started = time.perf_counter()
-        result = synthesizer.synthesize(arguments.text, prompt, synthesis)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    arguments.out.write_bytes(audio.wav_bytes(result.wave))
-    seconds = len(result.wave) / SAMPLE_RATE
-    elapsed = time.perf_counter() - started
-    limit = ", cut off by the length limit" if result.hit_limit else ""
-    print(f"{arguments.out}: {seconds:.2f} s of speech in {elapsed:.2f} s{limit}")
-    return 0
+    """Runs a subcommand; returns its exit status, and 2 for an unknown one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = [name for group in COMMANDS.values() for name in group]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_summary("valle", COMMANDS))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "bench":
+        return _run_benchmark(rest)
+    if name in names:
+        return _run(name, rest)
+    if _is_text(arguments, names):
+        return _run("speak", arguments)
+    return _refuse("valle", name, names)
+
+
+def _run_benchmark(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_summary("valle bench", {"benchmarks": BENCHMARKS}))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name in BENCHMARKS:
+        return _run(f"bench {name}", rest)
+    return _refuse("valle bench", name, BENCHMARKS)
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Imports a subcommand's module and calls its `main`."""
+    default = f"valle.jobs.{command.replace('-', '_').replace(' ', '.')}"
+    module = importlib.import_module(_MODULES.get(command, default))
+    sys.argv[0] = f"valle {command}"  # argparse takes the program's name from here
+    return module.main(arguments) or 0
+
+
+def _is_text(arguments: Sequence[str], names: Collection[str]) -> bool:
+    """True for the form without a subcommand, `python -m valle "text" ref.wav out.wav`: three
+    arguments or more, no subcommand among them, the first unlike all of them."""
+    alike = difflib.get_close_matches(arguments[0], names)
+    return len(arguments) >= 3 and not alike and not set(arguments) & set(names)
+
+
+def _refuse(program: str, name: str, names: Collection[str]) -> int:
+    """Reports an unknown subcommand with the nearest ones; returns the exit status."""
+    nearest = " or ".join(difflib.get_close_matches(name, names))
+    hint = f"did you mean {nearest}?" if nearest else f"see {program} --help"
+    print(f"{program}: {name!r} is not a command; {hint}", file=sys.stderr)
+    return 2
+
+
+def _summary(program: str, groups: dict[str, dict[str, str]]) -> str:
+    """Usage, and the subcommands with a line each."""
+    lines = [f"usage: {program} NAME ...   ({program} NAME --help: its arguments)"]
+    for group, commands in groups.items():
+        lines += ["", group]
+        lines += [f"  {name:<16} {summary}" for name, summary in commands.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,1 +1,1 @@
-"""Benchmarks, each `python -m valle.jobs.bench.NAME`; contenders are timed side by side."""
+"""Benchmarks, `python -m valle.jobs.bench.NAME`; variants of the same work are timed in turn."""

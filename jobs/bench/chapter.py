@@ -1,14 +1,13 @@
-"""A long text read aloud through HTTP: is it all there, in time, and in bounded memory?
+"""A long text over HTTP: is all of it spoken, ahead of playback, and in bounded memory?
 
     python -m valle.jobs.bench.chapter --characters 10000
 
-One request for a text of many sentences, streamed as it is made. Reports first audio, real-time
-factor, the share of chunks that were there before playback needed them, the memory of every replica
-while the text was read, and the words that a recognizer heard wrong in the whole of it.
+One request for a text of many sentences, streamed. Reports first audio, real-time factor, the share
+of chunks that arrive before playback needs them, the memory of every replica during the stream, and
+the word errors that a recognizer finds in the whole recording.
 """
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,29 +17,27 @@ from typing import Any
 
 import httpx
 import numpy as np
-from ray import serve
 
+from valle.jobs.bench.clients import BYTES_PER_SECOND, SPEECH_ROUTE
+from valle.jobs.bench.command_line import build_parser, endpoint_args, print_report
 from valle.jobs.bench.replicas import replica_memory
-from valle.jobs.bench.serve import BYTES_PER_SECOND
 from valle.jobs.evaluation.metrics import words
 from valle.jobs.speakers.texts import load_sentences
-from valle.jobs.starter_voices import make_starter_voices
 from valle.model.codec.interface import Wave
-from valle.platform import audio, registry, settings
+from valle.platform import audio
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.serve.app import build_app
-from valle.serve.web.schema import AppArgs
+from valle.serve.run import endpoint
 
 CHARACTERS_PER_SECOND = 15
-"""About; for the progress bar."""
+"""Of English speech, roughly; for the progress bar."""
 
 MEMORY_INTERVAL = 20.0
-"""Seconds of speech between two looks at the memory."""
+"""Seconds of speech between two samples of the replicas' memory."""
 
 
 def long_text(characters: int) -> str:
-    """Sentences that no model here was trained on, in paragraphs."""
+    """Held-out sentences in paragraphs of eight; no model was trained on them."""
     lines: list[str] = []
     size = 0
     for number, line in enumerate(load_sentences("held_out")):
@@ -53,11 +50,11 @@ def long_text(characters: int) -> str:
 
 
 def stream_speech(url: str, body: dict[str, Any]) -> tuple[Wave, dict[str, Any]]:
-    """The speech, and how it came."""
+    """Streams one answer; returns its waveform, and the figures of its delivery."""
     chunks: list[bytes] = []
     megabytes: dict[str, list[float]] = defaultdict(list)
     in_time = []
-    received, first, next_look = 0, 0.0, 0.0
+    received, first, next_sample = 0, 0.0, 0.0
     expected = len(body["input"]) // CHARACTERS_PER_SECOND
     started = time.perf_counter()
     with (
@@ -66,16 +63,18 @@ def stream_speech(url: str, body: dict[str, Any]) -> tuple[Wave, dict[str, Any]]
     ):
         response.raise_for_status()
         for data in response.iter_raw():
+            # playback starts with the first chunk and needs each chunk when the ones before end
             now = time.perf_counter()
             first = first or now
             in_time.append(now - first <= received / BYTES_PER_SECOND)
             chunks.append(data)
             received += len(data)
-            if received / BYTES_PER_SECOND >= next_look:
+            # memory by position in the speech, so that growth with length shows
+            if received / BYTES_PER_SECOND >= next_sample:
                 for name, value in replica_memory().items():
                     megabytes[name].append(value)
-                bar.update(round(MEMORY_INTERVAL) if next_look else 0)
-                next_look += MEMORY_INTERVAL
+                bar.update(round(MEMORY_INTERVAL) if next_sample else 0)
+                next_sample += MEMORY_INTERVAL
     seconds = received / BYTES_PER_SECOND
     wave = np.frombuffer(b"".join(chunks), "<i2").astype(np.float32) / np.float32(32768)
     return wave, {
@@ -91,41 +90,40 @@ def stream_speech(url: str, body: dict[str, Any]) -> tuple[Wave, dict[str, Any]]
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__, serves=True)
     parser.add_argument("--characters", type=int, default=10_000)
     parser.add_argument("--voice", default="joe")
-    parser.add_argument("--chunked", action="store_true", help="sound before a sentence is done")
-    parser.add_argument("--port", type=int, default=8100)
+    parser.add_argument("--chunked", action="store_true", help="stream within sentences")
     parser.add_argument("--out", type=Path, help="wav to write")
-    arguments = parser.parse_args(argv)
-    voices = str(settings.read().home / "data" / "voices")
-    make_starter_voices(voices)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark and prints its report."""
+    arguments = parse_arguments(argv)
     text = long_text(arguments.characters)
+    args = endpoint_args(
+        arguments.model, max_replicas=1, max_characters=len(text), max_seconds=3600
+    )
     body = {
-        "input": text, "voice": arguments.voice, "response_format": "pcm",
+        "input": text,
+        "voice": arguments.voice,
+        "response_format": "pcm",
         "chunked": arguments.chunked,
-    }  # fmt: skip
-    with connect():
-        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
-        args = AppArgs(
-            model=registry.pin(registry.absolute(arguments.model)), voices=voices, max_replicas=1,
-            max_characters=len(text), max_seconds=3600,
-        )  # fmt: skip
-        serve.run(build_app(args), name="valle")
-        url = f"http://127.0.0.1:{arguments.port}/v1/audio/speech"
-        httpx.post(url, json=body | {"input": "Warm."}, timeout=60).raise_for_status()
-        wave, report = stream_speech(url, body)
-        serve.shutdown()
+    }
+    with connect(), endpoint(args, arguments.port) as url:
+        speech_url = url + SPEECH_ROUTE
+        warm_up = httpx.post(speech_url, json=body | {"input": "Warm."}, timeout=60)
+        warm_up.raise_for_status()
+        wave, report = stream_speech(speech_url, body)
     if arguments.out:
         arguments.out.write_bytes(audio.wav_bytes(wave))
+    # after the endpoint has stopped: the recognizer takes both cores
     hypothesis = words.Whisper(threads=2).transcribe(wave)
     errors = asdict(words.count_edits(text, hypothesis))
-    print(json.dumps({"characters": len(text), **report, **errors}, indent=2))
+    print_report({"characters": len(text), **report, **errors})
 
 
 if __name__ == "__main__":

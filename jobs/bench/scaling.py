@@ -1,38 +1,35 @@
-"""Replicas over time while clients come and go, on a Ray cluster of several nodes on this machine.
+"""Autoscaling: replicas over time while clients come and go, on several Ray nodes of this machine.
 
     python -m valle.jobs.bench.scaling
 
-One client, then many, then one again. Reports when each deployment had how many replicas, and how
-long the first sound took before, during and after.
+One client, then many, then one again. Reports when each deployment had how many replicas, and the
+time to the first audio before, during and after the load.
 """
 
 import argparse
 import asyncio
-import json
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import httpx
 from ray import serve
-from ray.cluster_utils import Cluster
 
-from valle.jobs.bench.baselines import SpeechBody
-from valle.jobs.bench.serve import LoadResult, send_request
+from valle.jobs.bench.clients import SPEECH_ROUTE, run_load_for
+from valle.jobs.bench.command_line import build_parser, endpoint_args, print_report
 from valle.jobs.evaluation.items import load_items
-from valle.jobs.starter_voices import make_starter_voices
-from valle.platform import registry, settings
-from valle.serve.app import build_app
-from valle.serve.web.schema import AppArgs
+from valle.serve.deployments.handles import APP_NAME
+from valle.serve.run import endpoint
 
 
 class ReplicaMonitor:
-    """Notes every change in the number of running replicas of each deployment."""
+    """A thread that records every change in the number of running replicas of each deployment."""
 
     def __init__(self) -> None:
         self.changes: dict[str, list[tuple[float, int]]] = {}
+        """By deployment, (seconds since the start, running replicas)."""
         self._stop = threading.Event()
         self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._poll)
@@ -44,91 +41,92 @@ class ReplicaMonitor:
         return time.perf_counter() - self._started
 
     def close(self) -> None:
-        """Looks no more."""
+        """Ends the thread."""
         self._stop.set()
         self._thread.join()
 
     def _poll(self) -> None:
         while not self._stop.wait(0.25):
-            for name, status in serve.status().applications["valle"].deployments.items():
+            for name, status in serve.status().applications[APP_NAME].deployments.items():
                 running = next((n for s, n in status.replica_states.items() if s == "RUNNING"), 0)
                 changes = self.changes.setdefault(name, [])
                 if not changes or changes[-1][1] != running:
                     changes.append((round(self.elapsed, 1), running))
 
 
-async def run_clients(url: str, sentences: Sequence[str], count: int, seconds: float) -> LoadResult:
-    """So many clients for so long, each asking again when answered."""
-    result, end = LoadResult(), time.perf_counter() + seconds
-
-    async def client(number: int) -> None:
-        async with httpx.AsyncClient(timeout=300) as http:
-            while time.perf_counter() < end:
-                body = SpeechBody(input=sentences[number % len(sentences)], voice="joe")
-                await send_request(http, url, body, result)
-                number += count
-
-    await asyncio.gather(*(client(number) for number in range(count)))
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+@contextmanager
+def local_nodes(count: int) -> Iterator[None]:
+    """A Ray cluster of `count` one-core nodes on this machine; a connection to Ray that exists
+    already is used as it is, as by `connect()`."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
-    parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=16, help="at the busy time")
-    parser.add_argument("--seconds", type=float, default=60, help="of the busy time")
-    parser.add_argument("--port", type=int, default=8100)
-    arguments = parser.parse_args(argv)
-    voices = str(settings.read().home / "data" / "voices")
-    make_starter_voices(voices)
-    model = registry.pin(registry.absolute(arguments.model))
-    sentences = [item.text for item in load_items("quick")]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    for _ in range(arguments.nodes - 1):
-        cluster.add_node(num_cpus=1)
-    report: dict[str, Any] = {"nodes": arguments.nodes, "phases": []}
+    if ray.is_initialized():
+        yield
+        return
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
     try:
-        ray.init(address=cluster.address, logging_level="warning")
-        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
-        args = AppArgs(
-            model=model, voices=voices, slots=4, max_replicas=4, upscale_delay_s=2,
-            downscale_delay_s=10,
-        )  # fmt: skip
-        serve.run(build_app(args), name="valle")
-        url = f"http://127.0.0.1:{arguments.port}/v1/audio/speech"
-        monitor = ReplicaMonitor()
-        for count, seconds in ((1, 10), (arguments.clients, arguments.seconds), (1, 40)):
-            started = monitor.elapsed
-            result = asyncio.run(run_clients(url, sentences, count, seconds))
-            report["phases"].append(
-                {
-                    "started_at": round(started, 1),
-                    "clients": count,
-                    "responses": len(result.first_audio_seconds),
-                    "first_audio_p50": round(statistics.median(result.first_audio_seconds), 2),
-                    "first_audio_p50_last_third": round(
-                        statistics.median(
-                            result.first_audio_seconds[
-                                -max(1, len(result.first_audio_seconds) // 3) :
-                            ]
-                        ),
-                        2,
-                    ),
-                }
-            )
-        monitor.close()
-        report["replica_changes"] = monitor.changes
-        serve.shutdown()
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=1)
+        yield
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps(report, indent=2))
+
+
+def measure(
+    url: str, sentences: Sequence[str], phases: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
+    """Loads the endpoint in phases of (clients, seconds); returns a row for each phase, and the
+    changes in the number of replicas."""
+    monitor = ReplicaMonitor()
+    rows = []
+    try:
+        for clients, seconds in phases:
+            started = monitor.elapsed
+            load = run_load_for(seconds, url + SPEECH_ROUTE, sentences, clients, voice="joe")
+            first_audio = asyncio.run(load).first_audio_seconds
+            last_third = first_audio[-max(1, len(first_audio) // 3) :]
+            rows.append(
+                {
+                    "started_at": round(started, 1),
+                    "clients": clients,
+                    "responses": len(first_audio),
+                    "first_audio_p50": round(statistics.median(first_audio), 2),
+                    "first_audio_p50_last_third": round(statistics.median(last_third), 2),
+                }
+            )
+    finally:
+        monitor.close()
+    return {"phases": rows, "replica_changes": monitor.changes}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__, serves=True)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=16, help="during the load")
+    parser.add_argument("--before", type=float, default=10, help="seconds of one client before it")
+    parser.add_argument("--seconds", type=float, default=60, help="of the load")
+    parser.add_argument("--after", type=float, default=40, help="seconds of one client after it")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark and prints its report."""
+    arguments = parse_arguments(argv)
+    args = endpoint_args(
+        arguments.model, slots=4, max_replicas=4, upscale_delay_s=2, downscale_delay_s=10
+    )
+    sentences = [item.text for item in load_items("quick")]
+    phases = (
+        (1, arguments.before),
+        (arguments.clients, arguments.seconds),
+        (1, arguments.after),
+    )
+    with local_nodes(arguments.nodes), endpoint(args, arguments.port) as url:
+        report = measure(url, sentences, phases)
+    print_report({"nodes": arguments.nodes, **report})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The endpoint under fire: thousands of requests, valid and invalid, cancelled and too many, then a
-replica killed; every answer is checked.
+"""Soak test: thousands of requests, bursts and a killed replica, with every answer checked.
 
     python -m valle.jobs.bench.soak --requests 10000
 
-Valid requests have to be answered with what the model says offline for that text, voice and seed;
-of a burst, some with "come again". Invalid ones have to be refused with the right status. Memory of
-every replica is taken before each burst and at the end. Then an AR replica is killed while clients
-ask: how many requests fail, and how long until one succeeds again.
+Requests are valid, cancelled by the client, or invalid. A valid one must be answered with the audio
+that the engine makes offline of the same text, voice and seed; an invalid one with its status; in a
+burst beyond capacity some must be served and some refused with 429 and `Retry-After`. The memory of
+every replica is sampled before each burst and at the end. Then an AR replica is killed under load:
+how many requests fail, and how long until one succeeds again.
+
+The exit status is 1 after a wrong answer, or when nothing succeeds after the kill.
 """
 
 import argparse
@@ -14,7 +16,6 @@ import asyncio
 import base64
 import io
 import itertools
-import json
 import os
 import random
 import signal
@@ -28,53 +29,52 @@ import httpx
 import numpy as np
 import psutil
 import soundfile
-from ray import serve
 
+from valle.jobs.bench.clients import SPEECH_ROUTE
+from valle.jobs.bench.command_line import build_parser, endpoint_args, print_report
+from valle.jobs.bench.offline import encode_voice, english_request, load_offline
 from valle.jobs.bench.replicas import replica_memory, replica_processes
 from valle.jobs.evaluation.items import load_items
-from valle.jobs.starter_voices import make_starter_voices
-from valle.model.text import phoneme_ids
-from valle.model.valle import Synthesis
-from valle.platform import audio, registry, settings, storage
+from valle.platform import audio, storage
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
-from valle.serve.app import build_app
-from valle.serve.engine.offline import OfflineSynthesizer
-from valle.serve.engine.request import Request
+from valle.serve.deployments.handles import AR
+from valle.serve.run import endpoint
 from valle.serve.web.audio_formats import encode_audio
-from valle.serve.web.schema import AppArgs
 
 ReferenceAudio = dict[tuple[str, str, int], np.ndarray]
 """Samples by text, voice and seed."""
 
 InvalidRequests = dict[str, tuple[int, dict[str, Any]]]
-"""What is wrong with a request: the status that says so, and the request."""
+"""By what is wrong with a request, the status that it must be answered with, and its body."""
 
 VOICES = ("joe", "heart")
 SEEDS = range(3)
-WORDS_PER_TEXT = 5
-"""Of each text: short requests are the many ones."""
+N_TEXTS, WORDS_PER_TEXT = 8, 5
+"""Short texts: the number of requests counts here, not their length."""
 
 BURST = 150
-"""Requests at once: more than slots and queue hold."""
+"""Concurrent requests of a burst: more than slots and queue hold."""
 
 BURST_EVERY = 500
+"""Requests between two bursts."""
 
 BUSY_CPU_SHARE = 0.3
-"""Share of a core from which on the AR replica counts as speaking."""
+"""Share of a core above which the AR replica counts as decoding."""
 
 
 def invalid_requests() -> InvalidRequests:
-    """Requests to be refused."""
+    """Requests that the endpoint must refuse."""
     hours = io.BytesIO()
     with soundfile.SoundFile(hours, "w", 8_000, 1, "PCM_16", format="FLAC") as file:
         for _ in range(180):
             file.write(np.zeros(60 * 8_000, np.float32))
-    sounds = {
-        "not audio": b"RIFF....", "not flac": b"fLaC" + bytes(1000),
+    recordings = {
+        "not audio": b"RIFF....",
+        "not flac": b"fLaC" + bytes(1000),
         "three hours, packed": hours.getvalue(),
         "too short": audio.wav_bytes(np.full(2_400, 0.1, np.float32)),
-    }  # fmt: skip
+    }
     requests: InvalidRequests = {
         "no such voice": (404, {"input": "hello", "voice": "nobody"}),
         "no text": (400, {"input": "", "voice": "joe"}),
@@ -82,37 +82,32 @@ def invalid_requests() -> InvalidRequests:
         "not base64": (400, {"input": "hello", "ref_audio": "%%%"}),
         "no such language": (400, {"input": "One. Two.", "voice": "joe", "language": "xx"}),
     }
-    for name, data in sounds.items():
+    for name, data in recordings.items():
         requests[name] = (400, {"input": "hello", "ref_audio": base64.b64encode(data).decode()})
     return requests
 
 
 @dataclass
 class SoakResult:
-    """What became of the requests."""
+    """Counts and failures of a soak, filled in by its clients."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    """Requests by kind, and refusals."""
     failures: list[str] = field(default_factory=list)
+    """A line for every wrong answer."""
     memory: list[dict[str, float]] = field(default_factory=list)
-    """Megabytes of each replica, on the way."""
+    """Samples of the megabytes of each replica."""
 
 
 def reference_audio(model: str, voices: str, texts: Sequence[str]) -> ReferenceAudio:
-    """Samples for every text, voice and seed, by the engine without Serve."""
-    synthesizer = registry.load_synthesizer(registry.resolve(model))
-    offline = OfflineSynthesizer(synthesizer, Synthesis(), slots=8, max_phonemes=1000)
+    """Samples of every text, voice and seed, by the engine without Serve."""
+    offline = load_offline(model, slots=8)
     keys, requests = [], []
-    for name in VOICES:
-        recording = storage.read_bytes(storage.join(voices, f"{name}.wav"))
-        prompt = synthesizer.encode_prompt(audio.read(recording, max_seconds=30), Synthesis())
+    for voice in VOICES:
+        prompt = encode_voice(offline, storage.read_bytes(storage.join(voices, f"{voice}.wav")))
         for text, seed in itertools.product(texts, SEEDS):
-            keys.append((text, name, seed))
-            requests.append(
-                Request(
-                    id=str(len(keys)), phonemes=phoneme_ids(text, "en-us"), prompt=prompt,
-                    sampling=Synthesis().ar, max_frames=offline.max_frames, seed=seed,
-                )
-            )  # fmt: skip
+            keys.append((text, voice, seed))
+            requests.append(english_request(str(len(keys)), text, prompt, seed, offline.max_frames))
     reference = {}
     for key, result in zip(keys, offline.synthesize(requests), strict=True):
         if isinstance(result, ValueError):
@@ -122,7 +117,7 @@ def reference_audio(model: str, voices: str, texts: Sequence[str]) -> ReferenceA
 
 
 class Client:
-    """Asks for things, and checks what comes."""
+    """Sends requests of every kind and checks the answers."""
 
     def __init__(
         self,
@@ -134,47 +129,55 @@ class Client:
         self._http, self._reference, self._invalid, self._result = http, reference, invalid, result
 
     async def send_one(self, number: int) -> None:
-        """A request of a kind that its number decides."""
+        """Sends one request, whose number determines its kind and content."""
         chance = random.Random(number)
         kind = chance.choices(["valid", "cancelled", "invalid", "malformed"], [75, 12, 12, 1])[0]
         self._result.counts[kind] += 1
         if kind == "invalid":
             name, (status, body) = chance.choice(list(self._invalid.items()))
-            response = await self._http.post("/v1/audio/speech", json=body)
+            response = await self._http.post(SPEECH_ROUTE, json=body)
             if response.status_code != status or "error" not in response.json():
                 self._result.failures.append(
                     f"{name}: {response.status_code} {response.text[:200]}"
                 )
         elif kind == "malformed":
-            response = await self._http.post("/v1/audio/speech", content=b"{")
+            response = await self._http.post(SPEECH_ROUTE, content=b"{")
             if response.status_code != 400:
                 self._result.failures.append(f"malformed: {response.status_code}")
         else:
             leave_after = chance.random() * 0.5 if kind == "cancelled" else None
-            retry_after = await self._speak(chance.choice(list(self._reference)), leave_after)
+            retry_after = await self._send_valid(chance.choice(list(self._reference)), leave_after)
             await asyncio.sleep(retry_after)
 
     async def send_burst(self, number: int) -> None:
-        """More than can be served, at once: some are, some are told to come again."""
+        """Sends more requests at once than fit; some must be served, some refused."""
         self._result.counts["in a burst"] += BURST
         keys = random.Random(number).choices(list(self._reference), k=BURST)
-        waits = await asyncio.gather(*(self._speak(key) for key in keys))
+        waits = await asyncio.gather(*(self._send_valid(key) for key in keys))
         refused = sum(retry_after > 0 for retry_after in waits)
         self._result.counts["refused in a burst"] += refused
         if not 0 < refused < BURST:
             self._result.failures.append(f"a burst of {BURST}, of which {refused} were refused")
 
-    async def _speak(self, key: tuple[str, str, int], leave_after: float | None = None) -> float:
-        """Seconds to wait, where the answer was to come again."""
+    async def _send_valid(
+        self, key: tuple[str, str, int], leave_after: float | None = None
+    ) -> float:
+        """Sends a valid request; returns its `Retry-After` in seconds, 0 if it was not refused.
+
+        With `leave_after` the client disconnects after so many seconds, and audio is not compared.
+        """
         text, voice, seed = key
         expected = self._reference[key]
         body = {
-            "input": text, "voice": voice, "seed": seed, "response_format": "pcm",
+            "input": text,
+            "voice": voice,
+            "seed": seed,
+            "response_format": "pcm",
             "chunked": leave_after is not None,
-        }  # fmt: skip
+        }
         try:
             async with asyncio.timeout(leave_after):
-                response = await self._http.post("/v1/audio/speech", json=body)
+                response = await self._http.post(SPEECH_ROUTE, json=body)
         except TimeoutError:
             return 0
         if response.status_code == 429 and float(response.headers.get("retry-after", 0)) > 0:
@@ -197,14 +200,15 @@ async def run_soak(
     clients: int,
     minutes: float = float("inf"),
 ) -> SoakResult:
-    """All requests, so many at a time, or as many as there is time for, and a burst among every
-    `BURST_EVERY`."""
+    """Sends `count` requests from concurrent clients, and a burst in the middle of every
+    `BURST_EVERY` of them; stops early after `minutes`."""
     result, end = SoakResult(), time.perf_counter() + 60 * minutes
+    # one iterator for all clients: each takes the next number
     numbers = itertools.takewhile(lambda _: time.perf_counter() < end, range(count))
     limits = httpx.Limits(max_connections=None)
     with progress_bar(total=count, label="bench.soak", unit="request") as bar:
 
-        async def work() -> None:
+        async def run_client() -> None:
             async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
                 client = Client(http, reference, invalid, result)
                 for number in numbers:
@@ -214,32 +218,50 @@ async def run_soak(
                     await client.send_one(number)
                     bar.update()
 
-        await asyncio.gather(*(work() for _ in range(clients)))
+        await asyncio.gather(*(run_client() for _ in range(clients)))
     return result
 
 
-async def _share_of_core(process: psutil.Process, seconds: float = 0.1) -> float:
-    """What a process uses of a core, for a moment."""
+async def _cpu_share(process: psutil.Process, seconds: float = 0.1) -> float:
+    """Share of one core that a process uses during the next `seconds`."""
     before = process.cpu_times()
     await asyncio.sleep(seconds)
     after = process.cpu_times()
     return (after.user + after.system - before.user - before.system) / seconds
 
 
-async def kill_replica(url: str, reference: ReferenceAudio, clients: int) -> dict[str, Any]:
-    """SIGKILL to the AR replica while it speaks."""
+async def kill_replica(
+    url: str,
+    reference: ReferenceAudio,
+    clients: int,
+    *,
+    before: float = 8.0,
+    after: float = 32.0,
+    enough: int | None = None,
+) -> dict[str, Any]:
+    """Sends SIGKILL to the AR replica while it decodes, under the load of concurrent clients.
+
+    They run for `before` seconds ahead of the kill and `after` seconds past it, or, with `enough`,
+    until so many of the requests begun after the kill have succeeded. Raises RuntimeError when the
+    replica is never busy.
+    """
     attempts: list[tuple[float, float, bool]] = []  # started, ended, succeeded
     keys = list(reference)
-    stop = time.perf_counter() + 40
+    stop = time.perf_counter() + before + after
+    killed = float("inf")
 
-    async def work(number: int) -> None:
+    def recoveries() -> list[float]:
+        # a request begun before the kill may have left the AR model: it needs no new replica
+        return [ended for started, ended, succeeded in attempts if succeeded and started > killed]
+
+    async def run_client(number: int) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-            while time.perf_counter() < stop:
+            while time.perf_counter() < stop and (enough is None or len(recoveries()) < enough):
                 text, voice, seed = keys[number % len(keys)]
                 body = {"input": text, "voice": voice, "seed": seed, "response_format": "pcm"}
                 started = time.perf_counter()
                 try:
-                    succeeded = (await http.post("/v1/audio/speech", json=body)).status_code == 200
+                    succeeded = (await http.post(SPEECH_ROUTE, json=body)).status_code == 200
                 except httpx.HTTPError:
                     succeeded = False
                 attempts.append((started, time.perf_counter(), succeeded))
@@ -247,73 +269,69 @@ async def kill_replica(url: str, reference: ReferenceAudio, clients: int) -> dic
                 if not succeeded:
                     await asyncio.sleep(0.2)  # as a client that retries would
 
-    running = [asyncio.create_task(work(number)) for number in range(clients)]
-    await asyncio.sleep(8)
-    process = replica_processes("AR")[0]  # there is one: `max_replicas`
-    while (used := await _share_of_core(process)) < BUSY_CPU_SHARE:
-        if time.perf_counter() > stop - 15:
-            raise RuntimeError("the AR replica never spoke: there was nothing to interrupt")
+    running = [asyncio.create_task(run_client(number)) for number in range(clients)]
+    await asyncio.sleep(before)
+    process = replica_processes(AR)[0]  # there is one: `max_replicas`
+    while (share := await _cpu_share(process)) < BUSY_CPU_SHARE:
+        if time.perf_counter() > stop - after / 2:
+            raise RuntimeError("the AR replica was never busy: there was nothing to interrupt")
     killed = time.perf_counter()
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.gather(*running)
-    # who had begun before may have been past the AR model: only who came later needs a new one
-    after = [ended for started, ended, ok in attempts if ok and started > killed]
+    recovered = recoveries()
     return {
         "succeeded_before": sum(ok for _, ended, ok in attempts if ended <= killed),
-        "cpu_share_at_kill": round(used, 2),
+        "cpu_share_at_kill": round(share, 2),
         "failed": sum(not ok for _, _, ok in attempts),
-        "recovery_seconds": round(min(after) - killed, 1) if after else None,
-        "succeeded_after": len(after),
+        "recovery_seconds": round(min(recovered) - killed, 1) if recovered else None,
+        "succeeded_after": len(recovered),
     }
 
 
 def summary(result: SoakResult, seconds: float) -> dict[str, Any]:
-    """What is reported of the soak."""
+    """The report of a soak: counts, the first failures, and memory by replica over time."""
     names = dict.fromkeys(name for sample in result.memory for name in sample)
     return {
-        "minutes": round(seconds / 60, 1), "counts": dict(result.counts),
-        "failures": len(result.failures), "first_failures": result.failures[:20],
+        "minutes": round(seconds / 60, 1),
+        "counts": dict(result.counts),
+        "failures": len(result.failures),
+        "first_failures": result.failures[:20],
         "megabytes": {name: [sample.get(name) for sample in result.memory] for name in names},
-    }  # fmt: skip
+    }
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__, serves=True)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument(
+        "--warm-up", type=int, default=200, help="requests before memory is sampled (%(default)s)"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit of the soak")
+    parser.add_argument("--clients", type=int, default=12)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end earlier, then")
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--port", type=int, default=8100)
-    arguments = parser.parse_args(argv)
-    model = registry.pin(registry.absolute(arguments.model))
-    voices = str(settings.read().home / "data" / "voices")
-    make_starter_voices(voices)
-    texts = [" ".join(item.text.split()[:WORDS_PER_TEXT]) for item in load_items("quick")][:8]
-    reference = reference_audio(model, voices, texts)
-    url = f"http://127.0.0.1:{arguments.port}"
-    invalid = invalid_requests()
-    with connect():
-        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
-        args = AppArgs(model=model, voices=voices, max_replicas=1)
-        serve.run(build_app(args), name="valle")
-        asyncio.run(
-            run_soak(url, reference, invalid, 200, arguments.clients)
-        )  # caches fill up first
+    """Runs the soak and prints its reports."""
+    arguments = parse_arguments(argv)
+    args = endpoint_args(arguments.model, max_replicas=1)
+    items = load_items("quick")[:N_TEXTS]
+    texts = [" ".join(item.text.split()[:WORDS_PER_TEXT]) for item in items]
+    reference, invalid = reference_audio(args.model, args.voices, texts), invalid_requests()
+    with connect(), endpoint(args, arguments.port) as url:
+        # caches fill up first, so that what grows afterwards is a leak
+        asyncio.run(run_soak(url, reference, invalid, arguments.warm_up, arguments.clients))
         started = time.perf_counter()
-        result = asyncio.run(
-            run_soak(
-                url, reference, invalid, arguments.requests, arguments.clients, arguments.minutes
-            )
+        soak = run_soak(
+            url, reference, invalid, arguments.requests, arguments.clients, arguments.minutes
         )
+        result = asyncio.run(soak)
         result.memory.append(replica_memory())
-        print(json.dumps(summary(result, time.perf_counter() - started), indent=2), flush=True)
-        killed = asyncio.run(kill_replica(url, reference, arguments.clients))
-        serve.shutdown()
-    print(json.dumps({"replica_killed": killed}, indent=2))
-    if result.failures or not killed["succeeded_after"]:
+        print_report(summary(result, time.perf_counter() - started))
+        recovery = asyncio.run(kill_replica(url, reference, arguments.clients))
+    print_report({"replica_killed": recovery})
+    if result.failures or not recovery["succeeded_after"]:
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""Variants of the same work, timed in turn: what the benchmarks of one process share."""
+"""Paired timing: variants of the same work, run alternately in one process."""
 
 import statistics
 import time
@@ -10,7 +10,11 @@ from valle.platform.progress import progress_bar
 def time_interleaved(
     variants: Mapping[str, Callable[[], object]], rounds: int, label: str
 ) -> dict[str, list[float]]:
-    """Seconds that each variant took, a figure a round: what slows the machine slows them all."""
+    """Seconds of each variant, one value a round.
+
+    The variants alternate within a round, so that a machine that slows down for a while slows all
+    of them, and ratios of the same round remain comparable.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with progress_bar(total=rounds * len(variants), label=label, unit="variant") as bar:
         for _ in range(rounds):
@@ -23,5 +27,5 @@ def time_interleaved(
 
 
 def median_ratio(values: Sequence[float], to: Sequence[float]) -> float:
-    """Median of the rounds' own ratios."""
+    """Median of the ratios of values of the same round."""
     return statistics.median(a / b for a, b in zip(values, to, strict=True))

@@ -1,1 +1,1 @@
-"""What is measured of a model: items, metrics, figures with intervals, report, gate."""
+"""Evaluation of voice models: items, systems, metrics, results, report, gate."""

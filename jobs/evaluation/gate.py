@@ -1,19 +1,21 @@
-"""The quality gate: which figures let a candidate become champion."""
+"""The quality gate: the metrics that a candidate must reach to become champion."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from valle.jobs.evaluation.report import COLUMNS, Report, mlflow_metrics
-from valle.jobs.evaluation.scores import paired_difference
+from valle.jobs.evaluation.format1 import RENAMED_METRICS
+from valle.jobs.evaluation.report import COLUMNS, mlflow_metrics
+from valle.jobs.evaluation.results import EvaluationReport
+from valle.jobs.evaluation.scores import ComparedField, paired_difference
 from valle.platform.recipe import formerly
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """A metric of the report and what it must reach."""
+    """A metric of the report and the value it must reach."""
 
     metric: str = field(metadata=formerly("figure"))
-    """`system/metric` or `system/group/metric`, as MLflow shows it: codec/distillmos, cross/unseen
+    """`system/metric` or `system/group/metric`, as in MLflow: codec/distillmos, cross/unseen
     people/wer ... Shares are 0 to 1."""
 
     at_most: float | None = None
@@ -30,49 +32,90 @@ class Bound:
         if self.at_most is None and self.at_least is None:
             raise ValueError(f"gate: {self.metric} needs at_most or at_least")
         for name in (self.metric, self.minus or "cross/wer"):
-            if name.rpartition("/")[2] not in COLUMNS:
+            path, _, metric = name.rpartition("/")
+            if metric in RENAMED_METRICS:
+                raise ValueError(f"gate: {name!r} is called {path}/{RENAMED_METRICS[metric]} now")
+            if metric not in COLUMNS:
                 raise ValueError(
                     f"gate: {name!r} is no metric; expected system/metric or system/group/metric, "
                     f"the metric one of {', '.join(COLUMNS)}"
                 )
 
 
-REGRESSION_SIGNS = {"word_errors": +1, "distillmos": -1, "cosine_own": -1}
-"""What a candidate is compared with its champion by; +1 where less is better."""
+@dataclass(frozen=True)
+class Violation:
+    """One reason why the gate refuses a candidate."""
+
+    metric: str
+    reason: str
+    """What follows the metric's name in a sentence."""
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.reason}"
 
 
-def violations(report: Report, bounds: Sequence[Bound], champion: Report | None) -> list[str]:
-    """Why this report does not open the gate; empty when it does."""
-    return [*_out_of_bounds(report, bounds), *_regressions(report, champion)]
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's decision about one candidate."""
+
+    violations: tuple[Violation, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if there is no violation."""
+        return not self.violations
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.violations)) or "passed the gate"
 
 
-def _out_of_bounds(report: Report, bounds: Sequence[Bound]) -> Iterator[str]:
+REGRESSION_SIGNS: dict[ComparedField, int] = {
+    "word_errors": +1, "distillmos": -1, "speaker_similarity": -1,
+}  # fmt: skip
+"""Fields by which a candidate is compared with the champion; +1 where less is better."""
+
+
+def decide(
+    report: EvaluationReport, bounds: Sequence[Bound], champion: EvaluationReport | None
+) -> Verdict:
+    """Whether the model of `report` may become champion: within all bounds, and no regression."""
+    violations = [*_out_of_bounds(report, bounds)]
+    if champion is not None:
+        violations += _regressions(report, champion)
+    return Verdict(tuple(violations))
+
+
+def _out_of_bounds(report: EvaluationReport, bounds: Sequence[Bound]) -> Iterator[Violation]:
     metrics = mlflow_metrics(report)
     for bound in bounds:
         names = [bound.metric] + ([bound.minus] if bound.minus else [])
         if missing := [name for name in names if name not in metrics]:
-            yield f"{missing[0]} is not in the report"
+            yield Violation(missing[0], "is not in the report")
             continue
         value = metrics[bound.metric] - (metrics[bound.minus] if bound.minus else 0.0)
         label = bound.metric + (f" minus {bound.minus}" if bound.minus else "")
         if bound.at_most is not None and value > bound.at_most:
-            yield f"{label} is {value:.3f}, at most {bound.at_most:g} is allowed"
+            yield Violation(label, f"is {value:.3f}, at most {bound.at_most:g} is allowed")
         if bound.at_least is not None and value < bound.at_least:
-            yield f"{label} is {value:.3f}, at least {bound.at_least:g} is needed"
+            yield Violation(label, f"is {value:.3f}, at least {bound.at_least:g} is needed")
 
 
-def _regressions(report: Report, champion: Report | None) -> Iterator[str]:
-    """Figures that are worse than the champion's by more than noise, item by item."""
-    if champion is None:
-        return
+def _regressions(report: EvaluationReport, champion: EvaluationReport) -> Iterator[Violation]:
+    """Metrics that are worse than the champion's beyond noise, on the items both have."""
     for name, sign in REGRESSION_SIGNS.items():
-        difference = paired_difference(report["records"], champion["records"], "cross", name)
+        difference = paired_difference(report.results, champion.results, "cross", name)
         if difference is None:
-            yield "the champion was judged on other items: evaluate it on this set first"
+            yield Violation(
+                name,
+                "has no item in common with the champion's report: "
+                "evaluate the champion on this set",
+            )
             return
-        worse = difference["low"] > 0 if sign > 0 else difference["high"] < 0
+        # beyond noise: the whole interval lies on the side of the champion
+        worse = difference.low > 0 if sign > 0 else difference.high < 0
         if worse:
-            yield (
-                f"{name} loses to the champion by {abs(difference['value']):.3f} "
-                f"(95 % interval {difference['low']:.3f} to {difference['high']:.3f})"
+            yield Violation(
+                name,
+                f"is worse than the champion's by {abs(difference.value):.3f} "
+                f"(95 % interval {difference.low:.3f} to {difference.high:.3f})",
             )

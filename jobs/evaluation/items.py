@@ -1,12 +1,11 @@
-"""Evaluation sets: which sentence, in which voice, and what is known about the truth.
+"""Evaluation sets: texts with a prompt, a speaker and, where there is one, a reference recording.
 
-One JSON object a line (`jobs/evaluation/sets/*.jsonl` are versioned with the code):
+A set is a JSONL file, an item a line; those in `jobs/evaluation/sets` are versioned with the code:
 
-    {"id", "text", "prompt", "speaker"}   and, where known: "prompt_text", "reference",
-                                          "language" (en-us), "group" (all)
+    {"id": ..., "text": ..., "prompt": ..., "speaker": ...}
 
-`prompt` and `reference` are recordings below the set's root; `reference` is the same voice saying
-`text`. Only items with a reference have the rows that need one.
+`prompt_text`, `reference`, `language` and `group` are optional. `prompt` and `reference` are paths
+below the set's recordings; the reference is the speaker saying the text.
 """
 
 import hashlib
@@ -22,28 +21,35 @@ from valle.platform import dataset, storage
 
 SETS = Path(__file__).parent / "sets"
 RENAMED_SETS = {"nano": "standard"}
-"""Former name of a set: its name now."""
+"""Former name of a set: its present name."""
+
+SET_NAMES = frozenset({path.stem for path in SETS.glob("*.jsonl")} | RENAMED_SETS.keys())
+"""Names of the shipped sets; anything else is a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationItem:
-    """One sentence to speak."""
+    """One text to synthesize, in the voice of a prompt."""
 
     id: str
     text: str
     prompt: str
+    """Recording of the speaker that the model is prompted with."""
     speaker: str
     prompt_text: str | None = None
+    """Transcript of the prompt."""
     reference: str | None = None
+    """Recording of the speaker saying `text`. None: systems that need one skip the item."""
     language: str = "en-us"
     group: str = "all"
-    """What the item stands for: `seen voices`, `unseen voices`, `human` ..."""
+    """Part of the report the item counts in; the speakers of groups that begin with `unseen` must
+    not be in the training data."""
 
 
 def load_items(name_or_uri: str) -> list[EvaluationItem]:
-    """The items of a set in `jobs/evaluation/sets`, or of a JSONL file given by path or URI.
+    """The items of a set in `jobs/evaluation/sets`, or of a JSONL file by path or URI.
 
-    Raises ValueError naming the line that is wrong.
+    Raises ValueError naming the set, or the line that is wrong.
     """
     path = SETS / f"{name_or_uri}.jsonl"
     uri = str(path) if path.is_file() else name_or_uri
@@ -68,12 +74,13 @@ def load_items(name_or_uri: str) -> list[EvaluationItem]:
 
 
 def item_seed(item_id: str, seed: int) -> int:
-    """A seed for one item, the same wherever and in whatever order it is spoken."""
+    """Seed of one item, 48 bits: it depends on nothing but the item's id and `seed`."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{item_id}".encode()).digest()[:6], "big")
 
 
 def check_unseen(items: Sequence[EvaluationItem], training_data: str) -> None:
-    """Raises ValueError when a sentence, or a voice of an `unseen` group, was trained on."""
+    """Raises ValueError when the token dataset `training_data` holds an item's text, or the speaker
+    of an item in an `unseen` group."""
     manifest = dataset.read_manifest(training_data)
     texts: set[str] = set()
     speakers: set[str] = set()

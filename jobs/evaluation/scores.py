@@ -1,187 +1,217 @@
-"""From one record per spoken sentence to figures with confidence intervals."""
+"""From measurements of items to metrics of systems."""
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.metrics.speaker_similarity import equal_error_rate, top1_correct
-from valle.model.tokens import FRAME_RATE
-
-ItemResult = dict[str, Any]
-"""What was measured of one system on one item: a record of `report.json`."""
-
-Metrics = dict[str, Any]
-"""Metrics by name: numbers, counts, intervals."""
-
-Interval = dict[str, Any]
-"""`value`, `low`, `high`: a metric with its 95 % bootstrap interval."""
+from valle.jobs.evaluation.intervals import Interval, bootstrap_mean, bootstrap_ratio
+from valle.jobs.evaluation.metrics.speaker_similarity import (
+    Embedding,
+    equal_error_rate,
+    top1_correct,
+)
+from valle.jobs.evaluation.results import Breakdown, ItemResult, Metrics, Part, SystemMetrics
+from valle.model.codec.interface import Wave
+from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 
 MIN_SECONDS = 0.2
-"""Seconds below which there is nothing to judge: the model stopped at once."""
+"""Seconds; shorter audio is not measured, and an output with fewer frames is `empty`."""
 
 LOOP_SECONDS = 1.5
-"""A stretch this long that repeats itself, token by token, is a loop."""
+"""Seconds; a stretch this long that repeats itself, token by token, is a loop."""
 
-RESAMPLES = 2_000
-EMBEDDING_KEYS = ("embedding", "prompt_embedding")
+ComparedField = Literal["word_errors", "distillmos", "speaker_similarity"]
+"""Field of an item result by which two reports are compared."""
 
 
-def faults(codes: NDArray[np.int16] | None, hit_limit: bool) -> Metrics:
-    """What can go wrong in decoding, seen from the first codebook `[T]`."""
+@dataclass(frozen=True)
+class Measurement:
+    """An item result with the speaker embeddings `[D]` of length one, which no report keeps."""
+
+    result: ItemResult
+    embedding: Embedding | None
+    """Of the output; None where it holds no voice."""
+    prompt_embedding: Embedding | None
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What can go wrong in decoding."""
+
+    hit_limit: bool
+    empty: bool
+    looped: bool
+
+
+@dataclass(frozen=True)
+class SpeakerMetrics:
+    """The fields of `Metrics` that compare outputs with the prompts of several speakers."""
+
+    n_speakers: int
+    speaker_similarity: Interval | None
+    impostor_similarity: Interval | None
+    speaker_id_accuracy: Interval | None
+    equal_error_rate: float
+
+
+def is_long_enough(wave: Wave) -> bool:
+    """Whether a recording is long enough to be measured."""
+    return len(wave) / SAMPLE_RATE >= MIN_SECONDS
+
+
+def find_faults(codes: NDArray[np.int16] | None, hit_limit: bool) -> Faults:
+    """Faults of an output by its first codebook `[T]`; None: there is no output."""
     frames = 0 if codes is None else len(codes)
-    return {
-        "hit_limit": hit_limit,
-        "stopped": frames < MIN_SECONDS * FRAME_RATE,
-        "looped": codes is not None and longest_repetition(codes) >= LOOP_SECONDS * FRAME_RATE,
-    }
+    return Faults(
+        hit_limit=hit_limit,
+        empty=frames < MIN_SECONDS * FRAME_RATE,
+        looped=codes is not None and longest_repetition(codes) >= LOOP_SECONDS * FRAME_RATE,
+    )
 
 
 def longest_repetition(codes: NDArray[np.int16], longest_period: int = FRAME_RATE) -> int:
-    """Frames of the longest stretch that equals what came `period` frames before it."""
-    best = 0
+    """Frames of the longest stretch that equals what precedes it by one period of any length."""
+    longest = 0
     for period in range(1, min(longest_period, len(codes) - 1) + 1):
         same = np.concatenate([[False], codes[period:] == codes[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
+        edges = np.flatnonzero(same[1:] != same[:-1])  # starts and ends of stretches, in turn
         if len(edges):
-            best = max(best, int((edges[1::2] - edges[::2]).max()))
-    return best
-
-
-def without_embeddings(record: ItemResult) -> ItemResult:
-    """The record as it is kept in a report."""
-    return {key: value for key, value in record.items() if key not in EMBEDDING_KEYS}
+            longest = max(longest, int((edges[1::2] - edges[::2]).max()))
+    return longest
 
 
 def summarize(
-    records: Sequence[ItemResult], speaker_id_candidates: Collection[str] = ()
-) -> dict[str, Metrics]:
-    """Figures per system, with the same by group, language and speaker below `by`.
+    measurements: Sequence[Measurement], speaker_id_candidates: Collection[str] = ()
+) -> dict[str, SystemMetrics]:
+    """Metrics of each system, and of its items by group, language and speaker.
 
-    `speaker_id_candidates`: the speakers whose outputs are identified, among each other, in a
-    system's own figure; none: all. A part's is among the voices of that part.
+    A system's outputs are identified among `speaker_id_candidates` (empty: all speakers), the
+    outputs of a part among the speakers of that part.
     """
-    result: dict[str, Metrics] = {}
-    for system in dict.fromkeys(record["system"] for record in records):
-        rows = [record for record in records if record["system"] == system]
-        result[system] = {
-            **compute_metrics(rows),
-            **_speaker_id([row for row in rows if row["speaker"] in speaker_id_candidates]),
-            "by": {
-                key: {name: compute_metrics(part) for name, part in _parts(rows, key)}
-                for key in ("group", "language", "speaker")
-            },
-        }
-    return result
+    systems: dict[str, SystemMetrics] = {}
+    for system in dict.fromkeys(row.result.system for row in measurements):
+        rows = [row for row in measurements if row.result.system == system]
+        metrics = compute_metrics(rows)
+        of_candidates = speaker_metrics(
+            [row for row in rows if row.result.speaker in speaker_id_candidates]
+        )
+        if of_candidates is not None:
+            metrics = replace(
+                metrics,
+                n_speakers=of_candidates.n_speakers,
+                speaker_id_accuracy=of_candidates.speaker_id_accuracy,
+            )
+        parts = {part: _metrics_by(rows, part) for part in get_args(Part)}
+        systems[system] = SystemMetrics(**vars(metrics), by=Breakdown(**parts))
+    return systems
 
 
-def _speaker_id(rows: Sequence[ItemResult]) -> Metrics:
-    metrics = speaker_metrics(rows)
-    return {name: metrics[name] for name in ("voices", "identified") if name in metrics}
-
-
-def _parts(rows: Sequence[ItemResult], key: str) -> Iterable[tuple[str, list[ItemResult]]]:
-    for name in sorted({row[key] for row in rows}):
-        yield name, [row for row in rows if row[key] == name]
-
-
-def compute_metrics(rows: Sequence[ItemResult]) -> Metrics:
-    """All figures of some records of one system."""
-    metrics: Metrics = {
-        "items": len(rows),
-        "wer": bootstrap_ratio(rows, "word_errors", "words"),
-        "cer": bootstrap_ratio(rows, "character_errors", "characters"),
-    }
-    if "second_word_errors" in rows[0]:
-        metrics["second_wer"] = bootstrap_ratio(rows, "second_word_errors", "words")
-    for name in ("distillmos", "dnsmos", "speech_fraction"):
-        metrics[name] = bootstrap_mean([row[name] for row in rows if name in row])
-    for name in ("hit_limit", "stopped", "looped"):
-        metrics[name] = float(np.mean([row[name] for row in rows]))
-    faulty = [row["hit_limit"] or row["stopped"] or row["looped"] for row in rows]
-    metrics["faults"] = float(np.mean(faulty))
-    seconds = sum(row["seconds"] for row in rows)
-    if seconds:
-        metrics["real_time_factor"] = sum(row["synthesis_seconds"] for row in rows) / seconds
-    return metrics | speaker_metrics(rows)
-
-
-def speaker_metrics(rows: Sequence[ItemResult]) -> Metrics:
-    """Each output against its own prompt and against one prompt of every other voice."""
-    prompts = {
-        row["speaker"]: row["prompt_embedding"] for row in rows if row.get("prompt_embedding")
-    }
-    usable = [row for row in rows if row.get("embedding") and row.get("prompt_embedding")]
-    if len(prompts) < 2 or not usable:
-        return {}
-    speakers = sorted(prompts)
-    own = np.array([speakers.index(row["speaker"]) for row in usable])
-    outputs = np.array([row["embedding"] for row in usable])
-    cosines = outputs @ np.array([prompts[name] for name in speakers]).T
-    cosines[np.arange(len(usable)), own] = [
-        float(np.dot(row["embedding"], row["prompt_embedding"])) for row in usable
-    ]
-    same = cosines[np.arange(len(usable)), own]
-    different = cosines[np.arange(len(speakers)) != own[:, None]]
+def _metrics_by(rows: Sequence[Measurement], part: Part) -> dict[str, Metrics]:
+    names: list[str] = [getattr(row.result, part) for row in rows]
     return {
-        "voices": len(speakers),
-        "cosine_own": bootstrap_mean(same.tolist()),
-        "cosine_other": bootstrap_mean(different.tolist()),
-        "identified": bootstrap_mean(top1_correct(cosines, own).astype(float).tolist()),
-        "equal_error_rate": equal_error_rate(same, different),
+        name: compute_metrics(
+            [row for row, other in zip(rows, names, strict=True) if other == name]
+        )
+        for name in sorted(set(names))
     }
 
 
-def bootstrap_mean(values: Sequence[float]) -> Interval:
-    """Mean with its 95 % bootstrap interval."""
-    if not len(values):
-        return {"value": None, "low": None, "high": None}
-    resampled = np.asarray(values, float)[_resamples(len(values))].mean(1)
-    return _interval(float(np.mean(values)), resampled)
-
-
-def bootstrap_ratio(rows: Sequence[ItemResult], numerator: str, denominator: str) -> Interval:
-    """Sum of one field over the sum of another, with its 95 % bootstrap interval over items."""
-    top, bottom = (
-        np.array([row[name] for row in rows], float) for name in (numerator, denominator)
+def compute_metrics(rows: Sequence[Measurement]) -> Metrics:
+    """Metrics over measurements of one system."""
+    results = [row.result for row in rows]
+    words = [result.words for result in results]
+    second_word_errors = [
+        result.second_word_errors for result in results if result.second_word_errors is not None
+    ]
+    seconds = sum(result.seconds for result in results)
+    metrics = Metrics(
+        items=len(results),
+        wer=bootstrap_ratio([result.word_errors for result in results], words),
+        cer=bootstrap_ratio(
+            [result.character_errors for result in results],
+            [result.characters for result in results],
+        ),
+        second_wer=bootstrap_ratio(second_word_errors, words) if second_word_errors else None,
+        distillmos=bootstrap_mean([r.distillmos for r in results if r.distillmos is not None]),
+        dnsmos=bootstrap_mean([r.dnsmos for r in results if r.dnsmos is not None]),
+        speech_fraction=bootstrap_mean(
+            [r.speech_fraction for r in results if r.speech_fraction is not None]
+        ),
+        hit_limit=float(np.mean([result.hit_limit for result in results])),
+        empty=float(np.mean([result.empty for result in results])),
+        looped=float(np.mean([result.looped for result in results])),
+        faults=float(np.mean([result.faulty for result in results])),
+        real_time_factor=(
+            sum(result.synthesis_seconds for result in results) / seconds if seconds else None
+        ),
     )
-    indices = _resamples(len(rows))
-    return _interval(top.sum() / bottom.sum(), top[indices].sum(1) / bottom[indices].sum(1))
+    speakers = speaker_metrics(rows)
+    return metrics if speakers is None else replace(metrics, **vars(speakers))
+
+
+def speaker_metrics(rows: Sequence[Measurement]) -> SpeakerMetrics | None:
+    """Each output against its own prompt and against one prompt of every other speaker.
+
+    None with fewer than two speakers, or without an output that holds a voice.
+    """
+    prompts = {
+        row.result.speaker: row.prompt_embedding for row in rows if row.prompt_embedding is not None
+    }
+    pairs = [
+        (row.result.speaker, row.embedding.astype(float), row.prompt_embedding.astype(float))
+        for row in rows
+        if row.embedding is not None and row.prompt_embedding is not None
+    ]
+    if len(prompts) < 2 or not pairs:
+        return None
+
+    # cosines [outputs, speakers]; in an output's own column, that of the very prompt it had
+    speakers = sorted(prompts)
+    own = np.array([speakers.index(speaker) for speaker, _, _ in pairs])
+    outputs = np.array([output for _, output, _ in pairs])
+    cosines = outputs @ np.array([prompts[speaker] for speaker in speakers], float).T
+    cosines[np.arange(len(pairs)), own] = [float(output @ prompt) for _, output, prompt in pairs]
+
+    same = cosines[np.arange(len(pairs)), own]
+    different = cosines[np.arange(len(speakers)) != own[:, None]]
+    return SpeakerMetrics(
+        n_speakers=len(speakers),
+        speaker_similarity=bootstrap_mean(same.tolist()),
+        impostor_similarity=bootstrap_mean(different.tolist()),
+        speaker_id_accuracy=bootstrap_mean(top1_correct(cosines, own).astype(float).tolist()),
+        equal_error_rate=equal_error_rate(same, different),
+    )
 
 
 def paired_difference(
     candidate: Sequence[ItemResult],
     baseline: Sequence[ItemResult],
     system: str,
-    field: str = "word_errors",
+    field: ComparedField = "word_errors",
 ) -> Interval | None:
     """`candidate` minus `baseline` on the items both have, with the paired 95 % interval.
 
     Word errors are divided by words (a difference of error rates); other fields are averaged.
+    None where the two have no item of `system` in common.
     """
-    candidate_rows, baseline_rows = (
-        {row["id"]: row for row in rows if row["system"] == system and row.get(field) is not None}
-        for rows in (candidate, baseline)
+    candidate_results, baseline_results = (
+        {
+            result.id: result
+            for result in results
+            if result.system == system and getattr(result, field) is not None
+        }
+        for results in (candidate, baseline)
     )
-    common = sorted(candidate_rows.keys() & baseline_rows.keys())
+    common = sorted(candidate_results.keys() & baseline_results.keys())
     if not common:
         return None
-    differences = np.array(
-        [candidate_rows[name][field] - baseline_rows[name][field] for name in common], float
-    )
-    words = [candidate_rows[name]["words"] if field == "word_errors" else 1.0 for name in common]
-    weight = np.array(words, float)
-    indices = _resamples(len(common))
-    return _interval(
-        differences.sum() / weight.sum(), differences[indices].sum(1) / weight[indices].sum(1)
-    )
-
-
-def _resamples(count: int) -> NDArray[np.int64]:
-    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-
-
-def _interval(value: float, resampled: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    differences = [
+        getattr(candidate_results[item], field) - getattr(baseline_results[item], field)
+        for item in common
+    ]
+    if field != "word_errors":
+        return bootstrap_mean(differences)
+    return bootstrap_ratio(differences, [candidate_results[item].words for item in common])

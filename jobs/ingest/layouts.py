@@ -1,7 +1,7 @@
-"""Where recordings and their texts come from: the layouts that `prepare` can read.
+"""Sources of recordings with transcripts, and the layouts that `prepare` reads.
 
-Each source lists `SourceItem`s without opening a recording; reading happens on the workers. A line
-or file name that cannot even be listed becomes a `Reject`.
+Listing a source opens no recording; the workers of `prepare` read them. A line or path that does
+not fit the layout becomes a `Reject`.
 """
 
 import json
@@ -11,29 +11,29 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from valle.platform import storage
-from valle.platform.recipe import formerly
+from valle.platform.recipe import formerly, location
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One root of speech."""
+    """One root of recordings with transcripts."""
 
-    path: str
+    path: str = field(metadata=location())
     """Folder or URI; for `manifest`, the JSONL file."""
 
     layout: Literal["folder", "ljspeech", "libritts", "manifest"] = "folder"
     """folder: audio files, each with a `.txt` of the same name beside it. ljspeech: metadata.csv
     and wavs/. libritts: `{speaker}/{chapter}/{id}.wav` with `.normalized.txt`. manifest: one JSON
-    object a line with audio, text, speaker and, where they differ, language and id."""
+    object per line with audio, text, speaker and, optionally, language and id."""
 
     speaker_pattern: str = field(default="{speaker}/*", metadata=formerly("speaker"))
-    """folder: how the end of a path names its speaker. `{speaker}` marks a folder that counts
-    (several are joined by `_`), `*` one that does not; the last part is the file."""
+    """folder: pattern of the end of a path. `{speaker}` marks a folder that is part of the
+    speaker's name (several are joined by `_`), `*` any other folder and, last, the file."""
 
     language: str = "en-us"
-    """espeak voice name, for all that does not name its own."""
+    """espeak voice name, for items without a language of their own."""
 
     def __post_init__(self) -> None:
         if self.layout == "folder":
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceItem:
-    """A recording to prepare."""
+    """One recording with speaker, language and transcript, not opened yet."""
 
     id: str
     speaker: str
@@ -50,13 +50,13 @@ class SourceItem:
     audio: str
     """URI of the sound file."""
     text: str | None
-    """The transcript, or None when it is in `text_uri`."""
+    """The transcript, or None when it is in the file `text_uri`."""
     text_uri: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """An input that was left out, and why."""
+    """An input that was left out, with the reason."""
 
     id: str
     source: str
@@ -64,9 +64,10 @@ class Reject:
 
 
 def compile_speaker_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a path pattern such as `{speaker}/*` or `{speaker}/{speaker}/*`.
+    """Compiles a path pattern such as `{speaker}/*` or `{speaker}/{speaker}/*`.
 
-    Raises ValueError when it holds anything but `{speaker}` and `*`, or no speaker at all.
+    Raises ValueError for a pattern without a `{speaker}` folder, or with parts other than
+    `{speaker}` and `*`.
     """
     parts = pattern.split("/")
     if "{speaker}" not in parts[:-1] or not set(parts) <= {"{speaker}", "*"}:
@@ -79,18 +80,21 @@ def compile_speaker_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def list_items(source: Source) -> Iterator[SourceItem | Reject]:
-    """All items of a source. Raises FileNotFoundError when it is not there."""
-    root = storage.absolute(source.path)
+    """Yields all items of a source. Raises FileNotFoundError when its path does not exist."""
+    root = source.path
     if not storage.exists(root):
         raise FileNotFoundError(f"prepare.sources: {source.path} does not exist")
     readers = {
-        "folder": _folder, "ljspeech": _ljspeech, "libritts": _libritts, "manifest": _manifest,
-    }  # fmt: skip
+        "folder": _folder,
+        "ljspeech": _ljspeech,
+        "libritts": _libritts,
+        "manifest": _manifest,
+    }
     yield from readers[source.layout](source, root)
 
 
 def _prefix(root: str) -> str:
-    """First part of an id: the root's own name keeps ids of several roots apart."""
+    """Name of the root, the first part of an id: it separates the ids of several roots."""
     return root.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -106,9 +110,13 @@ def _folder(source: Source, root: str) -> Iterator[SourceItem | Reject]:
             yield Reject(id=identity, source=uri, reason=reason)
             continue
         yield SourceItem(
-            id=identity, speaker="_".join(match.groups()), language=source.language,
-            audio=uri, text=None, text_uri=storage.join(root, f"{stem}.txt"),
-        )  # fmt: skip
+            id=identity,
+            speaker="_".join(match.groups()),
+            language=source.language,
+            audio=uri,
+            text=None,
+            text_uri=storage.join(root, f"{stem}.txt"),
+        )
 
 
 def _ljspeech(source: Source, root: str) -> Iterator[SourceItem | Reject]:
@@ -121,9 +129,13 @@ def _ljspeech(source: Source, root: str) -> Iterator[SourceItem | Reject]:
             yield Reject(id=identity, source=source_line, reason="metadata line without a text")
             continue
         yield SourceItem(
-            id=identity, speaker=_prefix(root), language=source.language,
-            audio=storage.join(root, "wavs", f"{fields[0]}.wav"), text=fields[-1], text_uri=None,
-        )  # fmt: skip
+            id=identity,
+            speaker=_prefix(root),
+            language=source.language,
+            audio=storage.join(root, "wavs", f"{fields[0]}.wav"),
+            text=fields[-1],  # the normalized text, where there are two
+            text_uri=None,
+        )
 
 
 def _libritts(source: Source, root: str) -> Iterator[SourceItem | Reject]:
@@ -136,9 +148,13 @@ def _libritts(source: Source, root: str) -> Iterator[SourceItem | Reject]:
             yield Reject(id=identity, source=uri, reason="path is not speaker/chapter/file")
             continue
         yield SourceItem(
-            id=identity, speaker=match[1], language=source.language, audio=uri, text=None,
+            id=identity,
+            speaker=match[1],
+            language=source.language,
+            audio=uri,
+            text=None,
             text_uri=storage.join(root, f"{stem}.normalized.txt"),
-        )  # fmt: skip
+        )
 
 
 def _manifest(source: Source, root: str) -> Iterator[SourceItem | Reject]:
@@ -154,9 +170,13 @@ def _manifest(source: Source, root: str) -> Iterator[SourceItem | Reject]:
             reason = f"bad manifest line: needs JSON with audio, text, speaker ({error})"
             yield Reject(id=location, source=location, reason=reason)
             continue
+        # A relative path starts at the manifest's folder.
         is_relative = "://" not in audio and not audio.startswith("/")
         yield SourceItem(
-            id=str(row.get("id", f"{_prefix(root)}/{number}")), speaker=speaker,
+            id=str(row.get("id", f"{_prefix(root)}/{number}")),
+            speaker=speaker,
             language=str(row.get("language", source.language)),
-            audio=storage.join(folder, audio) if is_relative else audio, text=text, text_uri=None,
-        )  # fmt: skip
+            audio=storage.join(folder, audio) if is_relative else audio,
+            text=text,
+            text_uri=None,
+        )

@@ -1,7 +1,7 @@
-"""Speech from installable packages: the engines behind `jobs/corpus.py`.
+"""TTS engines from installable packages, for `jobs/corpus.py`.
 
-Each engine says text in a named voice and returns 24 kHz mono samples. Engines load their
-model when built, so that one lives in each Ray actor.
+A TTS engine turns text into a wave (24 kHz mono) in a named voice. It loads its model when it is
+constructed, once per Ray actor.
 """
 
 from typing import Protocol
@@ -28,12 +28,16 @@ LICENSES = {
 
 
 class TTSEngine(Protocol):
-    """Something that speaks."""
+    """Turns text into a wave in a named voice."""
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """`text` in `voice` as 24 kHz samples."""
+        """Wave of `text` in `voice`; `language` is an espeak voice name."""
 
 
 TTS_ENGINES: dict[str, type[TTSEngine]] = {
-    "kokoro": Kokoro, "heart": Heart, "joe": Joe, "espeak": Espeak, "asterisk": Asterisk,
-}  # fmt: skip
+    "kokoro": Kokoro,
+    "heart": Heart,
+    "joe": Joe,
+    "espeak": Espeak,
+    "asterisk": Asterisk,
+}

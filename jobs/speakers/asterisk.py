@@ -1,4 +1,4 @@
-"""Recordings of real people: Debian's asterisk prompts."""
+"""Recordings of people: the telephone prompts of Debian's asterisk packages."""
 
 import gzip
 import re
@@ -33,10 +33,10 @@ def _transcripts(base: str) -> Path:
 
 @cache
 def asterisk_recordings(language: str) -> dict[str, Recording]:
-    """Name to recording of the human prompts that Debian's packages carry.
+    """Transcribed recordings of a language, by name; empty when its packages are not installed.
 
-    Needs `asterisk-core-sounds-XX-g722` and its base package (which holds the transcripts).
-    Empty when they are not installed. Texts with brackets describe noises or pauses.
+    The recordings are in Debian's `asterisk-core-sounds-XX-g722`, the transcripts in its base
+    package. Prompts without words, and those with brackets (noises, pauses), are left out.
     """
     base = language.split("-")[0]
     listing = _transcripts(base)
@@ -55,10 +55,10 @@ def asterisk_recordings(language: str) -> dict[str, Recording]:
 
 
 class Asterisk:
-    """Real people: telephone prompts in five languages, 16 kHz g722."""
+    """Recordings as a TTS engine: telephone prompts in five languages, 16 kHz G.722."""
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """The recording that `voice` names; `text` is its transcript."""
+        """The recording named `voice`; `text`, its transcript, is not read."""
         import av
 
         path = asterisk_recordings(language)[voice].path

@@ -1,4 +1,4 @@
-"""espeak-ng's own voices, through the library that `espeakng-loader` carries."""
+"""The formant synthesis of espeak-ng, through the library in the package `espeakng-loader`."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ from valle.platform import audio
 
 
 class Espeak:
-    """espeak-ng's voice variants (`+f2`, `+m3` ...): instant, robotic, hard on recognizers."""
+    """espeak-ng's voice variants (`f2`, `m3`, ...): fast, but robotic and poorly recognized."""
 
     def __init__(self) -> None:
         import espeakng_loader
@@ -20,7 +20,7 @@ class Espeak:
         )
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """`text` by the variant `voice`, for instance `f2`."""
+        """Wave of `text` in the variant `voice`. Raises ValueError for an unknown voice."""
         parts: list[np.ndarray] = []
 
         def receive(samples: object, count: int, events: object) -> int:
@@ -31,7 +31,7 @@ class Espeak:
         signature = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
         )
-        callback = signature(receive)  # kept alive until the call returns
+        callback = signature(receive)  # a reference keeps it alive while C code calls it
         self._library.espeak_SetSynthCallback(callback)
         if self._library.espeak_SetVoiceByName(f"{language}+{voice}".encode()):
             raise ValueError(f"espeak has no voice {language}+{voice}")

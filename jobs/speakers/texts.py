@@ -1,8 +1,8 @@
-"""Lists of sentences to speak: the project's own files, and WordNet's examples.
+"""Sentence lists of a corpus: the project's own files, and WordNet's examples.
 
-WordNet illustrates its words with 30,000 short phrases of modern English in which some 28,000
-different words occur: far more variety than a list written by hand. They are read from Debian's
-package `wordnet-base` (Princeton's permissive licence) and not kept here.
+WordNet illustrates its words with 30,000 short phrases of modern English. They contain about 28,000
+different words, far more than a list written by hand. They are read from Debian's package
+`wordnet-base` (Princeton's permissive licence) and are not part of the repository.
 """
 
 import random
@@ -16,9 +16,9 @@ WORDNET = Path("/usr/share/wordnet")
 
 
 def load_sentences(name: str) -> list[str]:
-    """The list `name`: a file in `jobs/speakers/sentences`, or `wordnet`.
+    """Sentences of the list `name`: a file in `jobs/speakers/sentences`, or `wordnet`.
 
-    Raises RecipeError when there is no such list.
+    Raises RecipeError for an unknown name, or when WordNet is not installed.
     """
     if name == "wordnet":
         return wordnet(WORDNET)
@@ -30,9 +30,10 @@ def load_sentences(name: str) -> list[str]:
 
 
 def wordnet(folder: Path) -> list[str]:
-    """WordNet's examples as sentences of 4 to 24 words, in an order that is always the same.
+    """WordNet's examples as sentences of 4 to 24 words, in a fixed order.
 
-    Every second line is two of them, so that longer ones occur.
+    Of every three examples, two are joined to one line when it has no more than 24 words. Raises
+    RecipeError when `folder` has no WordNet data.
     """
     files = sorted(folder.glob("data.*"))
     if not files:
@@ -40,10 +41,11 @@ def wordnet(folder: Path) -> list[str]:
     glosses = [line for path in files for line in path.read_text("latin1").splitlines()]
     sentences = {
         _sentence(example)
-        for gloss in glosses if not gloss.startswith(" ")  # the licence, at the top of each file
+        for gloss in glosses
+        if not gloss.startswith(" ")  # the licence, at the top of each file
         for example in re.findall(r'"([^"]+)"', gloss)
         if re.fullmatch(r"[A-Za-z][A-Za-z' ,;:!?.-]+", example.strip())
-    }  # fmt: skip
+    }
     short = sorted(s for s in sentences if 4 <= len(s.split()) <= 20)
     random.Random("wordnet").shuffle(short)
     lines = []

@@ -1,99 +1,137 @@
-"""The two ways a training step is spread over workers: DDP and DeepSpeed.
+"""The two ways a training step is distributed over workers: DDP and DeepSpeed.
 
-A backend owns model and optimizer of one worker; the loop in `jobs/train.py` sees only this
-interface. Both run inside Ray Train's process group. Which one a recipe names changes speed and
-memory, not results.
+A backend owns the model and the optimizer of one worker; the loop (`loop.py`) sees only this
+interface. Both need torch.distributed to be initialised where there is more than one worker. The
+backend changes speed and memory, not results.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from valle.jobs.training.objective import Loss, Objective
 from valle.jobs.training.optimizer import Optimization, build_optimizer
-from valle.model.sequence import Batch
 from valle.platform import checkpoint
+
+Inputs = tuple[Any, ...]
+"""Positional arguments of an objective: a batch and what else its forward pass depends on."""
+
+
+class Output(Protocol):
+    """What an objective returns for one batch."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The scalar to minimise."""
+
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """Scalars to log, as `train/{name}`."""
 
 
 class Backend(Protocol):
-    """Model, optimizer and collective of one worker."""
+    """Model, objective, optimizer and collectives of one worker."""
 
     model: nn.Module
-    """The bare model."""
+    """The bare module whose weights a checkpoint holds."""
 
     writes_on_every_rank: bool
-    """Whether each rank adds files of its own to a checkpoint."""
+    """True if each rank adds files of its own to a checkpoint."""
 
-    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
-        """Forward, backward, clip, update; returns the loss and the gradient's norm."""
+    def forward(self, inputs: Inputs) -> Output:
+        """The objective of a batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, averaged over the workers."""
+
+    def update(self, learning_rate: float) -> float:
+        """Clips the gradient, takes one optimizer step; returns the gradient's norm."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole model's weights; every rank must call it."""
+        """All weights of the model. A collective: every rank must call it."""
 
     def save(self, folder: Path) -> None:
-        """Adds the optimizer to a checkpoint folder that holds `state/`."""
+        """Adds the optimizer's state to a checkpoint folder that has a `state/`."""
 
     def load(self, folder: Path) -> None:
-        """Takes weights and optimizer from a checkpoint folder."""
+        """Restores weights and optimizer from a checkpoint folder."""
 
 
 class DDPBackend:
-    """PyTorch's DistributedDataParallel; with one worker, the plain module."""
+    """PyTorch's DistributedDataParallel; with one worker, the plain module.
+
+    `sync_buffers`: copy rank 0's buffers to all ranks before each forward pass; False where the
+    objective keeps them equal itself.
+    """
 
     writes_on_every_rank = False
 
     def __init__(
-        self, model: nn.Module, optimization: Optimization, device: torch.device, bf16: bool
+        self,
+        model: nn.Module,
+        objective: nn.Module,
+        optimization: Optimization,
+        device: torch.device,
+        *,
+        bf16: bool = False,
+        sync_buffers: bool = True,
+        make_optimizer: Callable[[nn.Module, Optimization], torch.optim.AdamW] = build_optimizer,
     ) -> None:
-        self.model = model.to(device)
-        self._objective: nn.Module = Objective(self.model)  # type: ignore[arg-type]
+        self._objective = objective.to(device)
+        self.model = model
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._objective = DistributedDataParallel(self._objective)
-        self._optimizer = build_optimizer(self.model, optimization)
-        self._optimization = optimization
+            self._objective = DistributedDataParallel(
+                self._objective, forward_sync_buffers=sync_buffers
+            )
+        self._optimizer = make_optimizer(model, optimization)
+        self._clip = optimization.clip
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
-        """One update at this learning rate."""
+    def forward(self, inputs: Inputs) -> Output:
+        with self._autocast:
+            output: Output = self._objective(*inputs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def update(self, learning_rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        with self._autocast:
-            loss: Loss = self._objective(batch, level)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optimization.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         self._optimizer.step()
-        return loss, float(norm)
+        return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's own."""
         return self.model.state_dict()
 
     def save(self, folder: Path) -> None:
-        """AdamW's averages as safetensors."""
+        """Writes AdamW's averages as safetensors."""
         checkpoint.save_optimizer(folder, self.model, self._optimizer)
 
     def load(self, folder: Path) -> None:
-        """Weights and averages."""
         self.model.load_state_dict(checkpoint.load_weights(folder))
         checkpoint.load_optimizer(folder, self.model, self._optimizer)
 
 
 class DeepSpeedBackend:
-    """ZeRO. Its shards can be read back by the same number of workers at the same stage only."""
+    """ZeRO. Only the same number of workers at the same stage can read its shards back."""
 
     writes_on_every_rank = True
 
     def __init__(
         self,
         model: nn.Module,
+        objective: nn.Module,
         optimization: Optimization,
         device: torch.device,
+        *,
         bf16: bool,
         stage: int,
     ) -> None:
@@ -103,12 +141,11 @@ class DeepSpeedBackend:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         if device.type == "cpu":
-            # it would take any GPU that it sees, also on a node whose GPUs are not this worker's
+            # DeepSpeed takes any GPU that it sees, also one that is not this worker's
             set_accelerator(CPU_Accelerator())
-            # otherwise compiled at every start (45 s); only inference uses it
+            # only inference uses it, and compiling it at every start takes 45 s
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
-        objective = Objective(model)  # type: ignore[arg-type]
         ds_config = {
             "train_micro_batch_size_per_gpu": 1,  # batches are counted in tokens, not in rows
             "gradient_accumulation_steps": 1,
@@ -118,24 +155,31 @@ class DeepSpeedBackend:
             "steps_per_print": 10**9,
         }
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=objective, model_parameters=list(objective.parameters()),
-            optimizer=build_optimizer(model, optimization), config=ds_config,
+            model=objective,
+            model_parameters=list(objective.parameters()),
+            optimizer=build_optimizer(model, optimization),
+            config=ds_config,
             dist_init_required=False,
-        )  # fmt: skip
+        )
         self.model = model
         self._layout = {"world_size": dist.get_world_size(), "zero_stage": stage}
 
-    def step(self, batch: Batch, level: Tensor, learning_rate: float) -> tuple[Loss, float]:
-        """One update at this learning rate."""
+    def forward(self, inputs: Inputs) -> Output:
+        output: Output = self._engine(*inputs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def update(self, learning_rate: float) -> float:
+        """DeepSpeed clips inside its step."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss: Loss = self._engine(batch, level)
-        self._engine.backward(loss.loss)
         self._engine.step()
-        return loss, float(self._engine.get_global_grad_norm() or 0.0)
+        return float(self._engine.get_global_grad_norm() or 0.0)
 
     def weights(self) -> dict[str, Tensor]:
-        """Gathered from all ranks where ZeRO-3 spread them."""
+        """Under ZeRO-3 gathered from all ranks."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
@@ -143,14 +187,14 @@ class DeepSpeedBackend:
             return {name: value.float().clone() for name, value in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
-        """This rank's shards, in DeepSpeed's own format; every rank must call it."""
+        """Writes this rank's shards in DeepSpeed's own format; every rank must call it."""
         target = folder / checkpoint.STATE
         target.mkdir(parents=True, exist_ok=True)
         (target / "deepspeed.json").write_text(json.dumps(self._layout))
         self._engine.save_checkpoint(str(target / "deepspeed"), tag="ds")
 
     def load(self, folder: Path) -> None:
-        """Weights and this rank's shards. Raises ValueError when the layout has changed."""
+        """Restores weights and this rank's shards. Raises ValueError if the layout has changed."""
         target = folder / checkpoint.STATE
         saved = json.loads((target / "deepspeed.json").read_text())
         if saved != self._layout:

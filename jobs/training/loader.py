@@ -1,4 +1,4 @@
-"""From the plan of an epoch to batches with prompts."""
+"""Batches of utterances with prompts, from the plan of an epoch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,14 +6,19 @@ import numpy as np
 import torch
 
 from valle.jobs.training import sampler
-from valle.jobs.training.sampler import Batching, PromptSampler
+from valle.jobs.training.sampler import Batching, Planned, PromptSampler
 from valle.model.sequence import Batch, collate
 from valle.platform.checkpoint import TrainState
 from valle.platform.dataset import TokenDataset
 
 
 class Loader:
-    """Turns the plan's utterance numbers into batches with prompts."""
+    """Reads the utterances of a planned batch and gives each a prompt by the same speaker.
+
+    About `validation_utterances` are held out. The longest prompt of a batch is drawn between
+    `min_prompt_seconds` and `prompt_seconds`; None: always `prompt_seconds`. An epoch has at most
+    `utterances_per_speaker` of each speaker; None: all.
+    """
 
     def __init__(
         self,
@@ -25,9 +30,6 @@ class Loader:
         min_prompt_seconds: float | None = None,
         utterances_per_speaker: int | None = None,
     ) -> None:
-        """About `validation_utterances` are held out for validation. The longest prompt of a batch
-        is drawn between `min_prompt_seconds` and `prompt_seconds`; None: it never varies. An epoch
-        has at most `utterances_per_speaker` of each; None: all."""
         self.dataset = dataset
         frame_rate = dataset.manifest.codec.frame_rate
         self.prompt_frames = int(prompt_seconds * frame_rate)
@@ -40,18 +42,21 @@ class Loader:
         self.training, self.validation = self._split(validation_utterances)
 
     def _split(self, n_validation: int) -> tuple[np.ndarray, np.ndarray]:
-        """Held out: every n-th utterance, so that each speaker is in both parts."""
+        """Training and held-out indices: every n-th utterance is held out, so that each speaker is
+        in both."""
         numbers = np.arange(len(self.dataset))
         every = max(10, len(numbers) // max(1, n_validation))
         held_out = numbers % every == every - 1
         return numbers[~held_out], numbers[held_out]
 
     def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
-        """The batch of some utterances; `key` decides prompts and where they are cut."""
+        """The batch of some utterances; prompts and their cuts are a function of `key`."""
+        # one length of prompt for the batch
         generator = np.random.default_rng([self.seed, *key])
         longest = self.prompt_frames
         if self.min_prompt_frames < longest:
             longest = int(generator.integers(self.min_prompt_frames, longest + 1))
+        # a random piece of another utterance by the same speaker as each prompt
         items = [self.dataset[int(number)] for number in utterances]
         prompts = []
         for number in utterances:
@@ -66,12 +71,20 @@ class Loader:
 
     def batches(
         self, batching: Batching, state: TrainState, rank: int, world_size: int
-    ) -> Iterator[tuple[int, int, Batch]]:
-        """Endless (epoch, batch number, batch) of one rank, from the position in `state` on."""
-        position = sampler.batches(
-            self.lengths[self.training], self._speakers[self.training], batching,
-            utterances_per_speaker=self._utterances_per_speaker, seed=self.seed,
-            epoch=state.epoch, batch=state.batch, rank=rank, world_size=world_size,
-        )  # fmt: skip
-        for epoch, number, indices in position:
-            yield epoch, number, self.batch(self.training[indices], [epoch, number, rank])
+    ) -> Iterator[Planned[Batch]]:
+        """Endless batches of one rank, from the position in `state` on."""
+        plan = sampler.batches(
+            self.lengths[self.training],
+            self._speakers[self.training],
+            batching,
+            utterances_per_speaker=self._utterances_per_speaker,
+            seed=self.seed,
+            epoch=state.epoch,
+            batch=state.batch,
+            rank=rank,
+            world_size=world_size,
+        )
+        for planned in plan:
+            key = [planned.epoch, planned.index, rank]
+            batch = self.batch(self.training[planned.data], key)
+            yield Planned(planned.epoch, planned.index, batch)

@@ -1,12 +1,11 @@
-"""What a training step computes: loss, accuracy, and the random draws that make it repeatable.
+"""Losses and accuracies of the AR and NAR models.
 
-Everything random in a step (level of the NAR, hidden conditions, dropout) is drawn from (seed,
-step, rank), so the state that has to be saved is two counters, and a resumed run repeats an
-uninterrupted one.
+Shapes: B batch, T frames, T1 frames with EOS, V classes, `levels` codebooks that a model predicts
+(1 for AR, Q - 1 for NAR).
 """
 
-import random
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,47 +14,51 @@ from torch import Tensor, nn
 
 from valle.model.ar import AR
 from valle.model.nar import NAR
-from valle.model.sequence import Batch, estimate_total_frames, length_mask, unconditional
+from valle.model.sequence import Batch, length_mask
 from valle.model.tokens import EOS
 
 IGNORE_INDEX = -100
-MIN_TRUNCATED_FRAMES = 15
-"""Frames of the shortest beginning that is learnt from: 0.2 s."""
+"""Target of positions without a loss, PyTorch's own value."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A batch's loss, with sums from which accuracies of many batches add up."""
+    """Loss of a batch, with sums from which the means over many batches are computed."""
 
     loss: Tensor
-    """Mean cross entropy per predicted token."""
+    """Mean cross entropy per predicted token, a scalar."""
 
     tokens: Int[Tensor, " levels"]
-    """Predicted tokens, per codebook."""
+    """Number of predicted tokens, per codebook."""
 
     correct: Int[Tensor, " levels"]
-    """Of those, predicted right."""
+    """Number of tokens whose most likely class is the target, per codebook."""
 
     loss_sum: Float[Tensor, " levels"]
     """Summed cross entropy, per codebook."""
 
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """Scalars to log."""
+        return {"loss": self.loss, "accuracy": self.correct.sum() / self.tokens.sum()}
+
 
 class Objective(nn.Module):
-    """A model with its loss: what DDP and DeepSpeed wrap."""
+    """A model and its loss as one module, which DDP and DeepSpeed wrap."""
 
     def __init__(self, model: AR | NAR) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch, level: Int[Tensor, " B"]) -> Loss:
-        """Loss of a batch. The AR model has one codebook and takes no notice of `level`."""
+        """Loss of a batch; `level` is each row's codebook for NAR and ignored for AR."""
         if isinstance(self.model, AR):
             return ar_loss(self.model(batch), batch)
         return nar_loss(self.model(batch, level), batch, level)
 
 
 def ar_loss(logits: Float[Tensor, "B T1 1025"], batch: Batch) -> Loss:
-    """Cross entropy over the response's first codebook, its first frame and EOS included."""
+    """Cross entropy of the response's first codebook, from its first frame to EOS."""
     rows, size = logits.shape[:2]
     targets = F.pad(batch.codes[:, 0], (0, 1))
     targets[torch.arange(rows, device=targets.device), batch.frames] = EOS
@@ -64,7 +67,7 @@ def ar_loss(logits: Float[Tensor, "B T1 1025"], batch: Batch) -> Loss:
 
 
 def nar_loss(logits: Float[Tensor, "B T 1024"], batch: Batch, level: Int[Tensor, " B"]) -> Loss:
-    """Cross entropy over codebook `level` of the response; none on the prompt."""
+    """Cross entropy of codebook `level` of the response; the prompt has no loss."""
     rows = torch.arange(len(level), device=level.device)
     targets = batch.codes[rows, level]
     targets = targets.masked_fill(~length_mask(batch.frames, targets.shape[1]), IGNORE_INDEX)
@@ -77,62 +80,16 @@ def _summarize(
     index: Int[Tensor, " B"],
     n_levels: int,
 ) -> Loss:
+    """Mean, sums and hits; row b counts for codebook `index[b]`."""
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view_as(targets)
     counted = targets != IGNORE_INDEX
     loss = losses.sum() / counted.sum()
-    right = (logits.detach().argmax(-1) == targets) & counted
+    correct_positions = (logits.detach().argmax(-1) == targets) & counted
     tokens, correct = (x.new_zeros(n_levels, dtype=torch.long) for x in (targets, targets))
     loss_sum = losses.new_zeros(n_levels)
     tokens.index_add_(0, index, counted.sum(1))
-    correct.index_add_(0, index, right.sum(1))
+    correct.index_add_(0, index, correct_positions.sum(1))
     loss_sum.index_add_(0, index, losses.detach().sum(1))
     return Loss(loss, tokens, correct, loss_sum)
-
-
-def draw_levels(rows: int, n_codebooks: int, key: str, emphasis: float = 0.0) -> Int[Tensor, " B"]:
-    """A codebook k in 1 .. Q-1 to predict for each row, with weight 1 / k ** emphasis: uniform
-    (VALL-E section 4.2.2) unless told otherwise."""
-    rng = random.Random(f"levels/{key}")
-    levels = range(1, n_codebooks)
-    weights = [level**-emphasis for level in levels]
-    return torch.tensor(rng.choices(levels, weights, k=rows))
-
-
-def drop_conditions(batch: Batch, key: str, share: float) -> Batch:
-    """Hides text and prompt of about a `share` of the rows: a model that has also learnt to speak
-    without them can be guided by the difference (classifier-free guidance, Ho and Salimans 2022).
-    """
-    rng = random.Random(f"conditions/{key}")
-    dropped = torch.tensor([[rng.random() < share] for _ in batch.frames])
-    hidden = unconditional(batch)
-    return replace(
-        batch,
-        phonemes=torch.where(dropped, hidden.phonemes, batch.phonemes),
-        prompt=torch.where(dropped[:, :, None], hidden.prompt, batch.prompt),
-    )
-
-
-def truncate_responses(batch: Batch, key: str, share: float, frames_per_phoneme: float) -> Batch:
-    """Of about a `share` of the rows only the beginning is said: what the NAR model gets to fill in
-    where speech is streamed inside a sentence, and how long the whole will be is a guess."""
-    rng = random.Random(f"cut/{key}")
-    frames, total_frames = batch.frames.tolist(), batch.total_frames.tolist()
-    phonemes = batch.phoneme_lengths.tolist()
-    for row, n_frames in enumerate(frames):
-        if n_frames > MIN_TRUNCATED_FRAMES and rng.random() < share:
-            frames[row] = rng.randint(MIN_TRUNCATED_FRAMES, n_frames)
-            total_frames[row] = estimate_total_frames(
-                phonemes[row], frames[row], frames_per_phoneme
-            )
-    lengths = batch.frames.new_tensor(frames)
-    codes = batch.codes.masked_fill(~length_mask(lengths, batch.codes.shape[2])[:, None], 0)
-    return replace(
-        batch, codes=codes, frames=lengths, total_frames=lengths.new_tensor(total_frames)
-    )
-
-
-def seed_step(key: str) -> None:
-    """Seeds dropout for one step of one worker."""
-    torch.manual_seed(random.Random(f"dropout/{key}").getrandbits(62))

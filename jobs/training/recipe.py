@@ -1,158 +1,168 @@
-"""What a training run is told: the fields of a recipe's `train` section, checked."""
+"""The `train` section of a recipe."""
 
 from dataclasses import asdict, dataclass, field, replace
 
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
-from valle.model.config import SIZES, Kind, ModelConfig
-from valle.platform import registry, storage
-from valle.platform.recipe import formerly
+from valle.model.config import SIZES, ARConfig, Kind, NARConfig
+from valle.platform import registry
+from valle.platform.recipe import formerly, location
 from valle.platform.resources import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """A preset and what differs from it."""
+    """A preset of sizes, and the fields that replace its own."""
 
     size: str = "mini"
     """mini (256 wide, 6 layers), quarter, half or full (12 layers; 256, 512, 1024 wide)."""
 
     width: int | None = None
-    """Instead of the preset's."""
+    """Width of the transformer; None: the preset's."""
 
     n_heads: int | None = None
-    """Instead of the preset's."""
+    """Attention heads; None: the preset's."""
 
     n_layers: int | None = None
-    """Instead of the preset's."""
+    """Transformer blocks; None: the preset's."""
 
     dropout: float | None = None
-    """Instead of the preset's."""
+    """Dropout rate in training; None: the preset's."""
 
-    group: int | None = None
-    """Frames per step of the AR model, instead of 1; the NAR model takes no notice of it."""
+    group_size: int = field(default=1, metadata=formerly("group"))
+    """Frames per step of the AR model (VALL-E 2's grouped codes)."""
 
     frames_per_phoneme: float | None = None
-    """Instead of the preset's 4, which is about right at 75 frames a second."""
+    """Estimated frames per phoneme; None: the preset's 4, which fits 75 frames a second."""
 
-    def resolve(self) -> ModelConfig:
-        """The architecture."""
+    def resolve(self, kind: Kind) -> ARConfig | NARConfig:
+        """The architecture of one of the models."""
         if self.size == "nano":
             raise ValueError("model.size: 'nano' is called 'mini' now")
         if self.size not in SIZES:
             raise ValueError(f"model.size: {self.size!r} is none of {sorted(SIZES)}")
-        changes = {k: v for k, v in asdict(self).items() if k != "size" and v is not None}
-        return replace(SIZES[self.size], **changes)
+        changes = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("size", "group_size") and value is not None
+        }
+        shared = replace(SIZES[self.size], **changes)
+        if kind == "ar":
+            return ARConfig.from_shared(shared, group_size=self.group_size)
+        return NARConfig.from_shared(shared)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
-    """One training run."""
+    """One training run of the AR and NAR models."""
 
-    data: str
+    data: str = field(metadata=location())
     """Folder or URI of the token dataset."""
 
     run: str
-    """Name of the run. The same name resumes; the models are kept as `{run}-ar` and `{run}-nar`."""
+    """Name of the run; a run of the same name resumes. The models are `{run}-ar` and `{run}-nar` in
+    `storage_path` and in MLflow."""
 
-    storage_path: str = field(default="runs", metadata=formerly("storage"))
+    storage_path: str = field(default="runs", metadata=location() | formerly("storage"))
     """Folder or URI for checkpoints."""
 
     models: tuple[Kind, ...] = ("ar", "nar")
-    """What to train, in this order."""
+    """Models to train, in this order."""
 
     model: ModelSize = field(default_factory=ModelSize)
-    """Architecture of both."""
+    """Architecture of both models."""
 
     steps: dict[str, int] = field(default_factory=lambda: {"ar": 100_000, "nar": 100_000})
-    """Optimizer steps of each model."""
+    """Optimizer steps by model."""
 
-    warm_start: dict[str, str] = field(default_factory=dict)
-    """For `ar`, `nar`: a checkpoint, or a run's folder, whose weights a new run begins with, or
-    `nano`, the shipped model. Optimizer state is not taken over: the schedule warms up again."""
+    warm_start: dict[str, str] = field(default_factory=dict, metadata=location(names=("nano",)))
+    """Initial weights by model (`ar`, `nar`): a checkpoint, a run's folder, or `nano`, the shipped
+    model. The optimizer and its schedule start from the beginning."""
 
     optimization: Optimization = field(default_factory=Optimization)
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     batching: Batching = field(default_factory=Batching)
-    """Token budget per worker."""
+    """Size of a worker's batches."""
 
     prompt_seconds: float = 3.0
-    """Longest prompt; each utterance gets a random piece of another one by its speaker."""
+    """Longest prompt: a random piece of another utterance by the same speaker."""
 
     min_prompt_seconds: float | None = field(default=None, metadata=formerly("shortest_prompt"))
-    """The length of a batch's prompts is drawn between this and `prompt_seconds`, so that the
-    models know short ones and cost less to train; None: always `prompt_seconds`."""
+    """Shortest prompt: the prompt length of each batch is drawn between this and `prompt_seconds`.
+    Trains the models for short prompts, at less cost per step. None: always `prompt_seconds`."""
 
     utterances_per_speaker: int | None = None
-    """An epoch takes at most so many of a speaker, others each time, so that a few who said most
-    of it do not stand for everyone; None: all."""
+    """Most utterances of a speaker in an epoch, others in each epoch. Balances speakers of very
+    different amounts of speech. None: all."""
 
     level_emphasis: float = 0.0
-    """How much more often the NAR model is asked for low codebooks, which carry the words: level k
-    is drawn with weight 1 / k ** level_emphasis; 0 asks for all alike, as the paper does."""
+    """Preference of NAR training for low codebooks, which carry the words: codebook k is drawn with
+    weight 1 / k ** level_emphasis. 0 is uniform, as in the paper."""
 
     condition_dropout: float = 0.1
-    """Share of the utterances that are learnt without text and prompt, for a model that is to be
-    spoken with a `guidance_scale` above 1; the paper has none."""
+    """Share of the utterances whose text and prompt are hidden, which sampling with a
+    `guidance_scale` above 1 needs. The paper has none."""
 
     truncated_share: float = field(default=0.25, metadata=formerly("beginnings"))
-    """Share of the utterances of which the NAR model is shown, and asked for, only the beginning:
-    for streaming inside a sentence (`chunked`); the paper has none. Batches stay as wide as they
-    were planned, so that `train/padding` rises with it."""
+    """Share of the utterances that the NAR model sees only the beginning of, as it does when a
+    sentence is streamed in chunks. The paper has none. Batches are not repacked, so `train/padding`
+    rises with it."""
 
     validation_utterances: int = 64
-    """Held out, evenly spread over the dataset and so over speakers; at most a tenth of it."""
+    """Held-out utterances, evenly spread over the dataset and so over speakers; at most a tenth of
+    it."""
 
     backend: str = "ddp"
     """ddp or deepspeed."""
 
     zero_stage: int = 1
-    """DeepSpeed's: 1 shards optimizer states, 2 gradients too, 3 weights too."""
+    """ZeRO stage of DeepSpeed: 1 shards optimizer states, 2 also gradients, 3 also weights."""
 
     precision: str = "fp32"
     """fp32 or bf16 (autocast with ddp)."""
 
     compile: bool = False
-    """torch.compile for the transformer: a minute at the start and a C++ compiler, for steps that
-    take a quarter less time on a CPU. Not run on a GPU."""
+    """torch.compile for the transformer: needs a C++ compiler and a minute at the start; steps on a
+    CPU take a quarter less time. Not tested on a GPU."""
 
     workers: int = 1
     """Data-parallel workers."""
 
     threads: int = 1
-    """Torch threads per worker on a CPU, and the cores that are set aside for it where
-    `placement.cpus_per_worker` does not say."""
+    """Torch threads per worker on a CPU, and the cores reserved for it unless
+    `placement.cpus_per_worker` is set."""
 
     placement: Placement = field(default_factory=Placement)
-    """CPU or GPU, and how much of one each worker takes."""
+    """CPU or GPU, and each worker's share of one."""
 
     checkpoint_every: int = 1000
-    """Steps between checkpoints; each comes with validation and samples."""
+    """Steps between checkpoints, each with validation and samples."""
 
     log_every: int = 20
     """Steps between training metrics."""
 
     keep_checkpoints: int = 2
-    """Older ones are deleted; with a quick check, all but the best and the last."""
+    """Number of checkpoints to keep: the last ones; with a quick check, the best ones and the
+    last."""
 
     samples: int = 2
-    """Validation sentences spoken at each checkpoint (codes of the data stand in for the model
-    that is not being trained)."""
+    """Held-out sentences synthesised at each checkpoint. The data's codes take the place of the
+    other model's."""
 
     codec: str = "nano"
-    """Decodes the samples; must be the dataset's codec."""
+    """Codec that decodes the samples; must be the dataset's."""
 
     quick_check: QuickCheck | None = None
-    """A few sentences spoken and read back at some checkpoints; the best by word error rate is
+    """Word error rate of a few sentences at some checkpoints. The best checkpoint by this rate is
     kept, and `publish` takes it."""
 
     max_failures: int = 2
-    """Worker losses survived before the run gives up."""
+    """Lost workers after which the run resumes; one more ends it."""
 
     seed: int = 0
-    """Initial weights, order of the data, prompts, levels, hidden conditions, dropout."""
+    """Seed of initial weights, data order, prompts, codebook levels, hidden conditions, dropout."""
 
     def __post_init__(self) -> None:
         for name, value, options in (
@@ -184,13 +194,19 @@ class TrainRecipe:
             raise ValueError(f"warm_start: {unknown[0]!r} is none of ar, nar")
         for kind in self.models:
             if kind not in ("ar", "nar") or self.steps.get(kind, 0) < 1:
-                raise ValueError(f"models / steps: {kind!r} needs to be ar or nar, with steps")
+                raise ValueError(
+                    f"models / steps: {kind!r} needs to be ar or nar, with steps.{kind} above 0"
+                )
         if self.quick_check and self.quick_check.every % self.checkpoint_every:
-            raise ValueError("quick_check.every: must be a multiple of checkpoint_every")
-        self.model.resolve()
+            raise ValueError(
+                f"quick_check.every: {self.quick_check.every} is not a multiple of "
+                f"checkpoint_every ({self.checkpoint_every})"
+            )
+        for kind in self.models:
+            self.model.resolve(kind)
 
 
 def warm_start_uri(recipe: TrainRecipe, kind: Kind) -> str:
-    """Where the weights come from that a new run begins with; `nano` comes with the code."""
+    """Path or URI of the initial weights of a model; `nano` is shipped with the code."""
     uri = recipe.warm_start[kind]
-    return str(registry.SHIPPED_BUNDLE / kind) if uri == "nano" else storage.absolute(uri)
+    return str(registry.SHIPPED_BUNDLE / kind) if uri == "nano" else uri

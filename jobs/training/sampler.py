@@ -1,51 +1,71 @@
-"""Which utterances form the next batch, and which recording prompts each.
+"""The batch plan of an epoch, and the prompt of each utterance.
 
-The plan of an epoch is a pure function of (lengths, speakers, seed, epoch): every rank computes the
-same one and takes its slice. Equal step counts on all ranks and exact resume follow.
+The plan is a pure function of (lengths, speakers, seed, epoch): every rank computes the same plan
+and takes its slice. So all ranks take the same number of steps, and a resumed run continues with
+the next batch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True)
+class Planned(Generic[Data]):
+    """A batch, or what it is made of, with its position in the plan of one rank."""
+
+    epoch: int
+
+    index: int
+    """Number of the batch within the epoch, counted from 0."""
+
+    data: Data
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How utterances are grouped."""
+    """Limits on the size of a batch."""
 
     # not recipe.formerly(): the bare machine of `make gpu` lacks what that module imports
     max_tokens: int = field(default=4000, metadata={"formerly": ("tokens",)})
-    """Padded positions of a batch (text + prompt + response) on one worker."""
+    """Most positions (text, prompt and response, with padding) in a batch of one worker."""
 
     max_utterances: int = 64
-    """Bound on the rows of a batch."""
+    """Most utterances in a batch."""
 
     jitter: float = 0.05
-    """Lengths are sorted with this much noise, so that neighbours change between epochs."""
+    """Relative noise on lengths before utterances are sorted by length, so that batches have other
+    members in each epoch."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 100:
-            raise ValueError(f"max_tokens: {self.max_tokens} is too small for any utterance")
+            raise ValueError(
+                f"max_tokens: {self.max_tokens} is too small for any utterance; set 100 or more"
+            )
 
 
 def plan(
     lengths: Indices, batching: Batching, *, seed: int, epoch: int, world_size: int = 1
 ) -> list[Indices]:
-    """Batches of one epoch: a multiple of `world_size`, alike in length inside, in random order.
+    """Batches of one epoch in random order, each of utterances of similar length.
 
-    An utterance longer than the whole budget gets a batch of its own. When the last round would
-    leave some ranks without a batch, its batches are left out; another epoch cuts differently.
+    The number of batches is a multiple of `world_size`; the rest is dropped, and differs between
+    epochs. An utterance longer than `max_tokens` is a batch of its own. Raises ValueError if there
+    are fewer batches than workers.
     """
+    # sort by length, with noise
     generator = np.random.default_rng([seed, epoch])
     noise = generator.uniform(1 - batching.jitter, 1 + batching.jitter, len(lengths))
-    batches = []
-    start = 0
     order = np.argsort(lengths * noise, kind="stable")
-    longest = 0
+    # cut where the padded size would exceed the limits
+    batches = []
+    start = longest = 0
     sizes = lengths[order].tolist()
     for position, size in enumerate(sizes):
         longest = max(longest, size)
@@ -57,6 +77,7 @@ def plan(
             start, longest = position, size
     if len(order):
         batches.append(order[start:])
+    # the same number of batches for every rank
     n_batches = len(batches) // world_size * world_size
     if not n_batches:
         raise ValueError(
@@ -68,7 +89,7 @@ def plan(
 
 
 def cap_per_speaker(speakers: Indices, limit: int, *, seed: int, epoch: int) -> Indices:
-    """Utterances of an epoch, at most so many of each speaker, drawn anew in every epoch."""
+    """Utterances of an epoch: a random `limit` of each speaker, others in each epoch."""
     generator = np.random.default_rng([seed, epoch, limit])
     order = generator.permutation(len(speakers))
     order = order[np.argsort(speakers[order], kind="stable")]
@@ -78,7 +99,7 @@ def cap_per_speaker(speakers: Indices, limit: int, *, seed: int, epoch: int) -> 
 
 
 class PromptSampler:
-    """Draws, for an utterance, another one by the same speaker."""
+    """Draws another utterance by the same speaker."""
 
     def __init__(self, speakers: Indices) -> None:
         order = np.argsort(speakers, kind="stable")
@@ -86,7 +107,7 @@ class PromptSampler:
         self._order, self._starts, self._speakers = order, starts, speakers
 
     def draw(self, utterance: int, generator: np.random.Generator) -> int:
-        """Number of the prompt's utterance; a speaker with only one prompts himself."""
+        """Index of the prompt's utterance; the utterance itself if its speaker has no other."""
         speaker = self._speakers[utterance]
         start, end = self._starts[speaker], self._starts[speaker + 1]
         if end - start == 1:
@@ -96,12 +117,21 @@ class PromptSampler:
 
 
 def batches(
-    lengths: Indices, speakers: Indices, batching: Batching, *,
-    utterances_per_speaker: int | None, seed: int, epoch: int, batch: int, rank: int,
+    lengths: Indices,
+    speakers: Indices,
+    batching: Batching,
+    *,
+    utterances_per_speaker: int | None,
+    seed: int,
+    epoch: int,
+    batch: int,
+    rank: int,
     world_size: int,
-) -> Iterator[tuple[int, int, Indices]]:  # fmt: skip
-    """Endless (epoch, batch, utterances) for one rank, from a resume position on; at most
-    `utterances_per_speaker` of each in an epoch."""
+) -> Iterator[Planned[Indices]]:
+    """Endless batches of utterance indices for one rank, from batch `batch` of `epoch` on.
+
+    An epoch has at most `utterances_per_speaker` of each speaker; None: all.
+    """
     indices = np.arange(len(lengths))
     while True:
         if utterances_per_speaker is not None:
@@ -109,5 +139,5 @@ def batches(
         planned = plan(lengths[indices], batching, seed=seed, epoch=epoch, world_size=world_size)
         rank_batches = planned[rank::world_size]
         for number in range(batch, len(rank_batches)):
-            yield epoch, number, indices[rank_batches[number]]
+            yield Planned(epoch, number, indices[rank_batches[number]])
         epoch, batch = epoch + 1, 0

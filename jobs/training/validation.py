@@ -1,4 +1,4 @@
-"""What a training run checks at each checkpoint: held-out loss, accuracy, samples, and WER."""
+"""Validation at a checkpoint: held-out loss and accuracy, samples, word error rate."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from valle.jobs.evaluation.items import EvaluationItem, item_seed, load_items
+from valle.jobs.evaluation.items import SET_NAMES, EvaluationItem, item_seed, load_items
 from valle.jobs.evaluation.metrics import words
 from valle.jobs.training import sampler
 from valle.jobs.training.loader import Loader
@@ -21,27 +21,28 @@ from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, storage
-from valle.platform.recipe import formerly
+from valle.platform.recipe import formerly, location
 
 MAX_SAMPLE_FRAMES = 600
+"""Length limit of a sample by the AR model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickCheck:
-    """A small evaluation set that is spoken and read back while training goes on."""
+    """A small evaluation set, synthesised and transcribed during training."""
 
-    recordings: str
-    """Folder or URI that the set's recordings lie under."""
+    recordings: str = field(metadata=location())
+    """Folder or URI of the set's recordings."""
 
-    items: str = "quick"
-    """Name of a set in `jobs/evaluation/sets`, or path to JSONL. Every item needs a reference."""
+    items: str = field(default="quick", metadata=location(names=SET_NAMES))
+    """Name of a set in `jobs/evaluation/sets`, or path to JSONL. Each item needs a `reference`."""
 
     every: int = 2000
-    """Steps between checks, a multiple of `checkpoint_every`; the last step is checked too."""
+    """Steps between checks, a multiple of `checkpoint_every`. The last step has one as well."""
 
-    nar_checkpoint: str | None = field(default=None, metadata=formerly("partner"))
-    """NAR checkpoint, or run, through which the AR model is heard. The NAR model needs none: it
-    gets the true first codebook."""
+    nar_checkpoint: str | None = field(default=None, metadata=location() | formerly("partner"))
+    """NAR checkpoint or run that completes the AR model's codes; without one the AR model is not
+    checked. The NAR model itself is checked on the recording's first codebook."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -52,11 +53,13 @@ class QuickCheck:
 def validate(
     model: AR | NAR, loader: Loader, batching: Batching, device: torch.device
 ) -> dict[str, float]:
-    """Loss and accuracy on the held-out utterances, per codebook, in evaluation mode.
+    """Loss, and accuracy per codebook, on the held-out utterances.
 
     `validation/loss_wrong_text` is the loss with each text replaced by that of the utterance next
-    in length: the gap between the two says how much the model reads, long before one can hear it.
+    in length. The gap between the two losses measures how much the model uses the text, long
+    before it is audible.
     """
+    # every held-out utterance once, and a neighbour in length that lends its text
     objective = Objective(model.eval())
     losses: list[Loss] = []
     wrong_text_losses: list[Loss] = []
@@ -69,11 +72,12 @@ def validate(
         batch = loader.batch(utterances, [0, number]).to(device)
         others = np.array([neighbor[u] for u in utterances.tolist()])
         other = loader.batch(others, [0, number]).to(device)
-        # all levels in turn: with few utterances, drawing them would leave some out
+        # all codebooks in turn: a draw would leave some out where utterances are few
         level = (torch.arange(rows, rows + len(batch.frames)) % (model.config.n_codebooks - 1)) + 1
         rows += len(batch.frames)
         losses.append(objective(batch, level.to(device)))
         wrong_text_losses.append(objective(_with_text_of(batch, other), level.to(device)))
+    # means over tokens, not over batches
     metrics = {
         "validation/loss": _mean(losses),
         "validation/loss_wrong_text": _mean(wrong_text_losses),
@@ -101,25 +105,25 @@ def _with_text_of(batch: Batch, other: Batch) -> Batch:
 def generate_samples(
     model: AR | NAR, loader: Loader, codec: SpeechCodec, count: int, device: torch.device
 ) -> list[tuple[str, NDArray[np.float32]]]:
-    """Held-out sentences spoken by the model alone, beside their recordings' reconstruction.
+    """Held-out sentences by this model alone, each with its recording's reconstruction.
 
-    The AR model is heard through the first codebook only; the NAR model fills in the other seven
-    of the true first codebook. So one hears which of the two is the weak one.
+    The AR model's first codebook is decoded without the others; the NAR model completes the
+    recording's first codebook. So a fault is audible in the model that has it.
     """
-    generator, synthesis = torch.Generator(device).manual_seed(0), Synthesis()
+    synthesis = Synthesis()
     samples: list[tuple[str, NDArray[np.float32]]] = []
     for number in loader.validation[:count]:
         batch = loader.batch(np.array([number]), [0, int(number)]).to(device)
         if isinstance(model, AR):
             output = model.generate(
                 batch.phonemes[0], batch.prompt[0], max_frames=MAX_SAMPLE_FRAMES,
-                sampling=synthesis.ar, generator=generator,
+                sampling=synthesis.ar, seed=int(number),
             )  # fmt: skip
             codes = output.codes[None]
         else:
             codes = model.generate(
                 batch.phonemes[0], batch.prompt[0], batch.codes[0, 0],
-                sampling=synthesis.nar, generator=generator,
+                sampling=synthesis.nar, seed=int(number),
             )  # fmt: skip
         stored = codes.cpu().numpy().astype(np.int16)
         if stored.shape[1]:
@@ -131,8 +135,10 @@ def generate_samples(
 
 
 def word_error_rate(model: AR | NAR, codec: SpeechCodec, check: QuickCheck) -> dict[str, float]:
-    """Word error rate on the quick set, by whisper tiny.en; nothing for an AR model without
-    a `nar_checkpoint`."""
+    """Word error rate on the quick set, transcribed by whisper tiny.en.
+
+    Empty for an AR model without `nar_checkpoint`.
+    """
     if isinstance(model, AR) and check.nar_checkpoint is None:
         return {}
     nar = (
@@ -150,7 +156,7 @@ def word_error_rate(model: AR | NAR, codec: SpeechCodec, check: QuickCheck) -> d
 
 
 def _load_nar(uri: str, codec: SpeechCodec) -> NAR:
-    model = checkpoint.load_from_uri(storage.absolute(uri), codec.identity)
+    model = checkpoint.load_from_uri(uri, codec.identity)
     if not isinstance(model, NAR):
         raise ValueError(f"quick_check.nar_checkpoint: {uri} holds no NAR model")
     return model.to(codec.device)
@@ -163,7 +169,7 @@ def _synthesize(
     check: QuickCheck,
     item: EvaluationItem,
 ) -> Wave:
-    """One item: by both models, or by the NAR model on the reference's first codebook."""
+    """One item: by both models, or by NAR from the reference's first codebook."""
 
     def read(name: str) -> Wave:
         path = storage.join(check.recordings, name)

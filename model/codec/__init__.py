@@ -1,4 +1,5 @@
-"""Codecs: `interface.py` says what each can do, `loading.py` loads one by name.
+"""Speech codecs: waveforms to residual codes and back.
 
-EnCodec is in `encodec.py`; nano 2, which codes the features of a vocoder, is in `nano2.py`.
+`interface.py` holds the protocol, `loading.py` loads a codec by name. `encodec.py` is EnCodec,
+`nano2.py` is nano 2, which quantises the features of a vocoder.
 """

@@ -1,10 +1,10 @@
-"""EnCodec 24 kHz: waveforms to residual codes and back, in batches of unequal lengths.
+"""EnCodec 24 kHz (Défossez et al. 2022): waveforms to residual codes and back, in batches.
 
-The networks are the classes of the `encodec` package. Two sets of weights: `encodec-24khz`, the
-official checkpoint (downloaded once and checked, or read from a path), and `nano`, the same
-architecture made narrow, which ships with the repository.
+The networks are the classes of the `encodec` package. There are two sets of weights:
+`encodec-24khz`, the official checkpoint (downloaded once and verified, or read from a path), and
+`nano`, a narrow version of the same architecture, which ships with the repository.
 
-Codes are `int16 [Q, T]` everywhere outside a model, 75 frames a second, values 0 .. 1023.
+Outside a model, codes are `int16 [Q, T]`, 75 frames a second, with values 0 .. 1023.
 """
 
 import json
@@ -38,22 +38,22 @@ NANO_CODEC_FOLDER: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class EncodecConfig:
-    """Size of an EnCodec. The defaults are the official 24 kHz model's."""
+    """Sizes of an EnCodec; the defaults are the official 24 kHz model."""
 
     name: str = "encodec-24khz"
     """Part of the codec's identity."""
 
     n_filters: int = 32
-    """Channels of the outermost convolution; they double at each of the four strides."""
+    """Channels of the outermost convolution; each of the four strides doubles them."""
 
     dimension: int = 128
     """Width of the quantised space."""
 
     lstm: int = 2
-    """LSTM layers at the bottleneck; 0 leaves them out."""
+    """LSTM layers at the bottleneck, or 0."""
 
     n_codebooks: int = 32
-    """Codebooks the weights hold; the system uses the first 8."""
+    """Codebooks in the weights; the system uses the first 8."""
 
 
 def build(config: EncodecConfig) -> "EncodecModel":
@@ -64,7 +64,7 @@ def build(config: EncodecConfig) -> "EncodecModel":
     from encodec.quantization import ResidualVectorQuantizer
 
     with warnings.catch_warnings():
-        # the package uses the older spelling of weight normalisation
+        # the package uses torch's deprecated weight normalisation
         warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")
         encoder = SEANetEncoder(
             dimension=config.dimension, n_filters=config.n_filters, lstm=config.lstm, causal=True
@@ -80,10 +80,10 @@ def build(config: EncodecConfig) -> "EncodecModel":
 
 
 class Encodec:
-    """A trained codec on a device, ready for batches.
+    """A trained codec on a device: a `SpeechCodec`.
 
-    All convolutions are causal and every input is padded to whole frames, so the padding that
-    aligns a batch never reaches a frame that is kept: batched equals one by one.
+    All convolutions are causal and every input is padded to whole frames. The padding of a batch
+    therefore does not change an item's frames.
     """
 
     def __init__(self, model: "EncodecModel", identity: CodecIdentity, device: str = "cpu") -> None:
@@ -91,30 +91,30 @@ class Encodec:
         self.device = torch.device(device)
         model.set_target_bandwidth(N_CODEBOOKS * 0.75)
         self.network = model.eval().requires_grad_(False).to(self.device)
-        """The package's model, without weight normalisation."""
+        """The package's model, with weight normalisation folded into the weights."""
         _fold_weight_norm(self.network)
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[Wave], batch_seconds: float = 10.0) -> list[Codes]:
-        """Codes `[Q, ceil(samples / 320)]` of each waveform `[samples]`, in the order given.
+        """Codes `[Q, ceil(samples / 320)]` of each waveform `[samples]`, in input order.
 
-        At most `batch_seconds` of padded audio goes through the network at once.
+        A batch holds at most `batch_seconds` of padded audio.
         """
         frames = [-(-len(wave) // HOP) for wave in waves]
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
-        for group in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
-            batch = torch.zeros(len(group), 1, _padded(frames, group) * HOP)
-            for row, index in enumerate(group):
+        for indices in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
+            batch = torch.zeros(len(indices), 1, _padded(frames, indices) * HOP)
+            for row, index in enumerate(indices):
                 batch[row, 0, : len(waves[index])] = torch.tensor(waves[index])
             codes, _ = self.network.encode(batch.to(self.device))[0]
             stored = codes.to("cpu", torch.int16).numpy()
-            for row, index in enumerate(group):
+            for row, index in enumerate(indices):
                 result[index] = stored[row, :, : frames[index]].copy()
         return result
 
     @torch.inference_mode()
     def decode(self, codes: Sequence[Codes], batch_seconds: float = 10.0) -> list[Wave]:
-        """Waveforms `[T * 320]` of each `[Q, T]`, in the order given.
+        """Waveforms `[T * 320]` of each `[Q, T]`, in input order.
 
         Raises ValueError for codes outside 0 .. 1023 or of a wrong shape.
         """
@@ -122,13 +122,13 @@ class Encodec:
             self.check(item, f"codes[{number}]")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
-        for group in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
-            n_codebooks = codes[group[0]].shape[0]
-            batch = torch.zeros(len(group), n_codebooks, _padded(frames, group)).long()
-            for row, index in enumerate(group):
+        for indices in batch_by_length(frames, int(batch_seconds * FRAME_RATE)):
+            n_codebooks = codes[indices[0]].shape[0]
+            batch = torch.zeros(len(indices), n_codebooks, _padded(frames, indices)).long()
+            for row, index in enumerate(indices):
                 batch[row, :, : frames[index]] = torch.from_numpy(codes[index].astype(np.int64))
             waves = self.network.decode([(batch.to(self.device), None)])[:, 0].cpu().numpy()
-            for row, index in enumerate(group):
+            for row, index in enumerate(indices):
                 result[index] = waves[row, : frames[index] * HOP].copy()
         return result
 
@@ -140,14 +140,14 @@ class Encodec:
             raise ValueError(f"{name}: values must lie in 0 .. {CODEBOOK_SIZE - 1}")
 
 
-def _padded(frames: Sequence[int], group: Sequence[int]) -> int:
-    """Frames of a padded batch. The first convolutions mirror up to six frames of the start, so
-    a shorter item would depend on what it is batched with."""
-    return max(8, *(frames[index] for index in group))
+def _padded(frames: Sequence[int], indices: Sequence[int]) -> int:
+    """Frames of a padded batch, at least eight. The first convolutions mirror up to six frames at
+    the start, so that a shorter item would depend on the padding of its batch."""
+    return max(8, *(frames[index] for index in indices))
 
 
 def _fold_weight_norm(model: nn.Module) -> None:
-    """Multiplies weight normalisation into plain weights: fewer operations a call."""
+    """Folds weight normalisation into plain weights, which saves operations in each call."""
     for module in model.modules():
         if hasattr(module, "weight_g"):
             nn.utils.remove_weight_norm(module)
@@ -156,7 +156,7 @@ def _fold_weight_norm(model: nn.Module) -> None:
 def save(model: "EncodecModel", config: EncodecConfig, folder: Path) -> None:
     """Writes `model.safetensors` (half precision, read back as float32) and `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    # training-only averages double the size of the codebooks and are no part of the codec
+    # the moving averages of training would double the size of the codebooks
     weights = {
         name: value.half().contiguous()
         for name, value in model.state_dict().items()
@@ -171,15 +171,15 @@ def _is_training_only(name: str) -> bool:
 
 
 def load(source: str = "nano", *, device: str = "cpu", cache: Path | None = None) -> Encodec:
-    """The codec named by `source`.
+    """The EnCodec `source`.
 
-    `nano` ships with the repository; `encodec-24khz` is downloaded once into `cache` (SHA-256
-    checked); a path is a folder written by `save`, or the official `.th` file. Raises ValueError
-    or FileNotFoundError with what to do.
+    `nano` ships with the repository; `encodec-24khz` is downloaded once into `cache` and verified
+    by its SHA-256; a path is a folder written by `save`, or the official `.th` file. Raises
+    ValueError or FileNotFoundError with the remedy.
     """
     if source == "encodec-24khz":
         if cache is None:
-            raise ValueError("codec: encodec-24khz needs a cache folder to download into")
+            raise ValueError("codec: encodec-24khz needs a folder to download into; pass `cache`")
         return _load_official(_download(cache), device)
     path = NANO_CODEC_FOLDER if source == "nano" else Path(source)
     if path.suffix == ".th":
@@ -210,7 +210,7 @@ def _assemble(config: EncodecConfig, weights: dict[str, Tensor], device: str) ->
 
 
 def _download(cache: Path) -> Path:
-    """The official checkpoint in `cache`, fetched if it is not there; its hash is checked."""
+    """Path of the official checkpoint in `cache`; downloads and verifies it if it is missing."""
     target = cache / OFFICIAL_URL.rsplit("/", 1)[1]
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Decoding codes as they come: EnCodec's decoder with its state between calls.
+"""Streaming EnCodec decoder: chunks of codes to samples, with explicit state between calls.
 
-All of it is causal, so what a layer needs of the past is a fixed number of inputs (convolutions)
-or its hidden state (LSTM). Chunks decoded in turn are the waveform that `Encodec.decode` gives for
-the whole. The state travels by value: a chunk may be decoded in another process than the last.
+The decoder is causal: a layer's state is a fixed number of past inputs (convolutions) or a hidden
+state (LSTM). Chunks decoded in turn give the waveform that `Encodec.decode` gives for the whole.
+The state is a value, so that each chunk may be decoded in a different process.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from valle.model.codec.encodec import Encodec
 from valle.model.codec.interface import Codes, Wave
 
 MIN_FIRST_CHUNK = 8
-"""Frames of a first chunk, at least: the convolutions mirror the start of what they see."""
+"""Least frames of a first chunk: the convolutions mirror the start of their input."""
 
 
 @dataclass(frozen=True)
 class EncodecState:
-    """What the layers keep, in the order in which they are run; tens of kilobytes."""
+    """The layers' states in execution order; tens of kilobytes."""
 
     tensors: tuple[NDArray[np.float32], ...]
 
@@ -31,18 +31,18 @@ class EncodecState:
 def decode_next(
     codec: Encodec, codes: Codes, state: EncodecState | None
 ) -> tuple[Wave, EncodecState]:
-    """Samples `[T * 320]` of the next codes `[8, T]` of a stream, and the state for those after.
+    """Samples `[T * 320]` of a stream's next codes `[Q, T]`, and the state after them.
 
-    `state` is None for the first chunk, which needs `MIN_FIRST_CHUNK` frames. Raises ValueError
-    for less.
+    `state` is None for the first chunk, which needs `MIN_FIRST_CHUNK` frames. Raises ValueError for
+    a shorter one, and as `Encodec.check` does.
     """
     if state is None and codes.shape[1] < MIN_FIRST_CHUNK:
         raise ValueError(
-            f"codes: {codes.shape[1]} frames in a first chunk, at least {MIN_FIRST_CHUNK}"
+            f"codes: a first chunk of {codes.shape[1]} frames; it needs {MIN_FIRST_CHUNK}"
         )
     codec.check(codes)
     device = codec.device
-    # the package wants [Q, batch, T]
+    # the package's layout is [Q, batch, T]
     indices = torch.from_numpy(codes.astype(np.int64)).to(device)[:, None]
     decoder_pass = _DecoderPass(state, device)
     wave = decoder_pass(codec.network.decoder.model, codec.network.quantizer.decode(indices))
@@ -51,7 +51,7 @@ def decode_next(
 
 
 class _DecoderPass:
-    """One pass through the layers that reads the old state and collects the new one."""
+    """One pass through the decoder that consumes the old state and collects the new one."""
 
     def __init__(self, state: EncodecState | None, device: torch.device) -> None:
         self._old_state = iter(
@@ -61,7 +61,7 @@ class _DecoderPass:
         self.new_state: list[Tensor] = []
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
-        """`x [1, channels, time]` through a layer, with all that is inside it."""
+        """Output of a layer, nested layers included, for `x [1, channels, time]`."""
         from encodec.modules import SLSTM, SConv1d, SConvTranspose1d
         from encodec.modules.seanet import SEANetResnetBlock
 
@@ -96,7 +96,7 @@ class _DecoderPass:
 
     def _transposed(self, module: Any, x: Tensor) -> Tensor:
         stride = module.convtr.convtr.stride[0]
-        # kernels of two strides: a sample depends on one input and the one before it
+        # a kernel is two strides long: a sample depends on one input and the one before it
         past = torch.zeros_like(x[..., :1]) if self._is_first else next(self._old_state)
         self.new_state.append(x[..., -1:])
         samples = module.convtr(torch.cat([past, x], dim=-1))

@@ -1,17 +1,19 @@
-"""Training a narrow EnCodec: taught latents, quantiser, losses and one step.
+"""Training a narrow EnCodec: initialisation from data, taught latents, quantiser, losses.
 
 Follows EnCodec (Défossez et al. 2022): multi-scale mel and waveform reconstruction plus
-commitment (section 3.4), without the discriminators, which do not pay on a CPU. Three things
-differ, because a small network on small batches otherwise codes loudness and nothing else:
+commitment (section 3.4), without the discriminators, which cost too much on a CPU. Three things
+differ, because a small network trained on small batches otherwise codes loudness only:
 
 - the convolutions are initialised from data;
-- for the first steps the latents are taught: the encoder learns to compute log-mel features
-  (`Teacher`), the decoder learns to speak from the same features, quantised, so that the books
-  hold phonetic content before encoder and decoder are joined and trained end to end;
-- the quantiser's averages are kept here, with a dead-entry threshold that fits a few hundred
+- in the first steps the latents are taught: the encoder learns to compute log-mel features
+  (`Teacher`), and the decoder learns to reconstruct speech from the same features, quantised. So
+  the codebooks hold phonetic content before encoder and decoder are trained end to end;
+- the codebooks' moving averages are updated here, with a dead-entry threshold for a few hundred
   vectors a step.
 
-Inference stays the package's own `EncodecModel`.
+Inference uses the package's `EncodecModel`.
+
+Shapes: B batch, D dimension of the latents, T frames, N = B * T vectors, Q codebooks.
 """
 
 from dataclasses import dataclass, field
@@ -30,47 +32,49 @@ if TYPE_CHECKING:
 
 
 FLOOR: Final = 1e-3
-"""Added to mel magnitudes before the logarithm: some 45 dB below speech, so that the noise of a
-pause does not weigh as much as the vowel beside it."""
+"""Added to mel magnitudes before the logarithm, about 45 dB below speech: limits the weight of the
+noise in pauses."""
 
 
 def _formerly(name: str) -> dict[str, tuple[str, ...]]:
-    """`valle.platform.recipe.formerly`, which `model/` may not import: a field's former name."""
+    """Metadata of a renamed field, as `valle.platform.recipe.formerly`, which `model/` must not
+    import."""
     return {"formerly": (name,)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodecLossConfig:
-    """Weights of the terms and the quantiser's habits."""
+    """Weights of the loss terms, and the codebooks' moving averages."""
 
     mel: float = 1.0
     """Multi-scale log-mel distance."""
 
     waveform: float = 2.0
-    """L1 between waveforms: keeps phase and the lowest frequencies honest."""
+    """L1 distance of the waveforms, which fixes phase and the lowest frequencies."""
 
     commitment: float = 0.25
-    """Pulls the encoder's output to its codebook entries."""
+    """Mean square distance of the encoder's output to its codebook entries."""
 
     teacher: float = 1.0
-    """Mean square distance of the encoder's output to the teacher's features, while taught."""
+    """Mean square distance of the encoder's output to the teacher's features, in the first
+    `teacher_steps` steps."""
 
     anchor: float = 0.05
-    """The same afterwards: keeps directions that cost the decoder nothing from growing without
-    bound and taking the first books with them."""
+    """Weight of the same distance afterwards: bounds directions of the latents that the decoder
+    ignores, which would otherwise grow and occupy the first codebooks."""
 
     ema_decay: float = field(default=0.98, metadata=_formerly("decay"))
-    """Of the moving averages that place the codebook entries."""
+    """Decay per step of the moving averages whose means are the codebook entries."""
 
     dead_threshold: float = field(default=0.05, metadata=_formerly("dead_below"))
-    """An entry whose average count per step falls below this moves to a vector of the batch."""
+    """An entry with a lower average count per step is replaced by a vector of the batch."""
 
     teacher_steps: int = field(default=1500, metadata=_formerly("taught_steps"))
-    """Steps at the start during which the decoder reads the teacher's features, quantised."""
+    """First steps, in which the decoder's input is the teacher's features, quantised."""
 
 
 class MelLoss(nn.Module):
-    """L1 between log-mel spectrograms at several window lengths (EnCodec eq. 4, log terms)."""
+    """L1 distance of log-mel spectrograms at several window lengths (EnCodec eq. 4, log terms)."""
 
     def __init__(self, windows: tuple[int, ...] = (128, 256, 512, 1024, 2048)) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class MelLoss(nn.Module):
             self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
 
     def forward(self, a: Float[Tensor, "B samples"], b: Float[Tensor, "B samples"]) -> Tensor:
-        """Mean absolute difference, averaged over the scales."""
+        """Mean absolute difference, averaged over the window lengths."""
         total = a.new_zeros(())
         both = torch.cat([a, b])
         for window in self.windows:
@@ -98,10 +102,10 @@ class MelLoss(nn.Module):
 
 @torch.no_grad()
 def init_convolutions(model: "EncodecModel", waves: Float[Tensor, "B samples"]) -> None:
-    """Scales each convolution so that its output has unit deviation on `waves`.
+    """Scales each convolution to unit deviation of its output on `waves`; the last one to less.
 
-    With the default initialisation the encoder's output hardly varies with its input, the decoder
-    learns the mean spectrum, and the codes never come to matter. The last layer is made small.
+    With the default initialisation the encoder's output hardly depends on its input: the decoder
+    then learns the mean spectrum and ignores the codes.
     """
 
     def rescale(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -120,11 +124,11 @@ def init_convolutions(model: "EncodecModel", waves: Float[Tensor, "B samples"]) 
 
 
 class Teacher(nn.Module):
-    """What the latents are taught to be: causal log-mel features, 75 frames a second.
+    """The target of the latents: causal log-mel features, 75 frames a second.
 
     A short window follows the spectral envelope, a long one resolves the harmonics of a voice.
-    Both end where the codec's causal frame ends, and fall off late, so that a frame describes its
-    own samples first.
+    Both end where the codec's causal frame ends and fall off late, so that a frame mostly
+    describes its own samples.
     """
 
     mean: Tensor
@@ -149,7 +153,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, waves: Float[Tensor, "B samples"]) -> Float[Tensor, "B D T"]:
-        """Features of whole frames, near zero mean and unit variance over speech."""
+        """Features of whole frames; over speech near zero mean and, together, unit variance."""
         features = []
         for window in self.windows:
             padded = F.pad(waves, (window - HOP, 0))
@@ -160,7 +164,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def fit(self, waves: Float[Tensor, "B samples"]) -> None:
-        """Sets mean (per feature) and scale (one for all) from speech."""
+        """Sets the mean (per feature) and the scale (one for all features) from speech."""
         features = self(waves).transpose(1, 2).flatten(0, 1)
         self.mean.copy_(features.mean(0))
         self.scale.copy_((features - self.mean).square().mean().sqrt())
@@ -170,9 +174,9 @@ class Teacher(nn.Module):
 def init_codebooks(
     model: "EncodecModel", vectors: Float[Tensor, "N D"], per_step: int, seed: int = 0
 ) -> None:
-    """Places the entries of each book by k-means over what the books before it left.
+    """Initialises each codebook by k-means over the residual of the codebooks before it.
 
-    `per_step` is the number of vectors of a training step, the unit of the running averages.
+    `per_step` is the number of vectors of a training step, the unit of the moving averages.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
@@ -181,7 +185,7 @@ def init_codebooks(
     for layer in model.quantizer.vq.layers:
         book = layer._codebook
         means = KMeans(CODEBOOK_SIZE, init="random", n_init=1, max_iter=20, random_state=seed)
-        # its threads wait by spinning: more than there are free cores and they starve each other
+        # its threads wait by spinning: more threads than free cores starve each other
         with threadpool_limits(torch.get_num_threads()):
             means.fit(residual.cpu().numpy())
         book.embed.copy_(torch.from_numpy(means.cluster_centers_))
@@ -198,10 +202,10 @@ def residual_quantize(
     loss: EncodecLossConfig,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "B D T"], Int[Tensor, "Q N"], Tensor]:
-    """Residual quantisation with moving-average updates, straight-through gradient.
+    """Residual quantisation with a straight-through gradient; updates the codebooks.
 
-    Returns the quantised features, the codes of the `N = B * T` vectors and the commitment loss.
-    Counts and sums are added up over all workers, so every worker keeps the same codebooks.
+    Returns the quantised features, the codes and the commitment loss. Counts and sums are added up
+    over all workers, so that every worker has the same codebooks.
     """
     residual = z.transpose(1, 2).reshape(-1, z.shape[1])
     quantized = torch.zeros_like(residual)
@@ -236,15 +240,31 @@ def _update(
     book.cluster_size.lerp_(counts, 1 - loss.ema_decay)
     book.embed_avg.lerp_(sums, 1 - loss.ema_decay)
     book.embed.copy_(book.embed_avg / book.cluster_size.clamp_min(1e-5)[:, None])
-    # all three together, or the next average pulls a revived entry straight back
+    # all three are reset, or the next average would pull a restarted entry back
     dead = book.cluster_size < loss.dead_threshold
     book.embed[dead] = fresh[dead]
     book.embed_avg[dead] = fresh[dead] * (2 * loss.dead_threshold)
     book.cluster_size[dead] = 2 * loss.dead_threshold
 
 
+@dataclass(frozen=True)
+class EncodecLoss:
+    """Loss of a batch."""
+
+    loss: Tensor
+    """Weighted sum of the terms, a scalar."""
+
+    terms: dict[str, Tensor]
+    """Terms of the loss, and `entries_1` and `entries_8`: the number of entries that the batch used
+    in the first and in the last codebook."""
+
+
 class EncodecObjective(nn.Module):
-    """The codec with its losses as one module: what DDP wraps."""
+    """The codec with its losses as one module.
+
+    Its state is all of training: the codec with the codebooks' moving averages, and the teacher's
+    statistics.
+    """
 
     def __init__(self, model: "EncodecModel", loss: EncodecLossConfig) -> None:
         super().__init__()
@@ -255,7 +275,7 @@ class EncodecObjective(nn.Module):
 
     @torch.no_grad()
     def initialize(self, waves: Float[Tensor, "B samples"], per_step: int, seed: int) -> None:
-        """Convolutions, teacher and codebooks from a sample of speech (a few hundred crops)."""
+        """Initialises convolutions, teacher and codebooks from a few hundred crops of speech."""
         init_convolutions(self.model, waves[:16])
         self.teacher.fit(waves)
         vectors = self.teacher(waves).transpose(1, 2).flatten(0, 1)
@@ -263,20 +283,26 @@ class EncodecObjective(nn.Module):
 
     def forward(
         self, waves: Float[Tensor, "B samples"], step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its terms, with the number of entries used by two books."""
+    ) -> EncodecLoss:
+        """Loss of a batch; `step`, counted from 0, decides whether the latents are still taught.
+
+        `generator` draws the vectors that revive dead codebook entries.
+        """
+        # quantise the latents, or in the first steps the features that they are taught to be
         z = self.model.encoder(waves[:, None])
         features = self.teacher(waves)
         terms: dict[str, Tensor] = {"teacher": F.mse_loss(z, features)}
-        taught = step < self.loss.teacher_steps
+        # phase 1: the decoder learns from the teacher's features; phase 2: end to end
+        has_teacher = step < self.loss.teacher_steps
         quantized, codes, terms["commitment"] = residual_quantize(
-            self.model, features if taught else z, self.loss, generator
+            self.model, features if has_teacher else z, self.loss, generator
         )
+        # reconstruct, and weigh the terms
         output = self.model.decoder(quantized)[:, 0]
         terms["mel"] = self.mel(output, waves)
         terms["waveform"] = F.l1_loss(output, waves)
         total = self.loss.mel * terms["mel"]
-        if taught:
+        if has_teacher:
             total = total + self.loss.teacher * terms["teacher"]
         else:
             total = total + self.loss.anchor * terms["teacher"]
@@ -284,4 +310,4 @@ class EncodecObjective(nn.Module):
             total = total + self.loss.waveform * terms["waveform"]
         terms["entries_1"] = codes[0].unique().numel() * torch.ones(())
         terms["entries_8"] = codes[-1].unique().numel() * torch.ones(())
-        return total, {name: value.detach() for name, value in terms.items()}
+        return EncodecLoss(total, {name: value.detach() for name, value in terms.items()})

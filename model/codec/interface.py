@@ -1,4 +1,4 @@
-"""What every codec can do: recordings to codes and back, in batches; and whose codes they are."""
+"""The codec protocol: batches of waveforms to codes and back, and the identity of a codec."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ Wave = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class CodecIdentity:
-    """Which codec made a set of codes. Two codecs are the same only if all of this is equal."""
+    """Identity of the codec that made a set of codes; two codecs are the same if all fields are
+    equal."""
 
     name: str
     sha256: str
-    """Hash over the weights, names included."""
+    """SHA-256 over names and values of the weights."""
     n_codebooks: int = N_CODEBOOKS
     frame_rate: int = FRAME_RATE
     sample_rate: int = SAMPLE_RATE
@@ -34,11 +35,11 @@ class CodecIdentity:
         return self.sample_rate // self.frame_rate
 
     def frames(self, seconds: float) -> int:
-        """Whole frames in so many seconds."""
+        """Whole frames in `seconds`."""
         return int(seconds * self.frame_rate)
 
     def check(self, other: "CodecIdentity", what: str) -> None:
-        """Raises ValueError unless `other`, found in `what`, is this codec."""
+        """Raises ValueError unless `other`, the codec of the artifact `what`, is this one."""
         if self != other:
             raise ValueError(
                 f"codec mismatch: {what} was made with {other.name} ({other.sha256[:12]}), but the "
@@ -48,16 +49,16 @@ class CodecIdentity:
 
 @runtime_checkable
 class SpeechCodec(Protocol):
-    """A trained codec on a device. Batched equals one by one."""
+    """A trained codec on a device. An item's result does not depend on its batch."""
 
     identity: CodecIdentity
     device: torch.device
 
     def encode(self, waves: Sequence[Wave], batch_seconds: float = ...) -> list[Codes]:
-        """Codes `[Q, T]` of each 24 kHz waveform `[samples]`, in the order given."""
+        """Codes `[Q, T]` of each 24 kHz waveform `[samples]`, in input order."""
 
     def decode(self, codes: Sequence[Codes], batch_seconds: float = ...) -> list[Wave]:
-        """24 kHz waveforms of each `[Q, T]`, in the order given; ValueError for bad codes."""
+        """24 kHz waveforms of each `[Q, T]`, in input order. Raises ValueError as `check` does."""
 
     def check(self, codes: Codes, name: str = ...) -> None:
-        """Raises ValueError for codes of a wrong shape or beyond the codebooks' entries."""
+        """Raises ValueError for codes of a wrong shape or outside the codebooks."""

@@ -1,11 +1,11 @@
 """nano 2: a codec that quantises the features of a vocoder.
 
-Encoding computes the features of a recording (`model/vocoder/features.py`) and quantises them
-(`quantizer.py`); decoding restores features from codes and lets libopus' FARGAN speak them
-(`model/vocoder/vocoder.py`). What a listener hears is the vocoder's own, natural sound, and the
-codes carry what a voice is told by: spectrum, pitch and voicing.
+Encoding computes the vocoder features of a recording (`model/vocoder/features.py`) and quantises
+them (`quantizer.py`). Decoding restores features from codes and synthesizes speech from them with
+libopus' FARGAN (`model/vocoder/vocoder.py`). The codes carry spectrum, pitch and voicing; the
+natural sound comes from the vocoder.
 
-Decoding looks ahead by the quantiser's `lookahead` frames and 16 ms of the vocoder.
+Decoding looks ahead by the quantiser's `lookahead` frames and by 16 ms for the vocoder.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ NANO2_CODEC_FOLDER: Final = (
 
 
 class Nano2Codec:
-    """The codec on a device, ready for batches: batched equals one by one."""
+    """A `SpeechCodec`: quantiser, feature extractor and vocoder on a device."""
 
     def __init__(self, quantizer: Quantizer, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -43,61 +43,64 @@ class Nano2Codec:
         self.vocoder = Vocoder.load().to(self.device)
         config = quantizer.config
         self.identity = CodecIdentity(
-            name="nano2", sha256=weights_hash(inference_weights(quantizer)),
-            n_codebooks=config.n_codebooks, frame_rate=config.frame_rate, sample_rate=SAMPLE_RATE,
-        )  # fmt: skip
+            name="nano2",
+            sha256=weights_hash(inference_weights(quantizer)),
+            n_codebooks=config.n_codebooks,
+            frame_rate=config.frame_rate,
+            sample_rate=SAMPLE_RATE,
+        )
 
     @classmethod
     def load(cls, folder: Path = NANO2_CODEC_FOLDER, device: str = "cpu") -> "Nano2Codec":
-        """With the quantiser in `folder`. Raises FileNotFoundError or ValueError."""
+        """The codec with the quantiser in `folder`. Raises FileNotFoundError or ValueError."""
         return cls(load_quantizer(folder), device)
 
     @torch.inference_mode()
     def encode(self, waves: Sequence[Wave], batch_seconds: float = 160.0) -> list[Codes]:
-        """Codes `[Q, ceil(samples / hop)]` of 24 kHz waveforms `[samples]`, in the order given.
+        """Codes `[Q, ceil(samples / hop)]` of 24 kHz waveforms `[samples]`, in input order.
 
-        At most `batch_seconds` of padded audio is quantised at once.
+        A batch of the quantiser holds at most `batch_seconds` of padded audio.
         """
         features = self.extractor.extract(waves, SAMPLE_RATE)
         lengths = [len(item) for item in features]
         block = self.quantizer.config.features_per_block
         result: list[Codes] = [np.empty((0, 0), np.int16)] * len(waves)
-        for group in batch_by_length(lengths, int(batch_seconds * FEATURE_RATE)):
-            longest = -(-max(lengths[index] for index in group) // block) * block
-            batch = torch.zeros(len(group), longest, N_FEATURES)
-            for row, index in enumerate(group):
+        for indices in batch_by_length(lengths, int(batch_seconds * FEATURE_RATE)):
+            longest = -(-max(lengths[index] for index in indices) // block) * block
+            batch = torch.zeros(len(indices), longest, N_FEATURES)
+            for row, index in enumerate(indices):
                 batch[row, : lengths[index]] = torch.from_numpy(features[index])
-            n_features = torch.tensor([lengths[index] for index in group], device=self.device)
+            n_features = torch.tensor([lengths[index] for index in indices], device=self.device)
             codes = self.quantizer.encode(batch.to(self.device), n_features).to("cpu", torch.int16)
-            for row, index in enumerate(group):
+            for row, index in enumerate(indices):
                 n_frames = -(-len(waves[index]) // self.identity.hop)
                 result[index] = codes[row, :, :n_frames].numpy().copy()
         return result
 
     @torch.inference_mode()
     def decode(self, codes: Sequence[Codes], batch_seconds: float = 160.0) -> list[Wave]:
-        """24 kHz waveforms `[T * hop]` of each `[Q, T]`, in the order given.
+        """24 kHz waveforms `[T * hop]` of each `[Q, T]`, in input order.
 
-        Fewer codebooks than the codec has may be given, the first ones. Raises ValueError for
-        codes of a wrong shape or beyond the codebooks.
+        Q may be less than the codec's codebooks: the first ones are used. Raises ValueError as
+        `check` does.
         """
         for number, item in enumerate(codes):
             self.check(item, f"codes[{number}]")
         frames = [item.shape[1] for item in codes]
         result: list[Wave] = [np.empty(0, np.float32)] * len(codes)
         budget = int(batch_seconds * self.quantizer.config.frame_rate)
-        for group in batch_by_length(frames, budget):
-            features = self.features([codes[index] for index in group])
+        for indices in batch_by_length(frames, budget):
+            features = self.features([codes[index] for index in indices])
             waves = self.vocoder(features).cpu().numpy()
-            for row, index in enumerate(group):
+            for row, index in enumerate(indices):
                 result[index] = waves[row, : frames[index] * self.identity.hop].copy()
         return result
 
     def features(self, codes: Sequence[Codes]) -> Tensor:
-        """Vocoder features `[B, S, 20]` of codes `[Q, T]`, a row's last one repeated to the end.
+        """Vocoder features `[B, S, 20]` of codes `[Q, T]`, padded with each row's last feature.
 
-        The vocoder makes a frame's sound while it reads the next two; behind a row's end it reads
-        what it would read if the row were alone.
+        The vocoder reads two frames beyond the one it synthesizes. After a row's end it reads the
+        same padding as for the row alone, so that neighbours do not change the result.
         """
         lengths = torch.tensor([item.shape[1] for item in codes])
         batch = torch.zeros(len(codes), codes[0].shape[0], int(lengths.max()), dtype=torch.long)
@@ -110,7 +113,7 @@ class Nano2Codec:
         return restored
 
     def check(self, codes: Codes, name: str = "codes") -> None:
-        """Raises ValueError for codes of a wrong shape or beyond the codebooks' entries."""
+        """Raises ValueError for codes of a wrong shape, without frames, or out of range."""
         n_codebooks, entries = self.identity.n_codebooks, self.quantizer.config.codebook_size
         if codes.ndim != 2 or not 1 <= codes.shape[0] <= n_codebooks or codes.shape[1] == 0:
             raise ValueError(f"{name}: expected [1..{n_codebooks}, T], got {codes.shape}")
@@ -118,7 +121,7 @@ class Nano2Codec:
             raise ValueError(f"{name}: values must lie in 0 .. {entries - 1}")
 
     def resynthesize(self, wave: NDArray[np.float32]) -> Wave:
-        """The vocoder's own version of a recording: what no quantiser can surpass."""
+        """The vocoder's version of a recording, without quantisation: the codec's upper bound."""
         features = torch.from_numpy(self.extractor.extract([wave], SAMPLE_RATE)[0])
         resynthesis: Tensor = self.vocoder(features[None].to(self.device))
         return resynthesis[0, : len(wave)].cpu().numpy()

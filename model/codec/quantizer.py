@@ -1,15 +1,15 @@
 """nano 2's quantiser: vocoder features to residual codes and back.
 
-A recording's features (20 values every 10 ms: Bark cepstra, pitch, voicing) go through an encoder
-of convolutions, a residual vector quantiser at the codec's frame rate, and a decoder of
-convolutions back to features, which the vocoder makes audible. Neighbouring frames help each
-other, so that eight codebooks keep what independent frames would need far more for.
+A convolutional encoder maps features (20 values every 10 ms: Bark cepstra, pitch, voicing) to
+latents at the codec's frame rate, a residual vector quantiser maps latents to codes, and a
+convolutional decoder maps quantised latents back to features for the vocoder. Context from
+neighbouring frames lets eight codebooks represent what independent frames would need more for.
 
-The encoder sees the whole recording. The decoder is causal but for `lookahead` frames, so that it
-runs while codes are still being made; its state between calls is a value (`DecoderState`).
+The encoder sees the whole recording. The decoder is causal except for `lookahead` frames, so that
+it can stream; its state between calls is a value (`DecoderState`).
 
-Shapes: B batch, S features (100 a second), T frames (`frame_rate` a second), Q codebooks,
-W width, D dimension of the quantised space.
+Legend: B batch, S features (100 a second), T frames (`frame_rate` a second), Q codebooks, W width,
+D dimension of the quantised space, F feature values.
 """
 
 from dataclasses import dataclass
@@ -33,16 +33,16 @@ FEATURE_RATE: Final = 100
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Rates and sizes of a quantiser."""
+    """Rates and sizes of a `Quantizer`."""
 
     frame_rate: int = 50
     """Frames a second: 100, 75, 50 or 25."""
 
     n_codebooks: int = 8
-    """Residual codebooks; fewer may be used, the first ones."""
+    """Residual codebooks; a prefix of them may be used."""
 
     codebook_size: int = 1024
-    """Entries of each."""
+    """Entries of each codebook."""
 
     dimension: int = 48
     """Width of the quantised space."""
@@ -64,12 +64,12 @@ class QuantizerConfig:
 
     @property
     def features_per_block(self) -> int:
-        """Features that become one block of frames: the smallest whole ratio of the rates."""
+        """Features of a block, the shortest span that is whole in both rates."""
         return Fraction(FEATURE_RATE, self.frame_rate).numerator
 
     @property
     def frames_per_block(self) -> int:
-        """Frames of a block: 1, but 3 at 75 a second."""
+        """Frames of a block: 3 at 75 frames a second, else 1."""
         return Fraction(FEATURE_RATE, self.frame_rate).denominator
 
 
@@ -78,22 +78,23 @@ KERNEL: Final = 5
 
 
 class Convolution(nn.Module):
-    """A convolution over time whose output sees `ahead` of its taps in the future."""
+    """A convolution over time, of whose taps `ahead` lie in the future."""
 
     def __init__(self, inputs: int, outputs: int, ahead: int, dilation: int = 1) -> None:
         super().__init__()
         self.taps = nn.Conv1d(inputs, outputs, KERNEL, dilation=dilation)
         self.padding = ((KERNEL - 1 - ahead) * dilation, ahead * dilation)
-        """Frames before and after the input."""
+        """Padding before and after the input."""
 
     def forward(self, x: Float[Tensor, "B C T"]) -> Float[Tensor, "B D T"]:
-        """The whole input at once, silence (zeros) around it."""
+        """The whole input at once, padded with zeros."""
         return self.taps(F.pad(x, self.padding))
 
     def advance(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next frames `[B, C, n]` of a stream: outputs that are due, and what to keep.
+        """Outputs for the next frames `[B, C, n]` of a stream, and the new state.
 
-        `past` is None at the start. The first call yields fewer outputs by the taps ahead.
+        `past` is None at the start. Outputs lag by the taps ahead, so that the first call returns
+        fewer.
         """
         if past is None:
             past = x.new_zeros(x.shape[0], x.shape[1], self.padding[0])
@@ -105,20 +106,20 @@ class Convolution(nn.Module):
 
 
 class Pointwise(nn.Conv1d):
-    """A convolution of one tap, which takes pieces of a stream that hold no frame as well."""
+    """A convolution of one tap that also accepts chunks without frames."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 1)
 
     def forward(self, x: Float[Tensor, "B C T"]) -> Float[Tensor, "B D T"]:
-        """Each frame by itself."""
+        """A linear map of each frame."""
         if x.shape[2] == 0:
             return x.new_zeros(x.shape[0], self.out_channels, 0)
         return super().forward(x)
 
 
 class ResidualBlock(nn.Module):
-    """Norm over channels, convolution, GELU, pointwise convolution, added to the input."""
+    """RMS norm over channels, convolution, GELU, pointwise convolution, added to the input."""
 
     def __init__(self, width: int, ahead: int, dilation: int) -> None:
         super().__init__()
@@ -127,11 +128,11 @@ class ResidualBlock(nn.Module):
         self.out = Pointwise(width, width)
 
     def forward(self, x: Float[Tensor, "B W T"]) -> Float[Tensor, "B W T"]:
-        """The whole input at once."""
+        """The whole input at once, padded with zeros."""
         return x + self.out(F.gelu(self.mix(self._normed(x))))
 
     def advance(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next frames of a stream; causal blocks only: as many come out as go in."""
+        """The next frames of a stream, as many as go in; for causal blocks only."""
         mixed, new_past = self.mix.advance(self._normed(x), past)
         return x + self.out(F.gelu(mixed)), new_past
 
@@ -156,10 +157,10 @@ class Encoder(nn.Module):
     def forward(
         self, features: Float[Tensor, "B F S"], mask: Bool[Tensor, "B 1 S"]
     ) -> Float[Tensor, "B D T"]:
-        """Latents of normalised features; S is whole blocks, absent features are zeros.
+        """Latents of normalised features; S is whole blocks, and `mask` marks real features.
 
-        The mask is applied before every convolution, so that what stands behind the end of a
-        recording is the same whatever it is batched with.
+        The mask is applied before every convolution: after the end of a recording there are zeros,
+        whatever it is batched with.
         """
         x = self.first(features * mask)
         for block in self.fine:
@@ -174,22 +175,23 @@ class Encoder(nn.Module):
         return self.last(x * frame_mask)
 
     def _frame_mask(self, mask: Tensor) -> Tensor:
-        """`[B, 1, T]`: frames whose block holds at least one feature."""
+        """`[B, 1, T]`: frames of blocks with at least one real feature."""
         first = mask[:, :, :: self._config.features_per_block]
         return first.repeat_interleave(self._config.frames_per_block, dim=2)
 
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What each convolution keeps of a stream, in the order in which they run, and frames of a
-    block that is not whole yet."""
+    """State of a streaming `Decoder`."""
 
     past: tuple[Tensor | None, ...]
+    """Past inputs of each convolution, in execution order."""
     partial_block: Tensor | None
+    """Frames of a block that is not complete yet."""
 
 
 class Decoder(nn.Module):
-    """Quantised latents to normalised features, causal but for the look-ahead."""
+    """Quantised latents to normalised features, causal except for the look-ahead."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -217,9 +219,9 @@ class Decoder(nn.Module):
         return DecoderState((None,) * (1 + len(self.coarse) + len(self.fine)), None)
 
     def advance(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Features `[B, F, s]` that the next latents `[B, D, n]` make known, and the new state.
+        """Features `[B, F, s]` that the next latents `[B, D, n]` complete, and the new state.
 
-        They lag by the look-ahead; `Quantizer.flush` brings out the rest.
+        Features lag by the look-ahead; `Quantizer.flush` returns the last ones.
         """
         past = iter(state.past)
         new_past: list[Tensor | None] = []
@@ -258,10 +260,14 @@ class Quantizer(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.books = ResidualVectorQuantization(
-            num_quantizers=config.n_codebooks, dim=config.dimension,
-            codebook_size=config.codebook_size, decay=0.98, kmeans_init=True, kmeans_iters=10,
+            num_quantizers=config.n_codebooks,
+            dim=config.dimension,
+            codebook_size=config.codebook_size,
+            decay=0.98,
+            kmeans_init=True,
+            kmeans_iters=10,
             threshold_ema_dead_code=0.05,
-        )  # fmt: skip
+        )
         self.decoder = Decoder(config)
         self.register_buffer("mean", torch.zeros(N_FEATURES, 1))
         self.register_buffer("deviation", torch.ones(N_FEATURES, 1))
@@ -269,15 +275,15 @@ class Quantizer(nn.Module):
         self.deviation: Tensor
 
     def codebooks(self) -> "list[EuclideanCodebook]":
-        """The residual codebooks, the first one first."""
+        """The residual codebooks in order."""
         return [layer._codebook for layer in self.books.layers]
 
     def forward(
         self, features: Float[Tensor, "B S F"], n_codebooks: int | None
     ) -> tuple[Float[Tensor, "B S F"], Tensor]:
-        """Features as they come back, for training, and the commitment loss (a scalar).
+        """Reconstructed features and the commitment loss (a scalar), for training.
 
-        S is whole blocks. The first `n_codebooks` are used; None leaves quantisation out.
+        S is whole blocks. The first `n_codebooks` are used; None skips quantisation.
         """
         x = self._normalized(features)
         latents = self.encoder(x, torch.ones_like(x[:, :1], dtype=torch.bool))
@@ -290,22 +296,22 @@ class Quantizer(nn.Module):
     def encode(
         self, features: Float[Tensor, "B S F"], lengths: Int[Tensor, " B"]
     ) -> Int[Tensor, "B Q T"]:
-        """Codes of recordings of `lengths` features each, padded to whole blocks together."""
+        """Codes of a batch of recordings, padded to whole blocks, of `lengths` features each."""
         positions = torch.arange(features.shape[1], device=features.device)
         mask = (positions < lengths[:, None])[:, None]
         latents = self.encoder(self._normalized(features), mask)
         return self.books.encode(latents).transpose(0, 1)
 
     def latents(self, codes: Int[Tensor, "B Q T"]) -> Float[Tensor, "B D T"]:
-        """The codebooks' entries, summed over the codebooks given."""
+        """Entries of the codes, summed over the first Q codebooks."""
         return self.books.decode(codes.transpose(0, 1))
 
     def decode(
         self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B S F"]:
-        """Features of all blocks that the frames begin; rows have `lengths` frames, or all T."""
+        """Features of all blocks that the frames begin. Rows have `lengths` frames (None: T)."""
         latents = self.latents(codes)
-        if lengths is not None:  # the look-ahead must see nothing behind a row's end
+        if lengths is not None:  # the look-ahead must see zeros after a row's end
             positions = torch.arange(codes.shape[2], device=codes.device)
             latents = latents * (positions < lengths[:, None])[:, None]
         missing = -latents.shape[2] % self.config.frames_per_block
@@ -314,14 +320,15 @@ class Quantizer(nn.Module):
     def advance(
         self, codes: Int[Tensor, "B Q n"], state: DecoderState
     ) -> tuple[Float[Tensor, "B s F"], DecoderState]:
-        """Features that the next codes of a stream make known; see `Decoder.advance`."""
+        """Features that the next codes of a stream complete, and the new state; see
+        `Decoder.advance`."""
         features, state = self.decoder.advance(self.latents(codes), state)
         return self._restored(features), state
 
     def flush(self, state: DecoderState) -> Float[Tensor, "B s F"]:
-        """The features still due when a stream has ended, up to those of its last block."""
+        """The remaining features at the end of a stream, up to its last block."""
         first = state.past[0]
-        assert first is not None, "a stream that ends has begun"
+        assert first is not None, "flush() needs a stream that has begun"
         n_frames = self.config.lookahead + self.config.frames_per_block - 1
         behind = first.new_zeros(first.shape[0], first.shape[1], n_frames)
         return self._restored(self.decoder.advance(behind, state)[0])

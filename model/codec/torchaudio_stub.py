@@ -1,14 +1,14 @@
-"""An empty torchaudio for packages that import it and use nothing of it."""
+"""An empty torchaudio for packages that import it without using it."""
 
 import sys
 import types
 
 
 def ensure_torchaudio() -> None:
-    """Puts an empty module where torchaudio cannot load.
+    """Registers an empty `torchaudio` module if the real one cannot be loaded.
 
-    `encodec` and `distillmos` import torchaudio at their top and need nothing of it on our path;
-    PyPI's torchaudio does not load beside a CPU build of torch (it asks for libc10_cuda.so).
+    `encodec` and `distillmos` import torchaudio at their top and use nothing of it on our path.
+    PyPI's torchaudio does not load beside a CPU build of torch (it needs libc10_cuda.so).
     """
     try:
         import torchaudio  # noqa: F401

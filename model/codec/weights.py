@@ -1,6 +1,6 @@
 """Weights of codecs: their hash, and the files of nano 2's quantiser.
 
-These are safetensors in half precision and a JSON of its sizes.
+A quantiser's folder holds safetensors in half precision and its sizes as JSON.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from torch import Tensor
 from valle.model.codec.quantizer import Quantizer, QuantizerConfig
 
 _TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
-"""Running averages of the codebooks, needed to go on training only."""
+"""Suffixes of the codebooks' moving averages, which only training needs."""
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, independent of the file format."""
+    """SHA-256 over names, shapes, types and values, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -29,7 +29,7 @@ def weights_hash(weights: dict[str, Tensor]) -> str:
 
 
 def inference_weights(quantizer: Quantizer) -> dict[str, Tensor]:
-    """All that encoding and decoding read, in float32: what the codec's identity is a hash of."""
+    """The weights that encoding and decoding read; the codec's identity is their hash."""
     return {
         name: value
         for name, value in quantizer.state_dict().items()
@@ -48,12 +48,12 @@ def save_quantizer(quantizer: Quantizer, folder: Path) -> None:
 
 
 def load_quantizer(folder: Path) -> Quantizer:
-    """The quantiser in `folder`, in float32, ready to encode and decode.
+    """The quantiser in `folder`, in float32 and evaluation mode.
 
-    Raises FileNotFoundError or ValueError when the folder holds none.
+    Raises FileNotFoundError or ValueError if the folder holds none.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"codec: no config.json in {folder}")
+        raise FileNotFoundError(f"codec: no config.json in {folder}; give a codec's folder")
     quantizer = Quantizer(QuantizerConfig(**json.loads((folder / "config.json").read_text())))
     weights = {
         name: value.float() for name, value in load_file(folder / "model.safetensors").items()
@@ -64,7 +64,7 @@ def load_quantizer(folder: Path) -> Quantizer:
         raise ValueError(f"codec weights do not fit: missing {missing}, unexpected {unexpected}")
     for book in quantizer.codebooks():
         book.inited.fill_(1)
-        # averages over one vector an entry: training may go on from them
+        # averages as of one vector per entry, from which training may continue
         book.embed_avg.copy_(book.embed)
         book.cluster_size.fill_(1)
     return quantizer.eval().requires_grad_(False)

@@ -1,15 +1,16 @@
-"""BBWENet: speech at 16 kHz to speech at 48 kHz, halved to 24 kHz.
+"""BBWENet: extends speech at 16 kHz to 48 kHz, here decimated to 24 kHz.
 
-A network over frames of 10 ms reads features of the narrow signal (log magnitudes in 32 bands, and
-how far the phases of the lowest 41 bins moved since the last frame) and gives 128 latents for each
-subframe of 5 ms. They steer what happens to the signal: a filter that makes three channels of it;
-twice a higher rate (32, then 48 kHz), where the first channel stays, the second is shaped by gains
-and the third is folded, which makes the harmonics of the upper band; and filters that mix them.
+A network over frames of 10 ms reads features of the narrowband signal (log magnitudes in 32 bands,
+and the phase differences of the lowest 41 bins to the frame before) and computes 128 latents for
+each subframe of 5 ms. The latents control the signal path: a filter splits the signal into three
+channels; two stages upsample it (to 32, then 48 kHz), in each of which the first channel stays, the
+second is shaped by gains and the third is folded, which adds the harmonics of the upper band;
+filters mix the channels.
 
-All of it is causal. The sound comes late by `DELAY` samples at 24 kHz (the resamplers'), which
-`forward` makes up for and a stream does not.
+All steps are causal. The output lags by `DELAY` samples at 24 kHz (the delay of the resamplers);
+`forward` compensates it, streaming does not.
 
-B batch, F frames of 160 samples at 16 kHz, S = 2 F subframes.
+Legend: B batch, N samples, F frames of 160 samples at 16 kHz, S = 2 F subframes.
 """
 
 from dataclasses import dataclass
@@ -35,37 +36,37 @@ from valle.model.vocoder.gru import run_gru
 from valle.model.vocoder.weights import load_weights
 
 FRAME: Final = 160
-"""Samples at 16 kHz that are taken at a time."""
+"""Samples of a frame at 16 kHz; the length of a chunk is a multiple of it."""
 DELAY: Final = 22
-"""Samples at 24 kHz by which a stream is late."""
+"""Samples at 24 kHz by which a stream lags."""
 
 _WINDOW: Final = 2 * FRAME
 _N_PHASES: Final = 41
-_EDGES: Final = (*range(0, 151, 5), 160)  # centres of the bands, in bins of 50 Hz
+_EDGES: Final = (*range(0, 151, 5), 160)  # centers of the bands, in bins of 50 Hz
 _N_FEATURES: Final = len(_EDGES) + 2 * _N_PHASES
 _TINY: Final = 1e-9
-_BLOCK: Final = 128  # frames of all streams at once: bounds memory, and fits in caches
+_BLOCK: Final = 128  # frames of all streams per block: bounds memory, and fits in CPU caches
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkState:
-    """Of a `_FrameNetwork`."""
+    """Streaming state of a `_FrameNetwork`."""
 
     samples: Tensor
     """`[B, 160]`: the last frame."""
     spectrum: Tensor
-    """complex `[B, 41]`: its lowest bins."""
+    """complex `[B, 41]`: lowest bins of the last frame."""
     features: Tensor
-    """`[B, 114, 2]` of the last two frames."""
+    """`[B, 114, 2]`: features of the last two frames."""
     hidden1: Tensor
-    """`[B, 128, 2]`, the first convolution's output likewise."""
+    """`[B, 128, 2]`: the first convolution's output for the last two frames."""
     hidden: Tensor
-    """`[1, B, 128]` of the GRU."""
+    """`[1, B, 128]`: hidden state of the GRU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BandwidthState:
-    """What a stream keeps between calls of `BandwidthExtension.decode`."""
+    """State of a stream between calls of `BandwidthExtension.decode`."""
 
     network: NetworkState
     filters: tuple[FilterState, ...]
@@ -75,7 +76,7 @@ class BandwidthState:
 
 
 class BandwidthExtension(nn.Module):
-    """Widens speech from 8 kHz of bandwidth to 12."""
+    """Extends the bandwidth of speech from 8 to 12 kHz."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,21 +92,21 @@ class BandwidthExtension(nn.Module):
 
     @classmethod
     def load(cls) -> "BandwidthExtension":
-        """With the weights that the repository holds, ready to be run on the CPU."""
+        """The network with the repository's weights, on the CPU, in evaluation mode."""
         model = cls()
         model.load_state_dict(load_weights("bandwidth"))
         return model.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def forward(self, wave: Tensor) -> Tensor:
-        """Speech `[B, N * 3 / 2]` at 24 kHz of `wave` `[B, N]` at 16 kHz, -1 to 1, in time with it.
+        """Speech `[B, N * 3 / 2]` at 24 kHz, aligned with `wave` `[B, N]` at 16 kHz in [-1, 1].
 
         Raises ValueError for another shape, or if N is odd.
         """
         if wave.ndim != 2 or wave.shape[1] % 2:
             raise ValueError(f"wave: expected [B, N] with an even N, got {tuple(wave.shape)}")
         length = wave.shape[1] * 3 // 2
-        padding = -wave.shape[1] % FRAME + FRAME  # a frame more than there is: the delay
+        padding = -wave.shape[1] % FRAME + FRAME  # one more frame: room for the delay
         wide, _ = self.decode(nn.functional.pad(wave, (0, padding)), self.start(len(wave)))
         return wide[:, DELAY : DELAY + length]
 
@@ -123,16 +124,16 @@ class BandwidthExtension(nn.Module):
 
     @torch.inference_mode()
     def decode(self, wave: Tensor, state: BandwidthState) -> tuple[Tensor, BandwidthState]:
-        """Speech `[B, N * 3 / 2]`, `DELAY` samples late, of the next `wave` `[B, N]`; the state.
+        """Speech `[B, N * 3 / 2]` of a stream's next `wave` `[B, N]`, and the new state.
 
-        N is a multiple of 160. Chunks decoded in turn are the whole. Raises ValueError for another
-        shape.
+        N is a multiple of 160. The output lags by `DELAY` samples. Chunks decoded in turn give the
+        same samples as the whole. Raises ValueError for another shape.
         """
         if wave.ndim != 2 or wave.shape[1] % FRAME:
             raise ValueError(f"wave: expected [B, N], N in 160s, got {tuple(wave.shape)}")
         if len(wave) != len(state.network.samples):
             raise ValueError(
-                f"wave: a batch of {len(wave)}, but the state is of {len(state.network.samples)}"
+                f"wave: {len(wave)} rows, but the state has {len(state.network.samples)}"
             )
         wide = wave.new_empty(len(wave), wave.shape[1] * 3 // 2)
         step = max(1, _BLOCK // max(1, len(wave))) * FRAME
@@ -142,6 +143,7 @@ class BandwidthExtension(nn.Module):
         return wide, state
 
     def _block(self, wave: Tensor, state: BandwidthState) -> tuple[Tensor, BandwidthState]:
+        """`decode` of a short chunk: the whole signal path."""
         latents, network = self.network(wave, state.network)
         x, filter1 = self.filter1(wave[:, None], latents, state.filters[0])
         x, past1 = self.to_32k(x, state.resamplers[0])
@@ -163,20 +165,20 @@ class BandwidthExtension(nn.Module):
 def _branch(
     x: Float[Tensor, "B 3 N"], shaping: Shaping, latents: Tensor, state: ShapingState
 ) -> tuple[Float[Tensor, "B 3 N"], ShapingState]:
-    """The first channel as it is, the second shaped, the third folded."""
+    """The first channel unchanged, the second shaped, the third folded."""
     shaped, after = shaping(x[:, 1], latents, state)
     return torch.stack([x[:, 0], shaped, fold(x[:, 2])], dim=1), after
 
 
 class _FrameNetwork(nn.Module):
-    """From the narrow signal to the latents of its subframes."""
+    """Latents of each subframe, from the narrowband signal."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(_N_FEATURES, N_LATENTS, 3)
         self.conv2 = nn.Conv1d(N_LATENTS, N_LATENTS, 3)
         self.halves = nn.Linear(N_LATENTS, 2 * N_LATENTS)
-        """A frame's two subframes."""
+        """Splits a frame into its two subframes."""
         self.gru = nn.GRU(N_LATENTS, N_LATENTS, batch_first=True)
         phase = torch.pi * (torch.arange(_WINDOW, dtype=torch.float64) + 0.5) / _WINDOW
         self.register_buffer("_window", phase.sin().float(), False)
@@ -185,7 +187,7 @@ class _FrameNetwork(nn.Module):
         self._bands: Tensor
 
     def start(self, batch: int) -> NetworkState:
-        """Before the first sample: silence, whose bins have the phase zero."""
+        """The state before the first sample: silence of phase zero."""
         zeros = self._window.new_zeros
         return NetworkState(
             samples=zeros(batch, FRAME),
@@ -218,18 +220,19 @@ class _FrameNetwork(nn.Module):
     def features(
         self, wave: Float[Tensor, "B N"], state: NetworkState
     ) -> tuple[Float[Tensor, "B F 114"], Tensor]:
-        """Of each frame and the one before it; and the last spectrum `[B, 41]`."""
+        """Features of each frame with the frame before it, and the last spectrum `[B, 41]`."""
         windows = torch.cat([state.samples, wave], dim=1).unfold(1, _WINDOW, FRAME)
         spectrum = torch.fft.rfft(windows * self._window)
         levels = torch.log(spectrum.abs() @ self._bands + _TINY)
         low = spectrum[:, :, :_N_PHASES] + _TINY
-        turned = low * torch.cat([state.spectrum[:, None], low[:, :-1]], dim=1).conj()
-        turned = turned / (turned.abs() + _TINY)
-        return torch.cat([levels, turned.real, turned.imag], dim=2), low[:, -1].clone()
+        # unit phasors of the phase difference to the frame before
+        phasor = low * torch.cat([state.spectrum[:, None], low[:, :-1]], dim=1).conj()
+        phasor = phasor / (phasor.abs() + _TINY)
+        return torch.cat([levels, phasor.real, phasor.imag], dim=2), low[:, -1].clone()
 
 
 def _band_matrix() -> Tensor:
-    """`[161, 32]`: triangles from one band's centre to its neighbours', each of sum one."""
+    """`[161, 32]`: triangles between the centers of neighbouring bands, each of sum one."""
     bins = torch.arange(_WINDOW // 2 + 1, dtype=torch.float64)
     edges = torch.tensor([-1, *_EDGES, 161], dtype=torch.float64)
     rows = []

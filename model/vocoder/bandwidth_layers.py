@@ -1,9 +1,10 @@
-"""Layers of the bandwidth extension that work on signals, each with the state of a stream.
+"""Signal layers of the bandwidth extension, each with an explicit streaming state.
 
-All of them are causal. A state is what the layer needs of the past; every call returns the next
-one.
+All layers are causal. A state holds what the layer needs of the past; each call returns the next
+state.
 
-B batch, S subframes of 5 ms, L samples of a subframe at the layer's rate, N = S L, C channels.
+Legend: B batch, S subframes of 5 ms, L samples of a subframe at the layer's rate, N = S L samples,
+C channels, K taps, P outputs of a run, W samples of a run's window.
 """
 
 import math
@@ -18,23 +19,23 @@ _GAIN_RANGE: Final = 1.381551
 """Natural logarithm of the largest gain of a filter: 12 dB."""
 _FOLDS: Final = math.pi**2 / 4
 _RUN: Final = 8
-"""Outputs of an adaptive filter that one product makes of one window of its input."""
+"""P, outputs of an adaptive filter that one matrix product computes from one window."""
 
 
 class FilterState(NamedTuple):
-    """Of an `AdaptiveFilter`."""
+    """Streaming state of an `AdaptiveFilter`."""
 
     samples: Tensor
-    """`[B, C_in, K - 1]`."""
+    """`[B, C_in, K - 1]`: last inputs."""
     kernel: Tensor
-    """`[B, C_out, C_in, K]` of the last subframe."""
+    """`[B, C_out, C_in, K]`: kernel of the last subframe."""
 
 
 class AdaptiveFilter(nn.Module):
-    """Convolution whose kernel is made anew each subframe from the latents.
+    """Convolution with a kernel per subframe, computed from the latents.
 
-    A kernel has length one (over inputs and taps), times a gain of -12 to 12 dB. In the first half
-    of a subframe the last kernel fades into the new one.
+    A kernel has norm one (over inputs and taps), times a gain of -12 to 12 dB. In the first half of
+    a subframe the output fades from the last kernel's to the new one's.
     """
 
     def __init__(self, n_in: int, n_out: int, n_taps: int, length: int) -> None:
@@ -48,7 +49,7 @@ class AdaptiveFilter(nn.Module):
         self._fade: Tensor
 
     def start(self, batch: int) -> FilterState:
-        """Before the first subframe: silence, and a kernel of zeros."""
+        """The state before the first subframe: silence, and a kernel of zeros."""
         zeros = self._fade.new_zeros
         return FilterState(
             zeros(batch, self.n_in, self.n_taps - 1),
@@ -62,15 +63,18 @@ class AdaptiveFilter(nn.Module):
         state: FilterState,
     ) -> tuple[Float[Tensor, "B C_out N"], FilterState]:
         """The filtered signal and the state after it."""
+        # kernels as matrices, each of which maps a window of inputs to a run of outputs
         batch, n_subframes = latents.shape[:2]
         n_runs = self.length // _RUN
         kernels = self._kernels(latents)
         matrices = self._matrices(torch.cat([state.kernel[:, None], kernels], dim=1))
+        # overlapping windows of the signal, without a copy
         signal = torch.cat([state.samples, signal], dim=2)
         width = self.n_taps + _RUN - 1
         shape = (n_subframes, batch, n_runs, self.n_in, width)
         strides = (self.length, signal.stride(0), _RUN, signal.stride(1), 1)
         windows = signal.as_strided(shape, strides).reshape(-1, n_runs, self.n_in * width)
+        # all runs by the new kernel; those of the first half also by the last one, to fade
         filtered = windows @ matrices[1:].flatten(0, 1).mT
         fading = windows[:, : n_runs // 2] @ matrices[:-1].flatten(0, 1).mT
         first_half = filtered[:, : n_runs // 2]
@@ -80,17 +84,17 @@ class AdaptiveFilter(nn.Module):
         return runs.flip(4).permute(1, 3, 0, 2, 4).flatten(2), after
 
     def _kernels(self, latents: Tensor) -> Tensor:
-        """`[B, S, C_out, C_in, K]`."""
+        """Kernels `[B, S, C_out, C_in, K]` of the subframes."""
         kernels = self.kernel(latents).unflatten(2, (self.n_out, self.n_in * self.n_taps))
         gains = torch.exp(_GAIN_RANGE * torch.tanh(self.gain(latents)))
         kernels = kernels * (gains[..., None] / (1e-6 + kernels.norm(dim=3, keepdim=True)))
         return kernels.unflatten(3, (self.n_in, self.n_taps))
 
     def _matrices(self, kernels: Tensor) -> Tensor:
-        """`[S, B, C_out * P, C_in * W]`: a window of W samples to a run of P outputs, backwards.
+        """`[S, B, C_out * P, C_in * W]`: matrices from windows to runs of outputs, reversed.
 
-        Each output's row is the kernel, moved; runs are backwards since that is how a strided view
-        of the padded kernel reads.
+        Each row is the kernel, shifted by one sample; a strided view of the padded kernel yields
+        the rows in reverse order.
         """
         padded = nn.functional.pad(kernels, (_RUN - 1, _RUN - 1))
         moved = padded.unfold(4, self.n_taps + _RUN - 1, 1)  # [B, S, C_out, C_in, P, W]
@@ -98,7 +102,7 @@ class AdaptiveFilter(nn.Module):
 
 
 class ShapingState(NamedTuple):
-    """Of a `Shaping`, all of the last subframe."""
+    """Streaming state of a `Shaping`: values of the last subframe."""
 
     latents: Tensor
     """`[B, 128]`."""
@@ -107,11 +111,11 @@ class ShapingState(NamedTuple):
     hidden: Tensor
     """`[B, L / 2]`."""
     log_gain: Tensor
-    """`[B, 1]`, the last."""
+    """`[B, 1]`: the last gain."""
 
 
 class Shaping(nn.Module):
-    """Multiplies a signal by gains, two samples each, made from the latents and its envelope."""
+    """Multiplies a signal by gains, one per two samples, from the latents and its envelope."""
 
     _POOLS = 20
 
@@ -119,12 +123,12 @@ class Shaping(nn.Module):
         super().__init__()
         self.length = length
         self.from_latents = nn.Linear(2 * N_LATENTS, length // 2)
-        """Of the last subframe and this one, as the two below."""
+        """Its input, as that of the two below, is the last subframe and this one."""
         self.from_envelope = nn.Linear(2 * (self._POOLS + 1), length // 2)
         self.exit = nn.Linear(length, length // 2)
 
     def start(self, batch: int) -> ShapingState:
-        """Before the first subframe: zeros."""
+        """The state before the first subframe: zeros."""
         widths = (N_LATENTS, self._POOLS + 1, self.length // 2, 1)
         zeros = [self.exit.bias.new_zeros(batch, width) for width in widths]
         return ShapingState(*zeros)
@@ -141,14 +145,14 @@ class Shaping(nn.Module):
         x = x + self.from_envelope(_with_last(state.envelope, envelope))
         hidden = nn.functional.leaky_relu(x, 0.2)
         log_gain = self.exit(_with_last(state.hidden, hidden)).flatten(1)
-        # between the gains made, the mean of two
+        # a gain is predicted for every second sample; between two, their mean
         before = torch.cat([state.log_gain, log_gain[:, :-1]], dim=1)
         gain = torch.stack([0.5 * (before + log_gain), log_gain], dim=2).flatten(1).exp()
         last = (latents[:, -1], envelope[:, -1], hidden[:, -1], log_gain[:, -1:])
         return gain * signal, ShapingState(*(value.clone() for value in last))
 
     def _envelope(self, signal: Tensor) -> Tensor:
-        """`[B, S, 21]`: log of the mean magnitude in 20 parts, less their mean, and the mean."""
+        """`[B, S, 21]`: log mean magnitudes of 20 parts, minus their mean; and the mean."""
         parts = signal.abs().view(len(signal), -1, self._POOLS, self.length // self._POOLS)
         levels = torch.log(parts.mean(dim=3) + 2.0**-16)
         mean = levels.mean(dim=2, keepdim=True)
@@ -156,22 +160,22 @@ class Shaping(nn.Module):
 
 
 def _with_last(last: Tensor, now: Tensor) -> Tensor:
-    """`[B, S, 2 * width]`: each subframe's values after those of the one before."""
+    """`[B, S, 2 * width]`: values of the subframe before, then of the subframe."""
     return torch.cat([torch.cat([last[:, None], now[:, :-1]], dim=1), now], dim=2)
 
 
 class Resampler(nn.Module):
-    """A linear filter that gives `up` samples for every `down`: a fixed matrix over short blocks.
+    """Polyphase resampling, `up` outputs for `down` inputs, as a matrix over short blocks.
 
-    `taps[p]` are the coefficients of the p-th of `up` output samples, on the samples from
-    `span - 1` before to `down - 1` after the block's first, `span` being the samples kept.
+    `taps[p]` are the coefficients of output p of `up`. They cover the `span` samples before a
+    block and its `down` samples.
     """
 
     def __init__(self, taps: Tensor, down: int, blocks: int) -> None:
         super().__init__()
         up, width = taps.shape
         self.span = width - down
-        """Past samples that are kept."""
+        """Past samples in the state."""
         self.hop = down * blocks
         matrix = torch.zeros(self.span + self.hop, up * blocks)
         for block in range(blocks):
@@ -180,13 +184,13 @@ class Resampler(nn.Module):
         self._matrix: Tensor
 
     def start(self, *shape: int) -> Tensor:
-        """Before the first sample of signals `[*shape, time]`: silence."""
+        """The state before the first sample of signals `[*shape, time]`: silence."""
         return self._matrix.new_zeros(*shape, self.span)
 
     def forward(
         self, signal: Float[Tensor, "... N"], past: Float[Tensor, "... K"]
     ) -> tuple[Float[Tensor, "... M"], Float[Tensor, "... K"]]:
-        """The signal at the other rate, and its last samples. `N` is a multiple of `hop`."""
+        """The resampled signal, and the new state. `N` is a multiple of `hop`."""
         signal = torch.cat([past, signal], dim=-1)
         windows = signal.unfold(-1, self.span + self.hop, self.hop)
         resampled = windows.reshape(-1, self.span + self.hop) @ self._matrix
@@ -194,21 +198,20 @@ class Resampler(nn.Module):
 
 
 def fold(signal: Tensor) -> Tensor:
-    """`x sin(c log |x|)`: makes harmonics of a signal, at any level in the same way.
+    """`x sin(c log |x|)`: adds harmonics to a signal, independent of its level.
 
-    The c is what libopus' own sine function brings in (c is 1 in the program that trained it).
-    With it the upper band is as near to recordings (8.7 dB against 9.0, 8 to 12 kHz) and the
-    output is libopus'.
+    c is pi**2 / 4, as in libopus' sine function; the training program has c = 1. With libopus' c
+    the output equals libopus', and the upper band (8 to 12 kHz) is as near to recordings (8.7 dB
+    against 9.0).
     """
     return signal * torch.sin(_FOLDS * torch.log(signal.abs() + 1e-6))
 
 
 def doubling_taps() -> Tensor:
-    """`[2, 96]`: the filter that BBWENet doubles a rate with, as far as it matters.
+    """`[2, 96]`: impulse responses of the filters with which BBWENet doubles a rate.
 
-    For each of the two output samples three all-pass sections `(a + 1/z) / (1 + a/z)` in turn. Of
-    their impulse response, which the slowest pole (0.8475) lets last, 96 samples hold all but
-    3e-7.
+    Each of the two outputs is a cascade of three all-pass sections `(a + 1/z) / (1 + a/z)`. After
+    96 samples, 3e-7 of the response is left (the slowest pole is 0.8475).
     """
     sections = (
         (0.026641845703125, 0.228668212890625, 1 - 0.4036407470703125),
@@ -229,7 +232,7 @@ def doubling_taps() -> Tensor:
 
 
 def three_halves_taps() -> Tensor:
-    """`[3, 10]`: BBWENet's interpolation, three samples for two (the last input is not used)."""
+    """`[3, 10]`: BBWENet's interpolation, three outputs for two inputs; the last tap is 0."""
     taps = torch.zeros(3, 10)
     # fmt: off
     taps[0, :8] = torch.tensor([
@@ -249,9 +252,9 @@ def three_halves_taps() -> Tensor:
 
 
 def halving_taps(n_taps: int) -> Tensor:
-    """`[1, n_taps + 1]`: low-pass at half the band for one sample out of two.
+    """`[1, n_taps + 1]`: half-band low-pass for decimation by two.
 
-    A windowed sinc (Kaiser, beta 7): symmetric, so all frequencies are late by
+    A sinc with a Kaiser window (beta 7). It is symmetric, so that all frequencies lag by
     `(n_taps - 1) / 2` samples.
     """
     time = torch.arange(n_taps, dtype=torch.float64) - (n_taps - 1) / 2

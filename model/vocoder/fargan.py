@@ -1,19 +1,18 @@
-"""FARGAN: features at 100 Hz to speech at 16 kHz, four subframes of 40 samples a frame.
+"""FARGAN: features at 100 Hz to speech at 16 kHz, in four subframes of 40 samples per frame.
 
-A network over frames turns features into a condition of each subframe; a network over subframes
-predicts the next 40 samples from that condition, from the last 40 samples and from the samples one
-pitch period ago (all divided by the subframe's gain). What it makes is speech with pre-emphasis;
-a filter of one pole takes that out at the end.
+A network over frames computes a condition for each subframe. A network over subframes predicts the
+next 40 samples from the condition, the last 40 samples and the samples one pitch period ago (all
+divided by the subframe's gain). Its output is speech with pre-emphasis, which a one-pole filter
+removes.
 
-Time. The sound of a frame needs its features and those of two frames before, and the pitch of the
-frame before: nothing that comes later. It lies 240 samples before the recording's time, though:
-the features of frame t are taken around sample 160 t, and the sound made with them is that of the
-samples 160 t - 240 to 160 t - 80. So the first frame makes no sound, it only sets the network up
-(`start`), and the sound of the second begins 80 samples before the recording does. `forward` is
-aligned with the recording; in a stream the caller drops the first `DELAY` samples, and `flush`
-gives what is left.
+Time. The samples of a frame depend on its features and those of two frames before, and on the pitch
+of the frame before; on nothing later. They lag behind the recording: the features of frame t are
+centered on sample 160 t, and the network generates samples 160 t - 240 to 160 t - 80 from them. The
+first frame therefore only initialises the state (`start`), and the output of the second begins 80
+samples before the recording. `forward` is aligned with the recording. In a stream the caller drops
+the first `DELAY` samples, and `flush` returns the last ones.
 
-B batch, T frames, S = 4 T subframes.
+Legend: B batch, T frames, S = 4 T subframes.
 """
 
 from dataclasses import dataclass, replace
@@ -31,31 +30,31 @@ FRAME: Final = 160
 """Samples at 16 kHz of a frame of features."""
 SUBFRAME: Final = 40
 DELAY: Final = 80
-"""Samples of a stream that come before the recording's first."""
+"""Samples of a stream before the recording's first."""
 
 _SUBFRAMES: Final = FRAME // SUBFRAME
 _CONDITION = 80
 _MAX_PERIOD: Final = 256
 _MIN_PERIOD: Final = 32
-_PITCH = 18  # which feature it is
-_AROUND = 2  # samples before and after the 40 that lie one period ago
+_PITCH = 18  # index among the features
+_AROUND = 2  # samples on each side of the 40 that lie one period ago
 _PULSE = SUBFRAME + 2 * _AROUND
 _DE_EMPHASIS: Final = 0.85
-_BLOCK: Final = 100  # frames at once: bounds the memory of the conditions
+_BLOCK: Final = 100  # frames per block: bounds the memory of the conditions
 
 
 @dataclass(frozen=True, kw_only=True)
 class FarganState:
-    """What a stream keeps between calls of `Fargan.decode`; some kilobytes a row."""
+    """State of a stream between calls of `Fargan.decode`; a few kilobytes per row."""
 
     features: Tensor
-    """`[B, 20]` of the last frame: its pitch serves the next frame, and `flush` repeats it."""
+    """`[B, 20]` of the last frame: the next frame uses its pitch, and `flush` repeats it."""
     frames: Tensor
-    """`[B, 2, 64]`: what the convolution over frames still needs of the last two."""
+    """`[B, 2, 64]`: the last two inputs of the convolution over frames."""
     condition: Tensor
-    """`[B, 80]` of the last subframe."""
+    """`[B, 80]`: condition of the last subframe."""
     excitation: Tensor
-    """`[B, 84]`: past samples that the last subframe was given, divided by its gain."""
+    """`[B, 84]`: past samples that the last subframe read, divided by its gain."""
     samples: Tensor
     """`[B, 256]`: the last samples, before de-emphasis."""
     hidden: tuple[Tensor, ...]
@@ -65,20 +64,20 @@ class FarganState:
 
 
 class Subframes(NamedTuple):
-    """What is known of subframes before their samples are made."""
+    """Inputs of the subframe network that do not depend on generated samples."""
 
     entry: Tensor
-    """`[B, S, 192]`: what the conditions add to the first layer, its bias included."""
+    """`[B, S, 192]`: contribution of the conditions to the first layer, with its bias."""
     gain: Tensor
-    """`[B, S]`: by which the network's output is multiplied."""
+    """`[B, S]`: factor of the network's output."""
     scale: Tensor
-    """`[B, S]`: by which past samples are multiplied, one over the gain."""
+    """`[B, S]`: factor of past samples, the inverse of the gain."""
     lags: Tensor
-    """int64 `[B, S, 44]`: where in the last 256 samples the pulse of one period ago lies."""
+    """int64 `[B, S, 44]`: positions of the pulse one period ago in the last 256 samples."""
 
 
 class SubframeState(NamedTuple):
-    """What a subframe leaves to the next one; see `FarganState`."""
+    """State between subframes; the fields are those of `FarganState`."""
 
     excitation: Tensor
     samples: Tensor
@@ -86,18 +85,18 @@ class SubframeState(NamedTuple):
 
 
 class Fargan(nn.Module):
-    """The vocoder. On a CPU subframes are run by `Recurrence`, elsewhere by `run_plain`."""
+    """The vocoder. On a CPU `Recurrence` runs the subframes, elsewhere `run_plain`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pitch_embedding = nn.Embedding(224, 12)
         self.frame_dense1 = nn.Linear(N_FEATURES + 12, 64)
         self.frame_conv = nn.Linear(3 * 64, 128)
-        """Over three frames, the oldest first."""
+        """A convolution over three frames, the oldest first."""
         self.frame_dense2 = nn.Linear(128, _SUBFRAMES * _CONDITION)
         self.gain = nn.Linear(_CONDITION, 1)
         self.entry = nn.Linear(2 * (_CONDITION + _PULSE + SUBFRAME), 192)
-        """Over two subframes, the older first; each is condition, pulse, last samples."""
+        """Its input is two subframes, the older first; each is condition, pulse, last samples."""
         self.entry_gate = nn.Linear(192, 192)
         self.pitch_gates = nn.Linear(192, 4)
         widths = (192, 160, 128, 128)
@@ -117,7 +116,7 @@ class Fargan(nn.Module):
 
     @classmethod
     def load(cls) -> "Fargan":
-        """With the weights that the repository holds, ready to be run on the CPU."""
+        """The network with the repository's weights, on the CPU, in evaluation mode."""
         model = cls()
         model.load_state_dict(load_weights("fargan"))
         return model.eval().requires_grad_(False)
@@ -130,17 +129,17 @@ class Fargan(nn.Module):
         """
         _check(features)
         if features.shape[1] == 0:
-            raise ValueError("features: no frames to make speech of")
+            raise ValueError("features: no frames; give at least one")
         state = self.start(features[:, 0])
         wave, state = self.decode(features[:, 1:], state)
         return torch.cat([wave, self.flush(state)], dim=1)[:, DELAY:]
 
     @torch.inference_mode()
     def start(self, first: Tensor) -> FarganState:
-        """The state of a stream after its first frame `first` `[B, 20]`, which makes no sound.
+        """The state of a stream after its first frame `first` `[B, 20]`, which has no samples.
 
-        As if the first frame had lasted for ever and its sound had been silence: the networks
-        over subframes are run once over a frame, and their samples are replaced by zeros.
+        The state is that of a repeated first frame whose samples are silence: the subframe network
+        runs once over the frame, and its samples are replaced by zeros.
         """
         _check(first[:, None])
         batch = len(first)
@@ -163,14 +162,15 @@ class Fargan(nn.Module):
 
     @torch.inference_mode()
     def decode(self, features: Tensor, state: FarganState) -> tuple[Tensor, FarganState]:
-        """Speech `[B, T * 160]` of the next `features` `[B, T, 20]`, and the state after them.
+        """Speech `[B, T * 160]` of a stream's next `features` `[B, T, 20]`, and the new state.
 
-        Chunks decoded in turn are the whole. Raises ValueError for another shape.
+        Chunks decoded in turn give the same samples as the whole. Raises ValueError for another
+        shape.
         """
         _check(features)
         if len(features) != len(state.features):
             raise ValueError(
-                f"features: a batch of {len(features)}, but the state is of {len(state.features)}"
+                f"features: {len(features)} rows, but the state has {len(state.features)}"
             )
         wave = features.new_empty(len(features), features.shape[1] * FRAME)
         for start in range(0, features.shape[1], _BLOCK):
@@ -183,26 +183,29 @@ class Fargan(nn.Module):
         return wave, state
 
     def flush(self, state: FarganState) -> Tensor:
-        """The last `[B, 240]` samples of a stream: as if its last frame were repeated twice."""
+        """The last `[B, 240]` samples of a stream, from two repetitions of its last frame."""
         wave, _ = self.decode(state.features[:, None].expand(-1, 2, -1), state)
         return wave[:, : FRAME + DELAY]
 
     def run_plain(
         self, subframes: Subframes, subframe_state: SubframeState
     ) -> tuple[Tensor, SubframeState]:
-        """Samples `[B, S * 40]` before de-emphasis, in plain PyTorch on any device."""
+        """Samples `[B, S * 40]` before de-emphasis, in PyTorch on any device: the reference of
+        `Recurrence`."""
         excitation, samples, hidden = subframe_state
         columns = self.entry.weight.split([_CONDITION, _PULSE + SUBFRAME] * 2, dim=1)
         entry_weight = torch.cat([columns[1], columns[3]], dim=1)
         wave = []
         for step in range(subframes.gain.shape[1]):
             gain, scale = subframes.gain[:, step, None], subframes.scale[:, step, None]
+            # input: one period ago and the last samples, in units of the gain
             pulse = samples.gather(1, subframes.lags[:, step])
             before = excitation
             excitation = torch.cat([pulse, samples[:, -SUBFRAME:]], 1).mul(scale).clamp(-1, 1)
             pulse, last = excitation[:, _AROUND : SUBFRAME + _AROUND], excitation[:, _PULSE:]
             x = torch.cat([before, excitation], 1) @ entry_weight.T + subframes.entry[:, step]
             x = _gated(torch.tanh(x), self.entry_gate)
+            # three gated GRUs, each of which reads the gated pulse again
             pulses = torch.sigmoid(self.pitch_gates(x))[:, :, None] * pulse[:, None]
             outputs, states = [x], []
             for index, (gru, gate) in enumerate(zip(self.grus, self.gates, strict=True)):
@@ -210,6 +213,7 @@ class Fargan(nn.Module):
                 states.append(state)
                 outputs.append(_gated(state, gate))
             hidden = tuple(states)
+            # all layers' outputs to the next 40 samples
             x = torch.cat([*outputs[1:], outputs[0], pulses[:, 3], last], 1)
             x = _gated(torch.tanh(self.skip(x)), self.skip_gate)
             wave.append(torch.tanh(self.exit(x)) * gain)
@@ -217,7 +221,7 @@ class Fargan(nn.Module):
         return torch.cat(wave, 1), SubframeState(excitation, samples, hidden)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._recurrence = None  # it holds the weights that were
+        self._recurrence = None  # it holds a copy of the former weights
         super()._load_from_state_dict(*args, **kwargs)
 
     def _run(self, subframes: Subframes, state: FarganState) -> tuple[Tensor, SubframeState]:
@@ -229,7 +233,7 @@ class Fargan(nn.Module):
         return self._recurrence.run(subframes, subframe_state)
 
     def _subframes(self, features: Tensor, state: FarganState) -> tuple[Subframes, FarganState]:
-        """All that does not depend on the samples, and the state with its part of it brought up."""
+        """Inputs of the subframe network, and the state with its frame part updated."""
         frames = torch.cat([state.frames, self._frames(features)], dim=1)
         windows = torch.cat([frames[:, :-2], frames[:, 1:-1], frames[:, 2:]], dim=2)
         x = torch.tanh(self.frame_conv(windows))
@@ -251,15 +255,15 @@ class Fargan(nn.Module):
         return Subframes(entry, gain, 1 / (1e-5 + gain), lags), after
 
     def _frames(self, features: Tensor) -> Tensor:
-        """The first layer over frames: `[B, T, 64]`."""
+        """Output `[B, T, 64]` of the first layer over frames."""
         periods = _periods(features[:, :, _PITCH])
         embedded = self.pitch_embedding((periods - _MIN_PERIOD).clamp(max=223))
         return torch.tanh(self.frame_dense1(torch.cat([features, embedded], dim=2)))
 
     def _de_emphasis(self, samples: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """`y[n] = x[n] + 0.85 y[n - 1]`, all frames at once, and the last sample.
+        """`y[n] = x[n] + 0.85 y[n - 1]` for all frames at once, and the last sample.
 
-        Over a whole frame the pole decays to 5e-12: a frame needs only the one before it.
+        The pole decays to 5e-12 over a frame, so that a frame depends only on the one before it.
         """
         frames = samples.view(len(samples), -1, FRAME) @ self._filter.T
         carried = torch.cat([last[:, None], frames[:, :-1, -1]], dim=1)
@@ -277,14 +281,14 @@ def _gated(x: Tensor, gate: nn.Module) -> Tensor:
 
 
 def _periods(pitch: Tensor) -> Tensor:
-    """Samples of a period, int64, of the feature; kept within what the network was trained on."""
+    """Period in samples (int64) of a pitch feature, clamped to the range of training."""
     periods = torch.floor(0.5 + 256 / 2 ** (pitch + 1.5))
     return periods.clamp(_MIN_PERIOD, _MAX_PERIOD).long()
 
 
 def _lags(periods: Tensor) -> Tensor:
-    """Positions `[B, T, 44]` in the last 256 samples: one period ago, two samples sooner to two
-    later. Where the period is shorter than that, its last samples come once more."""
+    """Positions `[B, T, 44]` in the last 256 samples: 40 one period ago, and two on each side. If
+    the period is shorter, they wrap around by one more period."""
     within = torch.arange(_PULSE, device=periods.device) - _AROUND
     lags = _MAX_PERIOD - periods[:, :, None] + within
     return torch.where(lags >= _MAX_PERIOD, lags - periods[:, :, None], lags).clamp(min=0)

@@ -1,21 +1,20 @@
-"""The twenty numbers every 10 ms from which FARGAN, libopus' vocoder, speaks.
+"""Features of speech for FARGAN, libopus' vocoder: 20 values every 10 ms.
 
-Of a frame: 18 cepstra of the power in Bark-like bands up to 8 kHz, pitch and voicing. Computed as
-libopus 1.6.1 does, for batches of whole recordings.
+A frame has 18 cepstra of the power in Bark-like bands up to 8 kHz, pitch and voicing, computed as
+in libopus 1.6.1, here for batches of whole recordings.
 
 Time. Frame t, counted from 0, describes samples 160 t - 80 to 160 t + 80 of the recording at
-16 kHz: its pitch and voicing are theirs, compared with up to 256 samples before; its spectrum is
-seen through a window from 160 t - 160 to 160 t + 160, with the same centre. So a frame needs
-80 samples, 5 ms, after those that it describes, and nothing later. Before the recording there is
-silence. Frames are those whose window ends within the recording.
+16 kHz. Pitch and voicing compare them with up to 256 samples before; the window of the spectrum is
+160 t - 160 to 160 t + 160, with the same center. A frame thus needs 80 samples (5 ms) after those
+that it describes, and nothing later. Silence precedes the recording. The last frame is the last
+whose window ends within the recording.
 
-FARGAN, given frames one by one, answers frame t with the samples that frame t - 1 describes:
-160 t - 240 to 160 t - 80. The wave libopus' demo makes of the features (it leaves out the first 80
-samples, which lie before the recording, and repeats the last frame) is therefore in time with the
-recording, sample for sample, and T * 160 samples long. Live, a sample is heard 15 to 25 ms after
-it was spoken.
+Given frames one by one, FARGAN outputs for frame t the samples that frame t - 1 describes:
+160 t - 240 to 160 t - 80. libopus' demo drops the first 80 samples, which precede the recording,
+and repeats the last frame; its output is aligned with the recording and T * 160 samples long. The
+delay of a live stream is 15 to 25 ms.
 
-Legend: B batch, N samples, T = N // 160 frames.
+Legend: B batch, N samples, T = N // 160 frames, F features, K bands, D width of the pitch network.
 """
 
 import functools
@@ -42,7 +41,7 @@ Features = NDArray[np.float32]
 ANALYSIS_RATE = 16_000
 N_BANDS = 18
 PITCH, VOICING = 18, 19
-"""Places of pitch and voicing, behind the cepstra."""
+"""Indices of pitch and voicing, after the cepstra."""
 N_FEATURES = 20
 PRE_EMPHASIS = 0.85
 WEIGHTS = "pitch.safetensors"
@@ -50,11 +49,11 @@ WEIGHTS = "pitch.safetensors"
 
 _WINDOW = 2 * HOP
 _EDGES = (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 136, 160)
-"""Centres of the bands, in steps of 50 Hz."""
+"""Centers of the bands, in steps of 50 Hz."""
 _FULL_SCALE = 32_768  # libopus computes on samples of 16 bits
-_BLOCK_FRAMES = 2_000  # of all recordings together, that are analysed at once
-_CONTEXT = 10  # frames before a block on which it depends, with two to spare
-_LEAST_BLOCK = 5 * _CONTEXT  # the context is computed twice
+_BLOCK_FRAMES = 2_000  # frames of all recordings per block of the analysis
+_CONTEXT = 10  # frames before a block that it depends on: eight, and two to spare
+_LEAST_BLOCK = 5 * _CONTEXT  # every block computes its context again
 _BATCH_SAMPLES = 16 * 10 * ANALYSIS_RATE
 
 
@@ -74,29 +73,29 @@ class FeatureExtractor(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "FeatureExtractor":
-        """With the pitch network whose weights lie in a vocoder's folder, `WEIGHTS`."""
+        """The extractor with the pitch network of a vocoder's folder."""
         return cls(PitchNet.load(folder / WEIGHTS))
 
     def extract(self, waves: Sequence[Wave], sample_rate: int) -> list[Features]:
-        """Features `[T, 20]` of each recording of any rate, T = ceil(seconds * 100).
+        """Features `[T, 20]` of each recording, T = ceil(seconds * 100).
 
-        Recordings are resampled one by one, completed with silence to whole frames and computed
-        in batches of like lengths. Raises ValueError for an empty one.
+        Recordings are resampled to 16 kHz, padded with silence to whole frames and analysed in
+        batches of similar length. Raises ValueError for an empty recording.
         """
         resampled = [_at_16_khz(wave, sample_rate) for wave in waves]
         sizes = [len(wave) for wave in resampled]
         if 0 in sizes:
             raise ValueError(f"waves[{sizes.index(0)}]: no samples at {ANALYSIS_RATE} Hz")
-        answers: list[Features] = [np.zeros((0, N_FEATURES), np.float32)] * len(waves)
-        for group in batches.batch_by_length(sizes, _BATCH_SAMPLES):
-            frames = [-(-sizes[index] // HOP) for index in group]
-            batch = np.zeros((len(group), max(frames) * HOP), np.float32)
-            for row, index in enumerate(group):
+        result: list[Features] = [np.zeros((0, N_FEATURES), np.float32)] * len(waves)
+        for indices in batches.batch_by_length(sizes, _BATCH_SAMPLES):
+            frames = [-(-sizes[index] // HOP) for index in indices]
+            batch = np.zeros((len(indices), max(frames) * HOP), np.float32)
+            for row, index in enumerate(indices):
                 batch[row, : sizes[index]] = resampled[index]
             features = self(torch.from_numpy(batch).to(self.window.device)).cpu().numpy()
-            for row, index in enumerate(group):
-                answers[index] = features[row, : frames[row]].copy()
-        return answers
+            for row, index in enumerate(indices):
+                result[index] = features[row, : frames[row]].copy()
+        return result
 
     @torch.no_grad()
     def forward(
@@ -104,11 +103,10 @@ class FeatureExtractor(nn.Module):
     ) -> Float[Tensor, "B T F"]:
         """Features of every whole frame of 160 samples.
 
-        Recordings of unequal length are padded at their ends with anything: what comes later does
-        not reach a recording's first N // 160 frames. Memory is bounded by `block_frames`, frames
-        of each recording that are analysed at once (by default 2,000 over B, but 50 or more); they
-        change no value. Raises ValueError for less than a frame of samples and for samples that
-        are not finite.
+        Recordings of unequal length may be padded at their ends with anything: later samples do not
+        affect a recording's first N // 160 frames. `block_frames`, the frames of each recording per
+        block (default: 2,000 / B, at least 50), bounds memory and changes no value. Raises
+        ValueError for less than a frame of samples, and for samples that are not finite.
         """
         rows, n_samples = wave.shape
         n_frames = n_samples // HOP
@@ -118,8 +116,9 @@ class FeatureExtractor(nn.Module):
             raise ValueError("wave: samples that are NaN or infinite")
         wave = wave[:, : n_frames * HOP].float() * _FULL_SCALE
         emphasized = wave - PRE_EMPHASIS * F.pad(wave, (1, 0))[:, :-1]
-        emphasized = F.pad(emphasized, (HOP, 0))  # the silence in the first window
+        emphasized = F.pad(emphasized, (HOP, 0))  # silence in the first window
 
+        # block by block; only the pitch network's state is recurrent, all else needs a context
         state = emphasized.new_zeros(rows, self.pitch_net.width)
         blocks = []
         step = block_frames or max(_LEAST_BLOCK, _BLOCK_FRAMES // rows)
@@ -135,9 +134,9 @@ class FeatureExtractor(nn.Module):
     def _block(
         self, samples: Float[Tensor, "B N"], context: int, state: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, "B T F"], Float[Tensor, "B D"]]:
-        """Features of frames after the first `context` ones, and the pitch network's state.
+        """Features of the frames after the first `context` ones, and the pitch network's state.
 
-        `samples` begin one frame before the first, which sees nothing earlier.
+        `samples` begin one frame before the first frame.
         """
         windows = samples.unfold(-1, _WINDOW, HOP) * self.window
         spectrum = torch.fft.rfft(windows)[..., :HOP] / _WINDOW
@@ -145,7 +144,7 @@ class FeatureExtractor(nn.Module):
         cepstra = levels @ self.cosines
         cepstra[..., 0] -= 4
 
-        # the residual lies in the middle of the window: half a frame before the newest sample
+        # the residual is that of the middle of the window, half a frame before its end
         power = 10**levels
         weights = lpc.lpc_coefficients(power @ self.autocorrelation)
         aligned = samples[:, HOP // 2 - ORDER :].unfold(-1, ORDER + HOP, HOP)
@@ -159,10 +158,10 @@ class FeatureExtractor(nn.Module):
         return torch.cat([cepstra[:, context:], tail], dim=-1), state
 
     def _levels(self, spectrum: Tensor) -> Float[Tensor, "B T K"]:
-        """Logarithms (base 10) of the bands' power, smoothed upwards in frequency.
+        """Logarithms (base 10) of the bands' power, limited from below.
 
-        A band lies at most 8 below the loudest band under it and at most 2.5 below the band
-        before it.
+        A band is at most 8 below the loudest band of lower frequency, and at most 2.5 below the
+        band before it.
         """
         power = (spectrum.real.square() + spectrum.imag.square()) @ self.bands
         levels = torch.log10(1e-2 + power)
@@ -176,7 +175,7 @@ class FeatureExtractor(nn.Module):
 
 
 def _at_16_khz(wave: Wave, sample_rate: int) -> Wave:
-    """`wave` at the vocoder's rate, by soxr's polyphase filters of 20 bits; no delay."""
+    """`wave` resampled to the vocoder's rate by soxr (20 bits, without delay)."""
     if sample_rate == ANALYSIS_RATE:
         return wave
     return soxr.resample(wave, sample_rate, ANALYSIS_RATE).astype(np.float32)
@@ -184,7 +183,7 @@ def _at_16_khz(wave: Wave, sample_rate: int) -> Wave:
 
 @functools.cache
 def _constants() -> dict[str, NDArray[np.float64]]:
-    """The analysis' window and matrices."""
+    """Window and matrices of the analysis."""
     quarter = np.sin(0.5 * np.pi * (np.arange(HOP) + 0.5) / HOP)
     half = np.sin(0.5 * np.pi * quarter**2)  # Vorbis' window
     triangles = lpc.interpolation(_EDGES, HOP)
@@ -193,7 +192,7 @@ def _constants() -> dict[str, NDArray[np.float64]]:
     index = np.arange(N_BANDS)
     cosines = np.cos(np.pi * np.outer(index + 0.5, index) / N_BANDS) * np.sqrt(2 / N_BANDS)
     cosines[:, 0] *= np.sqrt(0.5)
-    # from the power in a band to its mean; the last two are libopus' own numbers
+    # from the power of a band to its mean; 1.25 and 5.75 are libopus' constants
     steps = np.diff(_EDGES) / 4
     widths = np.array([1.25, *((steps[1:] + steps[:-1]) / 2), 5.75])
     return {

@@ -1,8 +1,8 @@
-"""A GRU's step in numpy, for loops that are too short-stepped for PyTorch.
+"""A GRU in numpy, for loops of many small steps, in which PyTorch's overhead dominates.
 
-A sigmoid is half of `1 + tanh(x / 2)`. The halves are multiplied into the weights beforehand
-(exactly, being powers of two), so gates here are twice as large as they are named. Arrays are laid
-out `[width, B]`: parts of them are contiguous.
+A sigmoid is `(1 + tanh(x / 2)) / 2`. The factors 1/2 are multiplied into the weights (exactly,
+since they are powers of two), so that the arrays of gates here hold twice the gate. Arrays have the
+layout `[width, B]`, in which slices of the width are contiguous.
 """
 
 import numpy as np
@@ -19,21 +19,21 @@ HALF = np.float32(0.5)
 
 
 class Gru:
-    """The hidden state `[N, B]` of a GRU, and the arrays of its step."""
+    """The hidden state `[N, B]` of a GRU, and the preallocated arrays of its step."""
 
     def __init__(self, hidden: Array) -> None:
         width, batch = hidden.shape
         self.hidden = hidden
         self.inputs = np.empty((3 * width, batch), np.float32)
-        """What the inputs add to reset, update and candidate, in torch's order."""
+        """Contribution of the inputs to reset, update and candidate, in torch's order."""
         self.recurrent = np.empty((3 * width, batch), np.float32)
-        """What the hidden state adds to them."""
+        """Contribution of the hidden state to them."""
         self._gates, self._recurrent_gates = self.inputs[: 2 * width], self.recurrent[: 2 * width]
         self._reset, self._update, self._candidate = np.split(self.inputs, 3)
         self._recurrent_candidate = self.recurrent[2 * width :]
 
     def advance(self) -> None:
-        """The next hidden state, of `inputs` and `recurrent` as halved weights give them."""
+        """Updates the hidden state from `inputs` and `recurrent`, computed by halved weights."""
         np.add(self._gates, self._recurrent_gates, out=self._gates)
         np.tanh(self._gates, out=self._gates)
         np.add(self._gates, ONE, out=self._gates)
@@ -49,10 +49,12 @@ class Gru:
 
 
 def run_gru(module: nn.GRU, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """`module(x, hidden)` of one layer, batch first, on the CPU: the same values, sooner.
+    """`module(x, hidden)` of a one-layer GRU, batch first, on the CPU: the same values, faster.
 
-    `x` is `[B, S, in]`, `hidden` `[1, B, N]`; the result `[B, S, N]` and the last `[1, B, N]`.
+    `x` is `[B, S, in]`, `hidden` `[1, B, N]`. Returns all states `[B, S, N]` and the last
+    `[1, B, N]`.
     """
+    # inputs of all steps by one product, with the halves of the gates' sigmoids
     width = module.hidden_size
     halves = torch.ones(3 * width)
     halves[: 2 * width] = 0.5
@@ -60,6 +62,7 @@ def run_gru(module: nn.GRU, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     inputs = (x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]) * halves
     values_per_step = np.ascontiguousarray(inputs.permute(1, 2, 0).numpy())
     weight, bias = ((0.5 * weights[name]).numpy() for name in ("weight_hh_l0", "bias_hh_l0"))
+    # the recurrent part step by step
     gru = Gru(np.ascontiguousarray(hidden[0].T.numpy()).copy())
     outputs = np.empty((x.shape[1], width, len(x)), np.float32)
     with one_thread():

@@ -1,7 +1,7 @@
-"""numpy's matrix products on one thread, for loops of many small ones.
+"""Limits numpy's matrix products to one thread, for loops of many small products.
 
-Its BLAS splits even a product that takes two microseconds over all cores, and waiting for the
-others then takes six times as long as the work.
+numpy's BLAS splits even a product of two microseconds over all cores, and then waits for the other
+threads six times as long as the product takes.
 """
 
 import threading
@@ -13,7 +13,8 @@ from threadpoolctl import ThreadpoolController
 
 
 class _OneThread:
-    """Counts those who want it: the number of threads is the process's, not a caller's."""
+    """The limit, shared by its concurrent users: it is the whole process's, and ends when the last
+    user leaves."""
 
     def __init__(self) -> None:
         self._pools = ThreadpoolController().select(user_api="blas")
@@ -43,5 +44,5 @@ def _process_wide() -> _OneThread:
 
 
 def one_thread() -> AbstractContextManager[None]:
-    """A context in which numpy's products run on the thread that asks for them."""
+    """A context in which numpy's matrix products run on the calling thread."""
     return _process_wide()()

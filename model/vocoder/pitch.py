@@ -1,15 +1,15 @@
-"""Pitch and voicing of speech by PitchDNN, the small network of libopus.
+"""Pitch and voicing of speech at 16 kHz by PitchDNN, a small network of libopus.
 
-The network sees two things every 10 ms: by how much the phase of each low frequency has turned
-since the frame before (88 values), and how the prediction residual agrees with itself at every
-period (224 values). Layers of one frame each, two causal convolutions over period and time and a
-GRU lead to scores of 180 pitches, sixty an octave.
+The network has two inputs every 10 ms: level and phase difference to the frame before of each low
+frequency (88 values), and the correlation of the prediction residual with itself at each period
+(224 values). Layers over single frames, two causal convolutions over period and time, and a GRU
+compute scores of 180 pitches, 60 per octave.
 
-The layers' weights are 8-bit integers, and what they multiply, within [-1, 1], is rounded to 127ths
-as in libopus, so that two pitches which are about as likely are decided alike (but for libopus'
-approximate tanh). Sums of such products are exact in float32, in any order and batch.
+Weights are 8-bit integers, and their inputs, within [-1, 1], are rounded to multiples of 1/127 as
+in libopus, so that close scores are decided as there (except for libopus' approximate tanh). Sums
+of such products are exact in float32, in any order and batch.
 
-Legend: B batch, T frames, P periods, everything at 16 kHz.
+Legend: B batch, T frames, P periods, D width, N samples or values of a frame.
 """
 
 import math
@@ -28,9 +28,9 @@ MIN_PERIOD = 32
 """Samples of the shortest pitch period, 500 Hz."""
 N_PERIODS = MAX_PERIOD - MIN_PERIOD
 N_FREQUENCIES = 30
-"""Lowest bins of a spectrum of 50 Hz steps, whose phases the network sees."""
+"""Lowest bins of a spectrum in steps of 50 Hz, whose phases are inputs."""
 N_CONTEXT = 4
-"""Frames before a frame that the convolutions see."""
+"""Past frames in the receptive field of the convolutions."""
 PER_OCTAVE = 60
 N_PITCHES = 180
 
@@ -38,7 +38,7 @@ _ROUNDING = 127.0
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of integer weights, on inputs in [-1, 1] that are rounded to 127ths."""
+    """A linear layer with integer weights, whose inputs in [-1, 1] are rounded to n / 127."""
 
     weight: Tensor
     scale: Tensor
@@ -51,12 +51,12 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(outputs))
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """`x` in [-1, 1] to outputs of any size."""
+        """The layer's output; `x` must lie in [-1, 1]."""
         return F.linear(torch.round(x * _ROUNDING), self.weight) * self.scale + self.bias
 
 
 class PitchNet(nn.Module):
-    """PitchDNN: from phases and correlations of frames to their pitch."""
+    """PitchDNN: pitch of frames from their phases and correlations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class PitchNet(nn.Module):
         self.joint = QuantizedLinear(N_PERIODS + width, width)
         self.gru_input = QuantizedLinear(width, 3 * width)
         self.gru_state = QuantizedLinear(width, 3 * width)
-        self.bins = QuantizedLinear(width, 192)  # the last twelve mean nothing
+        self.bins = QuantizedLinear(width, 192)  # the last twelve are unused
 
     @classmethod
     def load(cls, path: Path) -> "PitchNet":
-        """The network with the weights of a safetensors file. Raises ValueError for others."""
+        """The network with the weights of a safetensors file; ValueError if they do not fit."""
         if not path.is_file():
             raise ValueError(f"no weights of the pitch network at {path}")
         network = cls()
@@ -86,9 +86,9 @@ class PitchNet(nn.Module):
     def encode(
         self, phases: Float[Tensor, "B T F"], correlations: Float[Tensor, "B T P"]
     ) -> Float[Tensor, "B T D"]:
-        """What the recurrent layer hears of each frame; it sees the four frames before it too.
+        """Input of the recurrent layer for each frame, with a context of the four frames before.
 
-        Frames before the first are none: both convolutions begin with zeros.
+        Before the first frame both convolutions are padded with zeros.
         """
         x = torch.tanh(self.frequency_2(torch.tanh(self.frequency_1(phases))))
         y = correlations[:, None]
@@ -99,9 +99,9 @@ class PitchNet(nn.Module):
     def predict(
         self, encoded: Float[Tensor, "B T D"], state: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B D"]]:
-        """Pitch of each frame, `log2(256 / period) - 1.5`, and the state after the last.
+        """Pitch of each frame, `log2(256 / period) - 1.5`, and the state after the last frame.
 
-        The one part that goes frame by frame.
+        This is the only part that is computed frame by frame.
         """
         width, states = self.width, []
         for x in self.gru_input(encoded).unbind(1):
@@ -114,9 +114,9 @@ class PitchNet(nn.Module):
 
 
 def _expected(scores: Float[Tensor, "B T N"]) -> Float[Tensor, "B T"]:
-    """Mean pitch of the five bins about the best one, weighted by their probabilities."""
+    """Mean pitch of the five bins around the best one, weighted by their probabilities."""
     best, peak = scores.max(dim=-1)
-    peak = torch.where(best > -1, peak, 0)  # libopus begins its search at a score of -1
+    peak = torch.where(best > -1, peak, 0)  # libopus' search starts at a score of -1
     near = peak[..., None] + torch.arange(-2, 3, device=scores.device)
     inside = (near >= 0) & (near < N_PITCHES)
     near = near.clamp(0, N_PITCHES - 1)
@@ -125,29 +125,29 @@ def _expected(scores: Float[Tensor, "B T N"]) -> Float[Tensor, "B T"]:
 
 
 def phases(spectrum: Complex[Tensor, "B T F"]) -> Float[Tensor, "B T N"]:
-    """Level of the lowest bins, and cosine and sine of their turn since the frame before.
+    """Levels of the lowest bins, and cosine and sine of their phase difference to the frame before.
 
-    The first bin has a level only; the others turn, turn, level. Levels are decibels over 64,
-    within [-1, 1]. Before the first frame there is silence.
+    The first bin has a level only, the others cosine, sine and level. A level is in units of 64 dB,
+    within [-1, 1]. Silence precedes the first frame.
     """
     low = spectrum[..., :N_FREQUENCIES]
     low_power = low.real.square() + low.imag.square()
     power = torch.cat([low.real[..., :1].square(), low_power[..., 1:]], dim=-1)
     level = ((10 * torch.log10(1e-15 + power) - 6) / 64).clamp(-1, 1)
-    turn = low * F.pad(low, (0, 0, 1, 0))[:, :-1].conj()
-    length = torch.rsqrt(1e-15 + turn.real.square() + turn.imag.square())
-    rest = torch.stack([turn.real * length, turn.imag * length, level], dim=-1)[..., 1:, :]
+    phasor = low * F.pad(low, (0, 0, 1, 0))[:, :-1].conj()
+    scale = torch.rsqrt(1e-15 + phasor.real.square() + phasor.imag.square())
+    rest = torch.stack([phasor.real * scale, phasor.imag * scale, level], dim=-1)[..., 1:, :]
     return torch.cat([level[..., :1], rest.flatten(-2)], dim=-1)
 
 
 def correlations(frames: Float[Tensor, "B T N"]) -> Float[Tensor, "B T P"]:
-    """Likeness in [-1, 1] of a frame to what lies 256, 255, ... 33 samples before it.
+    """Correlation in [-1, 1] of a frame with the samples 256, 255, ... 33 before it.
 
-    `frames [B, T, 416]` hold the 256 samples before a frame and the frame. Twice the inner product
-    over the sum of both energies.
+    `frames [B, T, 416]` hold the 256 samples before a frame and the frame. The value is twice the
+    inner product over the sum of both energies.
     """
     now = frames[..., MAX_PERIOD:]
-    size = MAX_PERIOD + 128  # no sample is met twice: 160 + 223 of them
+    size = MAX_PERIOD + 128  # at least 160 + 223: no circular overlap
     past = torch.fft.rfft(frames[..., :size], n=size)
     product = torch.fft.irfft(past * torch.fft.rfft(now, n=size).conj(), n=size)[..., :N_PERIODS]
     squares = F.pad(frames.square(), (1, 0)).cumsum(dim=-1, dtype=torch.float64)
@@ -157,15 +157,16 @@ def correlations(frames: Float[Tensor, "B T N"]) -> Float[Tensor, "B T P"]:
 
 
 def periods(pitch: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Whole samples of a pitch's period at 16 kHz, 32 to 256."""
+    """Period of a pitch in whole samples at 16 kHz, 32 to 256."""
     return torch.floor(0.5 + MAX_PERIOD / 2 ** (pitch + 1.5)).long().clamp(MIN_PERIOD, MAX_PERIOD)
 
 
 def voicing(frames: Float[Tensor, "B T N"], pitch: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """How alike a frame of the low-passed residual is to the period before it: -0.36 to 0.5.
+    """Correlation of a frame of the low-passed residual with one period before, in [-0.5, 0.5].
 
-    `frames [B, T, 416]` hold the 256 samples before a frame and the frame. The cosine c of the two
-    is bent: log(1 + exp(5 c)) / log(1 + exp(5)) - 0.5, so that unlike and opposite are near.
+    `frames [B, T, 416]` hold the 256 samples before a frame and the frame. The value is
+    log(1 + exp(5 c)) / log(1 + exp(5)) - 0.5 of the cosine c of the two, which compresses negative
+    correlations.
     """
     now = frames[..., MAX_PERIOD:]
     begin = MAX_PERIOD - periods(pitch)[..., None]

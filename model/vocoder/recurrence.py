@@ -1,11 +1,11 @@
-"""FARGAN's network over subframes in numpy: the same samples as `Fargan.run_plain`, sooner.
+"""FARGAN's subframe network in numpy: the same samples as `Fargan.run_plain`, faster.
 
-400 times a second some fifty small operations follow each other, so most of the time is what an
-operation costs before it computes, which is a third of PyTorch's in numpy with all results
-allocated before. Arrays are laid out `[width, B]`: parts of them are contiguous, products are
-written where they are read next, and one stream and sixteen are the same code.
+A second of speech takes 400 steps of about fifty small operations, whose overhead dominates. With
+preallocated results numpy's overhead is a third of PyTorch's. Arrays have the layout `[width, B]`:
+slices of the width are contiguous, results are written where the next operation reads them, and one
+code serves any batch size.
 
-Gates are twice as large as they are named, see `gru`; what reads them has halved weights.
+Arrays of gates hold twice the gate (see `gru`); the weights that multiply them are halved.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +37,7 @@ class _Dense(NamedTuple):
         np.add(out, self.bias, out=out)
 
     def opening(self, x: Array, out: Array) -> None:
-        """Twice the sigmoid of the layer, whose weights are halved already."""
+        """Twice the sigmoid of the layer, whose weights are already halved."""
         self(x, out)
         np.tanh(out, out=out)
         np.add(out, ONE, out=out)
@@ -47,12 +47,12 @@ class _GruWeights(NamedTuple):
     inputs: Array
     """`[3 N, in]`: reset, update, candidate."""
     recurrent: Array
-    """`[3 N, N]`, likewise."""
+    """`[3 N, N]`, in the same order."""
     gate: _Dense
 
 
 class Recurrence:
-    """The weights of a `Fargan`, laid out for the loop. Holds no state: threads may share it."""
+    """The weights of a `Fargan` in the loop's layout; without state, so that threads share it."""
 
     def __init__(self, model: "Fargan") -> None:
         entry = _array(model.entry.weight)
@@ -67,14 +67,15 @@ class Recurrence:
         self._exit = _dense(model.exit, columns=0.5)
 
     def run(self, subframes: "Subframes", state: "SubframeState") -> tuple[Tensor, "SubframeState"]:
-        """Samples `[B, S * 40]` before de-emphasis, and what the next subframe needs."""
+        """Samples `[B, S * 40]` before de-emphasis, and the new state."""
         batch, n_steps = subframes.gain.shape
-        # [S, width, B], a step's values contiguous
+        # inputs as [S, width, B]: the values of a step are contiguous
         entry = _array(subframes.entry.permute(1, 2, 0))
         gain = _array(subframes.gain.T[:, None])
         scale = _array(subframes.scale.T[:, None])
         samples = np.empty((_HISTORY + n_steps * _SUBFRAME, batch), np.float32)
         samples[:_HISTORY] = state.samples.T.numpy()
+        # generated samples follow the history in one array, where the pulses are looked up
         positions = _positions(subframes.lags)
         work = _Workspace(self._grus, state, batch)
         with one_thread():
@@ -92,6 +93,7 @@ class Recurrence:
         )
 
     def _enter(self, work: "_Workspace", entry: Array) -> None:
+        """The first layer, its gate, and the gates of the pulse."""
         x, opened = work.entered, work.entry_gate
         np.matmul(self._entry, work.two, out=x)
         np.add(x, entry, out=x)
@@ -101,6 +103,7 @@ class Recurrence:
         self._pitch_gates.opening(x, out=work.pitch_gates)
 
     def _leave(self, work: "_Workspace", gain: Array, out: Array) -> None:
+        """The last layers: all outputs so far to 40 samples."""
         np.multiply(work.pulse, work.pitch_gates[3:], out=work.skip_pulse)
         work.skip_last[:] = work.last
         x, opened = work.mixed, work.skip_gate
@@ -114,14 +117,14 @@ class Recurrence:
 
 
 class _Workspace:
-    """The arrays of one run, and names for their parts."""
+    """The preallocated arrays of one run, and views of their parts."""
 
     def __init__(self, grus: list[_GruWeights], state: "SubframeState", batch: int) -> None:
         def empty(width: int) -> Array:
             return np.empty((width, batch), np.float32)
 
         self.two = empty(2 * (_PULSE + _SUBFRAME))
-        """What two subframes are given: each the pulse, then the last samples."""
+        """Inputs of the last and this subframe, each the pulse, then the last samples."""
         self.before, self.excitation = np.split(self.two, 2)
         self.excitation[:] = state.excitation.T.numpy()
         self.wide_pulse = self.excitation[:_PULSE]
@@ -142,7 +145,7 @@ class _Workspace:
         ]
 
     def excite(self, samples: Array, positions: Any, end: int, scale: Array) -> None:
-        """Takes the pulse and the last samples from what has been made up to `end`."""
+        """Reads the pulse and the last samples before `end`, scaled and clamped."""
         self.before[:] = self.excitation
         samples.take(positions, out=self.wide_pulse, mode="clip")
         self.last[:] = samples[end - _SUBFRAME : end]
@@ -153,7 +156,7 @@ class _Workspace:
 
 
 class _GatedGru(Gru):
-    """A GRU with its arrays of inputs, and the gate that its output goes through."""
+    """A GRU with its input arrays and the gate of its output."""
 
     def __init__(self, hidden: Array, source: Array, output: Array) -> None:
         super().__init__(hidden)
@@ -165,7 +168,7 @@ class _GatedGru(Gru):
         self.gate = np.empty_like(hidden)
 
     def step(self, weights: _GruWeights, work: _Workspace, index: int) -> None:
-        """The next hidden state, and the output that its gate lets through."""
+        """Updates the hidden state and the gated output."""
         self.from_source[:] = self.source
         np.multiply(work.pulse, work.pitch_gates[index : index + 1], out=self.pulse)
         self.last[:] = work.last
@@ -179,17 +182,17 @@ class _GatedGru(Gru):
 def _gru(cell: nn.Module, gate: nn.Module) -> _GruWeights:
     assert isinstance(cell, nn.GRUCell) and isinstance(gate, nn.Linear)
     inputs, recurrent = _array(cell.weight_ih).copy(), _array(cell.weight_hh).copy()
-    inputs[:, :-_SUBFRAME] *= HALF  # source and pulse came through gates
+    inputs[:, :-_SUBFRAME] *= HALF  # source and pulse are doubled by gates
     inputs[: 2 * cell.hidden_size] *= HALF  # sigmoids
-    recurrent *= HALF  # sigmoids, and the candidate's part came through the reset gate
+    recurrent *= HALF  # sigmoids; the candidate's part is doubled by the reset gate
     return _GruWeights(inputs, recurrent, _dense(gate, rows=0.5))
 
 
 def _dense(
     layer: nn.Linear, *, rows: float = 1.0, columns: float = 1.0, last: float | None = None
 ) -> _Dense:
-    """`layer` for an output halved (`rows`) and inputs that are twice as large (`columns`), the
-    last samples excepted (`last`)."""
+    """The weights of `layer`, scaled by `rows` (for sigmoids: 0.5) and by `columns` (for doubled
+    inputs: 0.5), in the columns of the last samples by `last`."""
     weight = _array(layer.weight) * np.float32(rows)
     bias = _array(layer.bias)[:, None] * np.float32(rows)
     factors = np.full(weight.shape[1], columns, np.float32)
@@ -203,12 +206,12 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _positions(lags: Tensor) -> NDArray[np.int64]:
-    """`[S, 44, B]`: where the pulses lie in samples `[time, B]`, flattened."""
+    """`[S, 44, B]`: positions of the pulses in flattened samples `[time, B]`."""
     batch, n_steps, _ = lags.shape
     times = lags.permute(1, 2, 0) + _SUBFRAME * torch.arange(n_steps)[:, None, None]
     return np.ascontiguousarray((times * batch + torch.arange(batch)).numpy())
 
 
 def _out(x: Array) -> Tensor:
-    """`[width, B]` as a tensor `[B, width]` of its own."""
+    """A copy of `[width, B]` as a tensor `[B, width]`."""
     return torch.from_numpy(x.T.copy(order="C"))

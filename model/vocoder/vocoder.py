@@ -1,10 +1,10 @@
-"""The whole vocoder: features at 100 Hz to speech at 24 kHz, at once or as they come.
+"""The complete vocoder: features at 100 Hz to speech at 24 kHz, at once or streaming.
 
-Of a stream, the first frame makes no sound, and what a frame makes lies a frame and a half plus 22
-samples (15.9 ms) before the frame's own time: that is all there is of look-ahead. Chunks joined are
-`T * 240` samples in time with the recording, the same as `forward` gives for the whole.
+In a stream, the first frame yields no samples, and the samples of a frame lie a frame and a half
+plus 22 samples (15.9 ms) before the frame: that is the whole look-ahead. Joined chunks are
+`T * 240` samples, aligned with the recording and equal to the output of `forward`.
 
-B batch, T frames.
+Legend: B batch, T frames.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ _DELAY: Final = fargan.DELAY * 3 // 2 + bandwidth.DELAY
 
 @dataclass(frozen=True, kw_only=True)
 class VocoderState:
-    """What a stream keeps between calls of `Vocoder.decode`."""
+    """State of a stream between calls of `Vocoder.decode`."""
 
     fargan: FarganState
     bandwidth: BandwidthState
     samples_to_skip: int
-    """Samples to come that lie before the recording's first."""
+    """Next samples that precede the recording's first."""
 
 
 class Vocoder(nn.Module):
@@ -43,14 +43,14 @@ class Vocoder(nn.Module):
 
     @classmethod
     def load(cls) -> "Vocoder":
-        """With the weights that the repository holds, ready to be run on the CPU."""
+        """The vocoder with the repository's weights, on the CPU, in evaluation mode."""
         model = cls()
         model.fargan = Fargan.load()
         model.bandwidth = BandwidthExtension.load()
         return model.eval()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Speech `[B, T * 240]` of `features` `[B, T, 20]`, in time with the recording.
+        """Speech `[B, T * 240]` of `features` `[B, T, 20]`, aligned with the recording.
 
         Raises ValueError for another shape, or for no frames.
         """
@@ -61,12 +61,13 @@ class Vocoder(nn.Module):
     def decode(
         self, features: Tensor, state: VocoderState | None, *, last: bool = False
     ) -> tuple[Tensor, VocoderState]:
-        """The next samples of a stream, given its next `features` `[B, T, 20]`; and the state.
+        """The next samples of a stream, given its next `features` `[B, T, 20]`, and the new state.
 
-        `state` is None for the first chunk, which needs a frame. `T * 240` samples come of a chunk,
-        of the first 382 fewer (none of a single frame); the chunk that is `last` brings the rest.
-        Raises ValueError for another shape.
+        `state` is None for the first chunk, which needs at least one frame. A chunk yields
+        `T * 240` samples; the first yields 382 fewer (none for a single frame), and the `last` one
+        yields the rest. Raises ValueError for another shape.
         """
+        # the first frame only initialises the state
         if state is None:
             if features.ndim != 3 or features.shape[1] == 0:
                 shape = tuple(features.shape)
@@ -74,6 +75,7 @@ class Vocoder(nn.Module):
             state = self._start(features[:, 0])
             features = features[:, 1:]
         narrow, fargan_state = self.fargan.decode(features, state.fargan)
+        # the last frame, repeated twice, brings out the samples still due
         if last:
             tail, fargan_state = self.fargan.decode(
                 fargan_state.features[:, None].expand(-1, 2, -1), fargan_state

@@ -1,4 +1,4 @@
-"""Reading the vocoder's weights: one safetensors file that the repository ships."""
+"""Reads the vocoder's weights, one safetensors file in the repository."""
 
 from pathlib import Path
 from typing import Final
@@ -16,10 +16,10 @@ _SCALE: Final = ".scale"
 
 
 def load_weights(network: str, path: Path = WEIGHTS_FILE) -> dict[str, Tensor]:
-    """Weights of `network` (`fargan` or `bandwidth`) as float32, by the module's own names.
+    """Float32 weights of `network` (`fargan` or `bandwidth`), named as in the module.
 
-    A matrix stored as int8 `[rows, columns]` has beside it `NAME.scale` `[rows]`, which its rows
-    are multiplied by. Raises FileNotFoundError, or ValueError if the file holds no such network.
+    A matrix stored as int8 `[rows, columns]` has a tensor `NAME.scale` `[rows]`, the factors of its
+    rows. Raises FileNotFoundError, or ValueError if the file has no such network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"vocoder: no weights at {path}; they are part of the repository")

@@ -1,1 +1,1 @@
-"""AR, NAR and codec as Ray Serve deployments: batching, backpressure, scaling, versions."""
+"""AR, NAR and codec as Ray Serve deployments: batching, back-pressure, scaling, versions."""

@@ -1,7 +1,8 @@
-"""What waits goes together: batches for the models that answer in one go (NAR, codec).
+"""Dynamic batching for models that compute a result in one call (NAR, codec).
 
-No timer: whenever the model is free, it takes the oldest request and those of like length that
-fit beside it. A lone request never waits for company, and under load batches grow by themselves.
+There is no timer: whenever the model is free, the next batch is the oldest request with those of
+similar length that fit beside it. A single request never waits for others, and batches grow with
+the load.
 """
 
 import asyncio
@@ -12,24 +13,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_LENGTH_RATIO = 1.5
-"""Longest over shortest of a batch, at most: padding costs as much as speech."""
+"""Upper bound of longest over shortest item in a batch: padding costs as much as speech."""
 
 
 class DynamicBatcher(Generic[Item, Result]):
-    """Runs `work` on batches of what `submit` was asked for, one batch at a time."""
+    """Runs `work` in a thread on batches of the submitted items, one batch at a time."""
 
     def __init__(
         self, work: Callable[[list[Item]], list[Result]], size: Callable[[Item], int], budget: int
     ) -> None:
-        """`size` of an item in frames; a batch's padded sizes add up to `budget` at most, but a
-        larger item still gets a batch of its own."""
+        """`size` returns an item's frames. The padded sizes of a batch add up to `budget` at most;
+        a larger item gets a batch of its own."""
         self._work, self._size, self._budget = work, size, budget
         self._waiting: list[tuple[Item, int, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
-        """The result for one item. Raises what `size` or `work` raises for it; cancelled before
-        its turn comes, it is left out."""
+        """The result of one item. Raises the error that `size` or `work` raises for it. An item
+        whose caller is cancelled before its batch starts is left out."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, self._size(item), future))
         if self._running is None:
@@ -48,10 +49,10 @@ class DynamicBatcher(Generic[Item, Result]):
             results = await asyncio.to_thread(self._work, [item for item, _ in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
-        except Exception as error:  # told to the one it belongs to
-            if len(batch) > 1:  # one bad item must not fail its neighbours
-                for one in batch:
-                    await self._run_batch([one])
+        except Exception as error:
+            if len(batch) > 1:  # one bad item must not fail the others: run each alone
+                for entry in batch:
+                    await self._run_batch([entry])
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return
@@ -60,12 +61,12 @@ class DynamicBatcher(Generic[Item, Result]):
                 future.set_result(result)
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        """The oldest that still waits, and what fits beside it, in the order they came."""
+        """The oldest waiting item and those that fit beside it, in the order of their arrival."""
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         remaining: list[tuple[Item, int, asyncio.Future[Result]]] = []
         low = high = 0
         for item, size, future in self._waiting:
-            if future.done():  # cancelled: nobody waits for it any more
+            if future.done():  # its caller was cancelled
                 continue
             shortest, longest = min(low or size, size), max(high, size)
             fits = (

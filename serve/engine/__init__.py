@@ -1,1 +1,1 @@
-"""The decoding engine: many AR streams at once. Knows neither Ray nor HTTP."""
+"""The AR engine: continuous batching of requests. Imports neither Ray nor FastAPI."""

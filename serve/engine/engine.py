@@ -1,10 +1,11 @@
-"""Continuous batching: streams join and leave at every step of the AR model.
+"""Continuous batching: requests join and leave the batch at every step of the AR model.
 
-Five nouns: a `Request`, the `Scheduler` that says who runs, the cache's `Slots`, the
-`ChunkedPrefill` that takes texts in, and the `Runner` that computes. A step reads at most a chunk
-of one new text (so that those who speak already are never held up by more than that), draws the
-next frames of all streams, and ends those that have finished.
-Whatever runs beside it, a stream says what `model.ar.AR.generate` would have said alone.
+A step prefills at most one chunk of one new request, so that running requests never wait longer
+than that; samples the next frames of all running requests; ends those that are finished; and feeds
+the sampled frames to the model. `Scheduler` decides which requests run, `Slots` where in the
+key-value cache, `ChunkedPrefill` and `Runner` compute.
+
+The codes of a request do not depend on the batch: they are those of `model.ar.AR.generate`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from valle.serve.engine.scheduler import Scheduler
 
 
 class Engine:
-    """One AR model and the streams it speaks. Not thread-safe: one thread owns it."""
+    """One AR model and its requests. Not thread-safe: one thread owns it."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self._runner = runner
@@ -24,28 +25,28 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """No request waits, is in prefill or runs."""
         return self._scheduler.idle
 
     @property
     def n_running(self) -> int:
-        """Streams that are being spoken."""
+        """Requests with a slot."""
         return len(self._scheduler.slots.request_ids)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError for one that can never run."""
+        """Queues a request. Raises ValueError for one that cannot run."""
         self._runner.validate(request)
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
-        """Ends a stream at once, wherever it is; of one already ended it takes no notice."""
+        """Removes a request in any state; an id that has ended is ignored."""
         if self._scheduler.has_request(request_id):
             self._remove(request_id)
 
     def step(self) -> list[StepOutput]:
-        """One tick; returns what it brought each running stream."""
+        """Runs one step; returns the new frames of each running request."""
         self._prefill()
-        states = self._scheduler.running()
+        states = self._scheduler.running()  # a request whose prefill is now complete included
         if not states:
             return []
         groups = self._runner.sample().tolist()
@@ -53,19 +54,20 @@ class Engine:
         for output in outputs:
             if output.finish_reason is not None:
                 self._remove(output.request_id)
+        # the hidden states that the next step samples from
         if self.n_running:
             self._runner.decode_step()
         return outputs
 
     def _prefill(self) -> None:
-        """A chunk of the text that is next, which has a slot when it is read."""
+        """Prefills a chunk of the next request, which gets a slot when all of it is prefilled."""
         if (new := self._scheduler.admit()) is not None:
             self._runner.prefill.start(new.request)
         if self._scheduler.prefilling is None:
             return
         if (hidden := self._runner.prefill.step()) is not None:
             state = self._scheduler.activate()
-            assert state.slot is not None, "activate() gives one"
+            assert state.slot is not None, "activate() sets the slot"
             self._runner.insert(state.request, state.slot, hidden)
 
     def _remove(self, request_id: str) -> None:
@@ -75,13 +77,13 @@ class Engine:
             self._runner.release(slot, move)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when the books do not agree."""
+        """Raises AssertionError when scheduler and runner disagree."""
         self._scheduler.check_integrity()
-        assert self._runner.batch_size == self.n_running, "runner and scheduler count differently"
+        assert self._runner.batch_size == self.n_running, "runner and scheduler disagree"
 
 
 def _append_group(state: RequestState, group: Sequence[int]) -> StepOutput:
-    """Appends a group to its stream, up to EOS or the length limit."""
+    """Appends a group of codes to its request, up to EOS or the length limit."""
     new: list[int] = []
     finish_reason = None
     for code in group:

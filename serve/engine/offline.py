@@ -1,4 +1,4 @@
-"""The engine without Serve: many sentences in one process, as fast as they go together."""
+"""The engine without Serve: many sentences in one process, for throughput."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,19 @@ from valle.serve.engine.scheduler import Scheduler
 
 
 class OfflineSynthesizer:
-    """A voice model with an engine of its own."""
+    """AR engine, NAR decoder and codec of one model, without Serve."""
 
     def __init__(
-        self, synthesizer: Synthesizer, synthesis: Synthesis, *, slots: int, max_phonemes: int,
+        self,
+        synthesizer: Synthesizer,
+        synthesis: Synthesis,
+        *,
+        slots: int,
+        max_phonemes: int,
         batch_seconds: float = 40.0,
-    ) -> None:  # fmt: skip
-        """`max_phonemes` and the length limit of `synthesis` bound a sentence; `batch_seconds` the
-        padded speech that the NAR model decodes at a time."""
+    ) -> None:
+        """`max_phonemes` and `synthesis.max_seconds` bound a sentence, `batch_seconds` the padded
+        speech in a NAR batch."""
         self.synthesizer = synthesizer
         self.max_frames = int(synthesis.max_seconds * FRAME_RATE)
         self._nar_decoder, self._nar_decoding = NARDecoder(synthesizer.nar), synthesis.nar_decoding
@@ -37,10 +42,11 @@ class OfflineSynthesizer:
             synthesizer.ar, slots=slots, max_positions=max_positions, guided=guided
         )
         self._engine = Engine(self._runner, Scheduler(slots))
-        self._limited: set[str] = set()  # ids that ended at their length limit, the last time
+        self._limited: set[str] = set()
+        """Ids of the last call that ended at their length limit."""
 
     def synthesize(self, requests: Sequence[Request]) -> list[SynthesisResult | ValueError]:
-        """Each request said, or what is wrong with it, in the order given."""
+        """The speech of each request, or the error of one that cannot run, in their order."""
         errors: dict[str, ValueError] = {}
         valid = []
         for request in requests:
@@ -49,11 +55,16 @@ class OfflineSynthesizer:
                 valid.append(request)
             except ValueError as error:
                 errors[request.id] = error
-        first = self.first_codebooks(valid)
+        first_codebooks = self.first_codebooks(valid)
         codes = self._nar_decode(
             [
-                NARRequest(r.phonemes, r.prompt, first[r.id], complete=r.id not in self._limited)
-                for r in valid
+                NARRequest(
+                    request.phonemes,
+                    request.prompt,
+                    first_codebooks[request.id],
+                    complete=request.id not in self._limited,
+                )
+                for request in valid
             ]
         )
         waves = self.synthesizer.codec.decode(codes)
@@ -64,7 +75,7 @@ class OfflineSynthesizer:
         return [errors.get(request.id) or results[request.id] for request in requests]
 
     def first_codebooks(self, requests: Sequence[Request]) -> dict[str, NDArray[np.int16]]:
-        """The engine's part of it: frames of the first codebook of each."""
+        """First codebook `[T]` of each request by its id, from the engine alone."""
         codes: dict[str, list[int]] = {}
         self._limited = set()
         for request in requests:
@@ -78,8 +89,8 @@ class OfflineSynthesizer:
         return {request_id: np.array(frames, np.int16) for request_id, frames in codes.items()}
 
     def _nar_decode(self, items: Sequence[NARRequest]) -> list[Codes]:
-        filled: dict[int, Codes] = {}
-        for group in batch_by_length([item.n_positions for item in items], self._batch_frames):
-            batch = self._nar_decoder.decode([items[i] for i in group], self._nar_decoding)
-            filled |= dict(zip(group, batch, strict=True))
-        return [filled[i] for i in range(len(items))]
+        decoded: dict[int, Codes] = {}
+        for indices in batch_by_length([item.n_positions for item in items], self._batch_frames):
+            batch = self._nar_decoder.decode([items[i] for i in indices], self._nar_decoding)
+            decoded |= dict(zip(indices, batch, strict=True))
+        return [decoded[i] for i in range(len(items))]

@@ -1,7 +1,7 @@
-"""A text and a prompt on their way into the AR model, a chunk at a tick.
+"""Chunked prefill: text and prompt of a request go into the AR model a chunk per engine step.
 
-Who speaks already waits for a chunk at most, however long the text is that is being read. What has
-been read is kept apart from the slots, which stay dense, until all of it is there.
+Running requests wait for one chunk at most, however long the new text is. Keys and values are
+collected in a cache apart from the slots until the prefill is complete.
 
 Legend: N layers, R rows of a slot, S positions, D width.
 """
@@ -18,15 +18,15 @@ from valle.model.sequence import single_batch
 from valle.serve.engine.request import Request
 
 PREFILL_CHUNK = 256
-"""Positions that are read at a tick, at most: all of a sentence of ten seconds after a prompt of
-three, where frames come in groups of two."""
+"""Positions of a chunk: enough for a sentence of ten seconds after a prompt of three, with frames
+in groups of two."""
 
 PREFILL_BUCKET = 64
-"""A compiled model reads a multiple of this many positions: few shapes."""
+"""A compiled model pads chunks to a multiple of this, so that it sees few shapes."""
 
 
 class ChunkedPrefill:
-    """Reads one request at a time."""
+    """Prefill of one request at a time."""
 
     def __init__(
         self,
@@ -37,21 +37,22 @@ class ChunkedPrefill:
         prefill_chunk: int = PREFILL_CHUNK,
         compiled: bool = False,
     ) -> None:
-        """`max_positions` bounds text and prompt. With two `rows`, the second has them hidden."""
+        """`max_positions` bounds text and prompt. With two `rows` (guidance), text and prompt are
+        hidden in the second one."""
         self._model, self._rows, self._chunk_size = model, rows, prefill_chunk
         self._bucket = PREFILL_BUCKET if compiled else 1
         self._prefill_chunk = (
             torch.compile(model.prefill_chunk, dynamic=True) if compiled else model.prefill_chunk
         )
-        room = max_positions + self._bucket  # what the last chunk has too much
-        self.cache = KVCache.empty(model.config, rows, room, model.head.weight)
-        """What has been read so far."""
+        capacity = max_positions + self._bucket  # room for the padding of the last chunk
+        self.cache = KVCache.empty(model.config, rows, capacity, model.head.weight)
+        """Keys and values of the request so far."""
         self._x = torch.empty(rows, 0, model.config.width, device=model.head.weight.device)
         self._positions = self._x[:, :, 0]
 
     @torch.inference_mode()
     def start(self, request: Request) -> None:
-        """Opens a request, of which nothing is read yet."""
+        """Embeds a new request and empties the cache."""
         device = self._x.device
         prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(device)
         text = torch.tensor(request.phonemes, device=device)
@@ -61,11 +62,13 @@ class ChunkedPrefill:
 
     @torch.inference_mode()
     def step(self) -> Float[Tensor, "R D"] | None:
-        """Reads a chunk; the hidden state of the first group to be said where it was the last."""
+        """Prefills a chunk. Returns None, or after the last chunk the hidden state from which the
+        first frames are sampled."""
         start, n_positions = self.cache.length, self._x.shape[1]
         assert start < n_positions, "start() comes first"
         count = min(self._chunk_size, n_positions - start)
-        # what a bucket has too much lies behind what counts, where nothing looks
+        # the padding lies behind the real positions, which cannot see it, and is overwritten by the
+        # next chunk
         extra = -count % self._bucket
         x = F.pad(self._x[:, start : start + count], (0, 0, 0, extra))
         positions = F.pad(self._positions[:, start : start + count], (0, extra))

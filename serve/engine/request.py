@@ -1,72 +1,69 @@
-"""What the engine is asked, what it knows of a request while it speaks, and what it answers."""
+"""Requests to the engine, their state in it, and the outputs of its steps."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from valle.model.codec.interface import Codes
-from valle.model.sampling import Sampling
+from valle.model.sampling import Sampling, validate_seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One text to speak in one voice."""
+    """One sentence to synthesize in one voice."""
 
     id: str
-    """Unique among the requests of an engine."""
+    """Unique among the requests in an engine."""
 
     phonemes: list[int]
-    """Ids of the text."""
+    """Ids of the text; not empty."""
 
     prompt: Codes
-    """`[8, P]` of the voice's recording."""
+    """`[8, P]`: codes of the voice's recording."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    """How the first codebook is drawn."""
+    """Sampling of the first codebook."""
 
     max_frames: int
-    """Length limit of the answer."""
+    """Length limit of the speech."""
 
     seed: int = 0
-    """Same seed, same codes, whoever speaks beside it."""
-
-    priority: float = 0.0
-    """Seconds of waiting that this request is ahead of others: who waits that much longer is
-    served before it, so nobody starves."""
+    """Seed of sampling; the codes do not depend on the other requests of a batch."""
 
     def __post_init__(self) -> None:
         if not self.phonemes:
-            raise ValueError("phonemes: the text is empty")
+            raise ValueError("phonemes: the text is empty; give at least one id")
         if self.max_frames < 1:
             raise ValueError(f"max_frames: {self.max_frames} is below 1")
+        validate_seed(self.seed)
 
 
 class FinishReason(StrEnum):
-    """Why a stream ended."""
+    """Why a request ended."""
 
     STOP = "stop"
-    """The model said so (EOS)."""
+    """The model drew EOS."""
 
     LENGTH = "length"
-    """It reached `max_frames`."""
+    """The speech reached `max_frames`."""
 
 
 @dataclass
 class RequestState:
-    """A request and how far it has come."""
+    """A request in the engine."""
 
     request: Request
     codes: list[int] = field(default_factory=list)
     """Frames of the first codebook so far."""
     slot: int | None = None
-    """Where its keys and values are; None while it waits."""
+    """Its rows of the key-value cache; None before prefill is complete."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step of the engine brought one stream."""
+    """New frames of one request from one step of the engine."""
 
     request_id: str
     codes: list[int]
-    """New frames of the first codebook; empty where all that came was its end."""
+    """Of the first codebook; empty where the step drew EOS only."""
     finish_reason: FinishReason | None
-    """Set in the last output of a stream."""
+    """Set in the request's last output."""

@@ -1,15 +1,14 @@
-"""The AR model at work on many streams at once; with its prefill, all of the engine that touches a
-device.
+"""Batched decoding with the AR model: weights, key-value cache and sampling on one device.
 
-A step is `sample`, which draws the next group of frames of every stream, and `decode_step`, which
-feeds those groups to the model. A request goes through `prefill` before `insert` gives it a slot;
-`release` keeps slots dense.
+An engine step calls `sample`, which draws the next group of frames of every request, then
+`decode_step`, which feeds these groups to the model. A new request passes through `prefill`, and
+`insert` copies its keys and values to a slot; `release` frees a slot and keeps the slots dense.
 
-With guidance a slot has two rows, the stream as it is and the stream without text and prompt, one
-after the other: what is read at a step stays one dense block.
+With guidance a slot has two adjacent rows, the request as it is and the request without text and
+prompt, so that the rows of a step stay one dense block.
 
-Legend: N layers, R rows in use, H heads, S positions of a row, K head width, B streams, G frames of
-a group.
+Legend: N layers, R rows in use, H heads, S positions of a row, K head width, B requests in slots,
+G frames of a group.
 """
 
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from valle.serve.engine.request import Request
 from valle.serve.engine.slots import Move
 
 MAX_REPETITION_WINDOW = 64
-"""Frames that repetition-aware sampling can look back on."""
+"""Upper bound of `Sampling.repetition_window`, in frames."""
 
 COMPILE_MODE = "reduce-overhead"
-"""Of `torch.compile`: CUDA graphs where there is CUDA."""
+"""Mode of `torch.compile`: CUDA graphs where there is CUDA."""
 
 DECODE_BUCKET = 128
 """A compiled step sees a multiple of this many positions: few shapes, each captured once."""
@@ -40,20 +39,21 @@ DECODE_BUCKET = 128
 
 @dataclass
 class SlotCache:
-    """Keys and values of the first rows, each as long as its own stream: `model.layers.Cache`."""
+    """Keys and values of all rows, each row with a length of its own: a `model.layers.Cache`."""
 
     keys: Float[Tensor, "N rows H S K"]
     values: Float[Tensor, "N rows H S K"]
     lengths: Int[Tensor, " rows"]
     mask: Bool[Tensor, "R 1 1 _"] | None = None
-    """Which positions each row may see, this tick's included."""
+    """Positions that each row sees in this step, the new one included."""
     write_index: tuple[Tensor, slice, Tensor] | None = None
-    """Rows `[R]`, all heads, and each row's next position `[R]`: where `append` writes."""
+    """Where `append` writes: rows `[R]`, all heads, each row's next position `[R]`."""
 
     causal = False  # one position per row at a time
 
     def prepare_step(self, rows: int, bucket: int = 1) -> None:
-        """Prepares a step of the first `rows`, over positions rounded up to `bucket`."""
+        """Prepares a step of the first `rows` rows; the number of positions is rounded up to a
+        multiple of `bucket`."""
         lengths = self.lengths[:rows]
         longest = -(-(int(lengths.max()) + 1) // bucket) * bucket
         steps = torch.arange(min(longest, self.keys.shape[3]), device=lengths.device)
@@ -61,7 +61,8 @@ class SlotCache:
         self.write_index = torch.arange(rows, device=lengths.device), slice(None), lengths.clone()
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores one position `[R, H, 1, K]` per row; returns views that hold them all."""
+        """Stores one position `[R, H, 1, K]` per row; returns keys and values of all positions so
+        far, and their mask."""
         assert self.mask is not None and self.write_index is not None, "prepare_step() comes first"
         count, longest = self.mask.shape[0], self.mask.shape[3]
         self.keys[layer][self.write_index] = key[:, :, 0]
@@ -70,25 +71,31 @@ class SlotCache:
         return self.keys[block], self.values[block], self.mask
 
     def advance(self, n_positions: int) -> None:
-        """Counts the new position of each row."""
+        """Adds the new position to the length of each row."""
         assert self.mask is not None, "prepare_step() comes first"
         self.lengths[: self.mask.shape[0]] += n_positions
 
 
 class Runner:
-    """Weights, key-value memory, and what is kept on the device for each slot."""
+    """An AR model with the state of its slots on the device."""
 
     def __init__(
-        self, model: AR, *, slots: int, max_positions: int, guided: bool = False,
-        compiled: bool = False, prefill_chunk: int = PREFILL_CHUNK,
-    ) -> None:  # fmt: skip
-        """`max_positions` bounds text, prompt and speech of one stream together, `prefill_chunk`
-        what is read of a text and a prompt at a tick.
+        self,
+        model: AR,
+        *,
+        slots: int,
+        max_positions: int,
+        guided: bool = False,
+        compiled: bool = False,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        """`max_positions` bounds text, prompt and speech of a request together, `prefill_chunk` the
+        positions of a prefill step.
 
-        `guided`: there are two rows to a slot, so that streams may have a `guidance_scale`.
+        `guided`: slots have two rows, as requests with a `guidance_scale` need.
 
         `compiled`: a step goes through `torch.compile`, on a GPU as CUDA graphs (not run on one
-        yet), and to that end in few shapes: streams rounded up to a power of two.
+        yet). The number of requests is then rounded up to a power of two, for few shapes.
         """
         config, like = model.config, model.head.weight
         self.model = model
@@ -101,17 +108,20 @@ class Runner:
         )
         rows = slots * self._rows_per_slot
         cache = KVCache.empty(config, rows, max_positions, like)
-        # what a mask hides is multiplied by zero, which garbage such as NaN would survive
+        # masked values are multiplied by zero, but zero times NaN is NaN: no uninitialised memory
         keys, values = cache.keys.zero_(), cache.values.zero_()
         self._cache = SlotCache(keys, values, self._zeros(rows))
         self.prefill = ChunkedPrefill(
-            model, self._rows_per_slot, max_positions, prefill_chunk=prefill_chunk,
+            model,
+            self._rows_per_slot,
+            max_positions,
+            prefill_chunk=prefill_chunk,
             compiled=compiled,
-        )  # fmt: skip
+        )
         self._hidden = like.new_zeros(rows, config.width)
         self._recent = self._zeros(slots, MAX_REPETITION_WINDOW) - 1
         self._frames = self._zeros(slots)
-        self._generators: list[torch.Generator] = []
+        self._seeds = self._zeros(slots)
         self._sampling: list[Sampling] = []
         self._sampling_tensors = SamplingTensors.from_rows([], self._device)
 
@@ -121,10 +131,10 @@ class Runner:
     @property
     def batch_size(self) -> int:
         """Slots in use."""
-        return len(self._generators)
+        return len(self._sampling)
 
     def validate(self, request: Request) -> None:
-        """Raises ValueError, naming the field, for a request that no slot can hold."""
+        """Raises ValueError, naming the field, for a request that cannot run here."""
         needed = self.model.capacity(
             len(request.phonemes), request.prompt.shape[1], request.max_frames
         )
@@ -136,7 +146,7 @@ class Runner:
         config = self.model.config
         if max(request.phonemes) >= config.n_phonemes or min(request.phonemes) < 0:
             raise ValueError(
-                f"phonemes: the model knows {config.n_phonemes} symbols, not all these"
+                f"phonemes: ids must be 0 to {config.n_phonemes - 1}, the model's inventory"
             )
         if len(request.prompt) != config.n_codebooks:
             raise ValueError(f"prompt: {len(request.prompt)} codebooks, not {config.n_codebooks}")
@@ -146,13 +156,13 @@ class Runner:
         ):
             raise ValueError(f"prompt: codes outside 0 to {CODEBOOK_SIZE - 1}")
         if request.sampling.guided and self._rows_per_slot == 1:
-            raise ValueError("guidance_scale: this engine was made without guidance")
+            raise ValueError("guidance_scale: must be 1, this engine runs without guidance")
         if request.sampling.repetition_window > MAX_REPETITION_WINDOW:
             raise ValueError(f"repetition_window: at most {MAX_REPETITION_WINDOW} frames")
 
     @torch.inference_mode()
     def insert(self, request: Request, slot: int, hidden: Float[Tensor, "R D"]) -> None:
-        """Gives the next slot to what has been prefilled; `hidden` is its last hidden state."""
+        """Copies the prefilled keys and values to a slot; `hidden` is the last hidden state."""
         assert slot == self.batch_size, "slots are filled in order"
         rows, prompt_cache = self._slot_rows(slot), self.prefill.cache
         self._cache.keys[:, rows, :, : prompt_cache.length] = prompt_cache.keys[
@@ -165,33 +175,32 @@ class Runner:
         self._hidden[rows] = hidden
         self._recent[slot] = -1
         self._frames[slot] = 0
-        self._generators.append(torch.Generator(self._device).manual_seed(request.seed))
+        self._seeds[slot] = request.seed
         self._sampling.append(request.sampling)
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)
 
     def _slot_rows(self, slot: int) -> slice:
-        """The rows of a slot."""
+        """Rows of a slot."""
         return slice(slot * self._rows_per_slot, (slot + 1) * self._rows_per_slot)
 
     @torch.inference_mode()
     def sample(self) -> NDArray[np.int64]:
-        """The next group `[B, G]` of every stream; what follows an EOS has no meaning."""
-        batch_size, group_size = self.batch_size, self.model.config.group
+        """Draws the next group of frames `[B, G]` of every request. Codes after an EOS have no
+        meaning."""
+        batch_size, group_size = self.batch_size, self.model.config.group_size
         recent = self._recent[:batch_size]
         for index in range(group_size):
             previous = recent[:, MAX_REPETITION_WINDOW - index :].clamp(0, CODEBOOK_SIZE - 1)
             logits = self._logits(previous)
             logits = suppress_eos(logits, recent[:, -1] < 0)
-            uniforms = torch.cat(
-                [draw_uniforms(generator, 1) for generator in self._generators], dim=1
-            )
+            uniforms = draw_uniforms(self._seeds[:batch_size], self._frames[:batch_size] + index)
             tokens = sample_rows(logits, self._sampling_tensors, uniforms, recent)
             recent = torch.cat([recent[:, 1:], tokens[:, None]], dim=1)
         self._recent[:batch_size] = recent
         return recent[:, MAX_REPETITION_WINDOW - group_size :].cpu().numpy()
 
     def _logits(self, previous: Int[Tensor, "B g"]) -> Float[Tensor, "B 1025"]:
-        """Logits of each stream's next frame, of whose group the frames `previous` are drawn."""
+        """Logits of each request's next frame; `previous` are the frames of its group so far."""
         per_slot = self._rows_per_slot
         hidden = self._hidden[: self.batch_size * per_slot, None]
         previous = previous.repeat_interleave(per_slot, dim=0)
@@ -202,12 +211,13 @@ class Runner:
 
     @torch.inference_mode()
     def decode_step(self) -> None:
-        """Feeds the groups just drawn to the model."""
-        padded_size, group_size = self.batch_size, self.model.config.group
+        """Runs the AR model once for all slots, on the groups that `sample` drew. Leaves the hidden
+        states from which the next `sample` draws."""
+        padded_size, group_size = self.batch_size, self.model.config.group_size
         per_slot = self._rows_per_slot
         if self._compiled:
             padded_size = min(1 << (padded_size - 1).bit_length(), self._slots)
-            # nobody's rows: they need numbers that a step can work on, and no more
+            # padding rows: any valid codes and lengths will do
             self._cache.lengths[self.batch_size * per_slot : padded_size * per_slot] = 0
             self._recent[self.batch_size : padded_size] = 0
         self._cache.prepare_step(padded_size * per_slot, DECODE_BUCKET if self._compiled else 1)
@@ -219,17 +229,17 @@ class Runner:
         self._frames[:padded_size] += group_size
 
     def release(self, slot: int, move: Move | None) -> None:
-        """Forgets the stream of a slot; the last slot's stream takes its place."""
-        generator, sampling = self._generators.pop(), self._sampling.pop()
+        """Frees a slot; `move` copies the last slot to it."""
+        sampling = self._sampling.pop()
         if move is not None:
             assert move == Move(self.batch_size, slot), "only the last slot moves"
-            self._generators[slot], self._sampling[slot] = generator, sampling
+            self._sampling[slot] = sampling
             source, target = self._slot_rows(move.source), self._slot_rows(slot)
             length = int(self._cache.lengths[source][0])
             for store in (self._cache.keys, self._cache.values):
                 store[:, target, :, :length] = store[:, source, :, :length]
             for rows in (self._cache.lengths, self._hidden):
                 rows[target] = rows[source]
-            for row in (self._recent, self._frames):
+            for row in (self._recent, self._frames, self._seeds):
                 row[slot] = row[move.source]
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)

@@ -1,102 +1,90 @@
-"""Who speaks next: admission by priority and age, one text read at a time. No tensors here.
+"""Scheduling of requests: first come, first served, one prefill at a time. No tensors here."""
 
-A request's place in the queue is fixed when it arrives: its time of arrival, less its priority in
-seconds. An urgent request overtakes those that came shortly before it and never those that have
-waited longer than its priority, so nobody starves, and no place has to be computed again.
-"""
-
-import heapq
-import itertools
-import time
-from collections.abc import Callable
+from collections import deque
 
 from valle.serve.engine.request import Request, RequestState
 from valle.serve.engine.slots import Move, Slots
 
 
 class Scheduler:
-    """Queue, slots, and which stream is where."""
+    """The queue, the request in prefill, and the slots of running requests."""
 
-    def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, slots: int) -> None:
         self.slots = Slots(slots)
-        self._clock = clock
-        self._count = itertools.count()
-        self._queue: list[tuple[float, int, RequestState]] = []
+        self._queue: deque[RequestState] = deque()
         self._states: dict[str, RequestState] = {}
         self.prefilling: RequestState | None = None
-        """Whose text is being read; it has a slot when that is done."""
+        """The request in prefill, which gets a slot afterwards."""
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """No request waits, is in prefill or runs."""
         return not self._states
 
     @property
     def n_waiting(self) -> int:
-        """Requests whose turn has not come."""
+        """Requests in the queue."""
         return len(self._states) - len(self.slots.request_ids) - (self.prefilling is not None)
 
     def add(self, request: Request) -> None:
-        """Puts a request in the queue. Raises ValueError when its id is in use."""
+        """Queues a request. Raises ValueError when its id is in use."""
         if request.id in self._states:
-            raise ValueError(f"id: {request.id!r} is in use")
+            raise ValueError(f"id: {request.id!r} is in use; give each request an id of its own")
         self._states[request.id] = state = RequestState(request)
-        place = self._clock() - request.priority
-        heapq.heappush(self._queue, (place, next(self._count), state))
+        self._queue.append(state)
 
     def admit(self) -> RequestState | None:
-        """The next request to be read; None while one is, or when none waits or none fits."""
+        """Starts the prefill of the oldest request; None when another one is in prefill, no slot is
+        free or the queue is empty."""
         while self._queue and self.prefilling is None and not self.slots.full:
-            state = heapq.heappop(self._queue)[2]
-            if self._states.get(state.request.id) is state:  # else aborted while it waited
+            state = self._queue.popleft()
+            if self._states.get(state.request.id) is state:  # else aborted in the queue
                 self.prefilling = state
                 return state
         return None
 
     def activate(self) -> RequestState:
-        """The request that has been read, now with a slot."""
+        """Gives a slot to the request whose prefill is complete."""
         assert self.prefilling is not None, "admit() comes first"
         state, self.prefilling = self.prefilling, None
         state.slot = self.slots.allocate(state.request.id)
         return state
 
     def running(self) -> list[RequestState]:
-        """Streams with a slot, in the order of their slots."""
+        """Requests with a slot, in the order of their slots."""
         return [self._states[request_id] for request_id in self.slots.request_ids]
 
     def remove(self, request_id: str) -> Move | None:
-        """Forgets a stream wherever it is; what must be moved to keep the slots dense."""
+        """Removes a request in any state; returns the move that keeps the slots dense."""
         state = self._states.pop(request_id)
         if state is self.prefilling:
             self.prefilling = None
         if state.slot is None:
-            return None  # `admit` skips its place in the queue
+            return None  # `admit` skips its entry in the queue
         if move := self.slots.release(state.slot):
             self._states[self.slots.request_ids[move.target]].slot = move.target
         return move
 
     def slot(self, request_id: str) -> int | None:
-        """The slot of a stream; None while it waits."""
+        """The slot of a request; None while it waits or is in prefill."""
         return self._states[request_id].slot
 
     def has_request(self, request_id: str) -> bool:
-        """Whether a stream of this id waits, is read or runs."""
+        """Whether a request waits, is in prefill or runs."""
         return request_id in self._states
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when the books do not agree."""
+        """Raises AssertionError when queue, states and slots disagree."""
         request_ids = self.slots.request_ids
         assert len(set(request_ids)) == len(request_ids) <= self.slots.count, (
-            "a stream has two slots"
+            "a request has two slots"
         )
         for slot, request_id in enumerate(request_ids):
-            assert self._states[request_id].slot == slot, (
-                f"{request_id} is not in the slot it thinks"
-            )
-        queued = {id(state) for _, _, state in self._queue}
+            assert self._states[request_id].slot == slot, f"{request_id} is not in its slot"
+        queued = {id(state) for state in self._queue}
         for request_id, state in self._states.items():
             if state.slot is None:
                 is_waiting = state is self.prefilling or id(state) in queued
-                assert is_waiting, f"{request_id} waits and is not in the queue"
+                assert is_waiting, f"{request_id} has no slot and is not in the queue"
             else:
-                assert request_id in request_ids, f"{request_id} thinks it has a slot"
+                assert request_id in request_ids, f"{request_id} has a slot that is not its own"

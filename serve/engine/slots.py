@@ -1,6 +1,7 @@
-"""Which stream has which slot of the key-value memory. Book-keeping only: no tensors here.
+"""Slots of the key-value cache and the requests in them. Book-keeping only: no tensors here.
 
-Slots in use are always the first ones: a decode step then reads one dense block, without gathering.
+The slots in use are always the first ones, so that a decode step reads one dense block of the
+cache without gathering rows.
 """
 
 from dataclasses import dataclass
@@ -8,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Move:
-    """The contents of slot `source` are to be copied to slot `target`."""
+    """The contents of slot `source` have to be copied to slot `target`."""
 
     source: int
     target: int
 
 
 class Slots:
-    """A fixed number of slots, dense from 0."""
+    """A fixed number of slots, in use from 0 on without gaps."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
@@ -25,22 +26,22 @@ class Slots:
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Ids of the streams in slots 0, 1, 2 ..."""
+        """Ids of the requests in slots 0, 1, 2 ..."""
         return tuple(self._request_ids)
 
     @property
     def full(self) -> bool:
-        """Whether no slot is free."""
+        """No slot is free."""
         return len(self._request_ids) == self.count
 
     def allocate(self, request_id: str) -> int:
-        """Gives the next free slot to a stream; returns its number."""
-        assert not self.full, "the scheduler admits no more than there are slots"
+        """Gives the first free slot to a request; returns its number."""
+        assert not self.full, "the scheduler admits no more requests than there are slots"
         self._request_ids.append(request_id)
         return len(self._request_ids) - 1
 
     def release(self, slot: int) -> Move | None:
-        """Frees a slot; the last one moves into the hole, if it is another."""
+        """Frees a slot. The request in the last slot takes it, unless it was the last one."""
         last = len(self._request_ids) - 1
         assert 0 <= slot <= last, f"slot {slot} is not in use"
         request_id = self._request_ids.pop()

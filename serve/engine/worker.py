@@ -1,9 +1,8 @@
-"""The engine on a thread of its own, spoken to from coroutines.
+"""The engine on a thread of its own, used from coroutines.
 
-Coroutines put requests and aborts into a mailbox; the thread steps the engine as long as there is
-something to do and hands step outputs back to the event loop. If a step fails, every stream ends
-with that error and `check_health` tells the health check: a dead thread never leaves a request
-hanging.
+Coroutines put requests and aborts into a mailbox. The thread steps the engine while it has requests
+and hands the outputs to the event loop. If a step fails, every request ends with that error and
+`check_health` raises it from then on, so that no request waits for a dead thread.
 """
 
 import asyncio
@@ -20,14 +19,15 @@ logger = logging.getLogger("ray.serve")
 
 
 class EngineError(RuntimeError):
-    """The engine's thread has died; the message says of what."""
+    """The engine's thread has ended; the message names the cause."""
 
 
 WorkerOutput = StepOutput | ValueError | EngineError
+"""What a request's coroutine receives: ValueError for a request that cannot run."""
 
 
 class EngineWorker:
-    """Owns an engine and its thread."""
+    """An engine with its thread."""
 
     def __init__(self, engine: Engine) -> None:
         """Starts the thread."""
@@ -39,18 +39,17 @@ class EngineWorker:
         self._thread.start()
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput]:
-        """Step outputs of one request as they come. Leaving early, or a cancellation, frees the
-        slot.
+        """Outputs of one request, step by step. Closing the generator aborts the request.
 
-        Raises ValueError for a request that can never run, EngineError when the engine is dead.
+        Raises ValueError for a request that cannot run, EngineError when the thread has ended.
         """
         if request.id in self._outputs:
-            raise ValueError(f"id: {request.id!r} is in use")
+            raise ValueError(f"id: {request.id!r} is in use; give each request an id of its own")
         outputs: asyncio.Queue[WorkerOutput] = asyncio.Queue()
         self._outputs[request.id] = (asyncio.get_running_loop(), outputs)
         finished = False
         try:
-            self.check_health()  # after the entry above: a thread that dies now would see it
+            self.check_health()  # after the entry above, which a thread that ends now will notify
             self._mailbox.put(request)
             while not finished:
                 output = await outputs.get()
@@ -65,12 +64,12 @@ class EngineWorker:
                 self._mailbox.put(request.id)
 
     def check_health(self) -> None:
-        """Raises EngineError when the thread no longer works."""
+        """Raises EngineError when the thread has ended."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Ends the thread after the step it is in."""
+        """Ends the thread after its current step."""
         self._mailbox.put(None)
         self._thread.join()
 
@@ -80,7 +79,7 @@ class EngineWorker:
                 for output in self._engine.step():
                     self._deliver(output.request_id, output)
             self._stop("the engine is closed")
-        except BaseException as error:  # whatever it is, nobody may wait for a dead thread
+        except BaseException as error:  # no request may wait for a dead thread
             logger.exception("the engine has stopped")
             self._stop(f"the engine has stopped: {type(error).__name__}: {error}")
 
@@ -90,7 +89,7 @@ class EngineWorker:
             self._deliver(request_id, self._error)
 
     def _read_mail(self) -> bool:
-        """Does what the mailbox says, waiting for mail while the engine is idle; False: stop."""
+        """Handles the mailbox, waiting for mail while the engine is idle; False ends the thread."""
         while self._engine.idle or not self._mailbox.empty():
             mail = self._mailbox.get()
             if mail is None:
@@ -105,9 +104,9 @@ class EngineWorker:
         return True
 
     def _deliver(self, request_id: str, output: WorkerOutput) -> None:
-        """Hands something to the coroutine that waits for it, in its own thread."""
-        if entry := self._outputs.get(request_id):  # else it has left
+        """Hands an output to the coroutine of its request, in the thread of its event loop."""
+        if entry := self._outputs.get(request_id):  # else the coroutine has left
             loop, outputs = entry
-            # a loop that has ended has nobody left to tell
+            # the event loop may have ended meanwhile
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(outputs.put_nowait, output)

@@ -1,6 +1,6 @@
-// The endpoint as the page uses it. Errors become Error with the server's own words.
+// Client of the endpoint. An error response becomes an Error with the server's message.
 
-export const RATE = 24000; // samples a second of `pcm`
+export const RATE = 24000; // sample rate of `pcm`
 
 async function fetchOk(path, options = {}, key = "") {
   const headers = { ...options.headers };
@@ -11,7 +11,7 @@ async function fetchOk(path, options = {}, key = "") {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // a proxy in front answered with something else: its status is all there is
+    // not an OpenAI error body, but a proxy's: show its status
   }
   throw new Error(message);
 }
@@ -33,13 +33,13 @@ export async function deleteVoice(name, key) {
   await fetchOk(`v1/audio/voices/${encodeURIComponent(name)}`, { method: "DELETE" }, key);
 }
 
-// Calls `onSamples(Float32Array)` as sound comes; resolves to the answer's headers.
+// Calls `onSamples(Float32Array)` as audio arrives; resolves to the response's headers.
 export async function speak(request, key, signal, onSamples) {
   const body = JSON.stringify({ ...request, response_format: "pcm" });
   const headers = { "Content-Type": "application/json" };
   const response = await fetchOk("v1/audio/speech", { method: "POST", body, headers, signal }, key);
   const reader = response.body.getReader();
-  let odd = new Uint8Array(0); // a chunk may end in the middle of a sample
+  let odd = new Uint8Array(0); // first half of a sample that a chunk has cut
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return response.headers;

@@ -1,4 +1,4 @@
-// The page: one form that speaks, one list of voices.
+// The page: the speech form and the list of voices.
 
 import { addVoice, deleteVoice, listVoices, RATE, speak } from "./api.js";
 import { drawPlot } from "./plot.js";
@@ -8,9 +8,9 @@ const $ = (id) => document.getElementById(id);
 const key = () => $("key").value.trim();
 
 let player = null;
-let running = null; // the AbortController of the request that is being answered
-let chunks = []; // what has been heard so far
-let receivedSamples = 0; // samples in it
+let running = null; // AbortController of the request in progress
+let chunks = []; // audio received so far
+let receivedSamples = 0; // samples in `chunks`
 let plottedSamples = 0; // samples in the plot
 
 function show(error) {
@@ -18,7 +18,7 @@ function show(error) {
   $("error").textContent = error?.message ?? "";
 }
 
-// Runs what a control is for and shows what goes wrong in it.
+// Event handler of a control: runs the action and shows its error.
 const attempt = (action) => async (event) => {
   event?.preventDefault();
   show(null);
@@ -65,20 +65,20 @@ function request() {
 
 async function submit() {
   stop();
-  const mine = (running = new AbortController());
+  const controller = (running = new AbortController());
   player = new Player(onIdle);
-  const started = performance.now();
-  const since = () => (performance.now() - started) / 1000;
+  const startTime = performance.now();
+  const since = () => (performance.now() - startTime) / 1000;
   begin();
   try {
-    const headers = await speak(request(), key(), mine.signal, (samples) => {
+    const headers = await speak(request(), key(), controller.signal, (samples) => {
       if (!chunks.length) $("first").textContent = `${since().toFixed(2)} s`;
       player.add(samples);
       receive(samples, since());
     });
     $("model").textContent = headers.get("x-model")?.replace("models:/", "") ?? "–";
   } finally {
-    if (running === mine) end();
+    if (running === controller) end(); // else another request has replaced this one
   }
 }
 
@@ -124,7 +124,7 @@ function receive(samples, seconds) {
   $("factor").textContent = (seconds / (length * Number($("speed").value))).toFixed(2);
 }
 
-// At most once for each frame of the screen, however fast sound comes.
+// Redraws the plot at most once per screen frame, however fast audio arrives.
 function paint() {
   if (plottedSamples !== receivedSamples) drawPlot($("plot"), join(chunks));
   plottedSamples = receivedSamples;
@@ -139,14 +139,14 @@ function replay() {
 }
 
 let recorder = null;
-let recorded = null; // a Blob, until a file is chosen instead
+let recordedFile = null; // Blob from the microphone; a selected file replaces it
 
 async function toggleRecording() {
   if (recorder) {
-    recorded = await recorder.stop();
+    recordedFile = await recorder.stop();
     recorder = null;
     $("recording").value = "";
-    $("recording-status").textContent = `Recorded ${((await decode(recorded)).length / RATE).toFixed(1)} s.`;
+    $("recording-status").textContent = `Recorded ${((await decode(recordedFile)).length / RATE).toFixed(1)} s.`;
   } else {
     recorder = await record();
     $("recording-status").textContent = "Recording: say a few sentences, then press again.";
@@ -156,13 +156,13 @@ async function toggleRecording() {
 }
 
 async function add() {
-  const file = $("recording").files[0] ?? recorded;
+  const file = $("recording").files[0] ?? recordedFile;
   if (!file) throw new Error("choose a recording, or record one");
   const name = $("name").value;
   const voice = await addVoice(name, toWav(await decode(file)), $("consent").value, key());
   $("add").reset();
-  recorded = null;
-  $("recording-status").textContent = `${name} is here: ${voice.seconds.toFixed(1)} s of sound.`;
+  recordedFile = null;
+  $("recording-status").textContent = `${name} is added: ${voice.seconds.toFixed(1)} s of speech.`;
   await showVoices(name);
 }
 
@@ -170,7 +170,7 @@ $("speech-form").onsubmit = attempt(submit);
 $("stop").onclick = stop;
 $("again").onclick = attempt(replay);
 $("record").onclick = attempt(toggleRecording);
-$("recording").onchange = () => (recorded = null);
+$("recording").onchange = () => (recordedFile = null);
 $("add").onsubmit = attempt(add);
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").onchange = attempt(async () => {

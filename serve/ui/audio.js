@@ -1,13 +1,13 @@
-// Sound in and out: playing what streams in, recording, and wav files.
+// Audio in the browser: streaming playback, recording, wav files.
 
 import { RATE } from "./api.js";
 
-// Plays chunks one after the other, without a gap as long as they come in time.
+// Plays chunks in order, without gaps as long as they arrive in time.
 export class Player {
   constructor(onIdle) {
-    this.onIdle = onIdle; // called whenever nothing more is there to play
+    this.onIdle = onIdle; // called whenever all chunks so far have been played
     this.context = new AudioContext({ sampleRate: RATE });
-    this.next = 0;
+    this.next = 0; // start time of the next chunk
     this.sources = new Set();
   }
 
@@ -22,7 +22,7 @@ export class Player {
       if (!this.sources.size) this.onIdle();
     };
     this.sources.add(source);
-    // a little later than now at first: scheduling itself takes time
+    // 30 ms ahead of the clock: scheduling takes time too
     this.next = Math.max(this.next, this.context.currentTime + 0.03);
     source.start(this.next);
     this.next += buffer.duration;
@@ -36,18 +36,19 @@ export class Player {
 
 export function join(chunks) {
   const samples = new Float32Array(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
-  let at = 0;
+  let offset = 0;
   for (const chunk of chunks) {
-    samples.set(chunk, at);
-    at += chunk.length;
+    samples.set(chunk, offset);
+    offset += chunk.length;
   }
   return samples;
 }
 
-// 16-bit mono wav.
+// A 16-bit mono wav file.
 export function toWav(samples) {
   const view = new DataView(new ArrayBuffer(44 + samples.length * 2));
-  const write = (at, text) => [...text].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
+  const write = (offset, text) =>
+    [...text].forEach((c, i) => view.setUint8(offset + i, c.charCodeAt(0)));
   write(0, "RIFF");
   view.setUint32(4, 36 + samples.length * 2, true);
   write(8, "WAVEfmt ");
@@ -64,25 +65,25 @@ export function toWav(samples) {
   return new Blob([view], { type: "audio/wav" });
 }
 
-// Any file this browser can play, as mono samples at 24 kHz.
+// Decodes any file that the browser can play to mono samples at 24 kHz.
 export async function decode(file) {
   const context = new OfflineAudioContext(1, 1, RATE);
-  let sound;
+  let decoded;
   try {
-    sound = await context.decodeAudioData(await file.arrayBuffer());
+    decoded = await context.decodeAudioData(await file.arrayBuffer());
   } catch {
-    throw new Error("this file is no sound that the browser can read");
+    throw new Error("the browser cannot decode this file: choose another audio file");
   }
-  const mono = new Float32Array(sound.length);
-  for (let channel = 0; channel < sound.numberOfChannels; channel++) {
-    sound.getChannelData(channel).forEach((s, i) => (mono[i] += s / sound.numberOfChannels));
+  const mono = new Float32Array(decoded.length);
+  for (let channel = 0; channel < decoded.numberOfChannels; channel++) {
+    decoded.getChannelData(channel).forEach((s, i) => (mono[i] += s / decoded.numberOfChannels));
   }
   return mono;
 }
 
-// Records until `stop()` of what it gives is called, which resolves to a file.
+// Starts recording; `stop()` of the result ends it and resolves to a file.
 export async function record() {
-  if (!navigator.mediaDevices) throw new Error("recording needs https, or this machine's own address");
+  if (!navigator.mediaDevices) throw new Error("recording needs https, or a server on localhost");
   const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
   const recorder = new MediaRecorder(stream);
   const parts = [];

@@ -1,8 +1,8 @@
 // Waveform above, spectrogram below, on one canvas.
 
-const SIZE = 512; // samples of a window, at 24 kHz
-const BINS = 170; // up to 8 kHz: there is little speech above
-const WAVE = 0.35; // share of the height
+const SIZE = 512; // window length in samples
+const BINS = 170; // frequencies shown: up to 8 kHz, above which speech has little power
+const WAVE = 0.35; // share of the height for the waveform
 
 export function drawPlot(canvas, samples) {
   const paper = canvas.getContext("2d");
@@ -35,16 +35,16 @@ function drawSpectrogram(paper, samples, width, height, top) {
     const power = spectrum(window.map((w, i) => w * (samples[begin + i] ?? 0)));
     for (let y = 0; y < height; y++) {
       const bin = Math.floor(((height - 1 - y) / height) * BINS);
-      // 70 dB from black to bright
+      // a range of 70 dB, from black to bright
       const level = Math.min(1, Math.max(0, (10 * Math.log10(power[bin] + 1e-9) + 45) / 70));
       const colour = [255 * level ** 1.2, 190 * level ** 2, 30 + 130 * level * (1 - level), 255];
-      image.data.set([...colour, ...colour], (y * width + x) * 4); // two columns alike: half the work
+      image.data.set([...colour, ...colour], (y * width + x) * 4); // every second column is copied: half the work
     }
   }
   paper.putImageData(image, 0, top);
 }
 
-// Power of each frequency: a radix-2 Fourier transform in place.
+// Power of each frequency, by a radix-2 FFT in place.
 function spectrum(real) {
   const imaginary = new Float32Array(SIZE);
   for (let i = 1, j = 0; i < SIZE; i++) {

@@ -1,6 +1,6 @@
-"""Speech out: samples, whole or in pieces, to the formats that OpenAI's clients ask for (ffmpeg).
+"""Encoding of speech in OpenAI's audio formats, whole or chunk by chunk, with ffmpeg (PyAV).
 
-`speed` stretches time and keeps the pitch (ffmpeg's `atempo`).
+`speed` changes the duration and keeps the pitch (ffmpeg's `atempo`).
 """
 
 import io
@@ -17,26 +17,39 @@ AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 AUDIO_FORMATS: tuple[str, ...] = get_args(AudioFormat)
 
 MEDIA_TYPES = {
-    "mp3": "audio/mpeg", "opus": "audio/ogg", "aac": "audio/aac", "flac": "audio/flac",
-    "wav": "audio/wav", "pcm": "audio/pcm",
-}  # fmt: skip
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+}
 
 _CONTAINERS = {
-    "mp3": "mp3", "opus": "ogg", "aac": "adts", "flac": "flac", "wav": "wav", "pcm": "s16le",
-}  # fmt: skip
+    "mp3": "mp3",
+    "opus": "ogg",
+    "aac": "adts",
+    "flac": "flac",
+    "wav": "wav",
+    "pcm": "s16le",
+}
 _CODECS = {
-    "mp3": "libmp3lame", "opus": "libopus", "aac": "aac", "flac": "flac", "wav": "pcm_s16le",
+    "mp3": "libmp3lame",
+    "opus": "libopus",
+    "aac": "aac",
+    "flac": "flac",
+    "wav": "pcm_s16le",
     "pcm": "pcm_s16le",
-}  # fmt: skip
+}
 _BIT_RATE = 64_000
-"""Of the lossy formats: transparent for one voice at 24 kHz."""
+"""Bits a second of the lossy formats: transparent for one voice at 24 kHz."""
 
 
 class AudioEncoder:
-    """Takes samples in pieces and gives the bytes of a file in pieces.
+    """Encodes chunks of samples to the bytes of one file, in order.
 
-    Nothing is ever written twice, so the pieces can be sent as they come. Headers that would hold
-    the length say that it is unknown; `encode_audio` has it and says so.
+    No byte is changed later, so each part can be sent at once. The length in the file's header is
+    therefore "unknown"; `encode_audio` writes the real one.
     """
 
     def __init__(self, format: AudioFormat, speed: float = 1.0) -> None:
@@ -44,18 +57,18 @@ class AudioEncoder:
         self._writer = _Writer(self._pipe, format, speed)
 
     def add(self, wave: Wave) -> bytes:
-        """Bytes that are ready once `wave` is in; often none, since codecs work in blocks."""
+        """Encodes samples; returns the bytes that are ready, if any: codecs work in blocks."""
         self._writer.add(wave)
         return self._pipe.take()
 
     def finish(self) -> bytes:
-        """The rest of the file."""
+        """Returns the rest of the file."""
         self._writer.finish()
         return self._pipe.take()
 
 
 def encode_audio(wave: Wave, format: AudioFormat, speed: float = 1.0) -> bytes:
-    """A whole recording as a file, with its length in the header where the format has one."""
+    """A recording as a complete file, with its length in the header where the format has one."""
     buffer = io.BytesIO()
     writer = _Writer(buffer, format, speed)
     writer.add(wave)
@@ -64,7 +77,7 @@ def encode_audio(wave: Wave, format: AudioFormat, speed: float = 1.0) -> bytes:
 
 
 class _Pipe:
-    """A file that can only be written to, and read once."""
+    """A file object that cannot seek; `take` returns what was written since the last call."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -79,7 +92,7 @@ class _Pipe:
 
 
 class _Writer:
-    """Samples through `atempo` and a codec into a container."""
+    """Samples to `atempo`, then to a codec, then to a container."""
 
     def __init__(self, file: Any, format: AudioFormat, speed: float) -> None:
         self._container = av.open(file, "w", format=_CONTAINERS[format])
@@ -116,7 +129,7 @@ class _Writer:
         while True:
             try:
                 self._mux(self._tempo.pull())
-            except (av.BlockingIOError, av.EOFError):  # nothing more for now, or for ever
+            except (av.BlockingIOError, av.EOFError):  # no more for now, or at all
                 return
 
     def _mux(self, frame: Any) -> None:
@@ -125,7 +138,7 @@ class _Writer:
 
 
 def _tempo(speed: float) -> av.filter.Graph:
-    """A filter that speaks `speed` times as fast; one `atempo` alone begins at a half."""
+    """A filter graph that plays `speed` times as fast; a single `atempo` allows 0.5 and more."""
     graph = av.filter.Graph()
     source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="s16", layout="mono")
     steps = [0.5, speed / 0.5] if speed < 0.5 else [speed]

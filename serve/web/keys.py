@@ -1,9 +1,10 @@
-"""Who may ask, how often, and for how much at the same time.
+"""API keys and their limits: requests a minute and concurrent requests.
 
-    python -m valle.serve.web.keys web    # makes a key, prints it once and the line for the file
+    python -m valle.serve.web.keys web    # creates a key, prints it once with its entry in the file
 
-The file (`api_keys=` of `build_app`) is YAML, a list of keys; it holds their SHA-256, so reading
-it gives nobody a key. Limits are counted by each ingress replica. Without a file all may ask.
+The file (`api_keys` of `AppArgs`) is a YAML list. It holds the SHA-256 of each key, from which the
+key cannot be recovered. Each ingress replica counts its own requests. Without a file, requests need
+no key.
 """
 
 import argparse
@@ -25,24 +26,24 @@ from valle.platform import storage
 from valle.serve.web.schema import ErrorDetail, error_response
 
 PUBLIC_PATHS = re.compile(r"/|/health/(live|ready)|/ui/[a-z]+\.(css|js|svg)")
-"""Paths that need no key: probes and the page, which asks its user for one."""
+"""Paths that need no key: health probes and the web page, where the user enters a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """One line of the file."""
+    """One entry of the file."""
 
     name: str
-    """For logs; tells keys apart."""
+    """Name of the key in messages."""
 
     sha256: str
-    """Of the key, in hexadecimal."""
+    """SHA-256 of the key, in hexadecimal."""
 
     requests_per_minute: int = 60
-    """More are refused until the minute is over."""
+    """Requests in any 60 seconds; more are refused with 429."""
 
     concurrent: int = 8
-    """More at the same time are refused."""
+    """Requests at the same time; more are refused with 429."""
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
@@ -52,10 +53,10 @@ class ApiKey:
 
 
 def read_keys(uri: str) -> list[ApiKey]:
-    """The keys of a file. Raises ValueError that names what is wrong."""
+    """The keys of a file. Raises ValueError for a file with errors."""
     rows = yaml.safe_load(storage.read_bytes(uri))
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"api_keys: {uri} must be a list of keys, and not an empty one")
+        raise ValueError(f"api_keys: {uri} must be a list of keys with at least one entry")
     try:
         keys = [dacite.from_dict(ApiKey, row, dacite.Config(strict=True)) for row in rows]
     except (dacite.DaciteError, ValueError, TypeError) as error:
@@ -67,7 +68,7 @@ def read_keys(uri: str) -> list[ApiKey]:
 
 
 class ApiKeyMiddleware:
-    """ASGI middleware: lets through what has a key and is within its limits; health is open."""
+    """ASGI middleware: answers 401 without a valid key and 429 beyond the key's limits."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
@@ -76,8 +77,9 @@ class ApiKeyMiddleware:
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Counts a request as running until its last byte is sent, or its client has gone."""
-        # whatever is not known to be open is closed; under a route prefix the path still holds it
+        """Passes on an allowed request, which counts as running until its last byte is sent or its
+        client disconnects."""
+        # `path` includes the route prefix of the application, `PUBLIC_PATHS` does not
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or PUBLIC_PATHS.fullmatch(path):
             await self._app(scope, receive, send)
@@ -94,8 +96,9 @@ class ApiKeyMiddleware:
             detail = ErrorDetail(
                 message=f"key {key.name}: {key.requests_per_minute} requests a minute and "
                 f"{key.concurrent} at the same time are allowed",
-                type="rate_limit_error", code="rate_limit_exceeded",
-            )  # fmt: skip
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+            )
             await error_response(429, detail, {"Retry-After": str(wait)})(scope, receive, send)
             return
         self._running[key.name] += 1
@@ -111,7 +114,7 @@ class ApiKeyMiddleware:
         return self._keys.get(hashlib.sha256(secret.strip().encode()).hexdigest())
 
     def _wait(self, key: ApiKey) -> int:
-        """Seconds to come back in; 0: now is fine, and counted."""
+        """Seconds until the key allows another request; 0: now, and this one is counted."""
         if self._running[key.name] >= key.concurrent:
             return 1
         allowed = limits.RateLimitItemPerMinute(key.requests_per_minute)
@@ -122,11 +125,11 @@ class ApiKeyMiddleware:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+    """Creates a key; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="whose key it is")
+    parser.add_argument("name", help="name of the key's owner")
     arguments = parser.parse_args(argv)
     key = secrets.token_urlsafe(32)
     line = [{"name": arguments.name, "sha256": hashlib.sha256(key.encode()).hexdigest()}]

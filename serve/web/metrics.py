@@ -1,7 +1,7 @@
-"""What an ingress replica has seen, for Prometheus (`/metrics`).
+"""Prometheus metrics of an ingress replica (`/metrics`).
 
-Each replica counts for itself; Ray exports the deployments' own figures (queues, latencies) at its
-metrics port for all of them.
+Each replica counts its own responses. Ray exports queues and latencies of all deployments at its
+metrics port.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,34 +11,46 @@ from valle.model.tokens import FRAME_RATE
 from valle.serve.web.stats import SpeechStats
 
 LATENCY_BUCKETS = (0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 40)
+REAL_TIME_FACTOR_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4)
 
 
 class Metrics:
-    """Counters of one replica."""
+    """Counters and histograms of one replica."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "valle_requests", "Answers, by route and status", ["route", "status"], registry=registry
+            "valle_requests",
+            "Responses, by route and status",
+            ["route", "status"],
+            registry=registry,
         )
-        self.running = Gauge("valle_requests_running", "Not answered yet", registry=registry)
-        self._audio = Counter("valle_audio_seconds", "Speech made", registry=registry)
-        self._characters = Counter("valle_input_characters", "Text spoken", registry=registry)
+        self.running = Gauge("valle_requests_running", "Requests in progress", registry=registry)
+        self._audio = Counter(
+            "valle_audio_seconds", "Seconds of speech synthesized", registry=registry
+        )
+        self._characters = Counter(
+            "valle_input_characters", "Characters of text spoken", registry=registry
+        )
         self._limited = Counter(
-            "valle_responses_hit_limit", "Answers cut at a length limit", registry=registry
+            "valle_responses_hit_limit", "Responses cut at a length limit", registry=registry
         )
         self._first = Histogram(
-            "valle_time_to_first_audio_seconds", "From request to first sound",
-            buckets=LATENCY_BUCKETS, registry=registry,
-        )  # fmt: skip
+            "valle_time_to_first_audio_seconds",
+            "From request to first audio",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
         self._factor = Histogram(
-            "valle_real_time_factor", "Seconds of work for a second of speech",
-            buckets=(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4), registry=registry,
-        )  # fmt: skip
+            "valle_real_time_factor",
+            "Seconds of synthesis per second of speech",
+            buckets=REAL_TIME_FACTOR_BUCKETS,
+            registry=registry,
+        )
 
     def record_response(self, stats: SpeechStats) -> None:
-        """Counts an answer that has ended."""
-        duration = stats.frames / FRAME_RATE
+        """Counts a response that has ended."""
+        duration = stats.n_frames / FRAME_RATE
         self._audio.inc(duration)
         self._characters.inc(stats.characters)
         self._limited.inc(int(stats.hit_limit))
@@ -46,22 +58,21 @@ class Metrics:
         self._factor.observe(stats.wall_seconds / duration)
 
     def render(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class MetricsMiddleware:
-    """ASGI middleware: counts answers by route and status, and those that still run."""
+    """ASGI middleware: counts responses by route and status, and requests in progress."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes everything on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = "none"  # the client had gone
+        status = "none"  # stays so where the client disconnects before the response
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -72,10 +83,10 @@ class MetricsMiddleware:
         try:
             with self._metrics.running.track_inprogress():
                 await self._app(scope, receive, counted)
-        except Exception:  # whoever answers for it is further out
+        except Exception:  # Starlette's outer handler answers with 500
             status = "500" if status == "none" else "broken"
             raise
         finally:
-            # the route's pattern, not the path: names of voices would be a series each
+            # the route's pattern, not the path: each voice would be a series of its own
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, status).inc()

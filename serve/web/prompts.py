@@ -1,22 +1,22 @@
-"""Recordings to prompts: bytes of a sound file to codes, under limits.
+"""Prompts of requests: bytes of a recording to codes, under limits.
 
-An uploaded voice brings its codes along; others are encoded once by each replica that is asked.
+An uploaded voice is stored with its codes. Each ingress replica encodes other recordings when a
+request needs them, and caches the codes for a while.
 """
 
 import base64
 import binascii
 import hashlib
+from dataclasses import dataclass
+from typing import Literal
 
 from cachetools import TTLCache
-from ray import serve
-from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
-from valle.model.tokens import FRAME_RATE, HOP, SAMPLE_RATE
-from valle.model.valle import Synthesis
+from valle.model.tokens import HOP, SAMPLE_RATE
 from valle.platform import audio
-from valle.serve.deployments.backpressure import call_deployment
+from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
 from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.voices import (
     MAX_RECORDING_SECONDS,
@@ -25,82 +25,88 @@ from valle.serve.web.voices import (
     read_voice_metadata,
 )
 
-PROMPT_FRAMES = int(Synthesis().prompt_seconds * FRAME_RATE)
 MIN_PROMPT_SECONDS = 1.0
-"""Seconds of a recording that a voice can be told from."""
+"""Lower bound of a recording."""
 PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS = 256, 600
-"""Prompts in memory, and how long: a deleted voice is not remembered for ever."""
+"""Prompts in the cache, and their lifetime: a deleted voice leaves the memory as well."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A sound file, undecoded, and the request field it comes from."""
+
+    data: bytes
+    param: Literal["voice", "ref_audio"]
 
 
 class PromptEncoder:
-    """Codes of the recordings that requests name or bring."""
+    """Codes of the recordings that requests name or contain."""
 
-    def __init__(self, store: VoiceStore) -> None:
-        self._store = store
+    def __init__(self, store: VoiceStore, deployments: Deployments) -> None:
+        self._store, self._deployments = store, deployments
         self._cache: TTLCache[tuple[str, bytes], Codes] = TTLCache(
             PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS
         )
-        self._codecs: dict[str, str] = {}  # hash of each version's codec
+        self._codec_sha256: dict[str, str] = {}  # by version
 
     async def for_request(self, request: SpeechRequest, version: str) -> Codes:
-        """`[8, P]` of the recording's first seconds, by that version's codec.
+        """Codes `[8, P]` of the recording's first seconds, by that version's codec.
 
-        Raises ApiError for what is no voice.
+        Raises ApiError for a missing voice or an unusable recording.
         """
-        data, param = await run_in_threadpool(self._recording, request)
-        # by content, since a voice may be replaced, and by version, since its codec may be another
-        key = (version, hashlib.sha256(data).digest())
+        recording = await run_in_threadpool(self._read_recording, request)
+        # keyed by content, since a voice may be replaced, and by version, since codecs may differ
+        key = (version, hashlib.sha256(recording.data).digest())
         codes = self._cache.get(key)
         if codes is None:
-            metadata = (
-                await run_in_threadpool(read_voice_metadata, data) if param == "voice" else None
-            )
-            if metadata and metadata.codec == await self.codec_sha256(version):
-                codes = metadata.prompt_codes()
-            else:
-                codes = await self.encode(await run_in_threadpool(_decode, data, param), version)
+            codes = await self._stored_codes(recording, version)
+            if codes is None:
+                wave = await run_in_threadpool(_decode_recording, recording)
+                codes = await self.encode(wave, version)
             self._cache[key] = codes
         return codes
 
     async def encode(self, wave: Wave, version: str) -> Codes:
-        """`[8, P]` of a recording's first seconds."""
-        start = wave[: PROMPT_FRAMES * HOP]
-        return await call_deployment(lambda: _deployment().encode.remote(version, start))
+        """Codes `[8, P]` of the first seconds of a recording."""
+        return await self._deployments.encode(version, wave[: PROMPT_FRAMES * HOP])
 
     async def codec_sha256(self, version: str) -> str:
         """Hash of the weights of that version's codec."""
-        if version not in self._codecs:
-            self._codecs[version] = await call_deployment(
-                lambda: _deployment().codec_sha256.remote(version)
-            )
-        return self._codecs[version]
+        if version not in self._codec_sha256:
+            self._codec_sha256[version] = await self._deployments.codec_sha256(version)
+        return self._codec_sha256[version]
 
-    def _recording(self, request: SpeechRequest) -> tuple[bytes, str]:
-        """A sound file, and the field that it is from."""
+    async def _stored_codes(self, recording: Recording, version: str) -> Codes | None:
+        """Codes stored with an uploaded voice, if that version's codec made them."""
+        if recording.param != "voice":
+            return None
+        metadata = await run_in_threadpool(read_voice_metadata, recording.data)
+        if metadata is None or metadata.codec != await self.codec_sha256(version):
+            return None
+        return metadata.prompt_codes()
+
+    def _read_recording(self, request: SpeechRequest) -> Recording:
         if request.ref_audio is not None:
             try:
-                return base64.b64decode(request.ref_audio, validate=True), "ref_audio"
+                data = base64.b64decode(request.ref_audio, validate=True)
             except binascii.Error as error:
                 raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
+            return Recording(data, "ref_audio")
         if not request.voice:
-            raise ApiError(400, "give a voice, or a recording as ref_audio", "voice")
+            message = "voice: missing; name a voice, or send a recording as ref_audio"
+            raise ApiError(400, message, "voice")
         try:
-            return self._store.read(request.voice), "voice"
+            return Recording(self._store.read(request.voice), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
 
 
-def _deployment() -> DeploymentHandle:
-    return serve.get_deployment_handle("Codec", serve.get_replica_context().app_name)
-
-
-def _decode(data: bytes, param: str) -> Wave:
+def _decode_recording(recording: Recording) -> Wave:
     try:
-        wave = audio.read(data, max_seconds=MAX_RECORDING_SECONDS)
-        if len(wave) < MIN_PROMPT_SECONDS * SAMPLE_RATE:
-            raise audio.AudioError(
-                f"{len(wave) / SAMPLE_RATE:.2f} s, at least {MIN_PROMPT_SECONDS:g} s"
-            )
+        wave = audio.read(recording.data, max_seconds=MAX_RECORDING_SECONDS)
+        seconds = len(wave) / SAMPLE_RATE
+        if seconds < MIN_PROMPT_SECONDS:
+            raise audio.AudioError(f"{seconds:.2f} s, at least {MIN_PROMPT_SECONDS:g} s")
     except audio.AudioError as error:
-        raise ApiError(400, f"{param}: {error}", param) from error
+        raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
     return wave

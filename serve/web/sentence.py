@@ -1,121 +1,85 @@
-"""One sentence through AR, NAR and codec: whole, or in chunks as the AR model goes on.
+"""One sentence through the AR, NAR and codec deployments: whole, or in chunks.
 
-Whole is what `model.valle.Synthesizer.synthesize` says, in chunks what `model.chunks` describes.
+The whole sentence equals `model.valle.Synthesizer.synthesize`; in chunks its codes equal
+`model.chunks.nar_decode_chunks`.
 """
 
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-
-from valle.model.chunks import Chunking
+from valle.model.chunks import ChunkedNARDecoding, Chunking
 from valle.model.codec.encodec_stream import MIN_FIRST_CHUNK, EncodecState
 from valle.model.codec.interface import Codes, Wave
 from valle.model.nar_decoding import NARRequest
-from valle.model.sampling import Sampling
-from valle.model.tokens import N_CODEBOOKS
-from valle.model.valle import Synthesis
-from valle.serve.deployments.backpressure import call_deployment, prefetch, stream_deployment
+from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
-from valle.serve.web.schema import SpeechRequest
+from valle.serve.web.prefetch import prefetch
 
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """Some of a sentence, said."""
+    """Samples of a sentence that follow those of the chunk before."""
 
     wave: Wave
-    frames: int
-    hit_limit: bool = False
-    """The sentence ended here because of its length limit."""
-    last: bool = True
-    """This is the sentence's last chunk."""
+    n_frames: int
+    last: bool
+    """The sentence ends here."""
+    hit_limit: bool
+    """The length limit ended the sentence; False unless `last`."""
 
 
-def deployment_handles() -> tuple[DeploymentHandle, DeploymentHandle, DeploymentHandle]:
-    """AR, NAR and codec of the application that this runs in."""
-    app = serve.get_replica_context().app_name
-    ar, nar, codec = (serve.get_deployment_handle(name, app) for name in ("AR", "NAR", "Codec"))
-    return ar, nar, codec
+@dataclass(frozen=True)
+class _SettledChunk:
+    """Final codes of a sentence's next frames, ready for the codec."""
+
+    codes: Codes
+    """`[8, T]`"""
+    last: bool
+    hit_limit: bool
 
 
-def engine_request(
-    phonemes: list[int],
-    prompt: Codes,
-    request: SpeechRequest,
-    max_frames: int,
-    seed: int,
-    guidance_scale: float,
-) -> Request:
-    """What the AR engine is asked for a sentence."""
-    sampling = Sampling(
-        temperature=request.temperature, top_p=request.top_p, guidance_scale=guidance_scale,
-        repetition_threshold=Synthesis().ar.repetition_threshold,
-    )  # fmt: skip
-    return Request(
-        id=uuid.uuid4().hex, phonemes=phonemes, prompt=prompt, sampling=sampling,
-        max_frames=max_frames, seed=seed,
-    )  # fmt: skip
-
-
-async def synthesize_sentence(version: str, request: Request, retry: bool) -> AudioChunk:
-    """The sentence, when all of it is made. Raises ApiError where too many wait, unless this
-    one must retry."""
-    ar, nar, codec = deployment_handles()
-    first, hit_limit = await call_deployment(
-        lambda: ar.generate.remote(version, request), retry=retry
+async def synthesize_sentence(
+    deployments: Deployments, version: str, request: Request, *, retry: bool
+) -> AudioChunk:
+    """The whole sentence as one chunk. Raises OverloadedError when the AR deployment's queue is
+    full; with `retry`, waits for a place in it."""
+    chunk = await deployments.generate_codes(version, request, retry=retry)
+    nar_request = NARRequest(
+        request.phonemes, request.prompt, chunk.codes, complete=not chunk.hit_limit
     )
-    # from here on work has been spent on it
-    nar_request = NARRequest(request.phonemes, request.prompt, first, complete=not hit_limit)
-    codes = await call_deployment(lambda: nar.generate.remote(version, nar_request), retry=True)
-    wave = await call_deployment(lambda: codec.decode.remote(version, codes), retry=True)
-    return AudioChunk(wave, len(first), hit_limit)
+    codes = await deployments.nar_decode(version, nar_request)
+    wave = await deployments.decode(version, codes)
+    return AudioChunk(wave, codes.shape[1], last=True, hit_limit=chunk.hit_limit)
 
 
 async def stream_sentence(
-    version: str, request: Request, retry: bool, chunking: Chunking
+    deployments: Deployments, version: str, request: Request, chunking: Chunking, *, retry: bool
 ) -> AsyncGenerator[AudioChunk]:
-    """The sentence while it is being made. Raises as `synthesize_sentence` does."""
-    _, _, codec = deployment_handles()
+    """The sentence chunk by chunk, while the AR model draws the rest. Raises as
+    `synthesize_sentence` does."""
     state: EncodecState | None = None
-    # the next chunk is filled in while this one is decoded
-    chunks = prefetch(_nar_decode(version, request, retry, chunking), 1)
-    async with aclosing(chunks):
-        async for codes, last, hit_limit in chunks:
-            if (
-                last and state is None and codes.shape[1] < MIN_FIRST_CHUNK
-            ):  # too short for a stream
-                wave = await call_deployment(
-                    partial(codec.decode.remote, version, codes), retry=True
-                )
+    settled_chunks = _settled_chunks(deployments, version, request, chunking, retry=retry)
+    # the NAR model works on the next chunk while the codec decodes this one
+    async with aclosing(prefetch(settled_chunks, 1)) as chunks:
+        async for chunk in chunks:
+            n_frames = chunk.codes.shape[1]
+            if state is None and chunk.last and n_frames < MIN_FIRST_CHUNK:
+                # the whole sentence is shorter than the stream decoder's first chunk must be
+                wave = await deployments.decode(version, chunk.codes)
             else:
-                decode = partial(codec.decode_next.remote, version, codes, state)
-                wave, state = await call_deployment(decode, retry=True)
-            yield AudioChunk(wave, codes.shape[1], hit_limit, last)
+                decoded = await deployments.decode_next(version, chunk.codes, state)
+                wave, state = decoded.wave, decoded.state
+            yield AudioChunk(wave, n_frames, chunk.last, chunk.hit_limit)
 
 
-async def _nar_decode(
-    version: str, request: Request, retry: bool, chunking: Chunking
-) -> AsyncGenerator[tuple[Codes, bool, bool]]:
-    """Codes `[8, T]` of each chunk, whether it is the last, and if so because of the limit."""
-    ar, nar, _ = deployment_handles()
-    first = np.zeros(0, np.int16)
-    prefix = np.zeros((N_CODEBOOKS, 0), np.int16)
-    stream = ar.options(stream=True).stream
-    chunks = stream_deployment(lambda: stream.remote(version, request, chunking), retry=retry)
-    async with aclosing(chunks):
-        async for chunk, last, hit_limit in chunks:
-            first = np.concatenate([first, chunk])
-            start, end = prefix.shape[1], len(first) - (0 if last else chunking.lookahead)
-            complete = last and not hit_limit
-            nar_request = NARRequest(request.phonemes, request.prompt, first, prefix, complete)
-            codes = await call_deployment(
-                partial(nar.generate.remote, version, nar_request), retry=True
-            )
-            prefix = codes[:, :end]
-            yield codes[:, start:end], last, hit_limit
+async def _settled_chunks(
+    deployments: Deployments, version: str, request: Request, chunking: Chunking, *, retry: bool
+) -> AsyncGenerator[_SettledChunk]:
+    """AR chunks through the NAR model."""
+    decoding = ChunkedNARDecoding(request.phonemes, request.prompt, chunking.lookahead)
+    stream = deployments.stream_codes(version, request, chunking, retry=retry)
+    async with aclosing(stream) as chunks:
+        async for chunk in chunks:
+            codes = await deployments.nar_decode(version, decoding.next_request(chunk))
+            yield _SettledChunk(decoding.settle(codes), chunk.last, chunk.hit_limit)

@@ -1,16 +1,20 @@
-"""One request: its text sentence by sentence, spoken while the next is being made.
+"""Answers speech requests: the text sentence by sentence, each sent while the next is synthesized.
 
-Serve takes what it is given, so a slow reader does not slow the making. The answer to one sentence
-is a whole file, with its length; everything else is sent as it comes.
+A slow client does not slow the synthesis down, because Serve buffers what it sends. A response of
+one sentence, not in chunks, is a complete file with its length; all others are streamed.
+
+When the client disconnects, Serve cancels the task of `create_speech` or closes the body that it
+streams. Both close `prefetch`, the sentence's generator and the calls of deployments, down to
+`EngineWorker.stream`: the engine aborts the request before its next step, and the slot is free. A
+NAR or codec batch that has started is finished, and the result is dropped.
 """
 
-import base64
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+import uuid
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastapi import Response
@@ -18,53 +22,83 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes
+from valle.model.sampling import Sampling
 from valle.model.sentences import PAUSE, sentence_phoneme_ids
 from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE
-from valle.serve.deployments.backpressure import prefetch
-from valle.serve.deployments.versions import AliasWatcher
-from valle.serve.web.audio_formats import MEDIA_TYPES, AudioEncoder, encode_audio
+from valle.model.valle import Synthesis
+from valle.serve.app_args import AppArgs
+from valle.serve.deployments.interface import Deployments
+from valle.serve.engine.request import Request
+from valle.serve.web.alias_watcher import AliasWatcher
+from valle.serve.web.audio_formats import MEDIA_TYPES, encode_audio
 from valle.serve.web.metrics import Metrics
+from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
-from valle.serve.web.schema import ApiError, AppArgs, ErrorDetail, SpeechRequest
-from valle.serve.web.sentence import (
-    AudioChunk,
-    engine_request,
-    stream_sentence,
-    synthesize_sentence,
-)
+from valle.serve.web.schema import ApiError, SpeechRequest
+from valle.serve.web.sentence import AudioChunk, stream_sentence, synthesize_sentence
 from valle.serve.web.stats import SpeechStats
+from valle.serve.web.streaming import audio_body, sse_body
 
 logger = logging.getLogger("ray.serve")
 
 PREFETCH_CHUNKS = 2
-"""Chunks that may wait for whoever reads them."""
+"""Chunks that may wait to be sent."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A speech request after validation: all that synthesis needs."""
+
+    request: SpeechRequest
+    version: str
+    """The model's, for all calls of the response."""
+    sentences: list[list[int]]
+    """Phoneme ids of each sentence."""
+    prompt: Codes
+    """`[8, P]`"""
+
+    @property
+    def n_phonemes(self) -> int:
+        return sum(map(len, self.sentences))
 
 
 class SpeechService:
-    """Answers speech requests."""
+    """Synthesizes the responses of one ingress replica."""
 
     def __init__(
-        self, args: AppArgs, prompts: PromptEncoder, watcher: AliasWatcher, metrics: Metrics
+        self,
+        args: AppArgs,
+        deployments: Deployments,
+        prompts: PromptEncoder,
+        watcher: AliasWatcher,
+        metrics: Metrics,
     ) -> None:
-        self._args, self._prompts, self._watcher, self._metrics = args, prompts, watcher, metrics
+        self._args, self._deployments = args, deployments
+        self._prompts, self._watcher, self._metrics = prompts, watcher, metrics
 
     async def create_speech(self, request: SpeechRequest) -> Response:
-        """The answer. What is wrong with the request, or its first sentence, is an ApiError."""
+        """The response, as soon as its first chunk is there.
+
+        Raises ApiError for a request that cannot be answered and OverloadedError for one that
+        finds a queue full; later errors end the stream.
+        """
         stats = SpeechStats(len(request.input), time.perf_counter())
-        sentences = await run_in_threadpool(_sentences, request, self._args)
+        sentences = await run_in_threadpool(_phonemize, request, self._args)
         version = await self._watcher.version()
         prompt = await self._prompts.for_request(request, version)
-        chunks = self._synthesize(version, sentences, prompt, request)
-        chunks = self._count(prefetch(chunks, PREFETCH_CHUNKS), stats)
+        utterance = Utterance(request, version, sentences, prompt)
+
+        # the first chunk decides about the status and the kind of the response
+        chunks = self._record(prefetch(self._synthesize(utterance), PREFETCH_CHUNKS), stats)
         first = await anext(chunks)
         headers = {"X-Seed": str(request.seed), "X-Model": version}
         if request.stream_format == "sse":
-            events = _events(first, chunks, request, sum(map(len, sentences)), stats)
+            events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         media_type = MEDIA_TYPES[request.response_format]
         if len(sentences) > 1 or not first.last:
-            body = _body(first, chunks, request)
+            body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
         data = await run_in_threadpool(
@@ -73,40 +107,60 @@ class SpeechService:
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
 
-    async def _synthesize(
-        self, version: str, sentences: list[list[int]], prompt: Codes, request: SpeechRequest
-    ) -> AsyncGenerator[AudioChunk]:
-        """The chunks of all sentences, up to the length limit."""
-        max_seconds = request.max_seconds or self._args.max_seconds
-        remaining = int(min(max_seconds, self._args.max_seconds) * FRAME_RATE)
-        max_frames = int(self._args.max_sentence_seconds * FRAME_RATE)
-        chunked = self._args.chunked if request.chunked is None else request.chunked
-        for number, ids in enumerate(sentences):
-            # a seed for each: two equal sentences need not sound the same
-            seed = (request.seed + number) % 2**63
-            limit = max(1, min(remaining, max_frames))
-            sentence_request = engine_request(
-                ids, prompt, request, limit, seed, self._args.guidance_scale
-            )
-            retry = number > 0
+    async def _synthesize(self, utterance: Utterance) -> AsyncGenerator[AudioChunk]:
+        """The chunks of all sentences, up to the length limit of the response."""
+        request, args = utterance.request, self._args
+        max_seconds = min(request.max_seconds or args.max_seconds, args.max_seconds)
+        remaining_frames = int(max_seconds * FRAME_RATE)
+        chunked = args.chunked if request.chunked is None else request.chunked
+        for index in range(len(utterance.sentences)):
+            engine_request = self._engine_request(utterance, index, remaining_frames)
+            # only the first sentence may be refused: later ones belong to a response that runs
+            retry = index > 0
             if chunked:
-                chunks = stream_sentence(version, sentence_request, retry, self._args.chunking())
+                chunks = stream_sentence(
+                    self._deployments,
+                    utterance.version,
+                    engine_request,
+                    args.chunking(),
+                    retry=retry,
+                )
                 async with aclosing(chunks):
                     async for chunk in chunks:
-                        remaining -= chunk.frames
+                        remaining_frames -= chunk.n_frames
                         yield chunk
             else:
-                chunk = await synthesize_sentence(version, sentence_request, retry)
-                remaining -= chunk.frames
+                chunk = await synthesize_sentence(
+                    self._deployments, utterance.version, engine_request, retry=retry
+                )
+                remaining_frames -= chunk.n_frames
                 yield chunk
-            if remaining < 1:
+            if remaining_frames < 1:
                 return
 
-    async def _count(
+    def _engine_request(self, utterance: Utterance, index: int, remaining_frames: int) -> Request:
+        """The AR request of a sentence."""
+        request, args = utterance.request, self._args
+        return Request(
+            id=uuid.uuid4().hex,
+            phonemes=utterance.sentences[index],
+            prompt=utterance.prompt,
+            sampling=Sampling(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                guidance_scale=args.guidance_scale,
+                repetition_threshold=Synthesis().ar.repetition_threshold,
+            ),
+            max_frames=max(1, min(remaining_frames, int(args.max_sentence_seconds * FRAME_RATE))),
+            # a seed for each sentence: two equal ones may sound different
+            seed=(request.seed + index) % 2**63,
+        )
+
+    async def _record(
         self, chunks: AsyncGenerator[AudioChunk], stats: SpeechStats
     ) -> AsyncGenerator[AudioChunk]:
-        """The same chunks, with pauses between sentences; what they add up to is logged."""
-        pause_first = False  # the first sentence has nothing to pause after
+        """The same chunks with pauses between sentences; records statistics when they end."""
+        pause_first = False
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -115,74 +169,13 @@ class SpeechService:
                     yield replace(chunk, wave=wave)
                     pause_first = chunk.last
         finally:
-            if stats.frames:  # else it was refused
+            if stats.n_frames:  # zero for a request that was refused or cancelled before
                 self._metrics.record_response(stats)
                 logger.info("speech %s", stats)
 
 
-async def _encode(
-    first: AudioChunk, chunks: AsyncGenerator[AudioChunk], request: SpeechRequest
-) -> AsyncIterator[bytes]:
-    """The file's bytes as sentences come."""
-    encoder = AudioEncoder(request.response_format, request.speed)
-    if data := await run_in_threadpool(encoder.add, first.wave):
-        yield data
-    async for chunk in chunks:
-        if data := await run_in_threadpool(encoder.add, chunk.wave):
-            yield data
-    if data := await run_in_threadpool(encoder.finish):
-        yield data
-
-
-async def _body(
-    first: AudioChunk, chunks: AsyncGenerator[AudioChunk], request: SpeechRequest
-) -> AsyncIterator[bytes]:
-    """A failure past the first sentence breaks the connection: no client takes half for whole."""
-    try:
-        async with aclosing(chunks):
-            async for data in _encode(first, chunks, request):
-                yield data
-    except Exception:
-        logger.exception("an answer broke off after it had begun")
-        raise
-
-
-async def _events(
-    first: AudioChunk,
-    chunks: AsyncGenerator[AudioChunk],
-    request: SpeechRequest,
-    phonemes: int,
-    stats: SpeechStats,
-) -> AsyncIterator[str]:
-    """OpenAI's server-sent events, the last one with our `hit_limit`. A failure past the first
-    sentence is an `error` event."""
-    try:
-        async with aclosing(chunks):
-            async for data in _encode(first, chunks, request):
-                delta = base64.b64encode(data).decode()
-                yield _event({"type": "speech.audio.delta", "audio": delta})
-        usage = {
-            "input_tokens": phonemes, "output_tokens": stats.frames,
-            "total_tokens": phonemes + stats.frames,
-        }  # fmt: skip
-        done_event = {"type": "speech.audio.done", "usage": usage, "hit_limit": stats.hit_limit}
-        yield _event(done_event)
-    except Exception as error:  # the status is long sent: the stream itself has to say it
-        logger.exception("a stream failed after it had begun")
-        detail = (
-            error.detail
-            if isinstance(error, ApiError)
-            else ErrorDetail(message="the server failed", type="server_error")
-        )
-        yield _event({"type": "error", "error": detail.model_dump()})
-
-
-def _event(content: dict[str, object]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
-def _sentences(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
-    """Phoneme ids of each sentence that has something to say."""
+def _phonemize(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
+    """Phoneme ids of each sentence. Raises ApiError for a text that cannot be spoken."""
     if request.language not in languages():
         message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
         raise ApiError(400, message, "language")

@@ -1,4 +1,4 @@
-"""What one answer has come to: counted while it is made, logged and measured when it ends."""
+"""Statistics of one response, logged and exported when it ends."""
 
 import time
 from dataclasses import dataclass
@@ -9,27 +9,28 @@ from valle.serve.web.sentence import AudioChunk
 
 @dataclass
 class SpeechStats:
-    """What an answer has come to; logged when it ends."""
+    """Counts and times of a response so far."""
 
     characters: int
     start_time: float
-    """By the performance counter."""
-    frames: int = 0
+    """By `time.perf_counter`."""
+    n_frames: int = 0
     hit_limit: bool = False
+    """A length limit ended one of the sentences."""
     time_to_first_audio: float = 0.0
-    """Seconds until the first chunk was made."""
+    """Seconds from the start to the first chunk."""
     wall_seconds: float = 0.0
-    """Until the last chunk was made, or the client had gone."""
+    """Seconds from the start to the last chunk so far."""
 
     def add(self, chunk: AudioChunk) -> None:
-        """Counts a chunk that has just been made."""
+        """Counts a chunk that is ready now."""
         self.wall_seconds = time.perf_counter() - self.start_time
         self.time_to_first_audio = self.time_to_first_audio or self.wall_seconds
-        self.frames += chunk.frames
+        self.n_frames += chunk.n_frames
         self.hit_limit |= chunk.hit_limit
 
     def __str__(self) -> str:
-        duration = self.frames / FRAME_RATE
+        duration = self.n_frames / FRAME_RATE
         return (
             f"characters={self.characters} audio_s={duration:.2f} wall_s={self.wall_seconds:.2f} "
             f"time_to_first_audio_s={self.time_to_first_audio:.2f} "

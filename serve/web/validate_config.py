@@ -1,4 +1,4 @@
-"""Reads a Serve configuration strictly, before a cluster does so leniently.
+"""Validates a Serve configuration strictly; Serve itself ignores keys that it does not know.
 
 python -m valle.serve.web.validate_config serve/config.yaml
 """
@@ -12,18 +12,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from valle.serve.web.schema import AppArgs
+from valle.serve.app_args import AppArgs
 
 APP_IMPORT_PATH = "valle.serve.app:build_app"
 
 
 def config_errors(content: object) -> Iterator[str]:
-    """What is wrong with a configuration, a line each; nothing if it is right."""
+    """Errors of a parsed configuration, one line each."""
     if not isinstance(content, dict):
-        yield "not a mapping"
+        yield "the configuration is not a mapping"
         return
-    unknown = list(_unknown(content, ServeDeploySchema, ""))
-    yield from unknown
+    yield from _unknown_keys(content, ServeDeploySchema, "")
     try:
         schema = ServeDeploySchema.model_validate(content)
     except ValidationError as error:
@@ -37,45 +36,46 @@ def config_errors(content: object) -> Iterator[str]:
                 yield from _lines(error, f"applications.{number}.args.")
 
 
-def _unknown(values: dict[str, Any], schema: type[BaseModel], where: str) -> Iterator[str]:
-    """Keys that the schema, or one inside it, does not have."""
+def _unknown_keys(values: dict[str, Any], schema: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Errors for keys that the schema, or a nested one, does not have."""
     for key, value in values.items():
-        name = f"{where}{key}"
+        name = f"{prefix}{key}"
         if key not in schema.model_fields:
             fields = ", ".join(sorted(schema.model_fields))
             yield f"{name}: no such key; known: {fields}"
             continue
-        inner = _inner(schema.model_fields[key].annotation)
-        if inner is None:
+        nested = _nested_schema(schema.model_fields[key].annotation)
+        if nested is None:
             continue
         entries = value if isinstance(value, list) else [value]
         for number, entry in enumerate(entries):
             if isinstance(entry, dict):
                 position = f"{number}." if isinstance(value, list) else ""
-                yield from _unknown(entry, inner, f"{name}.{position}")
+                yield from _unknown_keys(entry, nested, f"{name}.{position}")
 
 
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The schema of a field that holds one, or a list of them."""
+def _nested_schema(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a field's value or of its list entries; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
+    schemas = (_nested_schema(part) for part in get_args(annotation))
+    return next((schema for schema in schemas if schema is not None), None)
 
 
-def _lines(error: ValidationError, where: str) -> Iterator[str]:
+def _lines(error: ValidationError, prefix: str) -> Iterator[str]:
     for entry in error.errors():
-        yield f"{where}{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
+        yield f"{prefix}{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: see above; the exit status is 1 for a file with problems."""
+    """Validates a file; returns the exit status, 1 for a file with errors."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="YAML for `serve deploy` or `serve run`")
     arguments = parser.parse_args(argv)
     errors = list(config_errors(yaml.safe_load(arguments.file.read_text())))
-    print("\n".join(errors) or f"{arguments.file}: nothing wrong")
+    print("\n".join(errors) or f"{arguments.file}: valid")
     return 1 if errors else 0
 
 

@@ -1,9 +1,8 @@
-"""The voices a server knows: recordings in a folder or on S3, shared by all replicas.
+"""Voices of a server: recordings in a folder or on S3, shared by all replicas.
 
-An uploaded voice is one file, `{id}.flac`: what was said about it, and the prompt that the codec
-made of it, are in the header, so that two uploads of a name cannot mix one's consent with the
-other's recording, and nothing is left when the file is gone. A `{id}.wav` put there by hand is a
-voice too.
+An uploaded voice is one file, `{id}.flac`, with its metadata and the codes of its prompt in the
+header. Two uploads under one name therefore cannot mix the consent of one with the recording of the
+other, and deleting the file deletes everything. A `{id}.wav` put there by hand is a voice too.
 """
 
 import base64
@@ -23,18 +22,19 @@ from valle.platform import audio, storage
 from valle.platform.vad import SpeechFraction
 
 MIN_VOICE_SECONDS, MAX_RECORDING_SECONDS = 2.0, 30.0
-"""Seconds of an uploaded recording."""
+"""Bounds of an uploaded recording."""
 MIN_RMS_DBFS = -45.0
-"""dB of full scale, below which a recording is more room than voice."""
+"""Lower bound of a recording's level, in dB of full scale: below it there is mostly noise."""
 MIN_SPEECH_FRACTION = 0.4
-"""Share of a recording that has to be speech."""
+"""Lower bound of the share of a recording that is speech."""
 
 VOICE_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,100}")
+"""Names of voices: nothing in them can leave the folder."""
 SUFFIXES = (".flac", ".wav")
 
 
 class VoiceError(ValueError):
-    """A voice that cannot be had, and why; `code` is for programs."""
+    """A missing or existing voice, or a bad name; `code` is the error code of the API."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -43,44 +43,44 @@ class VoiceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceMetadata:
-    """What is kept with an uploaded recording."""
+    """Metadata of an uploaded recording."""
 
     seconds: float
-    """Of sound, silence at both ends cut away."""
+    """Duration, without the silence at both ends."""
 
     consent: str
-    """Who agreed that this voice may be used, in the words of whoever uploaded it."""
+    """Who agreed to the use of this voice, as stated at the upload."""
 
     created: int
     """Seconds since 1970."""
 
     text: str | None = None
-    """What is said in it."""
+    """Transcript."""
 
     prompt: str = ""
-    """Codes `[8, P]` of its first seconds: 16-bit little endian, in base64."""
+    """Codes `[8, P]` of the first seconds: 16-bit little endian, in base64."""
 
     codec: str = ""
-    """Hash of the weights that made them: they mean nothing to another codec."""
+    """Hash of the weights of the codec that made `prompt`."""
 
     def prompt_codes(self) -> Codes:
-        """`prompt`, unpacked."""
+        """`prompt` as an array `[8, P]`."""
         stored = np.frombuffer(base64.b64decode(self.prompt), "<i2")
         return stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
 
 
 def pack_codes(prompt: Codes) -> str:
-    """Codes for `VoiceMetadata.prompt`."""
+    """Codes `[8, P]` in the form of `VoiceMetadata.prompt`."""
     return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
 
 
 def read_voice_metadata(data: bytes) -> VoiceMetadata | None:
-    """What was said about an uploaded voice, from its file; None for one put there by hand, whose
-    comment may say anything, or nothing."""
+    """Metadata in the header of a voice's file; None for a file that was not uploaded, whatever its
+    comment says."""
     try:
         metadata = json.loads(audio.read_comment(data))
         return from_dict(VoiceMetadata, metadata) if isinstance(metadata, dict) else None
-    except (audio.AudioError, ValueError, DaciteError):  # no sound, no JSON, or not ours
+    except (audio.AudioError, ValueError, DaciteError):  # no audio, no JSON, or other fields
         return None
 
 
@@ -90,7 +90,7 @@ class VoiceStore:
     def __init__(self, root: str) -> None:
         self._root = root
         self._detector: SpeechFraction | None = None
-        self._lock = threading.Lock()  # the detector keeps state while it listens
+        self._lock = threading.Lock()  # the detector is stateful
 
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
@@ -99,16 +99,17 @@ class VoiceStore:
         return sorted(name for name in names if VOICE_ID_PATTERN.fullmatch(name))
 
     def read(self, name: str) -> bytes:
-        """A voice's recording. Raises VoiceError where there is none."""
+        """The file of a voice. Raises VoiceError for an unknown name."""
         for path in self._paths(name):
             with suppress(FileNotFoundError):
                 return storage.read_bytes(path)
         raise VoiceError(f"no voice {name!r}", "voice_not_found")
 
     def validate_recording(self, name: str, data: bytes) -> Wave:
-        """A sound file as it would be kept: trimmed, and rounded as in its file.
+        """The recording as it would be stored: trimmed, with the samples rounded to 16 bits.
 
-        Raises AudioError for what cannot serve as a voice, VoiceError for a name in use.
+        Raises AudioError for a recording that cannot serve as a voice, VoiceError for a name that
+        is in use.
         """
         self._check_free(name)
         wave = audio.trim(audio.read(data, max_seconds=MAX_RECORDING_SECONDS))
@@ -126,14 +127,14 @@ class VoiceStore:
         return audio.read(audio.wav_bytes(wave), max_seconds=MAX_RECORDING_SECONDS)
 
     def add(self, name: str, wave: Wave, metadata: VoiceMetadata) -> None:
-        """Keeps a recording that `validate_recording` has returned. Raises VoiceError for a name
-        taken meanwhile; of two that come in the same instant, the later one is kept."""
+        """Stores a recording that `validate_recording` returned. Raises VoiceError when the name
+        has been taken since then; of two concurrent calls, the later one wins."""
         self._check_free(name)
         comment = json.dumps(asdict(metadata), ensure_ascii=False)
         storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
     def delete(self, name: str) -> None:
-        """Removes a voice with all that is known of it. Raises VoiceError where there is none."""
+        """Deletes a voice with its metadata. Raises VoiceError for an unknown name."""
         paths = [path for path in self._paths(name) if storage.exists(path)]
         if not paths:
             raise VoiceError(f"no voice {name!r}", "voice_not_found")
@@ -141,9 +142,9 @@ class VoiceStore:
             storage.delete(path)
 
     def _paths(self, name: str) -> list[str]:
-        """Where a recording may be. Raises VoiceError for a name that could leave the folder."""
+        """Possible files of a voice. Raises VoiceError for a name that could leave the folder."""
         if not VOICE_ID_PATTERN.fullmatch(name):
-            message = f"{name[:100]!r} is no name: a-z, A-Z, 0-9, _ and -, 100 at most"
+            message = f"{name[:100]!r} is not a valid name: use 1 to 100 of a-z, A-Z, 0-9, _ and -"
             raise VoiceError(message, "invalid_name")
         return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]
 

@@ -1,4 +1,4 @@
-"""Ray for tests: a cluster of one's own, stopped by the handle that started it."""
+"""Ray clusters for tests, each with its own ports and folder, stopped by what started it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import httpx
 from valle.platform import settings
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled"}
-"""For a head and its clients alike: half of it set is a connection that hangs. Loopback only."""
+"""For a head and for its clients: set on one side only, a connection hangs. Loopback only."""
 
 
 def free_port() -> int:
@@ -31,16 +31,21 @@ def free_port() -> int:
 
 @contextmanager
 def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
-    """Ray inside this process, with a temp-dir of its own; the GPUs are numbers."""
+    """A Ray cluster embedded in this process, in its own folder; Ray only counts its GPUs."""
     import ray
 
-    # the path of a unix socket has room for 107 characters: pytest's folders are too deep
+    # a unix socket's path has at most 107 characters: pytest's folders are too deep
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ray.init(
-        address="local", num_cpus=num_cpus, num_gpus=num_gpus, include_dashboard=False,
-        _temp_dir=folder, object_store_memory=300_000_000, log_to_driver=True,
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=False,
+        _temp_dir=folder,
+        object_store_memory=300_000_000,
+        log_to_driver=True,
         runtime_env={"env_vars": settings.worker_environment()},
-    )  # fmt: skip
+    )
     try:
         yield
     finally:
@@ -50,30 +55,33 @@ def embedded_cluster(num_cpus: int = 4, num_gpus: int = 0) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Head:
-    """A head node that was started here."""
+    """A running head node."""
 
     jobs: str
-    """Address of its job server and of the state API."""
+    """Address of the job server and of the state API."""
 
     gcs: str
-    """What other nodes join."""
+    """Address that other nodes join."""
 
 
 @contextmanager
 def _started(
     name: str, folder: str, options: Sequence[str], env: Mapping[str, str]
 ) -> Iterator[None]:
-    """`ray start` with all it starts in a process group of its own."""
+    """Runs `ray start`; all its processes are one process group, which is terminated at the end."""
     ray = Path(sys.executable).parent / "ray"
     command = [str(ray), "start", "--block", "--disable-usage-stats", *options]
     log = Path(folder) / f"{name}.log"
     with log.open("wb") as output:
         node = subprocess.Popen(
-            [*command, "--object-store-memory=300000000"], stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **NO_AUTH, **env},
-        )  # fmt: skip
+            [*command, "--object-store-memory=300000000"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **NO_AUTH, **env},
+        )
     try:
-        # the job server answers before the autoscaler is there
+        # the job server answers before the autoscaler runs
         wait_for(lambda: "Ray runtime started" in log.read_text(), 120, f"{log}")
         yield
     finally:
@@ -85,7 +93,7 @@ def _started(
 def head(
     num_cpus: int = 4, *, autoscaling: Mapping[str, Any] | None = None, **env: str
 ) -> Iterator[Head]:
-    """A head started by `ray start`, without GPUs; `autoscaling`: its cluster configuration."""
+    """A head node started by `ray start`, without GPUs; `autoscaling`: a cluster configuration."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     ports = [free_port() for _ in range(8)]
     names = (
@@ -113,12 +121,15 @@ def head(
 def worker_node(
     cluster_head: Head, num_cpus: int, num_gpus: int, labels: str = "", **env: str
 ) -> Iterator[None]:
-    """One more node on this machine, with labels such as `role=train`; its GPUs are numbers."""
+    """Another node on this machine, with labels such as `role=train`; Ray only counts its GPUs."""
     folder = tempfile.mkdtemp(prefix="valle-ray-")
     options = [
-        f"--address={cluster_head.gcs}", f"--num-cpus={num_cpus}",
-        f"--num-gpus={num_gpus}", f"--temp-dir={folder}", f"--labels={labels}",
-    ]  # fmt: skip
+        f"--address={cluster_head.gcs}",
+        f"--num-cpus={num_cpus}",
+        f"--num-gpus={num_gpus}",
+        f"--temp-dir={folder}",
+        f"--labels={labels}",
+    ]
     try:
         with _started("node", folder, options, env):
             yield
@@ -128,9 +139,9 @@ def worker_node(
 
 @contextmanager
 def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator[Head]:
-    """A head without CPUs, and Ray's autoscaler, whose fake provider may start up to `max_nodes`
+    """A head node without CPUs, with an autoscaler whose fake provider may start up to `max_nodes`
     nodes with these resources on this machine."""
-    identity = "f" * 51 + "00000"  # what the provider takes the head for
+    identity = "f" * 51 + "00000"  # of the head, for the fake provider
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     memory = {"object_store_memory": 300_000_000}
     empty = (
@@ -139,51 +150,73 @@ def autoscaling_head(resources: Mapping[str, float], max_nodes: int) -> Iterator
         "cluster_synced_files",
     )  # fmt: skip
     configuration = {
-        "cluster_name": "fake", "max_workers": max_nodes, "idle_timeout_minutes": 5, "auth": {},
+        "cluster_name": "fake",
+        "max_workers": max_nodes,
+        "idle_timeout_minutes": 5,
+        "auth": {},
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "external", "module": provider, "head_node_id": identity,
+            "type": "external",
+            "module": provider,
+            "head_node_id": identity,
             "launch_multiple": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
-                "resources": {**resources, **memory}, "node_config": {}, "min_workers": 0,
+                "resources": {**resources, **memory},
+                "node_config": {},
+                "min_workers": 0,
                 "max_workers": max_nodes,
             },
         },
-        "head_node_type": "ray.head.default", "file_mounts": {}, **{name: [] for name in empty},
-    }  # fmt: skip
+        "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        **{name: [] for name in empty},
+    }
     with head(
-        0, autoscaling=configuration, RAY_FAKE_CLUSTER="1", RAY_enable_autoscaler_v2="1",
-        RAY_CLOUD_INSTANCE_ID=identity, RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
+        0,
+        autoscaling=configuration,
+        RAY_FAKE_CLUSTER="1",
+        RAY_enable_autoscaler_v2="1",
+        RAY_CLOUD_INSTANCE_ID=identity,
+        RAY_OVERRIDE_NODE_ID_FOR_TESTING=identity,
         AUTOSCALER_UPDATE_INTERVAL_S="1",
-    ) as ready_head:  # fmt: skip
+    ) as ready_head:
         yield ready_head
 
 
 @contextmanager
 def job_server(num_cpus: int = 4) -> Iterator[str]:
-    """A head started by `ray start`; yields the address of its job server."""
+    """A head node started by `ray start`; yields the address of its job server."""
     with head(num_cpus) as ready_head:
         yield ready_head.jobs
 
 
 def slot_demand() -> int:
-    """Requests that the endpoint's AR deployment runs or keeps waiting."""
+    """Number of requests that the AR deployment runs or queues."""
     from ray import serve
 
-    ar = serve.get_deployment_handle("AR", "valle")
+    from valle.serve.deployments.handles import APP_NAME, AR
+
+    ar = serve.get_deployment_handle(AR, APP_NAME)
     return int(ar.record_autoscaling_stats.remote().result(timeout_s=10)["slot_demand"])
 
 
 def endpoint_idle() -> bool:
-    """Whether it has had nothing to do for a second: between two sentences it is idle too."""
+    """True if the AR deployment is idle for a second; between two sentences it is idle for less."""
     return not any(time.sleep(0.05) or slot_demand() for _ in range(20))
 
 
+def audio_seconds(endpoint: str) -> float:
+    """Seconds of speech that the endpoint has synthesized for responses that have ended."""
+    metrics = httpx.get(f"{endpoint}/metrics", timeout=60).text
+    [line] = [x for x in metrics.splitlines() if x.startswith("valle_audio_seconds_total ")]
+    return float(line.split()[1])
+
+
 def responds(url: str) -> bool:
-    """Whether a server gives 200."""
+    """True if a GET is answered with 200."""
     try:
         return httpx.get(url, timeout=2).status_code == 200
     except httpx.HTTPError:
@@ -191,7 +224,7 @@ def responds(url: str) -> bool:
 
 
 def wait_for(condition: object, seconds: float, what: str) -> None:
-    """Polls `condition` until it holds; fails with what was waited for."""
+    """Polls `condition` until it holds; fails after `seconds`, naming `what`."""
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():

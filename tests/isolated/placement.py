@@ -1,4 +1,4 @@
-"""Where work is placed: GPUs that Ray only counts, on nodes other than the head, present or not."""
+"""Placement of jobs: GPUs that only Ray counts, on other nodes than the head, living or added."""
 
 import os
 import time
@@ -21,6 +21,8 @@ from valle.jobs.synthesize import SynthesizeRecipe, synthesize
 from valle.jobs.train import fit, resolve_recipe
 from valle.jobs.train_codec import CodecRecipe
 from valle.jobs.train_codec import fit as fit_codec
+from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.train_quantizer import fit as fit_quantizer
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
 from valle.jobs.training.sampler import Batching
 from valle.model.codec.encodec import Encodec
@@ -28,6 +30,7 @@ from valle.platform import checkpoint, resources, settings
 from valle.platform.autoscaler import NodeShape
 from valle.platform.capacity import inspect_cluster
 from valle.platform.cluster import connect
+from valle.platform.recipe import resolve_paths
 from valle.platform.resources import Accelerator, Placement
 
 AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
@@ -36,7 +39,7 @@ AUTOSCALED = {"f" * 51 + "00001", "f" * 51 + "00002"}
 
 @contextmanager
 def driver(head: clusters.Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as a driver outside the cluster, as a laptop would be."""
+    """Connects this process as a driver outside the cluster, such as a laptop."""
     monkeypatch.setenv("RAY_ADDRESS", head.gcs)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("VALLE_LOGICAL_GPUS", "1")
@@ -45,8 +48,7 @@ def driver(head: clusters.Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def actor_placements(head: clusters.Head, name: str) -> list[tuple[str, float]]:
-    """(node id, share of a GPU) of every actor whose class has `name` in it, dead ones included,
-    but not those that were never placed."""
+    """(node id, share of a GPU) of every placed actor, dead or alive, of a class with `name`."""
     from ray.util.state import list_actors
 
     actors = list_actors(head.jobs, detail=True, limit=1000)
@@ -63,7 +65,7 @@ def gpu_share(required: dict[str, float]) -> float:
 
 
 def task_nodes(head: clusters.Head, name: str) -> set[str]:
-    """Nodes that ran a task whose name has `name` in it."""
+    """Ids of the nodes that ran a task whose name contains `name`."""
     from ray.util.state import list_tasks
 
     tasks = list_tasks(head.jobs, detail=True, limit=1000)
@@ -80,17 +82,21 @@ def gpu_node() -> str:
 def make_prepare_recipe(
     home: Path, codec: Path, accelerator: Accelerator, shards: int = 1
 ) -> PrepareRecipe:
-    """Eight recordings of noise."""
+    """A recipe for eight recordings of noise, which are written."""
     generator = np.random.default_rng(0)
     for number in range(8):
         path = home / "speech" / f"s{number % 2}" / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, generator.normal(0, 0.1, 14_000 + 500 * number), 24_000)
         path.with_suffix(".txt").write_text("one two three")
-    return PrepareRecipe(
-        out="tokens", sources=(Source(path="speech"),), codec=str(codec),
-        utterances_per_shard=8 // shards, placement=Placement(accelerator=accelerator),
-    )  # fmt: skip
+    recipe = PrepareRecipe(
+        out="tokens",
+        sources=(Source(path="speech"),),
+        codec=str(codec),
+        utterances_per_shard=8 // shards,
+        placement=Placement(accelerator=accelerator),
+    )
+    return resolve_paths(recipe)
 
 
 def make_train_recipe(
@@ -98,19 +104,31 @@ def make_train_recipe(
 ) -> TrainRecipe:
     return resolve_recipe(
         TrainRecipe(
-            data=data, run="placed", codec=str(codec), workers=workers, models=("ar",),
-            model=ModelSize(width=16, n_heads=2, n_layers=1), steps={"ar": 2}, samples=0,
-            batching=Batching(max_tokens=300), prompt_seconds=0.3, validation_utterances=3,
-            checkpoint_every=2, placement=placement,
+            data=data,
+            run="placed",
+            codec=str(codec),
+            workers=workers,
+            models=("ar",),
+            model=ModelSize(width=16, n_heads=2, n_layers=1),
+            steps={"ar": 2},
+            samples=0,
+            batching=Batching(max_tokens=300),
+            prompt_seconds=0.3,
+            validation_utterances=3,
+            checkpoint_every=2,
+            placement=placement,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.ray
-def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
-    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch,
+def test_jobs_run_on_the_labelled_node_and_share_its_gpus(
+    home: Path,
+    tiny_codec: Encodec,
+    tiny_codec_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """A head without a GPU, a node with two: `gpu` and `auto` alike leave the head alone, and with
     labels every stage does, also those that need no GPU."""
     import ray
@@ -119,9 +137,10 @@ def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     write_dataset(str(home / "data"), tiny_codec)
     with (
-        clusters.head(4) as head, clusters.worker_node(head, 3, 2, "role=train"),
+        clusters.head(4) as head,
+        clusters.worker_node(head, 3, 2, "role=train"),
         driver(head, monkeypatch),
-    ):  # fmt: skip
+    ):
         clusters.wait_for(lambda: ray.cluster_resources().get("GPU") == 2, 60, "the second node")
         node = gpu_node()
         labels = {"role": "train"}
@@ -161,12 +180,12 @@ def test_work_goes_to_the_labelled_node_with_gpus_and_shares_them(
 
 
 @pytest.mark.ray
-def test_a_job_brings_the_nodes_it_needs(
+def test_autoscaler_adds_the_nodes_of_a_job(
     home: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head that takes no work, and an autoscaler that may add two nodes with a GPU: `auto` counts
-    what is not there yet, and the autoscaler starts it because the job asks for it. A pool of
-    actors that has begun on the first node goes on to the second."""
+    """A head that takes no work, and an autoscaler that may add two nodes with a GPU. `auto` counts
+    nodes that are not there yet; the job's request makes the autoscaler add them; a pool of actors
+    that has begun on the first node grows to the second."""
     import pyarrow as pa
     import ray
 
@@ -194,17 +213,15 @@ def test_a_job_brings_the_nodes_it_needs(
         assert report["prepared"] == 8 and report["accelerator"] == "gpu"
         ((node, gpus),) = set(actor_placements(head, "EncodeShard"))
         assert node in AUTOSCALED and gpus == 1.0
-        # asked from a node other than the head, it is the head that is looked at
+        # called on another node, it inspects the head's autoscaler all the same
         remote = ray.remote(num_gpus=0.1)(inspect_cluster)
         assert ray.get(remote.remote()).node_types == cluster.node_types
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(90)
-def test_shares_of_a_core_leave_room_for_what_feeds_them(
-    home: Path, tiny_codec_folder: Path
-) -> None:
-    """Four actors of half a core would take both cores, and nothing would ever be decoded."""
+def test_prepare_finishes_with_actors_of_half_a_core(home: Path, tiny_codec_folder: Path) -> None:
+    """Four actors of half a core would take both cores and leave none for decoding."""
     half = Placement(accelerator="cpu", cpus_per_worker=0.5)
     recipe = replace(make_prepare_recipe(home, tiny_codec_folder, "cpu", shards=8), placement=half)
     with clusters.embedded_cluster(num_cpus=2):
@@ -212,7 +229,7 @@ def test_shares_of_a_core_leave_room_for_what_feeds_them(
 
 
 @pytest.mark.ray
-def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
+def test_jobs_refuse_a_missing_gpu_before_work_starts(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> None:
     write_dataset(str(home / "data"), tiny_codec)
@@ -220,9 +237,13 @@ def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
     with clusters.embedded_cluster(num_cpus=2):
         for section, job in (
             ("prepare", lambda: prepare(make_prepare_recipe(home, tiny_codec_folder, "gpu"))),
-            ("train", lambda: fit(
-                make_train_recipe(home, tiny_codec_folder, "data", gpu, 1), "ar")),
+            (
+                "train",
+                lambda: fit(make_train_recipe(home, tiny_codec_folder, "data", gpu, 1), "ar"),
+            ),
             ("train_codec", lambda: fit_codec(CodecRecipe(data="x", out="codec", placement=gpu))),
+            ("train_quantizer", lambda: fit_quantizer(QuantizerRecipe(
+                corpora=("x",), out="codec", run="x", placement=gpu))),
             ("synthesize", lambda: synthesize(
                 SynthesizeRecipe(manifest="absent.jsonl", out="spoken", placement=gpu))),
             ("evaluate", lambda: evaluate(EvaluateRecipe(
@@ -232,30 +253,33 @@ def test_a_gpu_that_no_node_has_is_refused_before_work_starts(
                 job()
             assert "1 node(s) with 2 CPUs and 0 GPUs in all; no autoscaler" in str(e.value)
             assert f"set {section}.placement.accelerator to auto or cpu" in str(e.value)
-        assert not [name for name in ("tokens", "runs", "spoken", "judged", "codec", "mlflow.db")
-                    if (home / name).exists()]  # fmt: skip
+        assert not [
+            name
+            for name in ("tokens", "runs", "spoken", "judged", "codec", "mlflow.db")
+            if (home / name).exists()
+        ]
         assert resources.resolve(Placement(), "train", cpus=1).gpus == 0
 
 
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use it")
-def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_only_a_number(
+def test_device_refuses_a_gpu_that_torch_cannot_use(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> None:
-    """A node whose driver is broken must not train on its CPU without a word."""
+    """A node with a broken driver must not train on its CPU silently; logical GPUs may."""
     import ray
     from ray.train import TrainingFailedError
 
-    def ask(gpus: float, **env: str) -> str:
+    def remote_device(gpus: float, **env: str) -> str:
         task = ray.remote(num_gpus=gpus, runtime_env={"env_vars": env})(resources.device)
-        answer: str = ray.get(task.remote())
-        return answer
+        device: str = ray.get(task.remote())
+        return device
 
     with clusters.embedded_cluster(num_cpus=2, num_gpus=1):
-        assert ask(0) == "cpu"
-        assert ask(0.5, VALLE_LOGICAL_GPUS="1") == "cpu"
+        assert remote_device(0) == "cpu"
+        assert remote_device(0.5, VALLE_LOGICAL_GPUS="1") == "cpu"
         with pytest.raises(RuntimeError, match="Ray gave this worker GPU 0 of node .*, but torch"):
-            ask(0.5)
+            remote_device(0.5)
         # a worker of Ray Train has its GPU by a placement group
         write_dataset(str(home / "data"), tiny_codec)
         half = Placement(accelerator="gpu", gpus_per_worker=0.5)  # gloo: this torch has no NCCL

@@ -1,5 +1,5 @@
-"""What `jobs/bench/gpu/run.py` runs: a file per phase, and what the phases share.
+"""Benchmarks for a machine with a GPU: the command (`run.py`), a file per phase, and shared parts.
 
-Nothing below imports Ray or MLflow: a machine with a card has torch, numpy, safetensors, pyarrow
+Nothing here imports Ray or MLflow: such a machine may have only torch, numpy, safetensors, pyarrow
 and the wheels that `make gpu-wheels` collects, and no network.
 """

@@ -1,4 +1,4 @@
-"""`python -m valle.jobs.bench.gpu`: see run.py."""
+"""`python -m valle.jobs.bench.gpu`: the command of run.py."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Attention over packed sequences, `torch.nn.attention.varlen.varlen_attn`, beside padded SDPA.
+"""Packed attention, `torch.nn.attention.varlen.varlen_attn`, against SDPA with padding.
 
-torch 2.11 and 2.13 say `causal` by a window, (-1, 0); 2.10 had a flag. 2.13 adds `seqused_k`,
-`block_table` and `num_splits`, which keys and values in pages need: what is there is written down.
+Causality is a window (-1, 0) in torch 2.11 and 2.13, a flag in 2.10. 2.13 adds `seqused_k`,
+`block_table` and `num_splits`, which a paged KV cache needs; the arguments present are recorded.
 """
 
 import inspect
@@ -19,13 +19,14 @@ from valle.jobs.bench.gpu.record import PhaseContext
 from valle.model.sequence import length_mask
 
 TOLERANCE = 1e-2
-"""Relative norm of bf16 outputs' and gradients' differences: bf16 keeps three digits."""
+"""Relative error allowed for outputs and gradients in bf16, which has three digits."""
 
 PAGED_ARGUMENTS = ("seqused_k", "block_table", "num_splits")
 
 
 def causal_arguments(function: Callable[..., object]) -> dict[str, Any]:
-    """How a version of `varlen_attn` is told to be causal. Raises ValueError for an unknown one."""
+    """Arguments that make a version of `varlen_attn` causal. Raises ValueError for an unknown
+    version."""
     names = inspect.signature(function).parameters
     if "window_size" in names:
         return {"window_size": (-1, 0)}
@@ -35,20 +36,22 @@ def causal_arguments(function: Callable[..., object]) -> dict[str, Any]:
 
 
 def compare(context: PhaseContext) -> None:
-    """Checks packed attention against each sequence alone, and times it against padding."""
+    """Checks packed attention against single sequences, and times it against a padded batch."""
     record, device = context.record, context.device
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
-        record.skip("varlen_attn", f"this torch has none: {error}")
+        record.skip("varlen_attn", f"not in this version of torch: {error}")
         return
     names = inspect.signature(varlen_attn).parameters
     record.measurement(
-        "varlen_attn", torch=torch.__version__, causal=str(causal_arguments(varlen_attn)),
+        "varlen_attn",
+        torch=torch.__version__,
+        causal=str(causal_arguments(varlen_attn)),
         paged=[name for name in PAGED_ARGUMENTS if name in names],
-    )  # fmt: skip
+    )
     if not context.on_gpu:
-        record.skip("varlen_attn = SDPA", "its kernel is CUDA's only")
+        record.skip("varlen_attn = SDPA", "its kernel needs a CUDA device")
         return
     lengths = torch.tensor([900, 1250, 640, 1100, 1400, 800, 1000, 1200, 300, 1500, 700, 1250])
     for causal in (True, False):
@@ -56,10 +59,14 @@ def compare(context: PhaseContext) -> None:
 
 
 def _compare(
-    context: PhaseContext, varlen_attn: Callable[..., Any], lengths: Tensor, causal: bool,
+    context: PhaseContext,
+    varlen_attn: Callable[..., Any],
+    lengths: Tensor,
+    causal: bool,
     device: torch.device,
-) -> None:  # fmt: skip
-    """One of the two masks, forward and backward."""
+) -> None:
+    """Compares forward and backward passes with one of the two masks."""
+    # queries, keys and values of all sequences, end to end
     generator = torch.Generator().manual_seed(0)
     total, longest = int(lengths.sum()), int(lengths.max())
     heads, width = 16, 64
@@ -90,11 +97,13 @@ def _compare(
     name = "causal" if causal else "all to all"
     context.record.check(f"varlen_attn = SDPA, {name}", error <= TOLERANCE, relative_error=error)
 
+    # the same sizes as a padded batch, for its time only
     padded = [
-        torch.randn(len(lengths), heads, longest, width, device=device, dtype=torch.bfloat16)
-        .requires_grad_()
+        torch.randn(
+            len(lengths), heads, longest, width, device=device, dtype=torch.bfloat16
+        ).requires_grad_()
         for _ in range(3)
-    ]  # fmt: skip
+    ]
     mask = None if causal else length_mask(lengths.to(device), longest)[:, None, None]
     padded_grad_output = torch.randn_like(padded[0])
 
@@ -110,19 +119,21 @@ def _compare(
         time(with_padding, padded, padded_grad_output),
     )
     context.record.measurement(
-        f"varlen_attn, {name}, forward and backward", milliseconds=1000 * fast,
-        padded_sdpa_milliseconds=1000 * slow, speedup=slow / fast,
+        f"varlen_attn, {name}, forward and backward",
+        milliseconds=1000 * fast,
+        padded_sdpa_milliseconds=1000 * slow,
+        speedup=slow / fast,
         padding=1 - total / (longest * len(lengths)),
-    )  # fmt: skip
+    )
 
 
 def sdpa(parts: Sequence[Tensor], mask: Tensor | None, causal: bool) -> Tensor:
-    """The twin: queries, keys and values `[B, H, S, K]`."""
+    """SDPA of queries, keys and values `[B, H, S, K]`."""
     query, key, value = parts
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
 def gradients(run: Callable[[], Tensor], inputs: list[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """The output and the gradients of its product with `grad_output`."""
+    """The output, and the gradients of `inputs` for the output gradient `grad_output`."""
     output = run()
     return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]

@@ -1,7 +1,7 @@
-"""P5, EnCodec: encoding and decoding in batches of growing size, and a stream in chunks.
+"""P5, EnCodec: encoding and decoding in batches of growing size, and streaming in chunks.
 
-The network has the official size and random weights: speed does not depend on them. TF32 in its
-convolutions, which PyTorch allows unless told otherwise, is measured both ways.
+The network has the official size and random weights, which do not affect speed. It is measured with
+and without TF32 in its convolutions; PyTorch's default is with.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from valle.model.codec.interface import CodecIdentity, Codes
 from valle.model.tokens import FRAME_RATE, N_CODEBOOKS
 
 BATCH_SECONDS = (60, 480, 120, 1920)
-"""Seconds of padded audio that go through the network at once."""
+"""Seconds of padded audio in a batch, the most informative sizes first."""
 
 ITEM_SECONDS = 10
 CHUNK_FRAMES = 15
@@ -26,7 +26,7 @@ SMALL = EncodecConfig(name="small", n_filters=4, dimension=16, lstm=1, n_codeboo
 
 
 def run(context: PhaseContext) -> None:
-    """Batches, then a stream."""
+    """Measures batches, then a stream."""
     codec = build(context)
     sizes, item = ((2, 4), 1) if context.quick else (BATCH_SECONDS, ITEM_SECONDS)
     for tf32 in (True, False):
@@ -54,11 +54,11 @@ def build(context: PhaseContext) -> Encodec:
 def measure_batch(
     context: PhaseContext, codec: Encodec, name: str, seconds: int, item: int
 ) -> None:
-    """One batch of so many seconds, encoded and decoded."""
+    """Times encoding and decoding of one batch of `seconds`, in recordings of `item` seconds."""
     wave = synthetic.recording(item)
     waves = [np.roll(wave, 1000 * number) for number in range(seconds // item)]
     device = context.device
-    codes: list[Codes] = codec.encode(waves, seconds)
+    codes: list[Codes] = codec.encode(waves, seconds)  # warm-up, and the input of decoding
     codec.decode(codes, seconds)
     peaks = []
     times = []
@@ -68,15 +68,19 @@ def measure_batch(
         peaks.append(device_timing.peak_gigabytes(device))
     encode, decode = times
     context.record.measurement(
-        name, encode_times_real_time=seconds / encode, decode_times_real_time=seconds / decode,
-        encode_milliseconds=1000 * encode, decode_milliseconds=1000 * decode,
-        encode_peak_gigabytes=peaks[0], decode_peak_gigabytes=peaks[1],
-    )  # fmt: skip
+        name,
+        encode_times_real_time=seconds / encode,
+        decode_times_real_time=seconds / decode,
+        encode_milliseconds=1000 * encode,
+        decode_milliseconds=1000 * decode,
+        encode_peak_gigabytes=peaks[0],
+        decode_peak_gigabytes=peaks[1],
+    )
 
 
 def measure_stream(context: PhaseContext, codec: Encodec, seconds: int) -> None:
-    """Chunks in turn, as the endpoint decodes a sentence that is still being said; their samples
-    are those of decoding all at once."""
+    """Times streaming decoding, as an endpoint does it in chunks, and checks its samples against
+    those of decoding everything at once."""
     codes = synthetic.random_codes(np.random.default_rng(0), N_CODEBOOKS, seconds * FRAME_RATE)
     state: EncodecState | None = None
     waves = []
@@ -91,11 +95,12 @@ def measure_stream(context: PhaseContext, codec: Encodec, seconds: int) -> None:
             waves.append(wave)
 
         times += device_timing.time_calls(context.device, work)
-    elapsed = sum(times[1:])
+    elapsed = sum(times[1:])  # the first chunk is the warm-up
     at_once = codec.decode([codes], seconds + 1)[0]
     error = float(np.abs(np.concatenate(waves) - at_once).max() / np.abs(at_once).max())
     context.record.check("chunks = decoded at once", error <= 1e-3, relative_error=error)
     context.record.measurement(
-        f"chunks of {CHUNK_FRAMES} frames", milliseconds=1000 * elapsed / len(times[1:]),
+        f"chunks of {CHUNK_FRAMES} frames",
+        milliseconds=1000 * elapsed / len(times[1:]),
         times_real_time=len(times[1:]) * CHUNK_FRAMES / FRAME_RATE / elapsed,
-    )  # fmt: skip
+    )

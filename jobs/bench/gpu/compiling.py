@@ -1,8 +1,8 @@
-"""`torch.compile` on this machine: whether it works, and that what is called compiled is.
+"""`torch.compile` on this machine: whether it works, and whether code is compiled in fact.
 
-Dynamo runs a function eagerly, with a warning only, once it has compiled it for eight shapes or
-models; and inductor leaves CUDA graphs out, with a line in the log only. `strict` makes an error of
-the first and counts what shows the second.
+Two fallbacks are silent but for a log line. Dynamo runs a function eagerly once it has compiled it
+for eight shapes or models; inductor compiles without CUDA graphs. `strict` turns the first into an
+error and counts the second.
 """
 
 import platform
@@ -24,37 +24,38 @@ from torch._dynamo.utils import counters
 from valle.platform import settings
 
 COLD_COMPILE_SECONDS, WARM_COMPILE_SECONDS = 60.0, 30.0
-"""What a compilation of a 12-layer model is given: by itself, and where a case before it left its
-kernels in inductor's cache."""
+"""Time allowed for compiling a 12-layer model, first with an empty inductor cache and then with the
+kernels of an earlier case in it."""
 
 SHALLOW_COMPILE_SECONDS = 20.0
-"""Of a model of two layers."""
+"""Time allowed for compiling a model of two layers."""
 
 
 @dataclass
 class CompileCounters:
-    """What the compiler has done since `strict` began."""
+    """Counters of the compiler since the beginning of `strict`."""
 
     cudagraph_replays: int = 0
     """Launches of CUDA graphs."""
 
     @property
     def graphs(self) -> int:
-        """Graphs that dynamo traced: one a function, and one more each time it had to do it again
-        or to break a function up."""
+        """Graphs traced by dynamo: one per function, and one more for each recompilation and each
+        graph break."""
         return int(counters["stats"]["unique_graphs"])
 
     @property
     def cudagraph_skips(self) -> int:
-        """How often inductor compiled without the CUDA graph it was asked for."""
+        """How often inductor compiled without a CUDA graph although it was asked for one."""
         return int(counters["inductor"]["cudagraph_skips"])
 
 
 @contextmanager
 def strict(raises: bool = True) -> Iterator[CompileCounters]:
-    """A compiler that remembers nothing, and raises where a function is compiled for the ninth time
-    instead of running it eagerly; unless it is told not to, where results matter and speed does
-    not."""
+    """Resets the compiler and its counters, and makes a ninth compilation of a function an error.
+
+    With `raises=False` such a function runs eagerly, for tests of results instead of speed.
+    """
     torch._dynamo.reset()
     counters.clear()
     compile_counters = CompileCounters()
@@ -72,8 +73,7 @@ def strict(raises: bool = True) -> Iterator[CompileCounters]:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why `torch.compile` does not work here, by compiling a function of two lines; None where it
-    does. The traceback is printed."""
+    """Compiles a function of two lines; returns why that fails, or None. Prints the traceback."""
     values = torch.arange(64.0, device=device)
     try:
         with strict():
@@ -88,13 +88,13 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def _wave(values: torch.Tensor) -> torch.Tensor:
-    """A fused kernel."""
+    """Pointwise operations, which the compiler fuses into one kernel."""
     shifted = torch.sin(values) + 1
     return shifted * values
 
 
 def describe_toolchain() -> str:
-    """What is known to be needed, and what of it was found: for people to whom it failed."""
+    """The compiler, headers and Python that inductor finds: for the message of a failure."""
     compiler = settings.child_environment().get("CC") or next(
         (path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None
     )

@@ -1,23 +1,20 @@
-"""P4, decoding the first codebook: without a cache, with one, and many streams in the engine.
+"""P4, decoding the first codebook: `generate` uncached and cached, and engines of many streams.
 
-An untrained model that may not stop says 300 frames after a prompt of three seconds. The bound is
-memory: a step of the engine reads every matrix once, and the keys and values of every row (two rows
-to a guided stream); bytes by the bandwidth that P0 measured are the least a step can take. Steps
-are timed where all streams run and none is read in; frames a second of the whole run are beside.
+An untrained model without EOS decodes 300 frames after a prompt of three seconds. The lower bound
+of a step is memory traffic: a decode step reads every matrix once, and the keys and values of every
+row (two rows per guided stream), at the bandwidth that P0 measured. Steps are timed while all
+streams decode and none is in prefill; frames per second of the whole run are given beside.
 
-`compiled` promises CUDA graphs. Whether there are any is asserted by what the compiler counts as
-skipped, and by launches of graphs; first with a model of two layers, which compiles in seconds
-where twelve take a minute. Kernels are counted by a profiler, whose traces stay with the process:
-it comes when the eager engines have been timed.
+Compiled engines must run as CUDA graphs. The compiler's count of skipped graphs and the launches of
+graphs show it, first with a model of two layers, which compiles in seconds where twelve take a
+minute. Kernels are counted by a profiler, which slows the process from then on: eager engines are
+timed before it.
 """
 
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
-
-import numpy as np
-import torch
 
 from valle.jobs.bench.gpu import compiling, device_timing, engine_numerics, synthetic
 from valle.jobs.bench.gpu.record import PhaseContext
@@ -28,6 +25,7 @@ from valle.jobs.bench.gpu.workload import (
     add_streams,
     build_engine,
     endless_ar,
+    generate,
     measure,
     profile_steps,
     run_until_idle,
@@ -40,7 +38,7 @@ from valle.model.tokens import FRAME_RATE
 from valle.serve.engine.engine import Engine
 
 WARMUP_FRAMES = 10
-"""Before a clock."""
+"""Frames decoded before the clock starts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of its measurement."""
         guided = ", guided" if self.guided else ""
         return f"engine {self.streams} {self.precision}{guided}{self.compiled * ', compiled'}"
 
@@ -79,31 +77,31 @@ FLOORS: Final = {
     "16 streams by one, bf16": ("engine 16 bf16", "engine 1 bf16", 5.0),
     "16 streams by uncached, fp32": ("engine 16 fp32", "uncached generate fp32", 20.0),
 }
-"""Frames a second of one case by another's, and how many times as many there must be."""
+"""Two measurements and the least ratio of their frames per second."""
 
 
 @dataclass(frozen=True)
 class DecodingState:
-    """What the cases share."""
+    """State shared by the cases."""
 
     context: PhaseContext
     workload: Workload
     models: dict[Precision, AR]
-    """By precision, once used."""
+    """Untrained models by precision, built at first use."""
     speeds: dict[str, float]
-    """Frames a second by the name of what was measured."""
+    """Frames per second by the name of the measurement."""
     timings: dict[Case, EngineTiming]
 
     def model(self, precision: Precision) -> AR:
-        """The untrained model in a precision."""
+        """The untrained model in this precision."""
         if precision not in self.models:
             self.models[precision] = endless_ar(self.context, precision)
         return self.models[precision]
 
 
 def run(context: PhaseContext) -> None:
-    """First whether it is right, then what says most about speed; a compilation of all layers is
-    begun where there is time for it."""
+    """Checks first, then measurements, the most informative first; compiling all layers is started
+    only where there is time for it."""
     device_timing.allow_tf32(matmul=False, convolution=False)
     decoding = DecodingState(context, Workload.default(context.quick), {}, {}, {})
     record = context.record
@@ -111,7 +109,9 @@ def run(context: PhaseContext) -> None:
         if not context.quick:
             record.expect_floor(name, floor)
     unavailable = (
-        "only on a card" if not context.on_gpu else compiling.unavailable_reason(context.device)
+        "only on a CUDA device"
+        if not context.on_gpu
+        else compiling.unavailable_reason(context.device)
     )
     if unavailable is not None:
         record.skip("compiled engines", unavailable, required=context.on_gpu)
@@ -123,6 +123,8 @@ def run(context: PhaseContext) -> None:
         )
     for name, check, seconds in checks:
         record.attempt(name, partial(check, context, decoding.workload), seconds, required=True)
+
+    # eager engines before compiled ones, and both before the profiler
     run_generate(decoding, (("cached", "fp32"), ("uncached", "fp32")))
     run_eager(decoding, QUICK_CASES if context.quick else FIRST_CASES)
     compiled_cases = QUICK_COMPILED_CASES if context.quick else COMPILED_CASES
@@ -138,7 +140,7 @@ def run(context: PhaseContext) -> None:
 
 
 def run_generate(decoding: DecodingState, variants: tuple[tuple[str, Precision], ...]) -> None:
-    """Times `AR.generate` in some variants."""
+    """Times `AR.generate`, cached or uncached, in some precisions."""
     for variant, precision in variants:
         name = f"{variant} generate {precision}"
         work = partial(measure_generate, decoding, name, precision, variant == "cached")
@@ -147,14 +149,14 @@ def run_generate(decoding: DecodingState, variants: tuple[tuple[str, Precision],
 
 
 def run_eager(decoding: DecodingState, cases: tuple[Case, ...]) -> None:
-    """Times some engines."""
+    """Times eager engines."""
     for case in cases:
         decoding.context.record.attempt(case.name, partial(measure_engine, decoding, case), 5)
         report_floors(decoding)
 
 
 def run_compiled(decoding: DecodingState, case: Case, seconds: float) -> None:
-    """Times a compiled engine, with all that is known of its graphs."""
+    """Times a compiled engine if at least `seconds` are left."""
     if decoding.context.quick:
         seconds = compiling.SHALLOW_COMPILE_SECONDS
     decoding.context.record.attempt(case.name, partial(measure_compiled, decoding, case), seconds)
@@ -163,31 +165,30 @@ def run_compiled(decoding: DecodingState, case: Case, seconds: float) -> None:
 def measure_generate(
     decoding: DecodingState, name: str, precision: Precision, use_cache: bool
 ) -> None:
-    """`AR.generate`, one sentence at a time."""
+    """Times `AR.generate` of one sentence."""
     context, workload, model = decoding.context, decoding.workload, decoding.model(precision)
-    text = torch.tensor(workload.phonemes, device=context.device)
-    prompt = torch.from_numpy(workload.prompt.astype(np.int64)).to(context.device)
-    generate = partial(
-        engine_numerics.generate, model, text, prompt, synthetic.SAMPLING, use_cache=use_cache
-    )  # its codes come to the host, so that the clock stops when all is done
-    generate(frames=WARMUP_FRAMES)
+    generate_frames = partial(generate, model, workload, synthetic.SAMPLING, use_cache=use_cache)
+    generate_frames(WARMUP_FRAMES)
     started = time.perf_counter()
-    generate(frames=workload.frames)
+    generate_frames(workload.frames)  # waits for the device: its codes come to the host
     speed = workload.frames / (time.perf_counter() - started)
     decoding.speeds[name] = speed
     bytes_read = step_bytes(context.config, model, 1, workload)
-    limit = context.limits.copy_bytes_per_second / bytes_read * context.config.group
+    limit = context.limits.copy_bytes_per_second / bytes_read * model.config.group_size
     context.record.measurement(
-        name, frames_per_second=speed, limit_frames_per_second=limit, share_of_bound=speed / limit,
+        name,
+        frames_per_second=speed,
+        limit_frames_per_second=limit,
+        share_of_bound=speed / limit,
         times_real_time=speed / FRAME_RATE,
-    )  # fmt: skip
+    )
 
 
 def measure_engine(decoding: DecodingState, case: Case) -> Engine:
-    """Times an engine: a whole run, and its steady steps; returns it, idle.
+    """Times a run of an engine and its steady steps; returns the engine, idle.
 
-    A compiled one says all of the workload before the clock, so that every shape has been compiled
-    and captured; what else is slow at first is few steps, of which the median takes no notice.
+    The warm-up of a compiled engine is the whole workload, so that every shape is compiled and
+    captured. Other slow steps at the beginning are few and do not move the median.
     """
     context, workload, model = decoding.context, decoding.workload, decoding.model(case.precision)
     sampling = sampling_of(case)
@@ -203,47 +204,54 @@ def measure_engine(decoding: DecodingState, case: Case) -> Engine:
     timing = measure(context, engine, workload, case.streams, sampling)
     decoding.timings[case] = timing
     decoding.speeds[case.name] = timing.frames_per_second
-    rows = case.streams * (2 if case.guided else 1)
+    rows = case.streams * (2 if case.guided else 1)  # guidance has an unconditional twin
     least = step_bytes(context.config, model, rows, workload) / context.limits.copy_bytes_per_second
-    group = context.config.group
+    group = model.config.group_size
     complete = all(len(codes) == workload.frames for codes in timing.codes.values())
-    context.record.check(f"{case.name}: every stream says {workload.frames} frames", complete)
+    context.record.check(f"{case.name}: every stream has {workload.frames} frames", complete)
     context.record.measurement(
-        case.name, frames_per_second=case.streams * group / timing.step_seconds,
+        case.name,
+        frames_per_second=case.streams * group / timing.step_seconds,
         limit_frames_per_second=case.streams * group / least,
         share_of_bound=least / timing.step_seconds,
-        step_milliseconds=1000 * timing.step_seconds, steps=timing.steps,
+        step_milliseconds=1000 * timing.step_seconds,
+        steps=timing.steps,
         run_frames_per_second=timing.frames_per_second,
         times_real_time=timing.frames_per_second / FRAME_RATE,
-        peak_gigabytes=device_timing.peak_gigabytes(context.device), warmup_seconds=warmup_seconds,
-    )  # fmt: skip
+        peak_gigabytes=device_timing.peak_gigabytes(context.device),
+        warmup_seconds=warmup_seconds,
+    )
     return engine
 
 
 def measure_compiled(decoding: DecodingState, case: Case) -> None:
-    """Times a compiled engine, counts its kernels, and checks that its steps are CUDA graphs."""
+    """Times a compiled engine, checks that its steps are CUDA graphs, and counts its kernels."""
     with compiling.strict() as counters:
         engine = measure_engine(decoding, case)
+        # all shapes are compiled: every further step must replay a graph
         before = counters.cudagraph_replays
         add_streams(
             engine, decoding.workload, case.streams, sampling_of(case), decoding.workload.frames
         )
         run_until_idle(engine)
         engine_numerics.check_cudagraphs(
-            decoding.context, case.name, counters, counters.cudagraph_replays - before,
+            decoding.context,
+            case.name,
+            counters,
+            counters.cudagraph_replays - before,
             decoding.timings[case].steps,
-        )  # fmt: skip
+        )
         count_kernels(decoding, case, engine)
 
 
 def sampling_of(case: Case) -> Sampling:
-    """How its streams are drawn."""
+    """Sampling of its streams."""
     return synthetic.GUIDED_SAMPLING if case.guided else synthetic.SAMPLING
 
 
 def count_kernels(decoding: DecodingState, case: Case, engine: Engine | None = None) -> None:
-    """Kernels of a step, and how busy they keep the card; of an engine of its own, unless there is
-    one that has been warmed up."""
+    """Counts the kernels of a step and the share of its time that the device is busy; builds an
+    engine unless it is given one that has been warmed up."""
     context, workload = decoding.context, decoding.workload
     if engine is None:
         model = decoding.model(case.precision)
@@ -252,14 +260,15 @@ def count_kernels(decoding: DecodingState, case: Case, engine: Engine | None = N
         )
     launches = profile_steps(context, engine, workload, case.streams, sampling_of(case))
     context.record.measurement(
-        f"{case.name}: a step", kernels=launches.kernels / PROFILED_STEPS,
-        card_busy=launches.busy_seconds / PROFILED_STEPS / decoding.timings[case].step_seconds,
+        f"{case.name}: a step",
+        kernels=launches.kernels / PROFILED_STEPS,
+        device_busy=launches.busy_seconds / PROFILED_STEPS / decoding.timings[case].step_seconds,
         graphs=launches.graphs / PROFILED_STEPS,
-    )  # fmt: skip
+    )
 
 
 def report_floors(decoding: DecodingState) -> None:
-    """Tells the record each floor as soon as both its figures are there."""
+    """Records each floor as soon as both its speeds are measured."""
     speeds, record = decoding.speeds, decoding.context.record
     waiting = {floor["name"] for floor in record.floors if floor["value"] is None}
     for name, (over, under, _) in FLOORS.items():

@@ -1,4 +1,4 @@
-"""Clocks and counters: seconds, peak memory, synchronisations, kernels."""
+"""Measurements on a device: seconds, peak memory, synchronisations, kernels."""
 
 import time
 import warnings
@@ -10,13 +10,13 @@ from torch._C._autograd import DeviceType
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the card has done all it was given."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_calls(device: torch.device, work: Callable[[], object], repeats: int = 1) -> list[float]:
-    """Seconds of each of some calls, the card's work included."""
+    """Seconds of each of `repeats` calls, the device's work included."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -28,26 +28,26 @@ def time_calls(device: torch.device, work: Callable[[], object], repeats: int = 
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begins a new measurement of `peak_gigabytes`."""
+    """Starts a new measurement of `peak_gigabytes`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gigabytes(device: torch.device) -> float | None:
-    """Most memory that tensors have taken since `reset_peak`; None without a card."""
+    """Peak memory of tensors since `reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 def allow_tf32(matmul: bool, convolution: bool) -> None:
-    """Whether float32 products and convolutions may round their factors to TF32 on a card."""
+    """Permits or forbids TF32 in float32 matrix products and in convolutions."""
     torch.set_float32_matmul_precision("high" if matmul else "highest")
     torch.backends.cudnn.allow_tf32 = convolution
 
 
 def count_syncs(device: torch.device, work: Callable[[], object]) -> int | None:
-    """How often `work` makes the host wait for the card; None without one.
+    """How often `work` makes the host wait for the device; None on a CPU.
 
-    PyTorch warns at each call that it knows to wait; explicit waits are not among them.
+    PyTorch's sync debug mode warns at every implicit wait; `torch.cuda.synchronize` does not count.
     """
     if device.type != "cuda":
         work()
@@ -65,10 +65,10 @@ def count_syncs(device: torch.device, work: Callable[[], object]) -> int | None:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a piece of work made the card do."""
+    """Launches of a piece of work."""
 
     kernels: int
-    """Kernels and copies on the card; without one, operations of the CPU."""
+    """Kernels and copies on the device; on a CPU, operators of ATen."""
 
     busy_seconds: float
     """Sum of their durations."""
@@ -78,7 +78,7 @@ class Launches:
 
 
 def profile_launches(device: torch.device, work: Callable[[], object]) -> Launches:
-    """Runs `work` under PyTorch's profiler."""
+    """Counts the launches of `work` with PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -1,8 +1,8 @@
-"""P4's truth: an engine computes what the model does without one, compiled or not.
+"""P4's correctness: an engine, compiled or not, computes what the model computes without one.
 
-Speech is no measure: an untrained model finds a thousand codes almost equally likely, so that the
-last digit of a number decides now and then what is drawn, and all that follows differs. What is
-compared is the hidden state from which each frame is drawn; where speech departs is written down.
+Codes cannot be compared: to an untrained model a thousand codes are almost equally likely, so that
+rounding now and then changes the code that is drawn, and with it all that follow. Compared are the
+hidden states from which frames are drawn; the frame at which codes differ is only recorded.
 """
 
 from dataclasses import replace
@@ -20,10 +20,9 @@ from valle.jobs.bench.gpu.workload import (
     add_streams,
     build_engine,
     endless_ar,
+    generate,
     run_until_idle,
 )
-from valle.model.ar import AR
-from valle.model.sampling import Sampling
 from valle.model.sequence import single_batch
 from valle.serve.engine.engine import Engine
 from valle.serve.engine.runner import Runner
@@ -33,16 +32,15 @@ TOLERANCE = 1e-4
 
 COMPARED_FRAMES = 60
 MIN_FRAMES = 10
-"""Of every stream, before speech departs: what is the same for fewer shows too little."""
+"""Least number of frames that the two engines must have in common: fewer would show too little."""
 
 STREAMS: Final = 4
 
 
 def check_compiled(context: PhaseContext, workload: Workload) -> None:
-    """Checks that a compiled engine is one, with CUDA graphs, and that its hidden states are an
-    eager engine's.
+    """Checks that a compiled engine has an eager engine's hidden states and runs as CUDA graphs.
 
-    Two layers of the model's width: the code is that of all layers, and compiles in seconds.
+    The model has two layers of full width: its code is that of all layers and compiles in seconds.
     """
     shallow = replace(context, config=replace(context.config, n_layers=2))
     model, frames = endless_ar(shallow, "fp32"), min(COMPARED_FRAMES, workload.frames)
@@ -56,14 +54,17 @@ def check_compiled(context: PhaseContext, workload: Workload) -> None:
         error, common_frames = step_both(engines)
         context.record.check(
             "compiled hidden states = eager, two layers",
-            error <= TOLERANCE and common_frames >= min(MIN_FRAMES, frames), relative_error=error,
-            frames=common_frames, of=frames, graphs_traced=counters.graphs,
-        )  # fmt: skip
+            error <= TOLERANCE and common_frames >= min(MIN_FRAMES, frames),
+            relative_error=error,
+            frames=common_frames,
+            of=frames,
+            graphs_traced=counters.graphs,
+        )
         for engine, _ in engines:
             for number in range(STREAMS):
                 engine.abort(str(number))
         engine, _ = engines[0]
-        # every shape has been met
+        # all shapes are compiled: every step of a second run must replay a graph
         add_streams(engine, workload, STREAMS, synthetic.GUIDED_SAMPLING, frames)
         before = counters.cudagraph_replays
         run_until_idle(engine)
@@ -73,10 +74,10 @@ def check_compiled(context: PhaseContext, workload: Workload) -> None:
 
 
 def step_both(engines: list[tuple[Engine, Runner]]) -> tuple[float, int]:
-    """Steps two engines of the same streams until these end or say different things.
+    """Steps two engines of the same streams until these end or their codes differ.
 
     Returns the largest relative difference of their hidden states, and the least number of frames
-    that any stream had said by then.
+    that any stream has by then.
     """
     (first, runner), (second, other) = engines
     error = 0.0
@@ -93,25 +94,27 @@ def step_both(engines: list[tuple[Engine, Runner]]) -> tuple[float, int]:
 
 
 def hidden_rows(runner: Runner) -> int:
-    """Rows of the streams that are being spoken."""
+    """Number of rows that decode, those of guidance included."""
     return runner.batch_size * runner._rows_per_slot
 
 
 def check_cudagraphs(
     context: PhaseContext, name: str, counters: compiling.CompileCounters, replays: int, steps: int
 ) -> None:
-    """Checks that CUDA graphs were captured and used: nothing was compiled without, and a step
-    launches one at least."""
+    """Checks that nothing was compiled without CUDA graphs and that every step launches at least
+    one."""
     context.record.check(
-        f"{name}: CUDA graphs were captured", counters.cudagraph_skips == 0 and replays >= steps,
-        skipped=counters.cudagraph_skips, launches_per_step=replays / steps,
+        f"{name}: CUDA graphs were captured",
+        counters.cudagraph_skips == 0 and replays >= steps,
+        skipped=counters.cudagraph_skips,
+        launches_per_step=replays / steps,
         graphs_traced=counters.graphs,
-    )  # fmt: skip
+    )
 
 
 def check_against_generate(context: PhaseContext, workload: Workload) -> None:
-    """Checks an engine's hidden states against one pass over all that it said, without a cache;
-    and writes down where `generate` departs from it, one way to draw on both sides."""
+    """Checks an engine's hidden states against one uncached pass over the frames it
+    generated, and records the frame at which `generate`, with the same random numbers, differs."""
     model, frames = endless_ar(context, "fp32"), min(COMPARED_FRAMES, workload.frames)
     engine, runner = build_engine(model, workload, 1, guided=False, compiled=False)
     add_streams(engine, workload, 1, synthetic.SAMPLING, frames)
@@ -127,27 +130,17 @@ def check_against_generate(context: PhaseContext, workload: Workload) -> None:
     prompt = torch.from_numpy(workload.prompt.astype(np.int64)).to(device)
     with torch.inference_mode():
         expected = model.hidden(single_batch(text, prompt, torch.tensor(codes, device=device)))[0]
-    # state i follows group i; the reference's first precedes all, its last follows the last
+    # state i follows group i of the codes; the reference has one more before the first group
     error = relative_error(torch.stack(states), expected[1 : 1 + len(states)])
     context.record.check(
-        "engine hidden states = one pass without a cache, float32", error <= TOLERANCE,
-        relative_error=error, states=len(states),
-    )  # fmt: skip
-    reference_codes = generate(model, text, prompt, synthetic.SAMPLING, frames)
+        "engine hidden states = one pass without a cache, float32",
+        error <= TOLERANCE,
+        relative_error=error,
+        states=len(states),
+    )
+    reference_codes = generate(model, workload, synthetic.SAMPLING, frames)
     pairs = enumerate(zip(codes, reference_codes, strict=True))
     departs_at = next((i for i, (a, b) in pairs if a != b), None)
     context.record.measurement(
         "engine beside generate, float32", frames=frames, departs_at=departs_at
     )
-
-
-def generate(
-    model: AR, text: Tensor, prompt: Tensor, sampling: Sampling, frames: int, use_cache: bool = True
-) -> list[int]:
-    """So many frames of `AR.generate` with the seed of stream 0."""
-    codes = model.generate(
-        text, prompt, sampling=sampling, max_frames=frames, use_cache=use_cache,
-        generator=torch.Generator(text.device).manual_seed(0),
-    ).codes  # fmt: skip
-    tokens: list[int] = codes.tolist()
-    return tokens

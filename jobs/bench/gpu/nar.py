@@ -1,8 +1,7 @@
-"""P6, the NAR model at work on 1, 8 and 32 sentences, and memory: planned against allocated.
+"""P6, NAR decoding of 1, 8 and 32 sentences, and memory: planned against allocated.
 
-The plan is what an endpoint of one card will hold: the weights of both models, the engine's keys
-and values for every slot, those of the text being read, and the prompts that the NAR model
-remembers at each of its levels.
+The plan lists what an endpoint holds on one device: the weights of both models, the engine's KV
+cache of every slot and of the prefill, and the NAR model's cached prompts at each of its levels.
 """
 
 import gc
@@ -16,7 +15,14 @@ from torch import Tensor
 
 from valle.jobs.bench.gpu import device_timing, synthetic
 from valle.jobs.bench.gpu.record import PhaseContext
-from valle.jobs.bench.gpu.workload import Workload, add_streams
+from valle.jobs.bench.gpu.workload import (
+    QUICK_FRAMES,
+    QUICK_PHONEMES,
+    QUICK_PROMPT_FRAMES,
+    Workload,
+    add_streams,
+    nar_requests,
+)
 from valle.model.ar import AR
 from valle.model.config import ModelConfig
 from valle.model.nar import NAR
@@ -34,23 +40,23 @@ NAR_DECODING = NARDecoding(sampling=Sampling(temperature=0.0, guidance_scale=1.5
 
 BATCH_SIZES: Final = (1, 8, 32)
 PLAN_TOLERANCE = 0.05
-"""Share by which memory may differ from the plan, the allocator's rounding included."""
+"""Relative difference allowed between memory and plan, the allocator's rounding included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingLoad:
-    """What one card is to hold."""
+    """Capacity of an endpoint on one device."""
 
     slots: int
     positions: int
-    """Of a slot: text, prompt and speech."""
+    """Positions of a slot: text, prompt and speech."""
     prompts: int
-    """That the NAR model remembers."""
+    """Prompts in the NAR model's cache."""
     prompt_frames: int
 
 
 def run(context: PhaseContext) -> None:
-    """Both precisions, then the plan."""
+    """Measures decoding in both precisions, then memory."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     if context.on_gpu and not context.quick:
         for precision in precisions:
@@ -74,11 +80,11 @@ def run(context: PhaseContext) -> None:
 
 
 def measure(context: PhaseContext, nar: NAR, name: str, count: int) -> None:
-    """So many sentences of four seconds in one voice, at once, and one of them the plain way."""
+    """Times decoding `count` sentences as one batch, and one sentence without prompt cache."""
     items = sentences(context.quick, count)
     frames = len(items[0].first_codebook)
     nar_decoder = NARDecoder(nar)
-    nar_decoder.decode(items, NAR_DECODING)  # warm, the prompt read
+    nar_decoder.decode(items, NAR_DECODING)  # warm-up; the prompt enters the cache
     repeats = 1 if context.quick else 3
     device_timing.reset_peak(context.device)
     seconds = min(
@@ -95,28 +101,28 @@ def measure(context: PhaseContext, nar: NAR, name: str, count: int) -> None:
             )
         )
     context.record.measurement(
-        name, milliseconds=1000 * seconds, times_real_time=count * frames / FRAME_RATE / seconds,
+        name,
+        milliseconds=1000 * seconds,
+        times_real_time=count * frames / FRAME_RATE / seconds,
         plain_milliseconds=None if plain is None else 1000 * plain,
         peak_gigabytes=device_timing.peak_gigabytes(context.device),
-    )  # fmt: skip
+    )
 
 
 def sentences(quick: bool, count: int) -> list[NARRequest]:
-    """Sentences of four seconds in one voice of three; quick, short ones."""
-    generator = np.random.default_rng(0)
-    n_phonemes, prompt_frames, frames = (6, 9, 12) if quick else (60, 225, 300)
-    prompt = synthetic.random_codes(generator, N_CODEBOOKS, prompt_frames)
-    return [
-        NARRequest(
-            generator.integers(2, 100, n_phonemes).tolist(), prompt,
-            synthetic.random_codes(generator, frames),
-        )
-        for _ in range(count)
-    ]  # fmt: skip
+    """`count` sentences of one voice; quick, short ones."""
+    if not quick:
+        return nar_requests(count)
+    return nar_requests(
+        count,
+        n_phonemes=QUICK_PHONEMES,
+        prompt_frames=QUICK_PROMPT_FRAMES,
+        frames=QUICK_FRAMES,
+    )
 
 
 def plan_memory(config: ModelConfig, load: ServingLoad, element: int) -> dict[str, int]:
-    """Bytes by purpose, for guided streams, in numbers of `element` bytes."""
+    """Bytes by purpose, for guided streams and elements of `element` bytes."""
     width, layers = config.width, config.n_layers
     block = 12 * width * width + 3 * width + 5 * width  # matrices; biases of qkv, feed-forward
     text = config.n_phonemes * width
@@ -124,7 +130,7 @@ def plan_memory(config: ModelConfig, load: ServingLoad, element: int) -> dict[st
     separators = 5 * width  # two separators, three segments
     levels = config.n_codebooks - 1
     ar = layers * (block + 4 * width) + 2 * width + text + separators
-    ar += (config.n_codebooks + config.group) * table + (CODEBOOK_SIZE + 1) * (width + 1)
+    ar += (config.n_codebooks + 1) * table + (CODEBOOK_SIZE + 1) * (width + 1)
     nar = layers * (block + 4 * width * levels) + 2 * width * levels + text + separators
     nar += (config.n_codebooks + 2 * levels) * table
     row = 2 * layers * width  # a position's keys and values
@@ -138,8 +144,8 @@ def plan_memory(config: ModelConfig, load: ServingLoad, element: int) -> dict[st
 
 
 def check_memory(context: PhaseContext, load: ServingLoad, precision: Precision) -> None:
-    """Builds all of it and compares: with the allocator's count on a card, else with the sizes of
-    the tensors themselves."""
+    """Builds everything in the plan and compares its size: on a CUDA device by the allocator's
+    count, on a CPU by the sizes of the tensors."""
     config = replace(context.config, dropout=0.0)
     plan = plan_memory(config, load, 2 if precision == "bf16" else 4)
     gc.collect()
@@ -162,7 +168,7 @@ def check_memory(context: PhaseContext, load: ServingLoad, precision: Precision)
     ]
     gc.collect()
     device_timing.synchronize(context.device)
-    if context.on_gpu and not context.quick:  # it rounds small tensors up to 512 bytes
+    if context.on_gpu and not context.quick:  # the allocator rounds small tensors up to 512 bytes
         allocated = torch.cuda.memory_allocated(context.device) - before
     else:
         caches = [runner._cache.keys, runner._cache.values, *_prefill_cache(runner.prefill)]
@@ -170,10 +176,12 @@ def check_memory(context: PhaseContext, load: ServingLoad, precision: Precision)
         allocated = sum(_bytes(part) for part in [*ar.parameters(), *nar.parameters(), *caches])
     total = sum(plan.values())
     context.record.check(
-        f"memory as planned, {precision}", abs(allocated / total - 1) <= PLAN_TOLERANCE,
-        planned_gigabytes=total / 1e9, allocated_gigabytes=allocated / 1e9,
+        f"memory as planned, {precision}",
+        abs(allocated / total - 1) <= PLAN_TOLERANCE,
+        planned_gigabytes=total / 1e9,
+        allocated_gigabytes=allocated / 1e9,
         **{f"{name}_gigabytes": size / 1e9 for name, size in plan.items()},
-    )  # fmt: skip
+    )
     measure_peak(context, load, precision, runner, nar, before, total)
 
 
@@ -186,49 +194,56 @@ def measure_peak(
     before: int,
     plan: int,
 ) -> None:
-    """A step of all slots, then the most sentences that the NAR model fills in at once: holds the
-    allocator's peak against the plan and what is stated for work."""
+    """Compares the allocator's peak with the plan plus the stated working memory.
+
+    The peak is that of a decode step of all slots, or of the largest batch of the NAR model.
+    """
     device, config = context.device, context.config
     workload = Workload.default(context.quick)
     count = 3 if context.quick else BATCH_SIZES[-1]
     engine = Engine(runner, Scheduler(load.slots))
     add_streams(engine, workload, load.slots, synthetic.GUIDED_SAMPLING, workload.frames)
+    # a decode step of all slots
     while engine.n_running < load.slots:
         engine.step()
-        assert not engine.idle, "the first ended before the last had been read"
+        assert not engine.idle, "a stream ended before the last prefill: raise the number of frames"
     device_timing.reset_peak(device)
     engine.step()
     step_peak = device_timing.peak_gigabytes(device)
+    # the largest batch of the NAR model
     nar_decoder = NARDecoder(nar, load.prompts)
     items = sentences(context.quick, count)
-    nar_decoder.decode(items[:1], NAR_DECODING)  # the prompt is read: it is in the plan
+    nar_decoder.decode(items[:1], NAR_DECODING)  # the cached prompt is in the plan
     device_timing.reset_peak(device)
     nar_decoder.decode(items, NAR_DECODING)
     nar_peak = device_timing.peak_gigabytes(device)
     positions = items[0].prompt.shape[1] + len(items[0].phonemes) + len(items[0].first_codebook) + 2
     working = working_memory(config, 2 * count, positions, 2 if precision == "bf16" else 4)
     context.record.measurement(
-        f"memory at work, {precision}", step_peak_gigabytes=step_peak, nar_peak_gigabytes=nar_peak,
-        before_gigabytes=before / 1e9, planned_gigabytes=plan / 1e9,
+        f"memory at work, {precision}",
+        step_peak_gigabytes=step_peak,
+        nar_peak_gigabytes=nar_peak,
+        before_gigabytes=before / 1e9,
+        planned_gigabytes=plan / 1e9,
         working_gigabytes=working / 1e9,
-    )  # fmt: skip
+    )
     if step_peak is not None and nar_peak is not None and not context.quick:
         peak = max(step_peak, nar_peak) - before / 1e9
         context.record.floor(memory_floor_name(precision), (plan + working) / 1e9 / peak)
 
 
 def memory_floor_name(precision: Precision) -> str:
-    """Of the planned memory against the peak; below 1, an endpoint that fits on paper fails."""
+    """Name of the floor; below 1, an endpoint that fits by the plan runs out of memory."""
     return f"memory planned, with work, by the peak, {precision}"
 
 
 def working_memory(config: ModelConfig, rows: int, positions: int, element: int) -> int:
-    """Bytes stated for the NAR model's work on so many rows.
+    """Bytes stated for the activations of the NAR model.
 
-    Of each position, 24 numbers of the width: the residual stream before and after, its norm,
-    queries, keys and values (twice: as projected, and with the prompt's before them), what
-    attention and feed-forward (four widths, twice) leave; seven codebooks' embeddings; and logits
-    of one level four times in float32. Of each pair of positions, a bias of attention.
+    For each position, 24 times the width: the residual stream before and after, its norm, queries,
+    keys and values (twice: as projected, and behind the prompt's), the outputs of attention and of
+    the feed-forward layer (four widths, twice); the embeddings of seven codebooks; and the logits
+    of one level four times in float32. For each pair of positions, a bias of attention.
     """
     embeddings = (config.n_codebooks - 1) * config.width
     own = element * (24 * config.width + embeddings) + 4 * 4 * CODEBOOK_SIZE

@@ -1,6 +1,6 @@
 """One phase in a process of its own: `python -m valle.jobs.bench.gpu.phase P1 --result FILE ...`.
 
-`jobs/bench/gpu/run.py` starts it. A phase that breaks the card's context, or hangs, so ends alone.
+`jobs/bench/gpu/run.py` starts it. A phase that corrupts the CUDA context or hangs ends alone.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from valle.model import config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the phase; returns 1 when it raised. The result is in the file either way."""
+    """Runs the phase; returns 1 when it raised. The result file is written in either case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--limits", default="", help="constants that P0 measured, as JSON")
+    parser.add_argument("--limits", default="", help="device limits that P0 measured, as JSON")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args(argv)
     record = Record(arguments.result, arguments.deadline)
@@ -51,32 +51,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_context(arguments: argparse.Namespace, record: Record) -> PhaseContext:
-    """What the phase is given. Raises RuntimeError where the device is not there."""
+    """The context of the phase. Raises RuntimeError when the device does not exist."""
     device = torch.device(arguments.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(
-                "--device cuda: torch sees no card here (`python3 -c 'import torch; "
+                "--device cuda: torch finds no CUDA device (`python3 -c 'import torch; "
                 "print(torch.cuda.is_available())'`); --device cpu runs without one"
             )
         device = torch.device("cuda", 0)
     elif arguments.quick:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
+    # shares refer to one set of constants: those of P0, or of the first phase that runs
     if arguments.limits:
         limits = DeviceLimits(**json.loads(arguments.limits))
     else:
         limits = DeviceLimits.measure(device, arguments.quick)
     size = TINY if arguments.size == "tiny" else config.SIZES[arguments.size]
     return PhaseContext(
-        device=device, config=replace(size, dropout=0.1), quick=arguments.quick, record=record,
-        scratch=arguments.scratch, limits=limits,
-    )  # fmt: skip
+        device=device,
+        config=replace(size, dropout=0.1),
+        quick=arguments.quick,
+        record=record,
+        scratch=arguments.scratch,
+        limits=limits,
+    )
 
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # not sys.exit: NCCL, CUDA graphs and compilers' workers can take long to end, or never do, and
-    # the time would be the next phase's
+    # not sys.exit: NCCL, CUDA graphs and compilers' workers may take long to end or hang, in the
+    # time of the next phase
     os._exit(status)

@@ -1,6 +1,6 @@
-"""The results of all phases: `gpu.json` and lines as they come, one picture at the end.
+"""The results of all phases: `gpu.json`, lines for the terminal, and a picture at the end.
 
-python3 -m valle.jobs.bench.gpu.report gpu/gpu.json      draws the picture again, anywhere
+`python3 -m valle.jobs.bench.gpu.report gpu/gpu.json` draws the picture elsewhere.
 """
 
 import argparse
@@ -12,22 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from valle.jobs.bench.charts import new_figure
+
 EXIT_FAILED, EXIT_MISSED = 1, 3
-"""Exit statuses: a check failed; only a floor of speed was missed."""
+"""Exit statuses: a check failed; all checks passed and a floor was missed."""
 
 
 class Results:
-    """What has been shown so far."""
+    """The results so far, in `gpu.json` after every addition."""
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
         self._out = out
         self.limits: dict[str, Any] | None = None
-        """Constants of the first phase that measured them."""
+        """Device limits, from the first phase that measured them."""
         self.values: dict[str, Any] = {**header, "limits": None, "phases_run": {}}
         self._write()
 
     def add(self, phase: str, result: dict[str, Any]) -> None:
-        """Takes in a phase's result and writes the file."""
+        """Sets the result of a phase and writes the file."""
         self.limits = self.limits or result.pop("limits", None)
         result.pop("limits", None)
         self.values["limits"] = self.limits
@@ -35,9 +37,9 @@ class Results:
         self._write()
 
     def finish(self) -> None:
-        """Writes the exit status, and the picture where it can be drawn."""
+        """Writes the exit status and draws the picture; without matplotlib, notes why not."""
         self.values["exit_code"] = self.exit_code
-        self._write()  # whatever becomes of the picture
+        self._write()  # before drawing, which may fail
         try:
             draw(self.values, self._out / "gpu.png")
         except Exception as error:
@@ -49,7 +51,7 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """See `jobs/bench/gpu/run.py`."""
+        """Exit status of the command, as `run.py` documents it."""
         return exit_code(self.values["phases_run"])
 
     def _write(self) -> None:
@@ -58,18 +60,18 @@ class Results:
         os.replace(part, self._out / "gpu.json")
 
     def lines(self, phase: str) -> str:
-        """What a phase has shown, for a terminal; what failed comes last."""
-        shown, wrong = phase_lines(phase, self.values["phases_run"][phase])
-        return "\n".join([*shown, *wrong])
+        """The result of a phase for a terminal, failures last."""
+        results, failures = phase_lines(phase, self.values["phases_run"][phase])
+        return "\n".join([*results, *failures])
 
     def summary(self) -> str:
-        """What failed in any phase, all floors, and the exit status."""
+        """All failures and floors, and the exit status."""
         return "\n".join(_ending(self.values))
 
 
 def exit_code(phases: dict[str, dict[str, Any]]) -> int:
-    """0, or why not: a phase without an end, an error or a failed check; a floor that was missed or
-    not measured."""
+    """EXIT_FAILED for a phase that did not finish, an error, a failed check or a required check
+    that was skipped; else EXIT_MISSED for a floor missed or not measured; else 0."""
     for result in phases.values():
         checks = result.get("checks", [])
         skipped = any(entry["required"] for entry in result.get("skipped", []))
@@ -82,30 +84,30 @@ def exit_code(phases: dict[str, dict[str, Any]]) -> int:
 
 
 def table(values: dict[str, Any]) -> str:
-    """All phases in lines for a terminal; what failed comes last."""
+    """All phases as lines for a terminal, failures last."""
     phases = values["phases_run"].items()
-    shown = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
-    return "\n".join([*shown, *_ending(values)])
+    results = [line for phase, result in phases for line in phase_lines(phase, result)[0]]
+    return "\n".join([*results, *_ending(values)])
 
 
 def _ending(values: dict[str, Any]) -> list[str]:
     phases = values["phases_run"]
-    wrong = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
-    return [*wrong, f"exit status {exit_code(phases)}"]
+    failures = [line for phase, result in phases.items() for line in phase_lines(phase, result)[1]]
+    return [*failures, f"exit status {exit_code(phases)}"]
 
 
 def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """A phase's results, and what failed of it with its floors."""
+    """Two lists of lines: figures and skipped entries; failures and floors."""
     checks = result.get("checks", [])
     passed = sum(check["passed"] for check in checks)
-    shown = [
+    results = [
         f"{phase}: {result['status']}, {passed} of {len(checks)} checks, "
         f"{result.get('wall_seconds', 0)} s"
     ]
-    shown += [f"  {_line(m)}" for m in result.get("measurements", [])]
-    shown += [f"  skipped: {o['name']}: {o['reason']}" for o in result.get("skipped", [])]
-    wrong = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
-    wrong += [
+    results += [f"  {_line(m)}" for m in result.get("measurements", [])]
+    results += [f"  skipped: {o['name']}: {o['reason']}" for o in result.get("skipped", [])]
+    failures = [f"FAILED {phase} {_line(check)}" for check in checks if not check["passed"]]
+    failures += [
         f"NOT SHOWN {phase} {o['name']}: {o['reason']}"
         for o in result.get("skipped", [])
         if o["required"]
@@ -113,13 +115,13 @@ def phase_lines(phase: str, result: dict[str, Any]) -> tuple[list[str], list[str
     for floor in result.get("floors", []):
         value = floor["reason"] if floor["value"] is None else _short(floor["value"])
         met = "met" if floor["met"] else "MISSED"
-        wrong.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
+        failures.append(f"{met} {phase} {floor['name']}: {value}, floor {floor['floor']:g}")
     for error in result.get("errors", []):
         last = error["traceback"].strip().splitlines()[-1]
-        wrong.append(f"ERROR {phase} {error['name']}: {last}")
+        failures.append(f"ERROR {phase} {error['name']}: {last}")
     if result["status"] not in ("done", "failed"):
-        wrong.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
-    return shown, wrong
+        failures.append(f"{result['status'].upper()} {phase}: {result.get('reason', '')}")
+    return results, failures
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -132,7 +134,8 @@ def _short(value: Any) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A `gpu.json`, also of a version that called `limits` card and `skipped` left_out."""
+    """Reads a `gpu.json`, also one of the version with `card` for `limits` and `left_out` for
+    `skipped`."""
     values: dict[str, Any] = json.loads(path.read_text())
     if "card" in values:
         values["limits"] = values.pop("card")
@@ -143,12 +146,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def draw(values: dict[str, Any], path: Path) -> None:
-    """One picture: MFU of training steps, and decoding against the memory bound."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draws MFU of training steps, and decoding speed against the memory bound."""
+    figure = new_figure(12, 7)
     training, decoding = figure.subplots(1, 2)
     steps = _measurements(values, "P3", "mfu")
     training.barh([m["name"] for m in steps], [100 * m["mfu"] for m in steps])
@@ -166,9 +165,9 @@ def draw(values: dict[str, Any], path: Path) -> None:
     if speeds:
         decoding.set_xscale("log")
         decoding.legend()
-    device = (values["limits"] or {}).get("name", "no card measured")
+    device = (values["limits"] or {}).get("name", "no device measured")
     figure.suptitle(f"{device}, models of size {values['size']}")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def _measurements(values: dict[str, Any], phase: str, with_figure: str) -> list[dict[str, Any]]:
@@ -177,7 +176,7 @@ def _measurements(values: dict[str, Any], phase: str, with_figure: str) -> list[
 
 
 def source_hash(root: Path) -> str:
-    """SHA-256 over all Python files: which code it was, where there is no git."""
+    """SHA-256 over all Python files: identifies the code where there is no git."""
     digest = hashlib.sha256()
     for folder in ("jobs", "model", "platform", "serve"):
         for path in sorted((root / folder).rglob("*.py")):
@@ -186,7 +185,7 @@ def source_hash(root: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws the picture beside a `gpu.json`, and prints its table."""
+    """Draws the picture of a `gpu.json` beside it and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="a gpu.json")
     path = parser.parse_args(argv).results

@@ -1,9 +1,9 @@
-"""Collects the wheels that a bare machine with a card needs: `make gpu-wheels`.
+"""Collects the wheels for a bare machine with a GPU: `make gpu-wheels`.
 
-The machine has Python 3.12, torch, numpy, safetensors and pyarrow, no network, and takes 64 MiB:
-the tracked files of this repository and these wheels. Versions are those of constraints.txt;
-encodec and deepspeed come as source and are built to pure wheels; nothing is installed. What a
-wheel here needs and torch does not bring is in the list as well.
+The machine has Python 3.12, torch, numpy, safetensors and pyarrow, no network, and accepts 64 MiB:
+the tracked files of this repository and these wheels. Versions are those of constraints.txt.
+encodec and deepspeed are published as source and built to pure wheels here; nothing is installed.
+The list includes the dependencies of its wheels that torch does not bring.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Final
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / ".whl"
 LIMIT = 64 * 2**20
-"""Bytes that tree and wheels may be together."""
+"""Most bytes of tree and wheels together."""
 
 SOURCE_ONLY: Final = ("encodec", "deepspeed")
 """Published as source only."""
@@ -33,7 +33,7 @@ PYTHON_VERSION = "3.12"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Downloads, lists, and returns 1 when tree and wheels are too large together."""
+    """Builds, downloads and lists the wheels; returns 1 when tree and wheels are too large."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).out
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+    # pure wheels of what is published as source, then binary wheels for the machine's Python
     pins = pinned_versions((ROOT / "constraints.txt").read_text())
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run(
@@ -50,32 +52,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
     subprocess.run(
         [
-            *pip, "download", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
-            "--python-version", PYTHON_VERSION, *platforms, "-d", str(folder),
+            *pip,
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--implementation",
+            "cp",
+            "--python-version",
+            PYTHON_VERSION,
+            *platforms,
+            "-d",
+            str(folder),
             *requirements(WHEELS, pins),
         ],
         check=True,
-    )  # fmt: skip
+    )
     wheels = {path.name: path.stat().st_size for path in sorted(folder.glob("*.whl"))}
     return print_sizes(wheels, tracked_bytes())
 
 
 def pinned_versions(constraints: str) -> dict[str, str]:
-    """Exact versions by normalised name, of lines like `name==1.2`."""
+    """Exact versions by normalised package name, from lines such as `name==1.2`."""
     lines = re.findall(r"^([\w.-]+)==(\S+)", constraints, re.MULTILINE)
     return {name.lower().replace("_", "-"): version for name, version in lines}
 
 
 def requirements(names: Sequence[str], pins: dict[str, str]) -> list[str]:
-    """Requirements with exact versions. Raises ValueError for a name that has none."""
+    """Requirements with exact versions. Raises ValueError for a package without one."""
     missing = [name for name in names if name not in pins]
     if missing:
-        raise ValueError(f"constraints.txt: no version of {', '.join(missing)}")
+        raise ValueError(f"constraints.txt: no version of {', '.join(missing)}; pin it there")
     return [f"{name}=={pins[name]}" for name in names]
 
 
 def tracked_bytes() -> int:
-    """Size of all files that git tracks."""
+    """Bytes of all files that git tracks."""
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")
@@ -83,7 +94,7 @@ def tracked_bytes() -> int:
 
 
 def print_sizes(wheels: dict[str, int], tree: int) -> int:
-    """Prints sizes; 1 when they are over the limit, else 0."""
+    """Prints sizes; returns 1 when they are above the limit, else 0."""
     for name, size in wheels.items():
         print(f"{size / 2**20:7.2f} MiB  {name}")
     total = tree + sum(wheels.values())

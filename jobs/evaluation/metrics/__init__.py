@@ -1,13 +1,13 @@
-"""Judges of speech: who reads it, how it sounds, whose voice it is.
+"""Models that measure speech: word errors, speaker similarity, predicted quality.
 
-All work from weights inside packages, so they run on a closed network.
+The default ones have their weights inside packages, so they run on a closed network.
 """
 
 import importlib
 from typing import Any
 
 METRIC_SAMPLE_RATE = 16_000
-"""Sample rate every judge listens at."""
+"""Sample rate in Hz of the input of every metric model."""
 
 
 def load_class(name: str) -> Any:

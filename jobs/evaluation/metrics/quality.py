@@ -1,4 +1,4 @@
-"""How it sounds: predicted opinion scores."""
+"""Predicted mean opinion scores, without a reference."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from valle.platform import audio
 
 
 class DistillMos:
-    """Mean opinion score (1 to 5) predicted without a reference."""
+    """DistillMOS: mean opinion score, 1 to 5."""
 
     def __init__(self) -> None:
         ensure_torchaudio()
@@ -19,7 +19,6 @@ class DistillMos:
         self._model = ConvTransformerSQAModel().eval()
 
     def score(self, wave: Wave) -> float:
-        """Score of a 24 kHz recording."""
         import torch
 
         with torch.inference_mode():
@@ -28,7 +27,7 @@ class DistillMos:
 
 
 class Dnsmos:
-    """DNSMOS P.835, overall (1 to 5): a second opinion, trained on noise suppression."""
+    """DNSMOS P.835, overall quality, 1 to 5; trained on the output of noise suppressors."""
 
     def score(self, wave: Wave) -> float:
         """Score of a 24 kHz recording; short ones are repeated up to nine seconds."""

@@ -1,7 +1,7 @@
-"""Whose voice it is: speaker embeddings, identification, equal error rate.
+"""Speaker embeddings, speaker identification and equal error rate.
 
-An encoder is named by `resemblyzer` (the default), `wespeaker` (the better judge of the two) or
-`package.module:Class` for one's own, for instance one around WavLM-SV.
+Names of speaker encoders: `resemblyzer` (the default), `wespeaker` (separates speakers better), or
+`package.module:Class` for another one, such as a class around WavLM-SV.
 """
 
 from typing import Protocol
@@ -19,14 +19,17 @@ Embedding = NDArray[np.float32]
 
 
 class SpeakerEncoder(Protocol):
-    """Something that tells voices apart."""
+    """A model from a recording to an embedding of its speaker."""
 
     def embed(self, wave: Wave) -> Embedding | None:
-        """A vector of length one for a 24 kHz recording; None when it holds no voice."""
+        """Embedding `[D]` of length one of a 24 kHz recording; None where it holds no voice."""
 
 
 class Resemblyzer:
-    """Resemblyzer's GE2E encoder (256 numbers; same voice about 0.87, another about 0.58)."""
+    """Resemblyzer's GE2E encoder, 256 dimensions.
+
+    The cosine of two recordings is about 0.87 for the same speaker, 0.58 for different ones.
+    """
 
     def __init__(self) -> None:
         try:
@@ -40,8 +43,7 @@ class Resemblyzer:
         self._encoder = VoiceEncoder("cpu", verbose=False)
 
     def embed(self, wave: Wave) -> Embedding | None:
-        """The voice of a 24 kHz recording, silence cut out."""
-        from resemblyzer import preprocess_wav
+        from resemblyzer import preprocess_wav  # normalizes the level and cuts out silence
 
         samples = preprocess_wav(
             audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE), source_sr=METRIC_SAMPLE_RATE
@@ -52,7 +54,7 @@ class Resemblyzer:
 
 
 def load_speaker_encoder(name: str) -> SpeakerEncoder:
-    """The encoder that `name` stands for."""
+    """The encoder of this name (see the module's docstring). Raises ValueError or ImportError."""
     if name == "resemblyzer":
         return Resemblyzer()
     if name == "wespeaker":
@@ -62,14 +64,17 @@ def load_speaker_encoder(name: str) -> SpeakerEncoder:
 
 
 def top1_correct(cosines: NDArray[np.float64], own: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each output (row), whether its own prompt (column `own`) is the nearest of all."""
+    """For each output (row of `cosines`): whether the nearest prompt is its own (column `own`)."""
     return cosines.argmax(1) == own
 
 
 def equal_error_rate(same: NDArray[np.float64], different: NDArray[np.float64]) -> float:
-    """Where as many of `same` fall below a threshold as of `different` reach it."""
+    """The rate at the threshold with equal shares of `same` below and `different` above it.
+
+    `same` and `different` are cosines of pairs of the same speaker and of different speakers.
+    """
     thresholds = np.sort(np.concatenate([same, different]))
-    missed = np.searchsorted(np.sort(same), thresholds, side="left") / len(same)
+    rejected = np.searchsorted(np.sort(same), thresholds, side="left") / len(same)
     accepted = 1 - np.searchsorted(np.sort(different), thresholds, side="left") / len(different)
-    nearest = int(np.abs(missed - accepted).argmin())
-    return float((missed[nearest] + accepted[nearest]) / 2)
+    nearest = int(np.abs(rejected - accepted).argmin())
+    return float((rejected[nearest] + accepted[nearest]) / 2)

@@ -1,7 +1,7 @@
-"""What was said: recognizers and error rates.
+"""Speech recognizers, and word and character error rates.
 
-A recognizer is named by `whisper` (tiny.en, the default), `moonshine`, the path or name of any
-faster-whisper model (`large-v3`), or `package.module:Class` for one's own.
+Names of recognizers: `whisper` (tiny.en, the default), `moonshine`, the path or name of any
+faster-whisper model (`large-v3`), or `package.module:Class` for another one.
 """
 
 import re
@@ -18,22 +18,22 @@ from valle.platform import audio
 
 
 class Recognizer(Protocol):
-    """Something that writes down speech."""
+    """A speech recognition model."""
 
     def transcribe(self, wave: Wave) -> str:
-        """What was said in a 24 kHz recording."""
+        """Transcript of a 24 kHz recording."""
 
 
 MAX_TOKENS_PER_SECOND = 10
-"""Twice what people say. Without a bound whisper may repeat a phrase two hundred times over four
-seconds, and that one sentence then is half of a set's word errors."""
+"""Bound on a transcript, twice the rate of speech. Without it whisper can repeat a phrase two
+hundred times for four seconds of audio: half of a set's word errors from one item."""
 
 
 class Whisper:
     """A faster-whisper model, int8, beam 5, temperature 0 (no sampling: same audio, same text)."""
 
     def __init__(self, model: str | None = None, threads: int = 1) -> None:
-        """`model`: a CTranslate2 folder or a name to download; None takes the packaged tiny.en."""
+        """`model`: a CTranslate2 folder or a name to download; None: the packaged tiny.en."""
         from faster_whisper import WhisperModel
 
         if model is None:
@@ -43,18 +43,20 @@ class Whisper:
         self._model = WhisperModel(model, device="cpu", compute_type="int8", cpu_threads=threads)
 
     def transcribe(self, wave: Wave) -> str:
-        """What was said in a 24 kHz English recording."""
         seconds = len(wave) / SAMPLE_RATE
         segments, _ = self._model.transcribe(
-            audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE), language="en", beam_size=5,
-            temperature=0, condition_on_previous_text=False,
+            audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE),
+            language="en",
+            beam_size=5,
+            temperature=0,
+            condition_on_previous_text=False,
             max_new_tokens=min(224, 10 + int(MAX_TOKENS_PER_SECOND * seconds)),
-        )  # fmt: skip
+        )
         return " ".join(segment.text.strip() for segment in segments)
 
 
 class Moonshine:
-    """moonshine tiny-en: a recognizer of another family, for a second opinion."""
+    """moonshine tiny-en: a recognizer of another family, whose errors differ from whisper's."""
 
     def __init__(self) -> None:
         import moonshine_voice
@@ -64,14 +66,13 @@ class Moonshine:
         self._model = Transcriber(model_path=str(weights), model_arch=ModelArch.TINY)
 
     def transcribe(self, wave: Wave) -> str:
-        """What was said in a 24 kHz English recording."""
         samples = audio.resample(wave, SAMPLE_RATE, METRIC_SAMPLE_RATE).tolist()
         transcript = self._model.transcribe_without_streaming(samples, METRIC_SAMPLE_RATE)
         return " ".join(line.text.strip() for line in transcript.lines)
 
 
 def load_recognizer(name: str) -> Recognizer:
-    """The recognizer that `name` stands for (see the module's text)."""
+    """The recognizer of this name (see the module's docstring). Raises ValueError."""
     if name == "whisper":
         return Whisper()
     if name == "moonshine":
@@ -84,38 +85,45 @@ def load_recognizer(name: str) -> Recognizer:
 
 @dataclass(frozen=True)
 class EditCounts:
-    """Edits between what should have been said and what was heard."""
+    """Word and character edits between reference and hypothesis."""
 
     words: int
+    """Of the reference."""
     word_errors: int
     characters: int
     character_errors: int
 
 
 def count_edits(reference: str, hypothesis: str) -> EditCounts:
-    """Word and character edits, both sides through whisper's English normaliser."""
+    """Word and character edits, both texts normalized.
+
+    Raises ValueError for a reference without words.
+    """
     import jiwer
 
     ref, hyp = normalize_transcript(reference), normalize_transcript(hypothesis)
     if not re.search(r"\w", ref):
-        raise ValueError(f"nothing to compare in {reference!r}")
+        raise ValueError(f"no words in the reference {reference!r}")
     by_word = jiwer.process_words(ref, hyp)
     by_character = jiwer.process_characters(ref, hyp)
     return EditCounts(
-        len(ref.split()), by_word.substitutions + by_word.deletions + by_word.insertions,
-        len(ref),
-        by_character.substitutions + by_character.deletions + by_character.insertions,
-    )  # fmt: skip
+        words=len(ref.split()),
+        word_errors=by_word.substitutions + by_word.deletions + by_word.insertions,
+        characters=len(ref),
+        character_errors=(
+            by_character.substitutions + by_character.deletions + by_character.insertions
+        ),
+    )
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Edits per reference word over all pairs."""
+    """Word edits of all pairs divided by their reference words."""
     edits = [count_edits(*pair) for pair in zip(references, hypotheses, strict=True)]
     return sum(e.word_errors for e in edits) / sum(e.words for e in edits)
 
 
 def normalize_transcript(text: str) -> str:
-    """Lower case, no punctuation, one spelling, numbers as digits: the field's usual form."""
+    """Whisper's English normalization: lower case, no punctuation, one spelling, digits."""
     return str(_normalizer()(text))
 
 

@@ -1,0 +1,132 @@
+"""Configuration of the endpoint: the arguments of the Serve application, validated at the start."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from valle.model.chunks import Chunking
+from valle.model.quantize import Precision
+from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
+
+RENAMED_ARGS = {
+    "reload_seconds": "registry_poll_seconds",
+    "sentence_seconds": "max_sentence_seconds",
+    "nar_slots": "nar_target_ongoing_requests",
+    "nar_prompts": "nar_prompt_cache_size",
+    "look_ahead": "lookahead",
+}
+"""Former names of fields of `AppArgs`, with the present ones."""
+
+
+class AppArgs(BaseModel):
+    """Arguments of `serve.app.build_app`: `args:` in a Serve configuration, `key=value` after
+    `serve run`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = "models:/valle@champion"
+    """Registry URI or folder of a bundle."""
+
+    tracking_uri: str | None = None
+    """MLflow's address; None: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
+
+    voices: str = "data/voices"
+    """Folder or `s3://` URI of reference recordings, shared by all replicas. A request names a
+    recording without its suffix."""
+
+    api_keys: str | None = None
+    """File of API keys (`serve/web/keys.py`); None: requests need no key."""
+
+    registry_poll_seconds: float = Field(10.0, gt=0)
+    """Seconds between two lookups of the registry's alias. When it has moved, new requests get the
+    new version; running ones finish with the old one."""
+
+    max_replicas: int = Field(4, ge=1)
+    """Upper bound of the replicas of each deployment (autoscaling)."""
+
+    upscale_delay_s: float = Field(5.0, ge=0)
+    """Seconds of high demand before replicas are added."""
+
+    downscale_delay_s: float = Field(120.0, ge=0)
+    """Seconds of low demand before replicas are removed."""
+
+    max_sentence_seconds: float = Field(20.0, gt=0, le=40)
+    """Length limit of one sentence's speech. The upper bound keeps a message between deployments
+    below 4 MiB."""
+
+    max_seconds: float = Field(600.0, gt=0)
+    """Length limit of a response; a request may set a lower one."""
+
+    max_characters: int = Field(4096, ge=1, le=1_000_000)
+    """Length limit of `input`; OpenAI's is 4096. A book chapter of 30,000 characters is half an
+    hour of speech: raise `max_seconds` and Serve's `request_timeout_s` with it."""
+
+    slots: int = Field(8, ge=1)
+    """Requests that one AR replica decodes in a batch; with guidance, each takes two rows of the
+    key-value cache."""
+
+    nar_target_ongoing_requests: int = Field(4, ge=1)
+    """Concurrent requests per NAR replica that autoscaling aims at. On a CPU, a batch of eight
+    takes eight times as long as one request; a GPU has room for more."""
+
+    nar_prompt_cache_size: int = Field(8, ge=1)
+    """Prompts whose keys and values a NAR replica caches: 19 MB each for nano, 155 MB for the
+    paper's size."""
+
+    batch_seconds: float = Field(40.0, gt=0)
+    """Upper bound of the padded speech in a batch, in seconds, for NAR and codec replicas. Guidance
+    doubles the NAR model's batch; the codec splits its own into parts of ten seconds."""
+
+    chunked: bool = False
+    """Send the beginning of a sentence before its end is synthesized (`model/chunks.py`), where a
+    request does not say."""
+
+    first_chunk: int = Field(15, ge=8)
+    """Frames (1/75 s) of a sentence's first chunk."""
+
+    lookahead: int = Field(12, ge=1)
+    """Frames beyond a chunk's end that the NAR model sees and the next chunk decodes again."""
+
+    guidance_scale: float = Field(GUIDANCE_SCALE, ge=1, le=10)
+    """Classifier-free guidance of both models: higher values follow text and voice more closely. 1
+    switches it off and halves the rows to compute."""
+
+    guided_levels: int = Field(GUIDED_LEVELS, ge=0, le=7)
+    """Codebooks, from the second on, that the NAR model decodes with guidance."""
+
+    precision: Precision = "fp32"
+    """Number format of the models' matrices. int8 (AR matrices; the NAR model runs in bf16) is
+    faster on CPUs with AVX-512 and bf16 (jobs/bench/engine.py); bf16 is for GPUs and for CPUs with
+    AMX. In bf16, the speech of a seed may depend on the other requests of its batch."""
+
+    compiled: bool = False
+    """Compile the AR model's decode step (on a GPU, as CUDA graphs; not run on one yet) and its
+    prefill. The first requests of a replica wait for the compiler; a CPU gains nothing
+    (jobs/bench/engine.py)."""
+
+    max_phonemes: int = Field(1000, ge=10)
+    """Length limit of a sentence in phonemes (IPA symbols, about 18 a second)."""
+
+    max_body_bytes: int = Field(10_000_000, ge=1_000)
+    """Size limit of a request body, checked before it is read."""
+
+    use_gpu: bool = False
+    """Give each AR and NAR replica a GPU (written after the documentation, not run on one yet)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_former_names(cls, values: Any) -> Any:
+        for name, present in RENAMED_ARGS.items():
+            if isinstance(values, dict) and name in values:
+                raise ValueError(f"{name} is called {present} now")
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_int8_on_gpus(self) -> Self:
+        if self.precision == "int8" and (self.use_gpu or self.compiled):
+            raise ValueError("precision: int8 is for CPUs, without use_gpu and compiled")
+        return self
+
+    def chunking(self) -> Chunking:
+        """Chunk sizes for `model.chunks`."""
+        return Chunking(first_frames=self.first_chunk, lookahead=self.lookahead)

@@ -1,0 +1,92 @@
+"""The application's deployments over Ray Serve's handles."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from functools import cached_property
+
+from cachetools import TTLCache, cached
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from valle.model.chunks import Chunking, CodesChunk
+from valle.model.codec.encodec_stream import EncodecState
+from valle.model.codec.interface import Codes, Wave
+from valle.model.nar_decoding import NARRequest
+from valle.serve.deployments.backpressure import call_deployment, stream_deployment
+from valle.serve.deployments.interface import DecodedChunk
+from valle.serve.engine.request import Request
+
+APP_NAME = "valle"
+"""Name of the application in Serve, unless a Serve configuration gives it another."""
+
+AR, NAR, CODEC = "AR", "NAR", "Codec"
+"""Names of its deployments beside the ingress."""
+
+
+class ServeDeployments:
+    """`interface.Deployments` within a replica of the application."""
+
+    @cached_property
+    def _ar(self) -> DeploymentHandle:
+        return _handle(AR)
+
+    @cached_property
+    def _nar(self) -> DeploymentHandle:
+        return _handle(NAR)
+
+    @cached_property
+    def _codec(self) -> DeploymentHandle:
+        return _handle(CODEC)
+
+    def stream_codes(
+        self, version: str, request: Request, chunking: Chunking, *, retry: bool
+    ) -> AsyncGenerator[CodesChunk]:
+        stream = self._ar.options(stream=True).stream
+        return stream_deployment(lambda: stream.remote(version, request, chunking), retry=retry)
+
+    async def generate_codes(self, version: str, request: Request, *, retry: bool) -> CodesChunk:
+        generate = self._ar.generate
+        return await call_deployment(lambda: generate.remote(version, request), retry=retry)
+
+    async def nar_decode(self, version: str, request: NARRequest) -> Codes:
+        decode = self._nar.decode
+        return await call_deployment(lambda: decode.remote(version, request), retry=True)
+
+    async def encode(self, version: str, wave: Wave) -> Codes:
+        return await call_deployment(lambda: self._codec.encode.remote(version, wave))
+
+    async def decode(self, version: str, codes: Codes) -> Wave:
+        decode = self._codec.decode
+        return await call_deployment(lambda: decode.remote(version, codes), retry=True)
+
+    async def decode_next(
+        self, version: str, codes: Codes, state: EncodecState | None
+    ) -> DecodedChunk:
+        decode_next = self._codec.decode_next
+        return await call_deployment(lambda: decode_next.remote(version, codes, state), retry=True)
+
+    async def codec_sha256(self, version: str) -> str:
+        return await call_deployment(lambda: self._codec.codec_sha256.remote(version))
+
+    async def preload(self, version: str) -> None:
+        for handle in (self._ar, self._nar, self._codec):
+            await handle.broadcast("preload", version).results_async()
+
+    async def not_running(self) -> list[str]:
+        return await asyncio.to_thread(_not_running, serve.get_replica_context().app_name)
+
+
+def _handle(deployment: str) -> DeploymentHandle:
+    return serve.get_deployment_handle(deployment, serve.get_replica_context().app_name)
+
+
+@cached(TTLCache(1, 1.0), lock=threading.Lock())  # unauthenticated, and the controller answers
+def _not_running(app_name: str) -> list[str]:
+    """Deployments of an application that have no running replica, the ingress included."""
+    app = serve.status().applications[app_name]
+    return [
+        name
+        for name, deployment in app.deployments.items()
+        if not deployment.replica_states.get("RUNNING")
+    ]

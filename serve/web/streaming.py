@@ -1,0 +1,75 @@
+"""Bodies of streamed responses: audio chunks to encoded bytes, or to server-sent events."""
+
+import base64
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from starlette.concurrency import run_in_threadpool
+
+from valle.serve.web.audio_formats import AudioEncoder
+from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest
+from valle.serve.web.sentence import AudioChunk
+from valle.serve.web.stats import SpeechStats
+
+logger = logging.getLogger("ray.serve")
+
+
+async def audio_body(
+    first: AudioChunk, chunks: AsyncGenerator[AudioChunk], request: SpeechRequest
+) -> AsyncIterator[bytes]:
+    """The bytes of an audio file. An error breaks the connection, so that no client takes a part
+    for the whole."""
+    try:
+        async with aclosing(chunks):
+            async for data in _encode(first, chunks, request):
+                yield data
+    except Exception:
+        logger.exception("a stream failed after it had begun")
+        raise
+
+
+async def sse_body(
+    first: AudioChunk,
+    chunks: AsyncGenerator[AudioChunk],
+    request: SpeechRequest,
+    n_phonemes: int,
+    stats: SpeechStats,
+) -> AsyncIterator[str]:
+    """OpenAI's server-sent events; the last one has `hit_limit` in addition. An error becomes an
+    `error` event, because the status has been sent."""
+    try:
+        async with aclosing(chunks):
+            async for data in _encode(first, chunks, request):
+                delta = base64.b64encode(data).decode()
+                yield _event({"type": "speech.audio.delta", "audio": delta})
+        usage = {
+            "input_tokens": n_phonemes,
+            "output_tokens": stats.n_frames,
+            "total_tokens": n_phonemes + stats.n_frames,
+        }
+        yield _event({"type": "speech.audio.done", "usage": usage, "hit_limit": stats.hit_limit})
+    except Exception as error:
+        logger.exception("a stream failed after it had begun")
+        server_failed = ErrorDetail(message="the server failed", type="server_error")
+        detail = error.detail if isinstance(error, ApiError) else server_failed
+        yield _event({"type": "error", "error": detail.model_dump()})
+
+
+async def _encode(
+    first: AudioChunk, chunks: AsyncGenerator[AudioChunk], request: SpeechRequest
+) -> AsyncIterator[bytes]:
+    """The file's bytes as chunks come."""
+    encoder = AudioEncoder(request.response_format, request.speed)
+    if data := await run_in_threadpool(encoder.add, first.wave):
+        yield data
+    async for chunk in chunks:
+        if data := await run_in_threadpool(encoder.add, chunk.wave):
+            yield data
+    if data := await run_in_threadpool(encoder.finish):
+        yield data
+
+
+def _event(content: dict[str, object]) -> str:
+    return f"data: {json.dumps(content)}\n\n"

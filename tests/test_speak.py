@@ -1,0 +1,45 @@
+"""The command `valle speak`, on untrained models."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from valle.jobs.publish import PublishRecipe, publish
+from valle.jobs.speak import main, read_reference
+from valle.platform import audio
+
+
+def test_main_writes_the_same_speech_for_the_same_seed(
+    publish_recipe: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(publish_recipe)
+    arguments = ["hello there", str(home / "voices/ann.wav")]
+    for name in ("one.wav", "two.wav"):
+        assert main([*arguments, str(home / name), "--max-ar-steps", "40"]) == 0
+    assert (home / "one.wav").read_bytes() == (home / "two.wav").read_bytes()
+    by_path = [
+        "--ar-ckpt", str(home / "runs/test-ar/step_00000020"),
+        "--nar-ckpt", str(home / "runs/test-nar/step_00000020"), "--codec", publish_recipe.codec,
+    ]  # fmt: skip
+    assert main([*arguments, str(home / "three.wav"), "--max-ar-steps", "40", *by_path]) == 0
+    assert (home / "three.wav").read_bytes() == (home / "one.wav").read_bytes()
+    assert "s of speech" in capsys.readouterr().out
+    several = [arguments[0], f"{arguments[1]};{arguments[1]}", str(home / "four.wav")]
+    assert main([*several, "--max-ar-steps", "40"]) == 0
+    assert (home / "four.wav").read_bytes() != (home / "one.wav").read_bytes()
+    for wrong in (["...", arguments[1]], ["hello", f"{arguments[1]};{home / 'none.wav'}"]):
+        assert main([*wrong, str(home / "x.wav")]) == 2
+    assert "text: nothing to say in it" in capsys.readouterr().err
+
+
+def test_read_reference_gives_each_recording_an_equal_share(tmp_path: Path) -> None:
+    """A tenth of a second of each tone, where the first alone would have filled it."""
+    for hertz in (200, 400):
+        tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(24_000) / 24_000)
+        (tmp_path / f"{hertz}.wav").write_bytes(audio.wav_bytes(tone.astype(np.float32)))
+    wave = read_reference(f"{tmp_path / '200.wav'};{tmp_path / '400.wav'}", 0.2)
+    assert len(wave) == 4_800
+    for part, hertz in ((wave[:2_400], 200), (wave[2_400:], 400)):
+        assert np.abs(np.fft.rfft(part)).argmax() == hertz // 10
+    assert len(read_reference(str(tmp_path / "200.wav"), 0.2)) == 24_000
