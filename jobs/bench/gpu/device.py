@@ -111,7 +111,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine |= {
-            "name": properties.name,
+            "device_name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "gigabytes": round(properties.total_memory / 1e9, 1),

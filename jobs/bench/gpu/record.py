@@ -40,8 +40,9 @@ class Record:
         self.limits: dict[str, Any] | None = None
         self.write()
 
-    def check(self, name: str, passed: bool, **figures: Any) -> None:
+    def check(self, name: str, passed: bool, /, **figures: Any) -> None:
         """Records a check, with the figures behind it."""
+        assert not {"name", "passed"} & set(figures), "a figure would replace the check's own"
         self.checks.append({"name": name, "passed": bool(passed), **_plain(figures)})
         self.write()
 
@@ -59,8 +60,9 @@ class Record:
         entry |= _plain({"value": value, "met": value >= entry["floor"]})
         self.write()
 
-    def measurement(self, name: str, **figures: Any) -> None:
+    def measurement(self, name: str, /, **figures: Any) -> None:
         """Records figures without a bound."""
+        assert "name" not in figures, "a figure would replace the measurement's own name"
         self.measurements.append({"name": name, **_plain(figures)})
         self.write()
 
