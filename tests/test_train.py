@@ -27,6 +27,7 @@ from valle.model.codec.quantizer import QuantizerConfig
 from valle.model.codec.weights import load_quantizer
 from valle.platform import checkpoint, tracking
 from valle.platform.dataset import TokenDataset
+from valle.platform.resources import Placement
 
 
 @pytest.fixture
@@ -165,15 +166,16 @@ def test_fit_codecs_track_export_and_resume(ray_cluster: None, home: Path) -> No
     """The codecs' trainers on the same adapter: MLflow, `out`, and a run's name."""
     corpus = str(write_tones(home / "corpus", ("a/0", "a/1", "b/0", "b/1", "c/0")))
     storage_path = str(home / "runs")
+    cpu = Placement(accelerator="cpu")  # the shared cluster's GPU is only a number
     codec = CodecRecipe(
         data=corpus, out=str(home / "encodec"), run="codec", held_out_every=4, codec=TINY_CODEC,
         steps=4, batch_size=4, crop_seconds=0.2, log_every=1, checkpoint_every=2, workers=2,
-        threads=1, storage_path=storage_path, keep_checkpoints=1,
+        threads=1, storage_path=storage_path, keep_checkpoints=1, placement=cpu,
     )  # fmt: skip
     quantizer = QuantizerRecipe(
         corpora=(corpus,), out=str(home / "quantizer"), run="quantizer", held_out_speakers=("c",),
         steps=4, unquantized_steps=2, batch_size=4, log_every=1, checkpoint_every=2, threads=1,
-        storage_path=storage_path, keep_checkpoints=1,
+        storage_path=storage_path, keep_checkpoints=1, placement=cpu,
         quantizer=QuantizerConfig(
             n_codebooks=2, codebook_size=16, dimension=8, width=16, blocks=1
         ),
