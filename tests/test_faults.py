@@ -189,7 +189,8 @@ async def check_a_killed_replica(endpoint: str) -> None:
 def check_a_failing_engine(endpoint: str) -> None:
     """A request that the HTTP layer would refuse stops the engine: Serve replaces the replica."""
     prompt = np.zeros((8, 225), np.int16)
-    bad_request = Request(id="x", phonemes=[5], prompt=prompt, max_frames=9, seed="no number")
+    bad_request = Request(id="x", phonemes=[5], prompt=prompt, max_frames=9)
+    object.__setattr__(bad_request, "seed", "no number")  # after the checks of `Request`
     ar = serve.get_deployment_handle("AR", "valle")
     with pytest.raises(Exception, match="the engine has stopped"):
         ar.generate.remote("models:/valle/1", bad_request).result(timeout_s=30)
