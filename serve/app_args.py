@@ -100,7 +100,7 @@ class AppArgs(BaseModel):
     AMX. In bf16, the speech of a seed may depend on the other requests of its batch."""
 
     compiled: bool = False
-    """Compile the AR model's decode step (on a GPU, as CUDA graphs; not run on one yet) and its
+    """Compile the AR model's decode step (on a GPU, no CUDA graph is captured yet) and its
     prefill. The first requests of a replica wait for the compiler; a CPU gains nothing
     (jobs/bench/engine.py)."""
 

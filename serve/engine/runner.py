@@ -94,8 +94,8 @@ class Runner:
 
         `guided`: slots have two rows, as requests with a `guidance_scale` need.
 
-        `compiled`: a step goes through `torch.compile`, on a GPU as CUDA graphs (not run on one
-        yet). The number of requests is then rounded up to a power of two, for few shapes.
+        `compiled`: a step goes through `torch.compile`, on a GPU without CUDA graphs (none is
+        captured yet). The number of requests is then rounded up to a power of two, for few shapes.
         """
         config, like = model.config, model.head.weight
         self.model = model
