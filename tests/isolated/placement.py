@@ -262,7 +262,9 @@ def test_jobs_refuse_a_missing_gpu_before_work_starts(
 
 
 @pytest.mark.ray
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use it")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="torch can use this machine's GPU: nothing to refuse"
+)
 def test_device_refuses_a_gpu_that_torch_cannot_use(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
 ) -> None:
