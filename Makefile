@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 
-.PHONY: help venv demo test check serve cluster format gpu gpu-wheels
+.PHONY: help venv demo test faults check serve cluster format gpu gpu-wheels
 help:    ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -20,15 +20,18 @@ venv: .venv/.complete  ## make .venv and install everything, pinned (first time:
 demo: venv  ## corpus, tokens, AR, NAR, registry, endpoint, one sentence: the whole path
 	@$(BIN)/valle demo --recipe demo --port $(PORT)
 
-test: venv  ## all tests
-	@$(BIN)/python -m pytest -q
+test: venv  ## all tests but those of `faults`
+	@$(BIN)/python -m pytest -q -m "not faults"
+
+faults: venv  ## outages of minutes, soaks and long fuzzing: half an hour or more
+	@$(BIN)/python -m pytest -q -m "faults or fuzz" --hypothesis-profile=long --timeout=3600
 
 check: venv  ## format, lint, types, results in documents, and the fast tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m valle.jobs.include_results --check
-	@$(BIN)/python -m pytest -q -m "not ray and not slow"
+	@$(BIN)/python -m pytest -q -m "not ray and not slow and not faults"
 
 serve: venv  ## the endpoint with the registry's champion, on PORT
 	@$(BIN)/valle starter-voices

@@ -10,11 +10,20 @@ from helpers import clusters
 from helpers.endpoints import RunningEndpoint, SharedEndpoint
 from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
 from helpers.tiny_models import TINY_CODEC
+from hypothesis import settings as hypothesis_settings
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
 from valle.serve.app_args import AppArgs
+
+
+def pytest_configure() -> None:
+    """Property tests: the same few examples in each run, or many others in `make faults`."""
+    common = {"deadline": None, "database": None}
+    hypothesis_settings.register_profile("short", derandomize=True, max_examples=30, **common)
+    hypothesis_settings.register_profile("long", max_examples=3000, **common)
+    hypothesis_settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
