@@ -61,6 +61,13 @@ class ChunkedPrefill:
         self.cache.reset()
 
     @torch.inference_mode()
+    def erase(self) -> None:
+        """Overwrites what the last request has left."""
+        for tensor in (self.cache.keys, self.cache.values, self._x):
+            tensor.zero_()
+        self.cache.reset()
+
+    @torch.inference_mode()
     def step(self) -> Float[Tensor, "R D"] | None:
         """Prefills a chunk. Returns None, or after the last chunk the hidden state from which the
         first frames are sampled."""

@@ -239,3 +239,15 @@ class Runner:
             for row in (self._recent, self._frames, self._seeds):
                 row[slot] = row[move.source]
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)
+
+    @torch.inference_mode()
+    def erase_free(self, *, prefill: bool) -> None:
+        """Overwrites what ended requests have left in the free slots and, with `prefill`, in the
+        prefill's own cache."""
+        free = slice(self._slot_rows(self.batch_size).start, None)
+        for store in (self._cache.keys, self._cache.values):
+            store[:, free].zero_()
+        self._hidden[free] = 0
+        self._recent[self.batch_size :] = -1
+        if prefill:
+            self.prefill.erase()

@@ -23,7 +23,12 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import registry
 from valle.platform.audio import AudioError
 from valle.serve.app_args import AppArgs
-from valle.serve.deployments.interface import Deployments, OverloadedError
+from valle.serve.deployments.interface import (
+    Deployments,
+    OverloadedError,
+    RefusedCallError,
+    UnavailableError,
+)
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.keys import ApiKeyMiddleware, read_keys
 from valle.serve.web.metrics import Metrics, MetricsMiddleware
@@ -34,6 +39,17 @@ from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_c
 
 UI = Path(__file__).resolve().parent.parent / "ui"
 """Folder of the web page."""
+
+PARAMS_OF_CALLS = {
+    "phonemes": "input",
+    "prompt": "voice",
+    "recording": "voice",
+    "max_frames": "max_seconds",
+    "seed": "seed",
+    "temperature": "temperature",
+    "top_p": "top_p",
+}
+"""Fields of the models' calls, with the field of a speech request that they come from."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -115,6 +131,24 @@ def _add_error_handlers(api: FastAPI) -> None:
             code="overloaded",
         )
         return error_response(429, detail, {"Retry-After": "2"})
+
+    @api.exception_handler(RefusedCallError)
+    async def refused_by_model(request: Request, error: RefusedCallError) -> Response:
+        logger.error("a replica refused a call: %s", error, exc_info=error)
+        param = PARAMS_OF_CALLS.get(str(error).partition(":")[0])
+        if param is None:  # nothing that the client can change
+            return await failed(request, error)
+        return error_response(400, ErrorDetail(message=f"{param}: {error}", param=param))
+
+    @api.exception_handler(UnavailableError)
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
+        logger.error("no replica has answered: %s", error, exc_info=error)
+        detail = ErrorDetail(
+            message="the models are not available; try again in a moment",
+            type="server_error",
+            code="unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "5"})
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
