@@ -259,22 +259,22 @@ def test_endpoint_survives_its_clients(endpoint: str) -> None:
 
 
 def test_endpoint_loses_no_request_to_killed_replicas(
-    endpoint: str, record_property: Callable[[str, object], None]
+    endpoint: str, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     check_an_engine_survives_a_bad_request(endpoint)
     for deployment in ("NAR", "Codec", "AR"):
         outage = asyncio.run(kill_under_load(endpoint, deployment))
-        record_property(deployment, asdict(outage))
+        record_testsuite_property(deployment, asdict(outage))
         assert not outage.lost, f"{deployment} was killed"
         assert outage.n_complete >= 12 and outage.seconds_to_success < math.inf
 
 
 @pytest.mark.faults
 def test_endpoint_loses_no_request_to_killed_replicas_again_and_again(
-    endpoint: str, record_property: Callable[[str, object], None]
+    endpoint: str, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     for turn in range(8):
         for deployment in ("AR", "NAR", "Codec"):
             outage = asyncio.run(kill_under_load(endpoint, deployment, n_clients=8))
-            record_property(f"{deployment} {turn}", asdict(outage))
+            record_testsuite_property(f"{deployment} {turn}", asdict(outage))
             assert not outage.lost, f"{deployment} was killed, turn {turn}"

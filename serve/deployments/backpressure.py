@@ -69,7 +69,7 @@ class _Attempts:
             return
         # what the call itself was wrong about, another replica would say too
         if isinstance(error, RayTaskError) and isinstance(error, ValueError):
-            raise RefusedCallError(str(error.cause)) from error
+            raise RefusedCallError(str(getattr(error, "cause", error))) from error
         self._n_failed += 1
         if self._n_failed >= MAX_ATTEMPTS:
             raise UnavailableError(f"{self._n_failed} replicas failed the call") from error

@@ -35,7 +35,13 @@ from valle.serve.web.metrics import Metrics, MetricsMiddleware
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest, error_response
 from valle.serve.web.service import SpeechService
-from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_codes
+from valle.serve.web.voices import (
+    VoiceError,
+    VoiceMetadata,
+    VoiceStore,
+    VoiceStoreError,
+    pack_codes,
+)
 
 UI = Path(__file__).resolve().parent.parent / "ui"
 """Folder of the web page."""
@@ -150,6 +156,16 @@ def _add_error_handlers(api: FastAPI) -> None:
         )
         return error_response(503, detail, {"Retry-After": "5"})
 
+    @api.exception_handler(VoiceStoreError)
+    async def no_voice_store(request: Request, error: VoiceStoreError) -> Response:
+        logger.error("the voice store does not answer: %s", error)
+        detail = ErrorDetail(
+            message="the store of the voices does not answer; try again in a moment",
+            type="server_error",
+            code="voice_store_unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "10"})
+
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -247,9 +263,10 @@ def _add_voice_routes(
 
     @api.delete("/v1/audio/voices/{name}")
     async def delete_voice(name: str) -> dict[str, object]:
-        """Deletes a recording with its metadata."""
+        """Deletes a recording with its metadata, and what replicas remember of it."""
         try:
             await run_in_threadpool(store.delete, name)
+            await prompts.forget()
         except VoiceError as error:
             raise ApiError(404, str(error), "name", error.code) from error
         logger.info("voice deleted id=%s", name)

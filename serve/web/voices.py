@@ -9,9 +9,12 @@ import base64
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import PurePosixPath
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from dacite import DaciteError, from_dict
@@ -20,6 +23,9 @@ from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.platform.vad import SpeechFraction
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 MIN_VOICE_SECONDS, MAX_RECORDING_SECONDS = 2.0, 30.0
 """Bounds of an uploaded recording."""
@@ -39,6 +45,14 @@ class VoiceError(ValueError):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class VoiceStoreError(Exception):
+    """The store of the voices does not answer."""
+
+
+PART_SECONDS = 3600.0
+"""Age from which an unfinished file is the rest of a writer that was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +98,44 @@ def read_voice_metadata(data: bytes) -> VoiceMetadata | None:
         return None
 
 
+def _store_errors(method: Callable[P, Result]) -> Callable[P, Result]:
+    """A method of the store whose errors of storage are VoiceStoreError."""
+
+    @wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:
+            raise VoiceStoreError(str(error)) from error
+
+    return wrapper
+
+
 class VoiceStore:
-    """Reads, adds and deletes voices."""
+    """Reads, adds and deletes voices. Methods that use storage raise VoiceStoreError where it does
+    not answer."""
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._detector: SpeechFraction | None = None
         self._lock = threading.Lock()  # the detector is stateful
 
+    @_store_errors
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
         paths = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
         names = {path.stem for path in paths if len(path.parts) == 1 and path.suffix in SUFFIXES}
         return sorted(name for name in names if VOICE_ID_PATTERN.fullmatch(name))
 
+    @_store_errors
+    def stamp(self, name: str) -> storage.FileStamp:
+        """Path, time and size of a voice's file, which is not read. Raises as `read` does."""
+        for path in self._paths(name):
+            if (stamp := storage.file_stamp(path)) is not None:
+                return stamp
+        raise VoiceError(f"no voice {name!r}", "voice_not_found")
+
+    @_store_errors
     def read(self, name: str) -> bytes:
         """The file of a voice. Raises VoiceError for an unknown name."""
         for path in self._paths(name):
@@ -105,6 +143,7 @@ class VoiceStore:
                 return storage.read_bytes(path)
         raise VoiceError(f"no voice {name!r}", "voice_not_found")
 
+    @_store_errors
     def validate_recording(self, name: str, data: bytes) -> Wave:
         """The recording as it would be stored: trimmed, with the samples rounded to 16 bits.
 
@@ -126,6 +165,7 @@ class VoiceStore:
             )
         return audio.read(audio.wav_bytes(wave), max_seconds=MAX_RECORDING_SECONDS)
 
+    @_store_errors
     def add(self, name: str, wave: Wave, metadata: VoiceMetadata) -> None:
         """Stores a recording that `validate_recording` returned. Raises VoiceError when the name
         has been taken since then; of two concurrent calls, the later one wins."""
@@ -133,8 +173,13 @@ class VoiceStore:
         comment = json.dumps(asdict(metadata), ensure_ascii=False)
         storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
+    @_store_errors
     def delete(self, name: str) -> None:
-        """Deletes a voice with its metadata. Raises VoiceError for an unknown name."""
+        """Deletes a voice with its metadata, and what killed writers have left of any voice.
+
+        Raises VoiceError for an unknown name.
+        """
+        storage.sweep_parts(self._root, older_than_seconds=PART_SECONDS)
         paths = [path for path in self._paths(name) if storage.exists(path)]
         if not paths:
             raise VoiceError(f"no voice {name!r}", "voice_not_found")
