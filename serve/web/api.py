@@ -32,6 +32,7 @@ from valle.serve.deployments.interface import (
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.keys import ApiKeyMiddleware, read_keys
 from valle.serve.web.metrics import Metrics, MetricsMiddleware
+from valle.serve.web.missing_parts import MissingParts
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest, error_response
 from valle.serve.web.service import SpeechService
@@ -104,7 +105,7 @@ def create_api(args: AppArgs, deployments: Deployments) -> FastAPI:
     # added last, so outermost: it counts the refusals of the others too
     api.add_middleware(MetricsMiddleware, metrics=metrics)
     _add_error_handlers(api)
-    _add_status_routes(api, args.model, deployments, metrics)
+    _add_status_routes(api, args.model, MissingParts(deployments, watcher, store), metrics)
     _add_voice_routes(api, store, prompts, watcher)
 
     @api.post("/v1/audio/speech", response_class=Response)
@@ -185,7 +186,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _add_status_routes(
-    api: FastAPI, model: str, deployments: Deployments, metrics: Metrics
+    api: FastAPI, model: str, missing_parts: MissingParts, metrics: Metrics
 ) -> None:
     """Health, metrics and the list of models."""
     created = int(time.time())
@@ -197,8 +198,9 @@ def _add_status_routes(
 
     @api.get("/health/ready")
     async def ready() -> Response:
-        """Every deployment has a running replica, so speech requests can be answered."""
-        missing = await deployments.not_running()
+        """Speech requests can be answered: every deployment has a running replica, there is a model
+        version, and Serve's controller and the voice store answer."""
+        missing = await missing_parts.names()
         content = {"status": "waiting" if missing else "ready", "waiting_for": missing}
         return JSONResponse(content, 503 if missing else 200)
 

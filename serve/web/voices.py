@@ -128,6 +128,11 @@ class VoiceStore:
         return sorted(name for name in names if VOICE_ID_PATTERN.fullmatch(name))
 
     @_store_errors
+    def check_reachable(self) -> None:
+        """Asks storage about the folder of the voices, which need not exist."""
+        storage.exists(self._root)
+
+    @_store_errors
     def stamp(self, name: str) -> storage.FileStamp:
         """Path, time and size of a voice's file, which is not read. Raises as `read` does."""
         for path in self._paths(name):
