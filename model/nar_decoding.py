@@ -63,6 +63,8 @@ class NARRequest:
     def validate(self, config: NARConfig) -> None:
         """Raises ValueError, naming the field, for a request that a model cannot decode."""
         validate_ids("phonemes", self.phonemes, config.n_phonemes)
+        if not self.phonemes:
+            raise ValueError("phonemes: the text is empty; give at least one id")
         validate_codes("prompt", self.prompt, config.n_codebooks)
         validate_codes("first_codebook", self.first_codebook, ndim=1)
         if self.prefix is not None:
@@ -193,4 +195,4 @@ class NARDecoder:
 
 
 def _codes(codes: NDArray[np.int16], device: torch.device) -> Int[Tensor, "*_"]:
-    return torch.from_numpy(codes).long().to(device)
+    return torch.from_numpy(np.ascontiguousarray(codes)).long().to(device)

@@ -36,14 +36,14 @@ def validate_ids(name: str, ids: object, count: int | None = None) -> None:
 
 
 def validate_codes(name: str, codes: object, n_codebooks: int | None = None, ndim: int = 2) -> None:
-    """Raises ValueError for anything but an array of integers `[Q, T]`, or `[T]` with `ndim` 1,
+    """Raises ValueError for anything but an int16 array `[Q, T]`, or `[T]` with `ndim` 1,
     whose values are entries of a codebook."""
     if type(codes) is not np.ndarray:  # a subclass may compute otherwise
         raise ValueError(f"{name}: {type(codes).__name__} is not an array")
     if codes.ndim != ndim:
         raise ValueError(f"{name}: {codes.ndim} dimensions, not {ndim}")
-    if codes.dtype.kind not in "iu":
-        raise ValueError(f"{name}: {codes.dtype} is not an integer type")
+    if codes.dtype != np.int16:
+        raise ValueError(f"{name}: {codes.dtype} is not int16")
     if n_codebooks is not None and len(codes) != n_codebooks:
         raise ValueError(f"{name}: {len(codes)} codebooks, not {n_codebooks}")
     if codes.size and not 0 <= codes.min() <= codes.max() < CODEBOOK_SIZE:

@@ -12,14 +12,12 @@ import httpx
 import numpy as np
 import pytest
 from helpers.deployments import FakeDeployments
-from helpers.engines import short_ar
-from helpers.tiny_models import tiny_nar
 
 from valle.model.chunks import Chunking
 from valle.model.codec.interface import Wave
 from valle.model.nar_decoding import NARRequest
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, registry, storage
+from valle.platform import audio, storage
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.nar import NARDeployment
@@ -71,15 +69,6 @@ async def test_a_deleted_voice_is_forgotten_by_all_replicas(
     assert deployments.count("forget_prompts") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bob.wav"]
     assert (await speak(http, "ann")).status_code == 404
-
-
-@pytest.fixture
-def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deployments load untrained models."""
-    monkeypatch.setattr(registry, "pin", lambda model, *_, **__: model)
-    monkeypatch.setattr(registry, "resolve", lambda model, *_, **__: model)
-    monkeypatch.setattr(registry, "load_ar", lambda *_: short_ar(2))
-    monkeypatch.setattr(registry, "load_nar", lambda *_: tiny_nar())
 
 
 async def test_models_forget_the_prompts_of_ended_requests(tiny_models: None) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.engines import build_engine, collect, generate_alone, request, short_ar
+from helpers.tiny_models import tiny_nar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from valle.model.ar import AR
+from valle.model.nar_decoding import NARDecoder, NARDecoding, NARRequest
 from valle.model.sampling import Sampling
 from valle.model.validation import validate_codes, validate_wave
 from valle.serve.engine.engine import Engine
@@ -108,6 +110,36 @@ def test_engine_survives_whatever_a_request_holds(
     assert engine.n_running == 0
     assert codes.pop("r1") == expected, "the request beside it"
     assert all(0 <= code < 1024 for odd_codes in codes.values() for code in odd_codes)
+
+
+@st.composite
+def nar_fields(draw: st.DrawFn) -> dict[str, Any]:
+    """Values for some fields of a `NARRequest`, which may be anything."""
+    names = draw(st.sets(st.sampled_from([x.name for x in fields(NARRequest)[:4]])))
+    values: dict[str, Any] = {}
+    for name in sorted(names):
+        value = draw(PHONEMES if name == "phonemes" else prompts())
+        if name == "first_codebook" and isinstance(value, np.ndarray) and draw(st.booleans()):
+            value = value.reshape(-1)[:40]
+        values[name] = value
+    return values
+
+
+@given(n_frames=st.integers(0, 9), odd=nar_fields())
+def test_nar_model_survives_whatever_a_request_holds(n_frames: int, odd: dict[str, Any]) -> None:
+    decoder = NARDecoder(tiny_nar())
+    decoding = NARDecoding(sampling=Sampling(temperature=0.0), guided_levels=0)
+    codes = np.zeros((8, n_frames), np.int16)
+    item = NARRequest([5, 9], codes, codes[0], prefix=codes[:, :2])
+    for name, value in odd.items():
+        object.__setattr__(item, name, value)
+    try:
+        item.validate(decoder.config)
+    except ValueError as error:
+        assert str(error).partition(":")[0] in {x.name for x in fields(NARRequest)}
+        return
+    [decoded] = decoder.decode([item], decoding)
+    assert decoded.shape == (8, len(item.first_codebook)) and decoded.min(initial=0) >= 0
 
 
 @pytest.mark.parametrize(
