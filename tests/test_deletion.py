@@ -12,22 +12,22 @@ import httpx
 import numpy as np
 import pytest
 from helpers.deployments import FakeDeployments
+from helpers.engines import build_engine, collect, generate_alone, request, short_ar
 
-from valle.model.chunks import Chunking
 from valle.model.codec.interface import Wave
 from valle.model.nar_decoding import NARRequest
-from valle.model.tokens import SAMPLE_RATE
+from valle.model.tokens import EOS, SAMPLE_RATE
 from valle.platform import audio, storage
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.nar import NARDeployment
-from valle.serve.engine.request import Request
+from valle.serve.engine.engine import Engine
+from valle.serve.engine.request import FinishReason
 from valle.serve.web.api import create_api
 from valle.serve.web.voices import PART_SECONDS
 
 pytestmark = pytest.mark.anyio
 
-VERSION = "models:/valle/1"
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 
 
@@ -71,44 +71,73 @@ async def test_a_deleted_voice_is_forgotten_by_all_replicas(
     assert (await speak(http, "ann")).status_code == 404
 
 
-async def test_models_forget_the_prompts_of_ended_requests(tiny_models: None) -> None:
-    """Neither the keys and values of a prompt nor those of a request in its voice stay."""
+def leftovers(engine: Engine) -> list[str]:
+    """Where an engine still holds something of a request."""
+    runner = engine._runner
+    stores = {
+        "keys": runner._cache.keys,
+        "values": runner._cache.values,
+        "hidden states": runner._hidden,
+        "keys of the prefill": runner.prefill.cache.keys,
+        "values of the prefill": runner.prefill.cache.values,
+        "input of the prefill": runner.prefill._x,
+    }
+    return [name for name, store in stores.items() if store.nan_to_num().any()]
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2, 9, None], ids=lambda n: f"after {n} steps")
+@pytest.mark.parametrize("n_others", [0, 1])
+def test_engine_forgets_a_request_in_any_state(n_steps: int | None, n_others: int) -> None:
+    """Waiting, in prefill, running beside another one, ended: nothing stays of it in the end, and
+    its codes are the same. A later request is not disturbed."""
+    model = short_ar(1)
+    model.head.bias.data[EOS] -= 100  # each has all its frames
+    engine = build_engine(model, slots=2, prefill_chunk=32)
+    requests = [request(number, max_frames=12) for number in range(n_others + 1)]
+    requests[0] = replace(requests[0], phonemes=requests[0].phonemes * 8)  # two prefill steps
+    for item in requests:
+        engine.add(item)
+    codes: dict[str, list[int]] = {}
+    ends: dict[str, FinishReason] = {}
+    while not engine.idle if n_steps is None else n_steps > 0:
+        collect(engine.step(), codes, ends)
+        n_steps = None if n_steps is None else n_steps - 1
+    assert n_steps is not None or leftovers(engine)
+    engine.forget_prompts()
+    while not engine.idle:
+        collect(engine.step(), codes, ends)
+    assert leftovers(engine) == []
+    later = request(3, max_frames=12)
+    engine.add(later)
+    while not engine.idle:
+        collect(engine.step(), codes, ends)
+    for item in (*requests, later):
+        assert codes[item.id] == generate_alone(model, item)[0]
+
+
+async def test_deployments_forget_prompts(tiny_models: None) -> None:
     args = AppArgs(max_sentence_seconds=1.0, slots=2, nar_prompt_cache_seconds=300)
-    ar = ARDeployment(VERSION, "", "cpu", args)
-    nar = NARDeployment(VERSION, "", "cpu", args)
-    prompt = np.random.default_rng(0).integers(0, 1024, (8, 50)).astype(np.int16)
-    request = Request(id="x", phonemes=[5, 9, 7], prompt=prompt, max_frames=20)
+    ar, nar = ARDeployment("a", "", "cpu", args), NARDeployment("a", "", "cpu", args)
     [worker], [version] = ar.models, nar.models
-    runner = worker._engine._runner
-    stores = [runner._cache.keys, runner._cache.values, runner._hidden]
-    stores += [runner.prefill.cache.keys, runner.prefill.cache.values]
-
-    running = ar.stream(VERSION, request, Chunking(first_frames=8))
-    first = await anext(running)
-    chunk = await ar.generate(VERSION, replace(request, id="y"))
-    await nar.decode(VERSION, NARRequest(request.phonemes, prompt, chunk.codes))
-    assert len(version.decoder._prompts) == 1 and all(store.any() for store in stores[:3])
-
+    item = request(1, max_frames=20)
+    chunk = await ar.generate("a", item)
+    await nar.decode("a", NARRequest(item.phonemes, item.prompt, chunk.codes))
+    assert len(version.decoder._prompts) == 1 and leftovers(worker._engine)
     await nar.forget_prompts()
     await ar.forget_prompts()
     assert not len(version.decoder._prompts)
-    codes = [*first.codes.tolist()]
-    async for part in running:  # a response that runs ends as if nothing had happened
-        codes += part.codes.tolist()
-    assert codes == chunk.codes.tolist()
     async with asyncio.timeout(30):
-        while any(store.nan_to_num().any() for store in stores):
+        while leftovers(worker._engine):
             await asyncio.sleep(0.01)
-    again = await ar.generate(VERSION, request)
-    assert (again.codes == chunk.codes).all()
+    assert (await ar.generate("a", item)).codes.tolist() == chunk.codes.tolist()
     await asyncio.to_thread(worker.close)
 
 
 async def test_models_drop_prompts_after_a_while_without_calls(tiny_models: None) -> None:
     args = AppArgs(nar_prompt_cache_seconds=0.2)
-    nar = NARDeployment(VERSION, "", "cpu", args)
+    nar = NARDeployment("a", "", "cpu", args)
     codes = np.zeros((8, 5), np.int16)
-    await nar.decode(VERSION, NARRequest([5], codes, codes[0]))
+    await nar.decode("a", NARRequest([5], codes, codes[0]))
     prompts = nar.models[0].decoder._prompts
     assert prompts.currsize == 1
     async with asyncio.timeout(30):
