@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import clusters
+from helpers.tiny_bundles import pack_bundle
 
 from valle.jobs.publish import PublishRecipe, publish
+from valle.model.codec.encodec import Encodec
 from valle.model.valle import Synthesis
-from valle.platform import audio, registry, tracking
+from valle.platform import audio, bundle, registry, tracking
 
 
 def test_publish_registers_plain_files_and_moves_the_alias(
@@ -24,8 +26,7 @@ def test_publish_registers_plain_files_and_moves_the_alias(
 ) -> None:
     import mlflow
 
-    assert publish(publish_recipe) == 1
-    assert publish(publish_recipe) == 2
+    assert [publish(publish_recipe).version for _ in range(2)] == [1, 2]
     folder = registry.resolve(registry.CHAMPION)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {
@@ -36,6 +37,7 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     version = client.get_model_version_by_alias("valle", "champion")
     assert int(version.version) == 2
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
+    assert version.tags["bundle_sha256"] == bundle.verify(folder)
 
 
 @pytest.fixture
@@ -109,14 +111,16 @@ def test_pack_refuses_parts_that_do_not_belong_together(
         publish(replace(publish_recipe, codec="nano"))
 
 
-def test_resolve_and_pin_accept_a_bundle_s_folder(home: Path) -> None:
-    (home / "bundle").mkdir()
-    (home / "bundle/bundle.json").touch()
-    assert registry.resolve("bundle") == home / "bundle", "relative to VALLE_HOME"
-    assert registry.pin("bundle") == str(home / "bundle")
-    with pytest.raises(FileNotFoundError, match=f"no model bundle at {home}/none: bundle.json is"):
-        registry.resolve("none")
+def test_resolve_and_pin_accept_a_bundle_s_folder(
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
+) -> None:
+    folder = pack_bundle(home, tiny_codec_folder, tiny_codec.identity)
+    assert registry.resolve("bundle") == folder, "relative to VALLE_HOME"
+    assert registry.pin("bundle") == f"{folder}#{bundle.verify(folder)}"
+    for find in (registry.resolve, registry.pin):
+        with pytest.raises(FileNotFoundError, match=f"no model bundle at {home}/none: bundle.json"):
+            find("none")
     with pytest.raises(FileNotFoundError, match="train and publish one"):
-        registry.resolve("models:/valle@champion")
+        registry.resolve("models:/valle/1")
     with pytest.raises(ValueError, match=r"'models:/valle' is not models:/name@alias or"):
         registry.pin("models:/valle")
