@@ -95,7 +95,8 @@ def read_report(version: int) -> bytes | None:
         entry = client.get_model_version(MODEL_NAME, str(version))
         location = artifact_location(client, entry.source)
         files = mlflow.artifacts.list_artifacts(artifact_uri=location, tracking_uri=address)
-        if bundle.REPORT not in {file.path for file in files}:
+        # paths start with the folder's own name where the store is local
+        if bundle.REPORT not in {Path(file.path).name for file in files}:
             return None
         path = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{location}/{bundle.REPORT}", dst_path=folder, tracking_uri=address

@@ -14,6 +14,7 @@ from valle.platform import audio, bundle, checkpoint, model_versions, registry, 
 from valle.platform.recipe import resolve_paths
 
 
+@pytest.mark.usefixtures("database")
 def test_export_writes_a_bundle_that_speaks_like_its_source(
     publish_recipe: PublishRecipe, home: Path
 ) -> None:

@@ -21,6 +21,7 @@ from valle.model.valle import Synthesis
 from valle.platform import audio, bundle, registry, tracking
 
 
+@pytest.mark.usefixtures("database")
 def test_publish_registers_plain_files_and_moves_the_alias(
     publish_recipe: PublishRecipe, home: Path
 ) -> None:

@@ -82,6 +82,7 @@ async def test_versions_are_evicted_when_no_call_runs_on_them() -> None:
     assert await deployment.record_autoscaling_stats() == {"slot_demand": 0}
 
 
+@pytest.mark.usefixtures("database")
 def test_pin_returns_a_name_that_does_not_move(publish_recipe: PublishRecipe) -> None:
     publish(publish_recipe)
     publish(publish_recipe)
