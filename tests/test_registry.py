@@ -1,10 +1,7 @@
 """The model registry, on untrained models: versions, aliases, bundles, a real server."""
 
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import clusters
+from helpers.mlflow_servers import MlflowServer
 from helpers.tiny_bundles import pack_bundle
 
 from valle.jobs.publish import PublishRecipe, publish
@@ -42,24 +39,12 @@ def test_publish_registers_plain_files_and_moves_the_alias(
 
 
 @pytest.fixture
-def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real tracking server that keeps artifacts itself, as a team's would."""
-    port = clusters.free_port()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{home}/server.db",
-        "--artifacts-destination", str(home / "server-artifacts"),
-    ]  # fmt: skip
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        clusters.wait_for(lambda: clusters.responds(f"{address}/health"), 120, "MLflow")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    server = MlflowServer(home)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    yield server
+    server.kill(signal.SIGTERM)
 
 
 def log_as_worker(run_id: str, address: str) -> None:
@@ -72,7 +57,7 @@ def log_as_worker(run_id: str, address: str) -> None:
 
 @pytest.mark.slow
 def test_runs_and_registry_on_a_real_mlflow_server(
-    publish_recipe: PublishRecipe, home: Path, mlflow_server: str
+    publish_recipe: PublishRecipe, home: Path, mlflow_server: MlflowServer
 ) -> None:
     import mlflow
 
@@ -80,7 +65,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
         tracking.driver_run("served", {"optimization": {"warmup": 5}}) as run_id,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other,
     ):
-        other.submit(log_as_worker, run_id, mlflow_server).result()
+        other.submit(log_as_worker, run_id, mlflow_server.address).result()
     client = mlflow.MlflowClient()
     run = client.get_run(run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 2.5)
@@ -88,7 +73,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     artifacts = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
     assert artifacts == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
 
-    assert publish(publish_recipe) == 1
+    assert publish(publish_recipe).version == 1
     folder = registry.resolve(registry.CHAMPION)
     assert (folder / "codec/model.safetensors").read_bytes() == (
         Path(publish_recipe.codec) / "model.safetensors"
@@ -99,7 +84,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     )
     assert result.codes.shape[0] == 8
     # artifacts went through the server, not into a folder of this process
-    assert any((home / "server-artifacts").rglob("sample.wav"))
+    assert any(mlflow_server.artifacts.rglob("sample.wav"))
     assert not (home / "mlruns").exists() and not (home / "mlflow.db").exists()
 
 
