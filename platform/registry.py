@@ -17,6 +17,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from valle.model.ar import AR
 from valle.model.codec import encodec
@@ -171,8 +172,7 @@ def display_name(model_uri: str) -> str:
     folder, digits = model_uri, ""
     if match := _PINNED_FOLDER.fullmatch(model_uri):
         folder, digits = match[1], f"#{match[2][:8]}"
-    # a header holds Latin letters only
-    return Path(folder).name.encode("ascii", "replace").decode() + digits
+    return quote(Path(folder).name, safe=" +,=@#") + digits  # a header holds ASCII only
 
 
 def registry_address(tracking_uri: str | None = None) -> str:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from contextvars import Context
 
 logger = logging.getLogger("ray.serve")
@@ -17,10 +16,6 @@ FIRST_LOOKUP_SECONDS = 20.0
 
 FIRST_RETRY_SECONDS = 2.0
 """Time between two attempts to find a first version; requests in between are refused at once."""
-
-
-READINESS_SECONDS = 1.0
-"""Time that readiness waits for the first version."""
 
 
 class NoVersionError(Exception):
@@ -61,17 +56,6 @@ class AliasWatcher:
             self._poll_task = asyncio.create_task(self._poll(), context=Context())
         assert self._version is not None, "the first look-up has set it"
         return self._version
-
-    async def has_version(self) -> bool:
-        """True when requests have a version, so that they can be answered.
-
-        Starts the first look-up, and waits a second for it at most: readiness asks before requests
-        come, and must answer while the registry does not.
-        """
-        if self._version is None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._start_first()), READINESS_SECONDS)
-        return self._version is not None
 
     async def _wait_for_first(self) -> None:
         task = self._start_first()

@@ -86,7 +86,7 @@ def create_api(args: AppArgs, deployments: Deployments, deployed: str | None = N
     # added last, so outermost: it counts the refusals of the others too
     api.add_middleware(MetricsMiddleware, metrics=metrics)
     _add_error_handlers(api)
-    _add_status_routes(api, registry.display_name(args.model), deployments, metrics, watcher)
+    _add_status_routes(api, registry.display_name(args.model), deployments, metrics)
     _add_voice_routes(api, store, prompts, watcher)
 
     @api.post("/v1/audio/speech", response_class=Response)
@@ -149,7 +149,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _add_status_routes(
-    api: FastAPI, model: str, deployments: Deployments, metrics: Metrics, watcher: AliasWatcher
+    api: FastAPI, model: str, deployments: Deployments, metrics: Metrics
 ) -> None:
     """Health, metrics and the list of models."""
     created = int(time.time())
@@ -161,10 +161,8 @@ def _add_status_routes(
 
     @api.get("/health/ready")
     async def ready() -> Response:
-        """Every deployment has a running replica, and requests have a version of the model."""
+        """Every deployment has a running replica, so speech requests can be answered."""
         missing = await deployments.not_running()
-        if not await watcher.has_version():
-            missing = [*missing, "model version"]
         content = {"status": "waiting" if missing else "ready", "waiting_for": missing}
         return JSONResponse(content, 503 if missing else 200)
 
