@@ -169,7 +169,7 @@ def test_trainee_resumed_equals_uninterrupted(recipe: QuantizerRecipe, tmp_path:
 
 def test_batches_of_two_ranks_are_those_of_one(recipe: QuantizerRecipe) -> None:
     """Two workers with four crops each draw what one worker with eight does."""
-    state = TrainState(step=31)
+    state = TrainState(step=31, position=31)
     one = QuantizerTrainee(replace(recipe, batch_size=8)).batches(state, Worker())
     two = [
         QuantizerTrainee(recipe).batches(state, Worker(rank=rank, world_size=2))

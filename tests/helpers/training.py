@@ -203,7 +203,7 @@ class BothRanksTrainee(LanguageModelTrainee):
             for rank in range(2)
         )
         for one, other in zip(first, second, strict=True):
-            yield Planned(one.epoch, one.index, (one.data, other.data))
+            yield Planned(one.epoch, one.index, one.position, (one.data, other.data))
 
     def inputs(self, data: tuple[Batch, ...], step: int, worker: Worker) -> Inputs:
         return tuple(
