@@ -149,7 +149,8 @@ def test_trainee_metrics_and_metadata(
     metrics = run_plain(QuantizerTrainee(short), tmp_path / "runs")
     assert set(metrics[24]) == {
         "train/error", "train/commitment", "train/codebooks", "train/gradient_norm",
-        "train/learning_rate", "validation/error_2_codebooks", "validation/error_3_codebooks",
+        "train/learning_rate", "train/skipped_batches", "validation/error_2_codebooks",
+        "validation/error_3_codebooks",
     }  # fmt: skip
     assert metrics[8]["train/codebooks"] == 0
     assert "validation/error_2_codebooks" not in metrics[8], "before the codebooks exist"

@@ -111,11 +111,14 @@ class DDPBackend:
         kept = objective.state_dict().keys()
         self._averages = [b for name, b in objective.named_buffers() if name in kept]
         self._averages_before: list[Tensor] = []
+        self._random_state = torch.get_rng_state()
         self._is_finite = torch.ones((), device=device)
 
     def forward(self, inputs: Inputs) -> Output:
-        # a codec's forward pass moves its codebooks, which a skipped step must not do
-        self._averages_before = [buffer.clone() for buffer in self._averages]
+        # a codec's forward pass moves its codebooks, and draws entries, which a skipped step undoes
+        if self._averages:
+            self._averages_before = [buffer.clone() for buffer in self._averages]
+            self._random_state = torch.get_rng_state()
         with self._autocast:
             output: Output = self._objective(*inputs)
         return output
@@ -138,10 +141,15 @@ class DDPBackend:
             self._optimizer.step()
         else:
             self._optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, before in zip(self._averages, self._averages_before, strict=True):
-                    buffer.copy_(before)
+            self._restore_averages()
         return Update(float(norm), taken)
+
+    @torch.no_grad()
+    def _restore_averages(self) -> None:
+        if self._averages:
+            for buffer, before in zip(self._averages, self._averages_before, strict=True):
+                buffer.copy_(before)
+            torch.set_rng_state(self._random_state)
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()

@@ -5,7 +5,6 @@ killed meanwhile leaves half a file, and Ray refuses to start. Checkpoints thems
 whole or not at all, but disks lose bits. `repair` makes the folder and the list agree.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -69,7 +68,9 @@ def _read_snapshot(uri: str) -> list[str] | None:
     )
 
     try:
-        state = _CheckpointManagerState.parse_obj(storage.read_json(storage.join(uri, SNAPSHOT)))
+        state = _CheckpointManagerState.model_validate(
+            storage.read_json(storage.join(uri, SNAPSHOT))
+        )
     except (ValueError, TypeError):  # half a file, or one of another version of Ray
         return None
     names = sorted(str(result.checkpoint_dir_name) for result in state.checkpoint_results)
@@ -111,7 +112,7 @@ def _write_snapshot(uri: str, steps: list[str], score: str | None) -> None:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    storage.write_bytes(storage.join(uri, SNAPSHOT), json.dumps(json.loads(state.json())).encode())
+    storage.write_bytes(storage.join(uri, SNAPSHOT), state.model_dump_json().encode())
 
 
 def _set_aside(uri: str, step: str, fault: str) -> None:
