@@ -31,7 +31,8 @@ def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
     Raises ValueError for checkpoints that do not belong together or to the codec.
     """
     if not arguments.ar_ckpt and not arguments.nar_ckpt:
-        return registry.load_synthesizer(registry.resolve(arguments.model), arguments.device)
+        folder = registry.resolve(arguments.model, allow_cached=True)
+        return registry.load_synthesizer(folder, arguments.device)
     if not (arguments.ar_ckpt and arguments.nar_ckpt):
         raise ValueError("--ar-ckpt and --nar-ckpt go together")
     codec_path = storage.absolute(arguments.codec, CODEC_NAMES)

@@ -26,7 +26,7 @@ from valle.serve.engine.request import Request
 from valle.serve.web.api import create_api
 from valle.serve.web.service import PREFETCH_CHUNKS
 
-MODEL = "/some/bundle"
+MODEL = "/some/bundle#" + "1a2b3c4d" * 8
 """A folder: no registry is asked about it."""
 
 SPEECH = "/v1/audio/speech"
@@ -103,7 +103,7 @@ async def test_create_speech_of_one_sentence_is_a_complete_file(
     response = await http.post(SPEECH, json=BODY | {"input": text})
     assert response.status_code == 200, response.text
     assert response.content == pcm(expected_wave(deployments, args, recording, text, chunked=False))
-    assert response.headers["x-model"] == MODEL and response.headers["x-seed"] == "7"
+    assert response.headers["x-model"] == "bundle#1a2b3c4d" and response.headers["x-seed"] == "7"
     assert response.headers["x-hit-limit"] == "false"
     assert int(response.headers["content-length"]) == len(response.content)
 

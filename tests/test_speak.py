@@ -11,6 +11,7 @@ from valle.jobs.speak import main, read_reference
 from valle.platform import audio
 
 
+@pytest.mark.usefixtures("database")
 def test_main_writes_the_same_speech_for_the_same_seed(
     publish_recipe: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,4 +51,5 @@ def write_publish_recipe(
         codec=str(codec_folder),
         sample_prompt="voices/ann.wav",
         sample_seconds=1.0,
+        force="untrained models, for tests",
     )
