@@ -37,7 +37,7 @@ from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
-from valle.platform.vad import SpeechFraction
+from valle.platform.vad import SpeechDetector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Evaluator:
         )
         self._encoder = speaker_similarity.load_speaker_encoder(recipe.speaker_encoder)
         self._distillmos, self._dnsmos = quality.DistillMos(), quality.Dnsmos()
-        self._speech_fraction = SpeechFraction()
+        self._speech_fraction = SpeechDetector()
 
     def evaluate(self, item: EvaluationItem) -> list[Measurement]:
         """Measurements of all systems that the item allows."""

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from helpers.asgi import StreamingRequest
 from helpers.deployments import GROUP, FakeDeployments, all_codebooks, recording_codes, samples
+from helpers.recordings import speech
 from starlette.types import ASGIApp
 
 from valle.model.chunks import nar_decode_chunks
 from valle.model.codec.interface import Wave
 from valle.model.nar_decoding import NARRequest
 from valle.model.sentences import PAUSE, sentence_phoneme_ids
-from valle.model.tokens import FRAME_RATE, HOP, SAMPLE_RATE
+from valle.model.tokens import FRAME_RATE, HOP
 from valle.platform import audio
 from valle.serve.app_args import AppArgs
 from valle.serve.engine.request import Request
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def recording() -> Wave:
-    return np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
+    return speech(2)
 
 
 @pytest.fixture
