@@ -35,6 +35,7 @@ from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import checkpoint_files, storage
 from valle.platform.checkpoint_files import BrokenCheckpointError
 from valle.platform.typed import from_dict
+from valle.platform.weights_header import check_shapes
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -165,7 +166,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
     try:
         metadata = _parse_metadata(json.loads(path.read_text()))
-    except (json.JSONDecodeError, dacite.DaciteError, ValueError) as error:
+    except (ArithmeticError, TypeError, dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
     if not inventory_matches(metadata.inventory):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
@@ -206,11 +207,12 @@ def load(
             f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt attends to "
             f"more than itself; train it further with this code (`warm_start.nar=...`)"
         )
-    model = build_model(metadata.model)
     try:
+        check_shapes(folder / WEIGHTS, metadata.model)
+        model = build_model(metadata.model)
         weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     return model.to(device).eval(), metadata
 
