@@ -1,6 +1,7 @@
 """Versions of a model in one replica: loading, failing, eviction; and the number of replicas."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.platform import registry
+from valle.platform import bundle, registry
 from valle.serve.deployments.health import ReplicaHealth
 from valle.serve.deployments.scaling import SlotUtilizationPolicy
 from valle.serve.deployments.versions import MultiVersionDeployment
@@ -147,14 +148,18 @@ async def test_a_replica_whose_model_is_broken_ends_itself() -> None:
     assert reasons == ["the device failed"]
 
 
+@pytest.mark.usefixtures("database")
 def test_pin_returns_a_name_that_does_not_move(publish_recipe: PublishRecipe) -> None:
     publish(publish_recipe)
     publish(publish_recipe)
-    assert registry.pin("models:/valle@champion") == "models:/valle/2"
-    assert registry.pin("models:/valle/latest") == "models:/valle/2"
-    assert registry.pin("models:/valle/1") == "models:/valle/1"
-    assert registry.pin("/some/folder") == "/some/folder"
-    with pytest.raises(FileNotFoundError, match="the registry has no models:/valle@nobody"):
+    second = registry.pin("models:/valle@champion")
+    assert re.fullmatch(r"models:/valle/2#m-[0-9a-f]{32}/[0-9a-f]{8}", second)
+    assert registry.pin("models:/valle/latest") == second == registry.pin("models:/valle/2")
+    first = registry.pin("models:/valle/1")
+    assert registry.pin(first) == first, "a pinned name stays as it is"
+    digits = bundle.verify(registry.resolve(first))[:8]
+    assert registry.display_name(first) == f"models:/valle/1#{digits}"
+    with pytest.raises(FileNotFoundError, match=r"no models:/valle@nobody; it has versions 1, 2"):
         registry.pin("models:/valle@nobody")
     with pytest.raises(ValueError, match="is not models:/name@alias or models:/name/version"):
         registry.pin("models:/valle/Production")

@@ -51,7 +51,7 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
         # on a CPU too: an old engine keeps the key-value cache of all its slots
         super().__init__(
             load,
-            registry.pin(model, tracking_uri),
+            registry.pin(model, tracking_uri, allow_cached=True),
             health=health,
             close=EngineWorker.close,
             on_gpu=device == "cuda",

@@ -41,7 +41,8 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
             )
             return BatchedCodec(codec, encoder, decoder)
 
-        super().__init__(load, registry.pin(model, tracking_uri), health=health)
+        version = registry.pin(model, tracking_uri, allow_cached=True)
+        super().__init__(load, version, health=health)
 
     async def encode(self, version: str, wave: Wave) -> Codes:
         """Codes `[8, T]` of a recording at 24 kHz."""

@@ -55,9 +55,8 @@ class NARDeployment(MultiVersionDeployment[BatchedNAR]):
             batcher = DynamicBatcher(work, lambda item: item.n_positions, budget, health)
             return BatchedNAR(decoder, batcher)
 
-        super().__init__(
-            load, registry.pin(model, tracking_uri), health=health, on_gpu=device == "cuda"
-        )
+        version = registry.pin(model, tracking_uri, allow_cached=True)
+        super().__init__(load, version, health=health, on_gpu=device == "cuda")
 
     async def decode(self, version: str, request: NARRequest) -> Codes:
         """All codebooks `[8, T]`."""

@@ -7,28 +7,23 @@ request needs them, and caches the codes for a while.
 import base64
 import binascii
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
-from valle.model.tokens import HOP, SAMPLE_RATE
-from valle.platform import audio
+from valle.model.tokens import HOP
+from valle.platform.audio import AudioError
 from valle.platform.storage import FileStamp
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
 from valle.serve.web.prompt_cache import PromptCache
 from valle.serve.web.schema import ApiError, SpeechRequest
-from valle.serve.web.voices import (
-    MAX_RECORDING_SECONDS,
-    VoiceError,
-    VoiceStore,
-    read_voice_metadata,
-)
+from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
 
-MIN_PROMPT_SECONDS = 1.0
-"""Lower bound of a recording."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class PromptEncoder:
     def __init__(self, store: VoiceStore, deployments: Deployments) -> None:
         self._store, self._deployments = store, deployments
         self._cache = PromptCache(self._stamp)
+        self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
     async def for_request(self, request: SpeechRequest, version: str) -> Codes:
@@ -78,11 +74,13 @@ class PromptEncoder:
         )
 
     async def _encode_recording(self, recording: Recording, version: str) -> Codes:
-        codes = await self._stored_codes(recording, version)
-        if codes is None:
-            wave = await run_in_threadpool(_decode_recording, recording)
-            codes = await self.encode(wave, version)
-        return codes
+        metadata = None
+        if recording.param == "voice":
+            metadata = await self._in_thread(self._store.read_metadata, recording.data)
+        if metadata is not None and await self._is_current(metadata, version):
+            return metadata.prompt_codes()
+        wave = await self._in_thread(self._decode, recording, metadata is not None)
+        return await self.encode(wave, version)
 
     async def encode(self, wave: Wave, version: str) -> Codes:
         """Codes `[8, P]` of the first seconds of a recording."""
@@ -94,14 +92,23 @@ class PromptEncoder:
             self._codec_sha256[version] = await self._deployments.codec_sha256(version)
         return self._codec_sha256[version]
 
-    async def _stored_codes(self, recording: Recording, version: str) -> Codes | None:
-        """Codes stored with an uploaded voice, if that version's codec made them."""
-        if recording.param != "voice":
-            return None
-        metadata = await run_in_threadpool(read_voice_metadata, recording.data)
-        if metadata is None or metadata.codec != await self.codec_sha256(version):
-            return None
-        return metadata.prompt_codes()
+    async def _is_current(self, metadata: VoiceMetadata, version: str) -> bool:
+        """Whether that version's codec made the codes that are stored with an uploaded voice."""
+        return bool(metadata.prompt) and metadata.codec == await self.codec_sha256(version)
+
+    def _decode(self, recording: Recording, uploaded: bool) -> Wave:
+        """The recording to make a prompt of. Raises ApiError for one that cannot serve."""
+        try:
+            if uploaded:
+                return self._store.read_uploaded(recording.data)
+            return self._store.read_reference(recording.data)
+        except AudioError as error:
+            raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Calls a function that waits for a decoder in a thread; only a few at a time, so that slow
+        recordings do not take the threads of all other requests."""
+        return await to_thread.run_sync(function, *arguments, limiter=self._decoding_threads)
 
     def _read_recording(self, request: SpeechRequest) -> Recording:
         if request.ref_audio is not None:
@@ -117,14 +124,3 @@ class PromptEncoder:
             return Recording(self._store.read(request.voice), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
-
-
-def _decode_recording(recording: Recording) -> Wave:
-    try:
-        wave = audio.read(recording.data, max_seconds=MAX_RECORDING_SECONDS)
-        seconds = len(wave) / SAMPLE_RATE
-        if seconds < MIN_PROMPT_SECONDS:
-            raise audio.AudioError(f"{seconds:.2f} s, at least {MIN_PROMPT_SECONDS:g} s")
-    except audio.AudioError as error:
-        raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
-    return wave
