@@ -29,6 +29,7 @@ from valle.platform.bundle import Bundle, BundleError, read_bundle, write_bundle
 from valle.platform.cluster import CODE_ROOT
 from valle.platform.credentials import strip_credentials
 from valle.platform.registry_client import (
+    MissingModelError,
     RegistryUnavailableError,
     is_missing,
     is_missing_database,
@@ -87,14 +88,14 @@ def pin(
 
     `allow_cached`: while the registry does not answer, the version that it gave this node last is
     used, with a warning. The champion of a registry that holds no version is the shipped model,
-    with a warning if `announce`. Raises FileNotFoundError, with the remedy, for a missing model,
-    RegistryUnavailableError, BundleError for a folder that has been changed, ValueError for
-    another URI.
+    with a warning if `announce`. Raises MissingModelError, with the remedy, for a model that the
+    registry does not have, FileNotFoundError for a missing folder, RegistryUnavailableError,
+    BundleError for a folder that has been changed, ValueError for another URI.
     """
     if _PINNED_VERSION.fullmatch(model_uri) or _PINNED_FOLDER.fullmatch(model_uri):
         return model_uri
     if not model_uri.startswith(REGISTRY_PREFIX):
-        return _pin_folder(Path(storage.absolute(model_uri)))
+        return _pin_folder(_local_folder(model_uri))
     name, alias, number = _parse(model_uri)
     address = registry_address(tracking_uri)
     try:
@@ -124,7 +125,7 @@ def current_version(
 
     The first time (`current` is None), a registry that does not answer is replaced by its last
     answer on this node, or by `deployed`. After that an error is raised, so that the caller stays
-    with `current`; and a registry that has lost its versions raises FileNotFoundError, where `pin`
+    with `current`; and a registry that has lost its versions raises MissingModelError, where `pin`
     would go back to the shipped model.
     """
     if current is None:
@@ -137,7 +138,7 @@ def current_version(
             return deployed
     pinned = pin(model_uri, tracking_uri, announce=False)
     if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
-        raise FileNotFoundError(
+        raise MissingModelError(
             f"the registry at {strip_credentials(registry_address(tracking_uri))} is empty, but "
             f"held {display_name(current)}"
         )
@@ -151,7 +152,7 @@ def resolve(model_uri: str, tracking_uri: str | None = None, *, allow_cached: bo
     without the registry. Errors are those of `pin`.
     """
     if not model_uri.startswith(REGISTRY_PREFIX) and not _PINNED_FOLDER.fullmatch(model_uri):
-        folder = Path(storage.absolute(model_uri))
+        folder = _local_folder(model_uri)
         bundles.verify(folder)
         return folder
     pinned = pin(model_uri, tracking_uri, allow_cached=allow_cached)
@@ -207,7 +208,7 @@ def _look_up(model_uri: str, name: str, alias: str, number: str, address: str) -
         return f"models:/{name}/{version.version}#{key}" + (f"/{digits}" if digits else "")
     if model_uri == CHAMPION and not numbers:
         return None
-    raise FileNotFoundError(_missing(model_uri, alias, numbers, address))
+    raise MissingModelError(_missing(model_uri, alias, numbers, address))
 
 
 class MissingVersionError(Exception):
@@ -253,10 +254,20 @@ def _cache_key(source: str) -> str:
 
 def _parse(model_uri: str) -> tuple[str, str, str]:
     """(name, alias, version) of `models:/name@alias` or `models:/name/version`."""
-    match = re.fullmatch(r"models:/([^/@#]+)(?:@([^/@#]+)|/(\d+|latest))", model_uri)
+    match = re.fullmatch(r"models:/([^/@#]+)(?:@([\w-]+)|/(\d{1,9}|latest))", model_uri)
     if match is None:
         raise ValueError(f"model: {model_uri!r} is not models:/name@alias or models:/name/version")
     return match[1], match[2] or "", match[3] or ""
+
+
+def _local_folder(model_uri: str) -> Path:
+    path = storage.absolute(model_uri)
+    if "://" in path:
+        raise ValueError(
+            f"model: {model_uri} is no local folder; copy the bundle to a disk of every node, or "
+            "publish it to the registry"
+        )
+    return Path(path)
 
 
 def _pin_folder(folder: Path) -> str:
@@ -291,10 +302,15 @@ def _resolve_version(pinned: re.Match[str], address: str) -> Path:
     def download(part: Path) -> Path:
         import mlflow
 
+        if is_missing_database(address):
+            raise MissingModelError(_missing(version_uri, "", [], address))
         with registry_client(address, version_uri) as client:
-            version = _find_version(client, name, "", number)
+            try:
+                version = _find_version(client, name, "", number)
+            except MissingVersionError as error:
+                raise MissingModelError(_missing(version_uri, "", [], address)) from error
             if _cache_key(version.source) != key:
-                raise FileNotFoundError(
+                raise MissingModelError(
                     f"the registry at {strip_credentials(address)} has begun anew: "
                     f"its {version_uri} is another model than the one deployed"
                 )
