@@ -196,7 +196,7 @@ def _add_voice_routes(
         consent: Annotated[str, Form(min_length=3, max_length=1000)],
         text: Annotated[str | None, Form(max_length=4096)] = None,
     ) -> dict[str, object]:
-        """Stores a recording of 2 to 30 s as a voice. `consent` says who agreed to it."""
+        """Stores a recording of 1 to 60 s as a voice. `consent` says who agreed to it."""
         data = await audio_sample.read()
         try:
             wave = await run_in_threadpool(store.validate_recording, name, data)
