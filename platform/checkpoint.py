@@ -97,7 +97,7 @@ class CheckpointMetadata:
     """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
     dataset: str | None = None
     """SHA-256 of what the token dataset consists of; None: unknown, of an earlier checkpoint."""
-    text_version: str | int | None = None
+    text_version: int | None = None
     """Version of the function that made the dataset's phonemes; None: unknown."""
 
 
@@ -123,7 +123,7 @@ def new_metadata(
     code_version: str,
     recipe: dict[str, Any],
     dataset: str | None = None,
-    text_version: str | int | None = None,
+    text_version: int | None = None,
 ) -> CheckpointMetadata:
     """Metadata of the present format and phoneme inventory."""
     return CheckpointMetadata(
