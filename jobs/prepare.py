@@ -19,9 +19,11 @@ import pyarrow as pa
 
 from valle.jobs.ingest.layouts import Reject, Source, SourceItem, list_items
 from valle.jobs.recipes import parse_arguments
-from valle.model import text as phonemes
 from valle.model.codec.interface import CodecIdentity
 from valle.model.codec.loading import CODEC_NAMES, load_codec
+from valle.model.languages import espeak_voice
+from valle.model.normalize import TEXT_VERSION
+from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
@@ -141,24 +143,24 @@ class DecodeAudio:
 
 
 class Phonemize:
-    """Converts texts to phoneme ids; an actor loads one espeak per language."""
+    """Converts texts to phoneme ids, with one espeak per actor."""
 
     def __init__(self, recipe: PrepareRecipe) -> None:
         self._recipe = recipe
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Adds `phonemes`."""
+        """Adds `phonemes`; `language` becomes the name of espeak's voice."""
         return map_rows(rows, self._phonemize)
 
     def _phonemize(self, row: Row) -> Row:
-        symbols = phonemes.phonemize([row["text"]], row["language"])[0]
-        ids = phonemes.encode(symbols)
+        voice = espeak_voice(row["language"])
+        ids = phoneme_ids(row["text"], voice)
         if not self._recipe.min_phonemes <= len(ids) <= self._recipe.max_phonemes:
             raise ValueError(
                 f"phoneme count out of range: {len(ids)}, "
                 f"limits {self._recipe.min_phonemes} and {self._recipe.max_phonemes}"
             )
-        return {"phonemes": ids}
+        return {"phonemes": ids, "language": voice}
 
 
 class EncodeShard:
@@ -225,16 +227,21 @@ class DatasetState:
     statistics: Statistics
     ids: set[str]
     """Ids of all utterances and rejects."""
+    text_version: int = TEXT_VERSION
+    """Version of the text processing of its phonemes."""
 
 
 def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
     """Reads what is done, shards that a killed run has not listed in the manifest included."""
     manifest_shards: dict[str, Shard] = {}
+    text_version = TEXT_VERSION
     if storage.exists(storage.join(out, "dataset.json")):
         manifest = dataset.read_manifest(out)
         codec.check(manifest.codec, f"the dataset {out}")
         manifest_shards = {shard.name: shard for shard in manifest.shards}
-    state = DatasetState([], Statistics(), set())
+        if manifest.shards:
+            text_version = manifest.text_version
+    state = DatasetState([], Statistics(), set(), text_version)
     for name in dataset.shard_names(out):
         rows = dataset.read_columns(out, name, ["id", "speaker", "language", "frames"])
         state.shards.append(manifest_shards.get(name) or _adopt(out, name, rows))
@@ -314,8 +321,10 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     items, unlisted = _list(recipe)
     state = scan_output(recipe.out, identity)
     missing = [item for item in items if item.id not in state.ids]
+    if missing:
+        dataset.check_text_version(state.text_version, recipe.out)
     write_rejects(recipe.out, "listing", unlisted)
-    dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
+    dataset.write_manifest(recipe.out, identity, state.shards, state.statistics, state.text_version)
 
     # Process the others shard by shard; the driver lists finished shards in the manifest.
     reasons = Counter(reject.reason.split(":")[0] for reject in unlisted)
@@ -335,9 +344,13 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
                     dataset.read_columns(recipe.out, shard.name, ["speaker", "language", "frames"])
                 )
             if time.perf_counter() - last_manifest > 30:  # so that a killed run has a manifest
-                dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
+                dataset.write_manifest(
+                    recipe.out, identity, state.shards, state.statistics, state.text_version
+                )
                 last_manifest = time.perf_counter()
-    manifest = dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
+    manifest = dataset.write_manifest(
+        recipe.out, identity, state.shards, state.statistics, state.text_version
+    )
     seconds = time.perf_counter() - started
     report = {
         "out": recipe.out,

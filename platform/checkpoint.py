@@ -11,7 +11,7 @@ DeepSpeed writes shards of its own to `state/deepspeed`, which only the same run
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from valle.model.ar import AR
 from valle.model.codec.interface import CodecIdentity
 from valle.model.config import ARConfig, Kind, NARConfig
 from valle.model.nar import NAR
+from valle.model.normalize import TEXT_VERSION
 from valle.model.quantize import from_int8
 from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import storage
@@ -81,6 +82,10 @@ class CheckpointMetadata:
     """The resolved recipe of the run."""
     format: int = 1
     """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
+    text_version: int = 1
+    """Version of the text processing (`model/normalize.py`) of the training data."""
+    languages: tuple[str, ...] = ()
+    """Languages of the training data; empty if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,16 @@ class CodecCheckpointMetadata:
 
 
 def new_metadata(
-    model: ARConfig | NARConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
+    model: ARConfig | NARConfig,
+    codec: CodecIdentity,
+    code_version: str,
+    recipe: dict[str, Any],
+    *,
+    text_version: int = TEXT_VERSION,
+    languages: Sequence[str] = (),
 ) -> CheckpointMetadata:
-    """Metadata of the present format and phoneme inventory."""
+    """Metadata of the present format and phoneme inventory; `text_version` and `languages` are
+    those of the training data."""
     return CheckpointMetadata(
         kind=model.kind,
         model=model,
@@ -109,6 +121,8 @@ def new_metadata(
         code_version=code_version,
         recipe=recipe,
         format=FORMAT,
+        text_version=text_version,
+        languages=tuple(languages),
     )
 
 

@@ -14,11 +14,13 @@ Nothing is pickled, and loading executes nothing.
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,10 +29,13 @@ from valle.model.ar import AR
 from valle.model.codec import encodec
 from valle.model.codec.interface import CodecIdentity
 from valle.model.nar import NAR
+from valle.model.normalize import TEXT_VERSION
 from valle.model.valle import Synthesizer
 from valle.platform import checkpoint, settings, storage, tracking
 from valle.platform.cluster import CODE_ROOT
 from valle.platform.typed import from_dict
+
+logger = logging.getLogger(__name__)
 
 MODEL_NAME = "valle"
 REGISTRY_PREFIX = "models:/"
@@ -50,6 +55,10 @@ class Bundle:
     """URI of the AR checkpoint."""
     nar: str
     """URI of the NAR checkpoint."""
+    text_version: int = 1
+    """Version of the text processing (`model/normalize.py`) that both models learnt."""
+    languages: tuple[str, ...] = ()
+    """Languages of the training data, as espeak names them; empty if unknown."""
 
 
 def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
@@ -60,18 +69,34 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     checkpoint.fetch(ar, folder / "ar")
     checkpoint.fetch(nar, folder / "nar")
     identity = encodec.load(codec, cache=settings.read().cache).identity
+    text_versions, languages = [], []
     for part, kind in (("ar", "ar"), ("nar", "nar")):
         metadata = checkpoint.read_metadata(folder / part)
         if metadata.kind != kind:
             raise ValueError(f"{part}: the checkpoint holds a model of kind {metadata.kind!r}")
         identity.check(metadata.codec, f"the {part.upper()} checkpoint")
+        text_versions.append(metadata.text_version)
+        languages.append(metadata.languages)
+    if len(set(text_versions)) > 1:
+        raise ValueError(
+            f"the AR checkpoint learnt text version {text_versions[0]}, the NAR checkpoint "
+            f"{text_versions[1]}; train both on one dataset"
+        )
     official = codec == "encodec-24khz"
     if not official:
         source = encodec.NANO_CODEC_FOLDER if codec == "nano" else Path(codec)
         (folder / "codec").mkdir()
         for name in ("model.safetensors", "config.json"):
             shutil.copy(source / name, folder / "codec" / name)
-    bundle = Bundle(codec=identity, official_codec=official, ar=ar, nar=nar)
+    bundle = Bundle(
+        codec=identity,
+        official_codec=official,
+        ar=ar,
+        nar=nar,
+        text_version=text_versions[0],
+        languages=tuple(name for name in languages[0] if name in languages[1]),
+    )
+    _warn_of_text_version("the model", text_versions[0])
     (folder / "bundle.json").write_text(json.dumps(asdict(bundle), indent=2) + "\n")
     return bundle
 
@@ -280,9 +305,26 @@ def read_bundle(folder: Path) -> Bundle:
     return from_dict(Bundle, values)
 
 
+def read_languages(folder: Path) -> tuple[str, ...]:
+    """Languages of the data that a bundle was trained on; en-us if it does not say."""
+    return read_bundle(folder).languages or ("en-us",)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_text_version(name: str, version: int) -> None:
+    """Logs, once in a process, that a model learnt from text in another spoken form."""
+    if version != TEXT_VERSION:
+        logger.warning(
+            "%s was trained with text version %d, this code reads text as version %d: numbers, "
+            "abbreviations and markup may sound otherwise than it learnt; see docs/data.md",
+            name, version, TEXT_VERSION,
+        )  # fmt: skip
+
+
 def load_ar(folder: Path, device: str = "cpu") -> AR:
     """The AR model of a bundle."""
-    model, _ = checkpoint.load(folder / "ar", device)
+    model, metadata = checkpoint.load(folder / "ar", device)
+    _warn_of_text_version(f"the model in {folder}", metadata.text_version)
     assert isinstance(model, AR), "pack() has checked the kind"
     return model
 

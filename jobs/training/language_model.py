@@ -102,8 +102,14 @@ class LanguageModelTrainee:
         }
 
     def metadata(self) -> CheckpointMetadata:
+        manifest = self._loader.dataset.manifest
         return checkpoint.new_metadata(
-            self._model, self._codec, tracking.code_version(), asdict(self._recipe)
+            self._model,
+            self._codec,
+            tracking.code_version(),
+            asdict(self._recipe),
+            text_version=manifest.text_version,
+            languages=tuple(manifest.hours_by_language),
         )
 
     def validate(self, written: WrittenCheckpoint) -> dict[str, float]:
