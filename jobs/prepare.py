@@ -23,7 +23,6 @@ from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import CodecIdentity
 from valle.model.codec.loading import CODEC_NAMES, load_codec
 from valle.model.languages import espeak_voice
-from valle.model.normalize import TEXT_VERSION
 from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
@@ -165,14 +164,11 @@ class Phonemize:
         return map_rows(rows, self._phonemize)
 
     def _phonemize(self, row: Row) -> Row:
-        voice = espeak_voice(row["language"])
-        ids = phoneme_ids(row["text"], voice)
-        if not self._recipe.min_phonemes <= len(ids) <= self._recipe.max_phonemes:
-            raise ValueError(
-                f"phoneme count out of range: {len(ids)}, "
-                f"limits {self._recipe.min_phonemes} and {self._recipe.max_phonemes}"
-            )
-        return {"phonemes": ids, "language": voice}
+        ids = phoneme_ids(row["text"], row["language"])
+        least, most = self._recipe.min_phonemes, self._recipe.max_phonemes
+        if not least <= len(ids) <= most:
+            raise ValueError(f"phoneme count out of range: {len(ids)}, limits {least} and {most}")
+        return {"phonemes": ids, "language": espeak_voice(row["language"])}
 
 
 class EncodeShard:
@@ -239,21 +235,18 @@ class DatasetState:
     statistics: Statistics
     ids: set[str]
     """Ids of all utterances and rejects."""
-    text_version: int = TEXT_VERSION
-    """Version of the text processing of its phonemes."""
 
 
 def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
     """Reads what is done, shards that a killed run has not listed in the manifest included."""
     manifest_shards: dict[str, Shard] = {}
-    text_version = TEXT_VERSION
+    state = DatasetState([], Statistics(), set())
     if storage.exists(storage.join(out, "dataset.json")):
         manifest = dataset.read_manifest(out)
         codec.check(manifest.codec, f"the dataset {out}")
         manifest_shards = {shard.name: shard for shard in manifest.shards}
         if manifest.shards:
-            text_version = manifest.text_version
-    state = DatasetState([], Statistics(), set(), text_version)
+            state.statistics.text_version = manifest.text_version
     for name in dataset.shard_names(out):
         rows = dataset.read_columns(out, name, ["id", "speaker", "language", "frames"])
         state.shards.append(manifest_shards.get(name) or _adopt(out, name, rows))
@@ -334,9 +327,9 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     state = scan_output(recipe.out, identity)
     missing = [item for item in items if item.id not in state.ids]
     if missing:
-        dataset.check_text_version(state.text_version, recipe.out)
+        dataset.check_text_version(state.statistics.text_version, recipe.out)
     write_rejects(recipe.out, "listing", unlisted)
-    dataset.write_manifest(recipe.out, identity, state.shards, state.statistics, state.text_version)
+    dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
 
     # Process the others shard by shard; the driver lists finished shards in the manifest.
     reasons = Counter(reject.reason.split(":")[0] for reject in unlisted)
@@ -356,13 +349,9 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
                     dataset.read_columns(recipe.out, shard.name, ["speaker", "language", "frames"])
                 )
             if time.perf_counter() - last_manifest > 30:  # so that a killed run has a manifest
-                dataset.write_manifest(
-                    recipe.out, identity, state.shards, state.statistics, state.text_version
-                )
+                dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
                 last_manifest = time.perf_counter()
-    manifest = dataset.write_manifest(
-        recipe.out, identity, state.shards, state.statistics, state.text_version
-    )
+    manifest = dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
     seconds = time.perf_counter() - started
     report = {
         "out": recipe.out,

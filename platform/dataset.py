@@ -121,7 +121,6 @@ def write_manifest(
     codec: CodecIdentity,
     shards: Sequence[Shard],
     statistics: "Statistics",
-    text_version: int = TEXT_VERSION,
 ) -> Manifest:
     """Writes `dataset.json`: from then on the dataset consists of `shards`."""
     manifest = Manifest(
@@ -132,7 +131,7 @@ def write_manifest(
         hours=round(sum(s.frames for s in shards) / codec.frame_rate / 3600, 4),
         hours_by_speaker=frames_to_hours(statistics.by_speaker, codec.frame_rate),
         hours_by_language=frames_to_hours(statistics.by_language, codec.frame_rate),
-        text_version=text_version,
+        text_version=statistics.text_version,
     )
     storage.write_json(storage.join(uri, "dataset.json"), asdict(manifest))
     return manifest
@@ -144,6 +143,7 @@ class Statistics:
     def __init__(self) -> None:
         self.by_speaker: dict[str, int] = {}
         self.by_language: dict[str, int] = {}
+        self.text_version = TEXT_VERSION
 
     def add(self, rows: pa.Table) -> None:
         """Adds a shard, of which `speaker`, `language` and `frames` are read."""
