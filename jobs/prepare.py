@@ -322,7 +322,6 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     allocation = allocation_for(recipe)
     identity = load_codec(recipe.codec, cache=settings.read().cache).identity
-    # Compare the inputs with what earlier runs have written.
     items, unlisted = _list(recipe)
     state = scan_output(recipe.out, identity)
     missing = [item for item in items if item.id not in state.ids]
