@@ -98,7 +98,10 @@ class CheckpointMetadata:
     dataset: str | None = None
     """SHA-256 of what the token dataset consists of; None: unknown, of an earlier checkpoint."""
     text_version: int | None = None
-    """Version of the function that made the dataset's phonemes; None: unknown."""
+    """Version of the text processing (`model/normalize.py`) that made the dataset's phonemes; None:
+    unknown, of an earlier checkpoint, which counts as 1."""
+    languages: tuple[str, ...] = ()
+    """Languages of the dataset; empty if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +127,9 @@ def new_metadata(
     recipe: dict[str, Any],
     dataset: str | None = None,
     text_version: int | None = None,
+    languages: tuple[str, ...] = (),
 ) -> CheckpointMetadata:
-    """Metadata of the present format and phoneme inventory."""
+    """Metadata of the present format and phoneme inventory; the last three are the dataset's."""
     return CheckpointMetadata(
         kind=model.kind,
         model=model,
@@ -136,6 +140,7 @@ def new_metadata(
         format=FORMAT,
         dataset=dataset,
         text_version=text_version,
+        languages=languages,
     )
 
 
