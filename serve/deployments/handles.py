@@ -88,7 +88,7 @@ class ServeDeployments:
         return await self._call(lambda: self._codec.codec_sha256.remote(version))
 
     async def languages(self, version: str) -> tuple[str, ...]:
-        return await call_deployment(lambda: self._codec.languages.remote(version))
+        return await self._call(lambda: self._codec.languages.remote(version))
 
     async def preload(self, version: str) -> None:
         for handle in (self._ar, self._nar, self._codec):
