@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
+from valle.model.languages import espeak_voice
 from valle.model.quantize import Precision
 from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
 
@@ -29,6 +30,10 @@ class AppArgs(BaseModel):
 
     tracking_uri: str | None = None
     """MLflow's address; None: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
+
+    languages: tuple[str, ...] | None = None
+    """Languages that a request may name, as BCP 47 tags; None: those that the model was trained on,
+    or en-US if its bundle does not say."""
 
     voices: str = "data/voices"
     """Folder or `s3://` URI of reference recordings, shared by all replicas. A request names a
@@ -137,6 +142,14 @@ class AppArgs(BaseModel):
             if isinstance(values, dict) and name in values:
                 raise ValueError(f"{name} is called {present} now")
         return values
+
+    @model_validator(mode="after")
+    def _refuse_unknown_languages(self) -> Self:
+        for language in self.languages or ():
+            espeak_voice(language)
+        if self.languages == ():
+            raise ValueError("languages: at least one is needed")
+        return self
 
     @model_validator(mode="after")
     def _refuse_int8_on_gpus(self) -> Self:

@@ -323,7 +323,7 @@ async def test_create_speech_refuses_bad_fields_by_name(
 ) -> None:
     response = await http.post(SPEECH, json=BODY | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
-    assert not deployments.calls
+    assert {call.method for call in deployments.calls} <= {"languages"}
 
 
 async def test_health_ready_names_the_deployments_that_do_not_run(

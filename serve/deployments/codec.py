@@ -23,6 +23,8 @@ class BatchedCodec:
     codec: Encodec
     encoder: DynamicBatcher[Wave, Codes]
     decoder: DynamicBatcher[Codes, Wave]
+    languages: tuple[str, ...]
+    """Languages of the version's training data."""
 
 
 class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
@@ -34,12 +36,13 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
         budget = int(args.batch_seconds * FRAME_RATE)
 
         def load(version: str) -> BatchedCodec:
-            codec = registry.load_codec(registry.resolve(version, tracking_uri), device)
+            folder = registry.resolve(version, tracking_uri)
+            codec = registry.load_codec(folder, device)
             encoder = DynamicBatcher(codec.encode, lambda wave: len(wave) // HOP, budget, health)
             decoder = DynamicBatcher(
                 codec.decode, lambda codes: int(codes.shape[1]), budget, health
             )
-            return BatchedCodec(codec, encoder, decoder)
+            return BatchedCodec(codec, encoder, decoder, registry.read_languages(folder))
 
         version = registry.pin(model, tracking_uri, allow_cached=True)
         super().__init__(load, version, health=health)
@@ -54,6 +57,11 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
         """Hash of the codec's weights."""
         async with self.lease(version) as batched:
             return batched.codec.identity.sha256
+
+    async def languages(self, version: str) -> tuple[str, ...]:
+        """Languages that the model was trained on."""
+        async with self.lease(version) as batched:
+            return batched.languages
 
     async def decode(self, version: str, codes: Codes) -> Wave:
         """Samples at 24 kHz."""

@@ -87,6 +87,9 @@ class ServeDeployments:
     async def codec_sha256(self, version: str) -> str:
         return await self._call(lambda: self._codec.codec_sha256.remote(version))
 
+    async def languages(self, version: str) -> tuple[str, ...]:
+        return await self._call(lambda: self._codec.languages.remote(version))
+
     async def preload(self, version: str) -> None:
         for handle in (self._ar, self._nar, self._codec):
             await handle.broadcast("preload", version).results_async()

@@ -46,9 +46,9 @@ class Deployments(Protocol):
     """The AR, NAR and codec deployments of one application.
 
     A caller that is cancelled, or closes a generator, cancels the call. A full queue raises
-    OverloadedError in calls that come before a response has begun: `encode`, `codec_sha256` and,
-    without `retry`, those of the AR model. All other calls wait for a place, so that new requests
-    cannot interrupt responses that have begun.
+    OverloadedError in calls that come before a response has begun: `encode`, `codec_sha256`,
+    `languages` and, without `retry`, those of the AR model. All other calls wait for a place, so
+    that new requests cannot interrupt responses that have begun.
 
     A call whose replica dies is made again, once, on another one: calls are functions of their
     arguments, and a stream that begins again continues where it broke. UnavailableError: that
@@ -80,6 +80,9 @@ class Deployments(Protocol):
 
     async def codec_sha256(self, version: str) -> str:
         """Hash of the codec's weights."""
+
+    async def languages(self, version: str) -> tuple[str, ...]:
+        """Languages that the model was trained on."""
 
     async def preload(self, version: str) -> None:
         """Loads a version in every replica. Raises the error of a replica that cannot load it."""
