@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cachetools import TTLCache
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP, SAMPLE_RATE
 from valle.platform import audio
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
+from valle.serve.web.callers import Caller
 from valle.serve.web.schema import ApiError, SpeechRequest
+from valle.serve.web.threads import run_storage
 from valle.serve.web.voices import (
     MAX_RECORDING_SECONDS,
     VoiceError,
@@ -49,19 +50,19 @@ class PromptEncoder:
         )
         self._codec_sha256: dict[str, str] = {}  # by version
 
-    async def for_request(self, request: SpeechRequest, version: str) -> Codes:
+    async def for_request(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
         """Codes `[8, P]` of the recording's first seconds, by that version's codec.
 
         Raises ApiError for a missing voice or an unusable recording.
         """
-        recording = await run_in_threadpool(self._read_recording, request)
+        recording = await run_storage(self._read_recording, request, caller)
         # keyed by content, since a voice may be replaced, and by version, since codecs may differ
         key = (version, hashlib.sha256(recording.data).digest())
         codes = self._cache.get(key)
         if codes is None:
             codes = await self._stored_codes(recording, version)
             if codes is None:
-                wave = await run_in_threadpool(_decode_recording, recording)
+                wave = await run_storage(_decode_recording, recording)
                 codes = await self.encode(wave, version)
             self._cache[key] = codes
         return codes
@@ -80,12 +81,16 @@ class PromptEncoder:
         """Codes stored with an uploaded voice, if that version's codec made them."""
         if recording.param != "voice":
             return None
-        metadata = await run_in_threadpool(read_voice_metadata, recording.data)
+        metadata = await run_storage(read_voice_metadata, recording.data)
         if metadata is None or metadata.codec != await self.codec_sha256(version):
             return None
-        return metadata.prompt_codes()
+        try:
+            codes = metadata.prompt_codes()
+        except ValueError:  # a damaged header: the recording beside it may be whole
+            return None
+        return codes if codes.shape[1] <= PROMPT_FRAMES else None
 
-    def _read_recording(self, request: SpeechRequest) -> Recording:
+    def _read_recording(self, request: SpeechRequest, caller: Caller) -> Recording:
         if request.ref_audio is not None:
             try:
                 data = base64.b64decode(request.ref_audio, validate=True)
@@ -96,7 +101,7 @@ class PromptEncoder:
             message = "voice: missing; name a voice, or send a recording as ref_audio"
             raise ApiError(400, message, "voice")
         try:
-            return Recording(self._store.read(request.voice), "voice")
+            return Recording(self._store.read(request.voice, caller), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
 

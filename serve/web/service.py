@@ -9,17 +9,19 @@ streams. Both close `prefetch`, the sentence's generator and the calls of deploy
 NAR or codec batch that has started is finished, and the result is dropped.
 """
 
+import hashlib
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from urllib.parse import quote
 
 import numpy as np
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes
 from valle.model.sampling import Sampling
@@ -32,6 +34,8 @@ from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.audio_formats import MEDIA_TYPES, encode_audio
+from valle.serve.web.callers import Caller
+from valle.serve.web.json_body import shorten
 from valle.serve.web.metrics import Metrics
 from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
@@ -39,6 +43,7 @@ from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.sentence import AudioChunk, stream_sentence, synthesize_sentence
 from valle.serve.web.stats import SpeechStats
 from valle.serve.web.streaming import audio_body, sse_body
+from valle.serve.web.threads import run_encoding, run_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,22 +82,30 @@ class SpeechService:
         self._args, self._deployments = args, deployments
         self._prompts, self._watcher, self._metrics = prompts, watcher, metrics
 
-    async def create_speech(self, request: SpeechRequest) -> Response:
+    async def create_speech(self, request: SpeechRequest, caller: Caller) -> Response:
         """The response, as soon as its first chunk is there.
 
         Raises ApiError for a request that cannot be answered and OverloadedError for one that
         finds a queue full; later errors end the stream.
         """
-        stats = SpeechStats(len(request.input), time.perf_counter())
-        sentences = await run_in_threadpool(_phonemize, request, self._args)
+        stats = SpeechStats(
+            len(request.input), time.perf_counter(), sender=_sender(request, caller)
+        )
+        sentences = await run_text(_phonemize, request, self._args)
         version = await self._watcher.version()
-        prompt = await self._prompts.for_request(request, version)
+        prompt = await self._prompts.for_request(request, version, caller)
         utterance = Utterance(request, version, sentences, prompt)
 
         # the first chunk decides about the status and the kind of the response
         chunks = self._record(prefetch(self._synthesize(utterance), PREFETCH_CHUNKS), stats)
-        first = await anext(chunks)
-        headers = {"X-Seed": str(request.seed), "X-Model": version}
+        try:
+            first = await anext(chunks)
+        except ValueError as error:  # of `Runner.validate`, wherever it ran
+            logger.exception("the models refuse a request: %s", stats.sender)
+            cause = str(getattr(error, "cause", error))
+            message = f"input: this model cannot speak it: {shorten(cause)}"
+            raise ApiError(400, message, "input", "unspeakable") from error
+        headers = {"X-Seed": str(request.seed), "X-Model": public_name(version)}
         if request.stream_format == "sse":
             events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -101,9 +114,7 @@ class SpeechService:
             body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
-        data = await run_in_threadpool(
-            encode_audio, first.wave, request.response_format, request.speed
-        )
+        data = await run_encoding(encode_audio, first.wave, request.response_format, request.speed)
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
 
@@ -172,6 +183,21 @@ class SpeechService:
             if stats.n_frames:  # zero for a request that was refused or cancelled before
                 self._metrics.record_response(stats)
                 logger.info("speech %s", stats)
+
+
+def public_name(version: str) -> str:
+    """A version as clients see it, in ASCII: of a bundle's folder the last part of its path, which
+    says nothing about the server's disk."""
+    name = version if version.startswith("models:/") else PurePosixPath(version).name
+    return quote(name, safe="/:@._-+ ")
+
+
+def _sender(request: SpeechRequest, caller: Caller) -> str:
+    """Key, request and voice for the log; a recording in the request is named by its hash."""
+    voice = request.voice
+    if request.ref_audio is not None:
+        voice = f"inline:{hashlib.sha256(request.ref_audio.encode()).hexdigest()[:16]}"
+    return f"{caller} voice={voice}"
 
 
 def _phonemize(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
