@@ -4,6 +4,7 @@ import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from valle.serve.web.body_limit import BodyRefusedError
 from valle.serve.web.schema import ErrorDetail, error_response
 
 logger = logging.getLogger("ray.serve")
@@ -30,6 +31,8 @@ class FailureMiddleware:
 
         try:
             await self._app(scope, receive, forward)
+        except BodyRefusedError:  # answered further out
+            raise
         except Exception:
             if started or scope["type"] != "http":
                 raise

@@ -7,6 +7,7 @@ change something. Programs that are no browsers send no `Origin`.
 """
 
 import ipaddress
+import re
 from collections.abc import Collection, Sequence
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing; browsers keep their answers from other origins."""
+
+_HOST_ONLY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)?//[A-Za-z0-9._:\[\]-]+")
 
 EXPOSED_HEADERS = ("Retry-After", "X-Hit-Limit", "X-Ignored-Fields", "X-Model", "X-Seed")
 """Response headers that scripts of allowed origins may read."""
@@ -91,7 +94,10 @@ class HostMiddleware:
 
 
 def _host_and_port(url: str) -> tuple[str, int | None]:
-    """Host in lower case, and port unless it is a scheme's default; ("", None) for no URL."""
+    """Host in lower case, and port unless it is a scheme's default; ("", None) for no URL, and for
+    one with more than those: `//evil@localhost` names localhost."""
+    if not _HOST_ONLY.fullmatch(url):
+        return "", None
     try:
         parts = urlsplit(url)
         port = None if parts.port in (80, 443) else parts.port

@@ -5,7 +5,6 @@ request needs them, and caches the codes for a while.
 """
 
 import base64
-import binascii
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +93,7 @@ class PromptEncoder:
         if request.ref_audio is not None:
             try:
                 data = base64.b64decode(request.ref_audio, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # binascii's too
                 raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
             return Recording(data, "ref_audio")
         if not request.voice:
