@@ -134,7 +134,7 @@ def check_an_upload_stores_its_prompt(endpoint: str, synthesizer: Synthesizer, h
     expected = synthesizer.encode_prompt(audio.read(stored, max_seconds=30), Synthesis())
     assert metadata is not None and metadata.codec == synthesizer.codec.identity.sha256
     assert (metadata.prompt_codes() == expected).all()
-    body = {"input": "hello", "voice": "joe", "response_format": "pcm"}
+    body = {"input": "hello", "voice": "joe", "response_format": "pcm", "seed": 3}
     named = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     inline = body | {"voice": "", "ref_audio": base64.b64encode(stored).decode()}
     by_content = httpx.post(f"{endpoint}/v1/audio/speech", json=inline, timeout=60)
@@ -209,9 +209,17 @@ def test_endpoint_equals_the_reference_path(endpoint: str, home: Path) -> None:
         large = client.post("/v1/audio/speech", content=b"x" * 2_000_000)
         assert large.status_code == 413
         assert large.json()["error"]["code"] == "request_too_large"
-        endless = client.post("/v1/audio/speech", content=iter([b"{}"]))
-        assert endless.status_code == 411
-        assert client.post("/v1/audio/speech", content=b"{").status_code == 400
+        counted = client.post("/v1/audio/speech", content=iter([b"x" * 300_000] * 10))
+        assert counted.status_code in (413, 415)
+        json_type = {"Content-Type": "application/json"}
+        chunked = iter([b'{"input": "hello there", "voice": "ann", ', b'"seed": 7}'])
+        without_length = client.post("/v1/audio/speech", content=chunked, headers=json_type)
+        assert without_length.status_code == 200
+        broken = client.post("/v1/audio/speech", content=b"{", headers=json_type)
+        assert broken.status_code == 400
+        assert client.head("/health/live").status_code == client.head("/").status_code == 200
+        rebound = client.get("/v1/audio/voices", headers={"Host": "evil.example"})
+        assert rebound.status_code == 421, "the endpoint listens on a loopback address"
 
 
 @pytest.mark.ray
