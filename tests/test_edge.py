@@ -97,12 +97,13 @@ def edge(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         assert n_found, pattern
     (folder / "nginx.conf").write_text(content)
     shutil.copy(DEPLOY / "proxy_valle.conf", folder)
-    process = subprocess.Popen(
-        ["nginx", "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE, text=True
-    )
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            ["nginx", "-p", folder, "-c", folder / "nginx.conf"], stderr=stderr
+        )
     try:
         clusters.wait_for(lambda: process.poll() is not None or _listens(port), 20, "nginx")
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, (folder / "stderr").read_text()
         yield port
     finally:
         process.terminate()
@@ -123,8 +124,11 @@ def connected(port: int, name: str = NAME) -> Iterator[ssl.SSLSocket]:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (
         socket.create_connection(("127.0.0.1", port), timeout=20) as plain,
-        context.wrap_socket(plain, server_hostname=name) as connection,
+        context.wrap_socket(
+            plain, server_hostname=name, do_handshake_on_connect=False
+        ) as connection,
     ):
+        connection.do_handshake()
         yield connection
 
 
@@ -180,14 +184,16 @@ def test_a_slow_client_is_closed(edge: int, upstream: Upstream) -> None:
 
 def test_a_long_body_is_refused(edge: int, upstream: Upstream) -> None:
     n_requests = len(upstream.requests)
-    assert b" 413 " in ask(edge, post(f"Content-Length: {2**30}"))
+    with connected(edge) as connection:
+        connection.sendall(f"{post(f'Content-Length: {2**30}')}\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(65536)
     chunk = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
     with connected(edge) as connection:
         connection.sendall(f"{post('Transfer-Encoding: chunked')}\r\n\r\n".encode())
         with suppress(OSError):  # closed meanwhile
             for _ in range(15):
                 connection.sendall(chunk)
-        assert b" 413 " in receive_all(connection)
+        assert b" 413 " in connection.recv(65536)
     assert len(upstream.requests) == n_requests
 
 
