@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.dataset import Shard, Statistics
+from valle.platform.decoder_pool import DecoderPool
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
@@ -59,6 +61,9 @@ class PrepareRecipe:
 
     min_rms_dbfs: float = field(default=-50.0, metadata=formerly("min_loudness"))
     """RMS level in dBFS; quieter recordings are left out."""
+
+    max_clipped: float = audio.MAX_CLIPPED
+    """Recordings with a larger share of samples cut off at full scale are left out."""
 
     utterances_per_shard: int = 512
     """Recordings per unit of work and Parquet file; a file lacks the rejected ones."""
@@ -117,9 +122,11 @@ class DecodeAudio:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Adds `text` and `wave` (bytes of float32 samples)."""
-        return map_rows(rows, self._decode, drop=["phonemes"])
+        with DecoderPool() as decoders:  # a crash rejects the recording
+            decode = partial(self._decode, decode=decoders.decode)
+            return map_rows(rows, decode, drop=["phonemes"])
 
-    def _decode(self, row: Row) -> Row:
+    def _decode(self, row: Row, decode: audio.Decode) -> Row:
         recipe = self._recipe
         text = row["text"]
         if text is None:
@@ -131,7 +138,12 @@ class DecodeAudio:
                 raise ValueError(f"text is not UTF-8: {error}") from error
         if not text.strip():
             raise ValueError("empty text")
-        wave = audio.read(storage.read_bytes(row["audio"]), max_seconds=recipe.max_seconds)
+        wave = audio.read(
+            storage.read_bytes(row["audio"]),
+            max_seconds=recipe.max_seconds,
+            max_clipped=recipe.max_clipped,
+            decode=decode,
+        )
         seconds = len(wave) / SAMPLE_RATE
         if seconds < recipe.min_seconds:
             raise ValueError(f"too short: {seconds:.2f} s, limit {recipe.min_seconds:g} s")

@@ -26,11 +26,13 @@ from valle.model.codec.interface import Codes
 from valle.model.sentences import join_waves, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, SynthesisResult
-from valle.platform import audio, registry, resources, settings, storage
+from valle.platform import registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
+from valle.platform.decoder_pool import DecoderPool
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
+from valle.platform.reference import ReferenceReader
 from valle.platform.resources import Allocation, Placement
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
@@ -166,6 +168,7 @@ class SynthesizeShard:
             synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes
         )
         self._prompts: dict[str, Codes] = {}
+        self._references = ReferenceReader(DecoderPool().decode)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Writes audio and rows of a shard; returns its counts and times as JSON in `result`."""
@@ -215,7 +218,7 @@ class SynthesizeShard:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
             data = storage.read_bytes(storage.join(self._recipe.recordings, name))
-            wave = audio.read(data, max_seconds=60)
+            wave = self._references.read(data)
             codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
         return self._prompts[name]

@@ -15,6 +15,7 @@ from typing import Any
 from pyarrow import fs
 
 from valle.platform import settings
+from valle.platform.credentials import refuse_credentials, strip_credentials
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
@@ -25,7 +26,9 @@ def absolute(uri: str, names: Collection[str] = ()) -> str:
     A relative path is resolved against `VALLE_HOME`; `file://` is removed; other URIs (`s3://`,
     the registry's `models:/`) are returned unchanged. So are the `names` of things that have no
     path, such as the codecs shipped with the code: `nano` is the codec, `./nano` is a folder.
+    Raises ValueError for an address that holds credentials.
     """
+    refuse_credentials(uri)
     if uri in names:
         return uri
     if uri.startswith("file://"):
@@ -48,7 +51,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(target)
     except (ValueError, OSError) as error:
-        raise ValueError(f"not a usable storage URI: {uri!r} ({error})") from error
+        raise ValueError(
+            f"not a usable storage URI: {uri!r} ({strip_credentials(str(error))})"
+        ) from error
 
 
 def exists(uri: str) -> bool:

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
-from valle.platform import settings, storage
+from valle.platform import registry, settings, storage
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.codec import CodecDeployment
@@ -38,6 +38,8 @@ def build_app(args: AppArgs) -> Application:
     that would let everybody in."""
     args = _resolve_paths(args)
     refuse_exposure(listening_host(), args)
+    # a missing or damaged model fails here, before anything starts
+    deployed = registry.pin(args.model, args.tracking_uri, allow_cached=True)
     accelerator = "cuda" if args.use_gpu else "cpu"
     ar = _deploy(
         ARDeployment, AR, args, accelerator, slots=args.slots, max_ongoing_requests=args.slots
@@ -72,11 +74,15 @@ def build_app(args: AppArgs) -> Application:
     def build_api() -> FastAPI:
         host = listening_host()
         refuse_exposure(host, args)  # Serve may have been started on another host since
-        # without keys there is nothing to count
-        limits = ServeKeyLimits() if args.api_keys else None
-        local_only = host is not None and is_loopback(host)
-        replica = serve.get_replica_context().replica_id.unique_id
-        return create_api(args, ServeDeployments(), limits, local_only=local_only, replica=replica)
+        return create_api(
+            args,
+            ServeDeployments(),
+            deployed,
+            # without keys there is nothing to count
+            limits=ServeKeyLimits() if args.api_keys else None,
+            local_only=host is not None and is_loopback(host),
+            replica=serve.get_replica_context().replica_id.unique_id,
+        )
 
     min_replicas = args.ingress_replicas or default_ingress_replicas()
     ingress = serve.deployment(
@@ -105,6 +111,7 @@ def _resolve_paths(args: AppArgs) -> AppArgs:
     Raises ValueError for a file of keys that cannot be used."""
     updates = {
         "voices": storage.absolute(args.voices),
+        # a registry URI, or the absolute path of a folder that every node has
         "model": storage.absolute(args.model),
         "tracking_uri": args.tracking_uri or settings.read().tracking_uri,
     }

@@ -15,7 +15,7 @@ from valle.serve.app import build_app
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.handles import APP_NAME
 from valle.serve.web.exposure import exposure_error, key_file_error, refuse_exposure
-from valle.serve.web.voices import VoiceStore
+from valle.serve.web.voices import SUFFIXES
 
 
 @contextmanager
@@ -72,13 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if reason := exposure_error(arguments.host, args) or key_file_error(args):
         parser.exit(2, f"error: {reason}\n")
-    if arguments.model == registry.CHAMPION and (version := registry.publish_shipped()):
-        logging.warning("the registry was empty: version %d is the model shipped here", version)
     try:
-        registry.resolve(arguments.model)  # a missing model fails before Ray starts
-    except FileNotFoundError as error:
+        # a missing model fails before Ray starts
+        registry.resolve(arguments.model, allow_cached=True)
+    except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    if not VoiceStore(args.voices).voices():
+    if not any(True for _ in storage.list_files(args.voices, SUFFIXES)):
         logging.warning(
             "no voices in %s: put a wav there, or `valle.jobs.starter_voices`", args.voices
         )

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import openai
 import pytest
 from helpers.asgi import StreamingRequest, asgi_client
 from helpers.deployments import FakeDeployments
+from helpers.recordings import speech
 from starlette.types import Message
 
 from valle.platform.audio import wav_bytes
@@ -26,9 +26,8 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture
 def args(tmp_path: Path) -> AppArgs:
-    wave = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
-    (tmp_path / "ann.wav").write_bytes(wav_bytes(wave))
-    return AppArgs(model="/some/böndle", voices=str(tmp_path))
+    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
+    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ async def test_fields_of_openai_are_taken_and_said_to_be_ignored(http: httpx.Asy
     assert response.headers["x-ignored-fields"] == "instructions, stream, user"
     plain = await http.post(SPEECH, json=BODY)
     assert "x-ignored-fields" not in plain.headers
-    assert plain.headers["x-model"] == "b%C3%B6ndle", "no path of the server, in ASCII"
+    assert plain.headers["x-model"] == "b%C3%B6ndle#1a2b3c4d", "no path of the server, in ASCII"
     # without a seed, each request draws its own, and says which
     other = await http.post(SPEECH, json=BODY)
     assert plain.headers["x-seed"] != other.headers["x-seed"]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import yaml
 from helpers.deployments import FakeDeployments
+from helpers.recordings import speech
 from starlette.types import Receive, Scope, Send
 
 from valle.jobs.speakers import Joe
@@ -23,6 +23,9 @@ from valle.serve.web import keys
 from valle.serve.web.api import create_api
 from valle.serve.web.authorization import ApiKeyMiddleware
 from valle.serve.web.keys import KeyFile, read_keys
+
+MODEL = "/some/bundle#" + "1a2b3c4d" * 8
+"""A folder: no registry is asked about it."""
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 
@@ -59,8 +62,7 @@ def voices(tmp_path: Path) -> Path:
     """A folder with one voice that was put there by hand."""
     folder = tmp_path / "voices"
     folder.mkdir()
-    wave = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
-    (folder / "shared.wav").write_bytes(wav_bytes(wave))
+    (folder / "shared.wav").write_bytes(wav_bytes(speech(2)))
     return folder
 
 
@@ -74,7 +76,7 @@ async def http(voices: Path, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]
         entry("boss", requests_per_minute=1000, voices="all"),
         entry("listener", requests_per_minute=1000, may=["speak"]),
     )
-    args = AppArgs(model="/some/bundle", voices=str(voices), api_keys=uri)
+    args = AppArgs(model=MODEL, voices=str(voices), api_keys=uri)
     async with client(create_api(args, FakeDeployments())) as http_client:
         yield http_client
 
@@ -89,7 +91,7 @@ async def test_a_key_of_the_command_opens_the_api(
     file = tmp_path / "keys.yaml"
     file.write_text("\n".join(rest))
     assert secret not in file.read_text()
-    args = AppArgs(model="/some/bundle", voices=str(tmp_path), api_keys=str(file))
+    args = AppArgs(model=MODEL, voices=str(tmp_path), api_keys=str(file))
     api = create_api(args, FakeDeployments())
     async with client(api) as http:
         for headers in ({}, as_key("no"), as_key(""), {"Authorization": f"Basic {secret}"}):
@@ -325,7 +327,7 @@ async def test_inline_recordings_need_the_permission(
     assert (await http.post(SPEECH, json=body, headers=as_key("ANN"))).status_code == 200
     refused = await http.post(SPEECH, json=body, headers=as_key("LISTENER"))
     assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_permitted"
-    args = AppArgs(model="/some/bundle", voices=str(voices), inline=False)
+    args = AppArgs(model=MODEL, voices=str(voices), inline=False)
     async with client(create_api(args, FakeDeployments())) as without:
         switched_off = await without.post(SPEECH, json=body)
         assert switched_off.status_code == 403

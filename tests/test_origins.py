@@ -4,10 +4,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 from helpers.asgi import asgi_client
 from helpers.deployments import FakeDeployments
+from helpers.recordings import speech
 
 from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
@@ -21,9 +21,8 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture
 def args(tmp_path: Path) -> AppArgs:
-    wave = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
-    (tmp_path / "ann.wav").write_bytes(wav_bytes(wave))
-    return AppArgs(model="/some/böndle", voices=str(tmp_path))
+    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
+    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
 
 
 @pytest.fixture

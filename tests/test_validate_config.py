@@ -65,7 +65,7 @@ def test_an_open_application_is_an_error(
     content: Any = yaml.safe_load(CONFIG.read_text())
     content["proxy_location"] = location
     content["http_options"] = {} if host is None else {"host": host}
-    args = {"model": "/some/bundle", "voices": "s3://b/voices", **fields}
+    args = {"model": "/some/bundle#" + "0" * 64, "voices": "s3://b/voices", **fields}
     content["applications"][0]["args"] = args
     errors = list(config_errors(content))
     assert bool(errors) is refused, errors

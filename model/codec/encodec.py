@@ -7,6 +7,7 @@ The networks are the classes of the `encodec` package. There are two sets of wei
 Outside a model, codes are `int16 [Q, T]`, 75 frames a second, with values 0 .. 1023.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 OFFICIAL_URL: Final = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
 OFFICIAL_SHA256_PREFIX: Final = "d7cc33bc"
+"""Published with the file, in its name. The full hash is recorded beside the first download, and
+compared at each later use."""
 NANO_CODEC_FOLDER: Final = (
     Path(valle.__file__).resolve().parent.parent / "release" / "nano" / "codec"
 )
@@ -54,6 +57,15 @@ class EncodecConfig:
 
     n_codebooks: int = 32
     """Codebooks in the weights; the system uses the first 8."""
+
+    def __post_init__(self) -> None:
+        # a network is built before its weights are read: a file must not ask for all memory
+        bounds = {"n_filters": (1, 64), "dimension": (1, 1024), "lstm": (0, 8),
+                  "n_codebooks": (1, 64)}  # fmt: skip
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"codec: {name} is {value!r}, expected {low} to {high}")
 
 
 def build(config: EncodecConfig) -> "EncodecModel":
@@ -212,9 +224,11 @@ def _assemble(config: EncodecConfig, weights: dict[str, Tensor], device: str) ->
 def _download(cache: Path) -> Path:
     """Path of the official checkpoint in `cache`; downloads and verifies it if it is missing."""
     target = cache / OFFICIAL_URL.rsplit("/", 1)[1]
+    record = target.with_suffix(".sha256")
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
+            # into a temporary file, renamed when its hash begins as the file's name says
             torch.hub.download_url_to_file(
                 OFFICIAL_URL, str(target), hash_prefix=OFFICIAL_SHA256_PREFIX
             )
@@ -223,4 +237,14 @@ def _download(cache: Path) -> Path:
                 f"codec: cannot download {OFFICIAL_URL} ({error}); on a closed network put the "
                 f"file at {target}, or name its path as the codec"
             ) from error
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    known = record.read_text() if record.exists() else digest
+    if not digest.startswith(OFFICIAL_SHA256_PREFIX) or digest != known:
+        raise ValueError(
+            f"codec: {target} has changed since it was downloaded (SHA-256 {digest[:16]}, "
+            f"{known[:16]}); delete it and {record.name}, and it is downloaded again"
+        )
+    if not record.exists():
+        record.write_text(digest)
     return target

@@ -22,7 +22,7 @@ from valle.platform.audio import AudioError
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import Deployments, OverloadedError
 from valle.serve.key_limits import KeyLimits, LocalKeyLimits
-from valle.serve.web.alias_watcher import AliasWatcher
+from valle.serve.web.alias_watcher import AliasWatcher, NoVersionError
 from valle.serve.web.api_docs import add_docs
 from valle.serve.web.authorization import ApiKeyMiddleware
 from valle.serve.web.body_limit import BodyLimitMiddleware
@@ -44,7 +44,7 @@ from valle.serve.web.schema import (
     parse_speech_request,
     validation_error,
 )
-from valle.serve.web.service import SpeechService, public_name
+from valle.serve.web.service import SpeechService
 from valle.serve.web.threads import run_storage
 from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_codes
 
@@ -64,16 +64,21 @@ logger = logging.getLogger("ray.serve")
 def create_api(
     args: AppArgs,
     deployments: Deployments,
-    limits: KeyLimits | None = None,
+    deployed: str | None = None,
     *,
+    limits: KeyLimits | None = None,
     local_only: bool = False,
     replica: str = "",
 ) -> FastAPI:
-    """The ASGI application of one ingress replica. `limits` counts for all replicas, None for this
-    one alone. `local_only`: the server listens on a loopback address."""
+    """The ASGI application of one ingress replica.
+
+    `deployed` is the model's version when the application was deployed: that of requests while the
+    registry has never answered this node. `limits` counts for all replicas, None for this one
+    alone. `local_only`: the server listens on a loopback address. `replica` labels the metrics.
+    """
     metrics = Metrics(replica)
     limits = limits or LocalKeyLimits()
-    resolve = partial(registry.pin, args.model, args.tracking_uri)
+    resolve = partial(registry.current_version, args.model, args.tracking_uri, deployed)
     watcher = AliasWatcher(resolve, deployments.preload, args.registry_poll_seconds)
     store = VoiceStore(args.voices, args.max_voices)
     prompts = PromptEncoder(store, deployments)
@@ -89,7 +94,7 @@ def create_api(
     )
     _add_middlewares(api, args, limits, metrics, local_only=local_only)
     _add_error_handlers(api)
-    _add_status_routes(api, args.model, deployments, metrics)
+    _add_status_routes(api, registry.display_name(args.model), deployments, metrics)
     _add_voice_routes(api, store, prompts, watcher)
     _add_speech_route(api, args, speech_service, limits)
     add_docs(api)
@@ -192,6 +197,16 @@ def _add_error_handlers(api: FastAPI) -> None:
         )
         return error_response(429, detail, {"Retry-After": "2"})
 
+    @api.exception_handler(NoVersionError)
+    async def no_version(request: Request, error: NoVersionError) -> Response:
+        logger.warning("refused: %s", error)
+        detail = ErrorDetail(
+            message="the model's version is not known yet: the registry does not answer",
+            type="server_error",
+            code="model_unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "2"})
+
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         api_error = validation_error(error.errors())
@@ -219,7 +234,7 @@ def _add_status_routes(
         "id": MODEL_ID,
         "object": "model",
         "created": int(time.time()),
-        "owned_by": public_name(model),
+        "owned_by": model,
     }
 
     @api.get("/health/live")

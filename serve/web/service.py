@@ -16,8 +16,6 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
-from urllib.parse import quote
 
 import numpy as np
 from fastapi import Response
@@ -29,6 +27,7 @@ from valle.model.sentences import PAUSE, sentence_phoneme_ids
 from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
+from valle.platform.registry import display_name
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
@@ -105,7 +104,7 @@ class SpeechService:
             cause = str(getattr(error, "cause", error))
             message = f"input: this model cannot speak it: {shorten(cause)}"
             raise ApiError(400, message, "input", "unspeakable") from error
-        headers = {"X-Seed": str(request.seed), "X-Model": public_name(version)}
+        headers = {"X-Seed": str(request.seed), "X-Model": display_name(version)}
         if request.stream_format == "sse":
             events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -183,13 +182,6 @@ class SpeechService:
             if stats.n_frames:  # zero for a request that was refused or cancelled before
                 self._metrics.record_response(stats)
                 logger.info("speech %s", stats)
-
-
-def public_name(version: str) -> str:
-    """A version as clients see it, in ASCII: of a bundle's folder the last part of its path, which
-    says nothing about the server's disk."""
-    name = version if version.startswith("models:/") else PurePosixPath(version).name
-    return quote(name, safe="/:@._-+ ")
 
 
 def _sender(request: SpeechRequest, caller: Caller) -> str:
