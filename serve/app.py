@@ -76,7 +76,7 @@ def build_app(args: AppArgs) -> Application:
         refuse_exposure(host, args)  # Serve may have been started on another host since
         return create_api(
             args,
-            ServeDeployments(),
+            ServeDeployments(args.max_call_seconds),
             deployed,
             # without keys there is nothing to count
             limits=ServeKeyLimits() if args.api_keys else None,
@@ -98,7 +98,8 @@ def build_app(args: AppArgs) -> Application:
         },
         health_check_period_s=2,
         max_surge_percent=_max_surge_percent(args),
-        graceful_shutdown_timeout_s=args.max_seconds,  # of a whole response
+        # of a whole response
+        graceful_shutdown_timeout_s=args.max_real_time_factor * args.max_seconds,
         ray_actor_options={"num_cpus": 0.1},
     )
     if args.api_keys:
@@ -154,7 +155,7 @@ def _deploy(
             "policy": policy,
         },
         # a replica that stops finishes the sentences it has begun
-        "graceful_shutdown_timeout_s": 2 * args.max_sentence_seconds,
+        "graceful_shutdown_timeout_s": args.max_real_time_factor * args.max_sentence_seconds,
         "health_check_period_s": 2,
         "max_surge_percent": _max_surge_percent(args),
         "ray_actor_options": {

@@ -15,8 +15,8 @@ from starlette.types import Message
 
 from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
+from valle.serve.deployments.interface import RefusedCallError
 from valle.serve.web.api import create_api
-from valle.serve.web.readiness import Readiness
 from valle.serve.web.schema import SpeechRequest
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
@@ -207,28 +207,9 @@ async def test_long_paths_are_not_echoed(http: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.anyio
-async def test_probes_ask_serve_one_question_at_a_time() -> None:
-    answer, n_questions = asyncio.Event(), 0
-
-    async def not_running() -> list[str]:
-        nonlocal n_questions
-        n_questions += 1
-        await answer.wait()
-        return ["AR"]
-
-    readiness = Readiness(not_running, deadline_seconds=0.05)
-    waiting = [readiness.waiting_for() for _ in range(40)]
-    assert await asyncio.gather(*waiting) == [["an answer from Serve"]] * 40
-    assert await readiness.waiting_for() == ["an answer from Serve"] and n_questions == 1
-    answer.set()
-    assert await readiness.waiting_for() == ["AR"]
-    assert await readiness.waiting_for() == ["AR"] and n_questions == 2
-
-
-@pytest.mark.anyio
 async def test_a_request_that_the_models_refuse_is_a_400(args: AppArgs) -> None:
     deployments = FakeDeployments()
-    deployments.fail("generate_codes", ValueError("phonemes: ids must be 0 to 9"))
+    deployments.fail("generate_codes", RefusedCallError("phonemes: ids must be 0 to 9"))
     async with asgi_client(create_api(args, deployments)) as http:
         response = await http.post(SPEECH, json=BODY)
-        assert response.status_code == 400 and response.json()["error"]["code"] == "unspeakable"
+        assert response.status_code == 400 and response.json()["error"]["param"] == "input"

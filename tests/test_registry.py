@@ -16,6 +16,7 @@ from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec.encodec import Encodec
 from valle.model.valle import Synthesis
 from valle.platform import audio, bundle, registry, tracking
+from valle.platform.registry_client import MissingModelError
 
 
 @pytest.mark.usefixtures("database")
@@ -108,5 +109,17 @@ def test_resolve_and_pin_accept_a_bundle_s_folder(
             find("none")
     with pytest.raises(FileNotFoundError, match="train and publish one"):
         registry.resolve("models:/valle/1")
-    with pytest.raises(ValueError, match=r"'models:/valle' is not models:/name@alias or"):
-        registry.pin("models:/valle")
+    for uri in (
+        "models:/valle", "models:/", "models:/valle/", "models:/valle/-1", "models:/valle@a b",
+        "models:/valle/1#x", "models:/valle/9999999999", "models://valle/1", "models:/a/b/1",
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"' is not models:/name@alias or models:/name/version"
+        ):
+            registry.pin(uri)
+    with pytest.raises(ValueError, match="s3://bucket/x is no local folder; copy the bundle"):
+        registry.resolve("s3://bucket/x")
+    for uri in ("models:/valle/1#m-" + "0" * 32, "models:/valle/1"):
+        with pytest.raises(MissingModelError, match="has no models:/valle/1; train and publish"):
+            registry.resolve(uri)
+    assert not (home / "mlflow.db").exists(), "a look-up creates no database"

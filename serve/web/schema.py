@@ -37,7 +37,7 @@ class SpeechRequest(BaseModel):
     may use all voices names another owner's as `owner.name`."""
 
     ref_audio: str | None = Field(None, max_length=MAX_REF_AUDIO_CHARACTERS)
-    """A recording of 1 to 30 s instead of `voice`: an audio file in base64."""
+    """A recording of 1 to 60 s instead of `voice`: an audio file in base64."""
 
     ref_text: str | None = Field(None, max_length=MAX_SIDE_TEXT_CHARACTERS)
     """Transcript of `ref_audio`. Accepted because other servers need it; not used."""
@@ -77,8 +77,9 @@ class SpeechRequest(BaseModel):
     """Send the beginning of a sentence before its end is synthesized, at some cost in quality;
     None: the server's default."""
 
-    language: str = Field("en-us", max_length=20, pattern=r"^[a-zA-Z-]+$")
-    """espeak voice name of the text's language."""
+    language: str = Field("en-us", max_length=35, pattern=r"^[a-zA-Z0-9_-]+$")
+    """Language of the text: a BCP 47 tag in any case (`en`, `en-US`, `pt-BR`), or an espeak
+    voice."""
 
     def ignored_fields(self) -> list[str]:
         """Names of the fields that were sent and have no effect."""

@@ -22,9 +22,9 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from valle.model.codec.interface import Codes
+from valle.model.languages import espeak_voice
 from valle.model.sampling import Sampling
-from valle.model.sentences import PAUSE, sentence_phoneme_ids
-from valle.model.text import languages
+from valle.model.sentences import PAUSE, phoneme_budget, sentence_phoneme_ids
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
 from valle.platform.registry import display_name
@@ -34,7 +34,6 @@ from valle.serve.engine.request import Request
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.audio_formats import MEDIA_TYPES, encode_audio
 from valle.serve.web.callers import Caller
-from valle.serve.web.json_body import shorten
 from valle.serve.web.metrics import Metrics
 from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
@@ -80,6 +79,7 @@ class SpeechService:
     ) -> None:
         self._args, self._deployments = args, deployments
         self._prompts, self._watcher, self._metrics = prompts, watcher, metrics
+        self._languages: dict[str, tuple[str, ...]] = {}  # by version
 
     async def create_speech(self, request: SpeechRequest, caller: Caller) -> Response:
         """The response, as soon as its first chunk is there.
@@ -92,18 +92,13 @@ class SpeechService:
         )
         sentences = await run_text(_phonemize, request, self._args)
         version = await self._watcher.version()
+        await self._check_language(request, version)
         prompt = await self._prompts.for_request(request, version, caller)
         utterance = Utterance(request, version, sentences, prompt)
 
         # the first chunk decides about the status and the kind of the response
         chunks = self._record(prefetch(self._synthesize(utterance), PREFETCH_CHUNKS), stats)
-        try:
-            first = await anext(chunks)
-        except ValueError as error:  # of `Runner.validate`, wherever it ran
-            logger.exception("the models refuse a request: %s", stats.sender)
-            cause = str(getattr(error, "cause", error))
-            message = f"input: this model cannot speak it: {shorten(cause)}"
-            raise ApiError(400, message, "input", "unspeakable") from error
+        first = await anext(chunks)
         headers = {"X-Seed": str(request.seed), "X-Model": display_name(version)}
         if request.stream_format == "sse":
             events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
@@ -117,6 +112,17 @@ class SpeechService:
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
 
+    async def _check_language(self, request: SpeechRequest, version: str) -> None:
+        """Raises ApiError unless the language is one of `AppArgs.languages`, or, without those, of
+        the model's."""
+        names = self._args.languages or self._languages.get(version)
+        if names is None:
+            names = self._languages[version] = await self._deployments.languages(version)
+        allowed = sorted(set(map(espeak_voice, names)))
+        if espeak_voice(request.language) not in allowed:
+            message = f"language: {request.language} is not spoken here, only {', '.join(allowed)}"
+            raise ApiError(400, message, "language")
+
     async def _synthesize(self, utterance: Utterance) -> AsyncGenerator[AudioChunk]:
         """The chunks of all sentences, up to the length limit of the response."""
         request, args = utterance.request, self._args
@@ -127,6 +133,7 @@ class SpeechService:
             engine_request = self._engine_request(utterance, index, remaining_frames)
             # only the first sentence may be refused: later ones belong to a response that runs
             retry = index > 0
+            last_sentence = index + 1 == len(utterance.sentences)
             if chunked:
                 chunks = stream_sentence(
                     self._deployments,
@@ -138,13 +145,13 @@ class SpeechService:
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         remaining_frames -= chunk.n_frames
-                        yield chunk
+                        yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
             else:
                 chunk = await synthesize_sentence(
                     self._deployments, utterance.version, engine_request, retry=retry
                 )
                 remaining_frames -= chunk.n_frames
-                yield chunk
+                yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
             if remaining_frames < 1:
                 return
 
@@ -192,20 +199,28 @@ def _sender(request: SpeechRequest, caller: Caller) -> str:
     return f"{caller} voice={voice}"
 
 
+def _mark_cut(chunk: AudioChunk, remaining_frames: int, *, last_sentence: bool) -> AudioChunk:
+    """The chunk, marked as cut where a sentence ends exactly at the response's limit and others
+    would follow."""
+    cut = chunk.last and remaining_frames < 1 and not last_sentence
+    return replace(chunk, hit_limit=chunk.hit_limit or cut)
+
+
 def _phonemize(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     """Phoneme ids of each sentence. Raises ApiError for a text that cannot be spoken."""
-    if request.language not in languages():
-        message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
-        raise ApiError(400, message, "language")
+    try:
+        voice = espeak_voice(request.language)
+    except ValueError as error:
+        raise ApiError(400, str(error), "language") from error
     if len(request.input) > args.max_characters:
         message = f"input: {len(request.input)} characters, limit {args.max_characters}"
         raise ApiError(400, message, "input")
+    budget = phoneme_budget(args.max_sentence_seconds, args.max_phonemes)
     try:
-        sentences = sentence_phoneme_ids(request.input, request.language)
+        return sentence_phoneme_ids(request.input, voice, budget)
     except ValueError as error:
-        raise ApiError(400, str(error), "input") from error
-    longest = max(map(len, sentences))
-    if longest > args.max_phonemes:
-        message = f"input: {longest} phonemes in one sentence, limit {args.max_phonemes}"
-        raise ApiError(400, message, "input")
-    return sentences
+        message = str(error)
+        field = "language" if message.startswith("language:") else "input"
+        if not message.startswith(("language:", "text:")):
+            message = f"input: {message}"
+        raise ApiError(400, message, field) from error

@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import PurePosixPath
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from dacite import DaciteError, from_dict
@@ -26,6 +28,9 @@ from valle.platform.decoder_pool import DecoderBusyError, DecoderPool
 from valle.platform.reference import MAX_REFERENCE_SECONDS, ReferenceReader
 from valle.serve.deployments.interface import OverloadedError
 from valle.serve.web.callers import Caller
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 DECODERS, DECODING_SECONDS, DECODING_BYTES = 2, 10.0, 512 * 2**20
 """Decoder processes of an ingress replica, the time of one for a recording, and its memory."""
@@ -66,6 +71,14 @@ def _candidates(name: str, caller: Caller) -> list[Voice]:
         return [Voice(owner, rest)] if owner and (caller.all_voices or owner == caller.key) else []
     own = [Voice(caller.key, name)] if caller.key else []
     return [*own, Voice("", name)]
+
+
+class VoiceStoreError(Exception):
+    """The store of the voices does not answer."""
+
+
+PART_SECONDS = 3600.0
+"""Age from which an unfinished file is the rest of a writer that was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +134,22 @@ def read_voice_metadata(
         return None
 
 
+def _store_errors(method: Callable[P, Result]) -> Callable[P, Result]:
+    """A method of the store whose errors of storage are VoiceStoreError."""
+
+    @wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:
+            raise VoiceStoreError(str(error)) from error
+
+    return wrapper
+
+
 class VoiceStore:
-    """Reads, adds and deletes voices."""
+    """Reads, adds and deletes voices. Methods that use storage raise VoiceStoreError where it does
+    not answer."""
 
     def __init__(
         self, root: str, max_voices: int = 1000, decoders: DecoderPool | None = None
@@ -137,6 +164,7 @@ class VoiceStore:
         )
         self._references = ReferenceReader(self._decoders.decode)
 
+    @_store_errors
     def voices(self) -> list[Voice]:
         """All voices, sorted by owner and name; the shared ones first."""
         paths = [PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES)]
@@ -159,12 +187,25 @@ class VoiceStore:
                 names.add(f"{voice.owner}.{voice.name}")
         return sorted(names)
 
+    @_store_errors
+    def check_reachable(self) -> None:
+        """Asks storage about the folder of the voices, which need not exist."""
+        storage.exists(self._root)
+
+    @_store_errors
+    def stamp(self, name: str, caller: Caller) -> storage.FileStamp:
+        """Path, time and size of a voice's file, which is not read. Raises as `read` does."""
+        for path in self._caller_paths(name, caller):
+            if (stamp := storage.file_stamp(path)) is not None:
+                return stamp
+        raise VoiceError(f"no voice {name[:100]!r}", "voice_not_found")
+
+    @_store_errors
     def read(self, name: str, caller: Caller) -> bytes:
         """The file of a voice. Raises VoiceError for one that does not exist for the caller."""
-        for voice in _candidates(name, caller):
-            for path in self._paths(voice):
-                with suppress(FileNotFoundError):
-                    return storage.read_bytes(path)
+        for path in self._caller_paths(name, caller):
+            with suppress(FileNotFoundError):
+                return storage.read_bytes(path)
         raise VoiceError(f"no voice {name[:100]!r}", "voice_not_found")
 
     def read_reference(self, data: bytes) -> Wave:
@@ -208,6 +249,7 @@ class VoiceStore:
         wave = audio.wav_bytes(self.read_reference(data))
         return audio.read(wave, max_seconds=MAX_REFERENCE_SECONDS)
 
+    @_store_errors
     def add(self, name: str, wave: Wave, metadata: VoiceMetadata, caller: Caller) -> None:
         """Stores a recording that `validate_recording` returned; it belongs to the caller's key.
         Raises VoiceError when the name has been taken since then; of two concurrent calls, the
@@ -217,9 +259,14 @@ class VoiceStore:
         path = self._paths(Voice(caller.key, name))[0]
         storage.write_bytes(path, audio.flac_bytes(wave, comment))
 
+    @_store_errors
     def delete(self, name: str, caller: Caller) -> None:
-        """Deletes a voice with its metadata. Raises VoiceError for an unknown name, and for a
-        shared voice where the caller may not use all."""
+        """Deletes a voice with its metadata, and what killed writers have left of any voice.
+
+        Raises VoiceError for an unknown name, and for a shared voice where the caller may not use
+        all.
+        """
+        storage.sweep_parts(self._root, older_than_seconds=PART_SECONDS)
         for voice in _candidates(name, caller):
             if paths := [path for path in self._paths(voice) if storage.exists(path)]:
                 if not voice.owner and not caller.all_voices:
@@ -230,6 +277,10 @@ class VoiceStore:
                 return
         raise VoiceError(f"no voice {name[:100]!r}", "voice_not_found")
 
+    def _caller_paths(self, name: str, caller: Caller) -> list[str]:
+        """Possible files of a name, in the order in which they are tried."""
+        return [path for voice in _candidates(name, caller) for path in self._paths(voice)]
+
     def _paths(self, voice: Voice) -> list[str]:
         """Possible files of a voice. Raises VoiceError for a name that could leave the folder."""
         if not voice.is_valid():
@@ -239,6 +290,7 @@ class VoiceStore:
         folder = [OWNED, voice.owner] if voice.owner else []
         return [storage.join(self._root, *folder, f"{voice.name}{end}") for end in SUFFIXES]
 
+    @_store_errors
     def _check_free(self, name: str, caller: Caller) -> None:
         """A new voice hides no shared one: whoever has used that name would hear another person."""
         for voice in {Voice(caller.key, name), Voice("", name)}:
