@@ -57,6 +57,10 @@ class Bundle:
     """URI of the AR checkpoint."""
     nar: str
     """URI of the NAR checkpoint."""
+    text_version: int = 1
+    """Version of the text processing (`model/normalize.py`) that both models learnt."""
+    languages: tuple[str, ...] = ()
+    """Languages of the training data, as espeak names them; empty if unknown."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     """Every listed file by its path below the folder; empty in bundles of earlier versions."""
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from urllib.parse import quote
 from valle.model.ar import AR
 from valle.model.codec import encodec
 from valle.model.nar import NAR
+from valle.model.normalize import TEXT_VERSION
 from valle.model.valle import Synthesizer
 from valle.platform import bundle as bundles
 from valle.platform import checkpoint, node_cache, settings, storage
@@ -62,18 +64,35 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     checkpoint.fetch(ar, folder / "ar")
     checkpoint.fetch(nar, folder / "nar")
     identity = encodec.load(codec, cache=settings.read().cache).identity
+    text_versions, languages = [], []
     for part, kind in (("ar", "ar"), ("nar", "nar")):
         metadata = checkpoint.read_metadata(folder / part)
         if metadata.kind != kind:
             raise ValueError(f"{part}: the checkpoint holds a model of kind {metadata.kind!r}")
         identity.check(metadata.codec, f"the {part.upper()} checkpoint")
+        text_versions.append(metadata.text_version or 1)
+        languages.append(metadata.languages)
     official = codec == "encodec-24khz"
     if not official:
         source = encodec.NANO_CODEC_FOLDER if codec == "nano" else Path(codec)
         (folder / "codec").mkdir()
         for name in ("model.safetensors", "config.json"):
             shutil.copy(source / name, folder / "codec" / name)
-    write_bundle(folder, Bundle(codec=identity, official_codec=official, ar=ar, nar=nar))
+    if text_versions[0] != text_versions[1]:
+        raise ValueError(
+            f"the AR checkpoint learnt text version {text_versions[0]}, the NAR checkpoint "
+            f"{text_versions[1]}; train both on one dataset"
+        )
+    _warn_of_text_version("the model", text_versions[0])
+    bundle = Bundle(
+        codec=identity,
+        official_codec=official,
+        ar=ar,
+        nar=nar,
+        text_version=text_versions[0],
+        languages=tuple(name for name in languages[0] if name in languages[1]),
+    )
+    write_bundle(folder, bundle)
     return read_bundle(folder)
 
 
@@ -341,9 +360,26 @@ def _check(folder: Path, expected: str) -> None:
         )
 
 
+def read_languages(folder: Path) -> tuple[str, ...]:
+    """Languages of the data that a bundle was trained on; en-us if it does not say."""
+    return read_bundle(folder).languages or ("en-us",)
+
+
+@lru_cache(maxsize=64)
+def _warn_of_text_version(name: str, version: int) -> None:
+    """Logs, once in a process, that a model learnt from text in another spoken form."""
+    if version != TEXT_VERSION:
+        logger.warning(
+            "%s was trained with text version %d, this code reads text as version %d: numbers and "
+            "abbreviations may sound otherwise than it learnt them (docs/data.md)",
+            name, version, TEXT_VERSION,
+        )  # fmt: skip
+
+
 def load_ar(folder: Path, device: str = "cpu") -> AR:
     """The AR model of a bundle."""
-    model, _ = checkpoint.load(folder / "ar", device)
+    model, metadata = checkpoint.load(folder / "ar", device)
+    _warn_of_text_version(f"the model in {folder}", metadata.text_version or 1)
     assert isinstance(model, AR), "pack() has checked the kind"
     return model
 

@@ -53,14 +53,15 @@ def build_app(args: AppArgs) -> Application:
 
     # a builder, which Serve calls on each ingress replica; it does not accept a `partial`
     def build_api() -> FastAPI:
-        return create_api(args, ServeDeployments(), deployed)
+        return create_api(args, ServeDeployments(args.max_call_seconds), deployed)
 
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",
         max_ongoing_requests=1000,  # they only wait; the AR deployment's queue is the limit
         max_surge_percent=_max_surge_percent(args),
-        graceful_shutdown_timeout_s=args.max_seconds,  # of a whole response
+        # of a whole response
+        graceful_shutdown_timeout_s=args.max_real_time_factor * args.max_seconds,
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress.bind(ar, nar, codec)
@@ -114,7 +115,7 @@ def _deploy(
             "policy": policy,
         },
         # a replica that stops finishes the sentences it has begun
-        "graceful_shutdown_timeout_s": 2 * args.max_sentence_seconds,
+        "graceful_shutdown_timeout_s": args.max_real_time_factor * args.max_sentence_seconds,
         "health_check_period_s": 2,
         "max_surge_percent": _max_surge_percent(args),
         "ray_actor_options": {

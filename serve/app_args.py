@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
+from valle.model.languages import espeak_voice
 from valle.model.quantize import Precision
 from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
 
@@ -29,6 +30,10 @@ class AppArgs(BaseModel):
 
     tracking_uri: str | None = None
     """MLflow's address; None: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
+
+    languages: tuple[str, ...] | None = None
+    """Languages that a request may name, as BCP 47 tags; None: those that the model was trained on,
+    or en-US if its bundle does not say."""
 
     voices: str = "data/voices"
     """Folder or `s3://` URI of reference recordings, shared by all replicas. A request names a
@@ -73,6 +78,10 @@ class AppArgs(BaseModel):
     """Prompts whose keys and values a NAR replica caches: 19 MB each for nano, 155 MB for the
     paper's size."""
 
+    nar_prompt_cache_seconds: float = Field(600.0, gt=0)
+    """Lifetime of a prompt in that cache. Deleting a voice empties the caches at once; this bounds
+    what a response that still runs puts back."""
+
     batch_seconds: float = Field(40.0, gt=0)
     """Upper bound of the padded speech in a batch, in seconds, for NAR and codec replicas. Guidance
     doubles the NAR model's batch; the codec splits its own into parts of ten seconds."""
@@ -107,6 +116,19 @@ class AppArgs(BaseModel):
     max_phonemes: int = Field(1000, ge=10)
     """Length limit of a sentence in phonemes (IPA symbols, about 18 a second)."""
 
+    max_call_seconds: float = Field(600.0, gt=0)
+    """Upper bound of one call of a deployment: waiting for a place in its queue, or for a replica,
+    and computing a sentence. Then the request is answered with 503, or its stream ends."""
+
+    max_step_seconds: float = Field(300.0, gt=0)
+    """Upper bound of a step of the AR engine and of a NAR or codec batch: a replica in which one
+    takes longer is stuck, ends itself and is replaced. The first step of a `compiled` model takes
+    minutes."""
+
+    max_real_time_factor: float = Field(5.0, ge=1)
+    """Seconds that a second of speech takes at most, on a loaded machine. Replicas that stop have
+    so much longer than the length limits to finish what they have begun."""
+
     max_body_bytes: int = Field(10_000_000, ge=1_000)
     """Size limit of a request body, checked before it is read."""
 
@@ -120,6 +142,14 @@ class AppArgs(BaseModel):
             if isinstance(values, dict) and name in values:
                 raise ValueError(f"{name} is called {present} now")
         return values
+
+    @model_validator(mode="after")
+    def _refuse_unknown_languages(self) -> Self:
+        for language in self.languages or ():
+            espeak_voice(language)
+        if self.languages == ():
+            raise ValueError("languages: at least one is needed")
+        return self
 
     @model_validator(mode="after")
     def _refuse_int8_on_gpus(self) -> Self:

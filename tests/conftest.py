@@ -9,14 +9,16 @@ import pytest
 import torch
 from helpers import clusters
 from helpers.endpoints import RunningEndpoint, SharedEndpoint
+from helpers.engines import short_ar
 from helpers.mlflow_servers import MlflowServer
 from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
-from helpers.tiny_models import TINY_CODEC
+from helpers.tiny_models import TINY_CODEC, tiny_nar
 from hypothesis import settings as hypothesis_settings
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
+from valle.platform import registry
 from valle.serve.app_args import AppArgs
 
 
@@ -141,6 +143,15 @@ def publish_recipe(
 ) -> PublishRecipe:
     """A recipe over untrained checkpoints that speak noise for at most a second."""
     return write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias)
+
+
+@pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deployments in this process load untrained models, without a registry."""
+    for name in ("pin", "resolve"):
+        monkeypatch.setattr(registry, name, lambda model, *_, **__: model)
+    monkeypatch.setattr(registry, "load_ar", lambda *_: short_ar(2))
+    monkeypatch.setattr(registry, "load_nar", lambda *_: tiny_nar())
 
 
 @pytest.fixture

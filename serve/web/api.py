@@ -23,17 +23,40 @@ from valle.model.tokens import SAMPLE_RATE
 from valle.platform import registry
 from valle.platform.audio import AudioError
 from valle.serve.app_args import AppArgs
-from valle.serve.deployments.interface import Deployments, OverloadedError
+from valle.serve.deployments.interface import (
+    Deployments,
+    OverloadedError,
+    RefusedCallError,
+    UnavailableError,
+)
 from valle.serve.web.alias_watcher import AliasWatcher, NoVersionError
 from valle.serve.web.keys import ApiKeyMiddleware, read_keys
 from valle.serve.web.metrics import Metrics, MetricsMiddleware
+from valle.serve.web.missing_parts import MissingParts
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest, error_response
 from valle.serve.web.service import SpeechService
-from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore, pack_codes
+from valle.serve.web.voices import (
+    VoiceError,
+    VoiceMetadata,
+    VoiceStore,
+    VoiceStoreError,
+    pack_codes,
+)
 
 UI = Path(__file__).resolve().parent.parent / "ui"
 """Folder of the web page."""
+
+PARAMS_OF_CALLS = {
+    "phonemes": "input",
+    "prompt": "voice",
+    "recording": "voice",
+    "max_frames": "max_seconds",
+    "seed": "seed",
+    "temperature": "temperature",
+    "top_p": "top_p",
+}
+"""Fields of the models' calls, with the field of a speech request that they come from."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,7 +109,8 @@ def create_api(args: AppArgs, deployments: Deployments, deployed: str | None = N
     # added last, so outermost: it counts the refusals of the others too
     api.add_middleware(MetricsMiddleware, metrics=metrics)
     _add_error_handlers(api)
-    _add_status_routes(api, registry.display_name(args.model), deployments, metrics)
+    missing_parts = MissingParts(deployments, watcher, store)
+    _add_status_routes(api, registry.display_name(args.model), missing_parts, metrics)
     _add_voice_routes(api, store, prompts, watcher)
 
     @api.post("/v1/audio/speech", response_class=Response)
@@ -120,6 +144,34 @@ def _add_error_handlers(api: FastAPI) -> None:
         )
         return error_response(429, detail, {"Retry-After": "2"})
 
+    @api.exception_handler(RefusedCallError)
+    async def refused_by_model(request: Request, error: RefusedCallError) -> Response:
+        logger.error("a replica refused a call: %s", error, exc_info=error)
+        param = PARAMS_OF_CALLS.get(str(error).partition(":")[0])
+        if param is None:  # nothing that the client can change
+            return await failed(request, error)
+        return error_response(400, ErrorDetail(message=f"{param}: {error}", param=param))
+
+    @api.exception_handler(UnavailableError)
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
+        logger.error("no replica has answered: %s", error, exc_info=error)
+        detail = ErrorDetail(
+            message="the models are not available; try again in a moment",
+            type="server_error",
+            code="unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "5"})
+
+    @api.exception_handler(VoiceStoreError)
+    async def no_voice_store(request: Request, error: VoiceStoreError) -> Response:
+        logger.error("the voice store does not answer: %s", error)
+        detail = ErrorDetail(
+            message="the store of the voices does not answer; try again in a moment",
+            type="server_error",
+            code="voice_store_unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "10"})
+
     @api.exception_handler(NoVersionError)
     async def no_version(request: Request, error: NoVersionError) -> Response:
         logger.warning("refused: %s", error)
@@ -149,7 +201,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _add_status_routes(
-    api: FastAPI, model: str, deployments: Deployments, metrics: Metrics
+    api: FastAPI, model: str, missing_parts: MissingParts, metrics: Metrics
 ) -> None:
     """Health, metrics and the list of models."""
     created = int(time.time())
@@ -161,8 +213,9 @@ def _add_status_routes(
 
     @api.get("/health/ready")
     async def ready() -> Response:
-        """Every deployment has a running replica, so speech requests can be answered."""
-        missing = await deployments.not_running()
+        """Speech requests can be answered: every deployment has a running replica, there is a model
+        version, and Serve's controller and the voice store answer."""
+        missing = await missing_parts.names()
         content = {"status": "waiting" if missing else "ready", "waiting_for": missing}
         return JSONResponse(content, 503 if missing else 200)
 
@@ -227,9 +280,10 @@ def _add_voice_routes(
 
     @api.delete("/v1/audio/voices/{name}")
     async def delete_voice(name: str) -> dict[str, object]:
-        """Deletes a recording with its metadata."""
+        """Deletes a recording with its metadata, and what replicas remember of it."""
         try:
             await run_in_threadpool(store.delete, name)
+            await prompts.forget()
         except VoiceError as error:
             raise ApiError(404, str(error), "name", error.code) from error
         logger.info("voice deleted id=%s", name)

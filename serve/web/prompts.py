@@ -7,23 +7,21 @@ request needs them, and caches the codes for a while.
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP
 from valle.platform.audio import AudioError
+from valle.platform.storage import FileStamp
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
+from valle.serve.web.prompt_cache import PromptCache
 from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
-
-PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS = 256, 600
-"""Prompts in the cache, and their lifetime: a deleted voice leaves the memory as well."""
 
 _T = TypeVar("_T")
 
@@ -41,9 +39,7 @@ class PromptEncoder:
 
     def __init__(self, store: VoiceStore, deployments: Deployments) -> None:
         self._store, self._deployments = store, deployments
-        self._cache: TTLCache[tuple[str, bytes], Codes] = TTLCache(
-            PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS
-        )
+        self._cache = PromptCache(self._stamp)
         self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
@@ -52,21 +48,39 @@ class PromptEncoder:
 
         Raises ApiError for a missing voice or an unusable recording.
         """
+        if request.ref_audio is not None or not request.voice:
+            return await self._read_and_encode(request, version)
+        try:
+            return await self._cache.of_voice(
+                request.voice, version, lambda: self._read_and_encode(request, version)
+            )
+        except VoiceError as error:
+            raise ApiError(404, str(error), "voice", error.code) from error
+
+    async def forget(self) -> None:
+        """Removes what is in memory of all prompts, here and in the models' replicas: a voice has
+        been deleted. Other ingress replicas notice that within seconds."""
+        self._cache.forget()
+        await self._deployments.forget_prompts()
+
+    async def _stamp(self, voice: Hashable) -> FileStamp:
+        return await run_in_threadpool(self._store.stamp, str(voice))
+
+    async def _read_and_encode(self, request: SpeechRequest, version: str) -> Codes:
         recording = await run_in_threadpool(self._read_recording, request)
-        # keyed by content, since a voice may be replaced, and by version, since codecs may differ
-        key = (version, hashlib.sha256(recording.data).digest())
-        codes = self._cache.get(key)
-        if codes is None:
-            metadata = None
-            if recording.param == "voice":
-                metadata = await self._in_thread(self._store.read_metadata, recording.data)
-            if metadata is not None and await self._is_current(metadata, version):
-                codes = metadata.prompt_codes()
-            else:
-                wave = await self._in_thread(self._decode, recording, metadata is not None)
-                codes = await self.encode(wave, version)
-            self._cache[key] = codes
-        return codes
+        sha256 = hashlib.sha256(recording.data).digest()
+        return await self._cache.of_content(
+            sha256, version, lambda: self._encode_recording(recording, version)
+        )
+
+    async def _encode_recording(self, recording: Recording, version: str) -> Codes:
+        metadata = None
+        if recording.param == "voice":
+            metadata = await self._in_thread(self._store.read_metadata, recording.data)
+        if metadata is not None and await self._is_current(metadata, version):
+            return metadata.prompt_codes()
+        wave = await self._in_thread(self._decode, recording, metadata is not None)
+        return await self.encode(wave, version)
 
     async def encode(self, wave: Wave, version: str) -> Codes:
         """Codes `[8, P]` of the first seconds of a recording."""

@@ -53,8 +53,9 @@ class SpeechRequest(BaseModel):
     """Send the beginning of a sentence before its end is synthesized, at some cost in quality;
     None: the server's default."""
 
-    language: str = Field("en-us", max_length=20, pattern=r"^[a-zA-Z-]+$")
-    """espeak voice name of the text's language."""
+    language: str = Field("en-us", max_length=35, pattern=r"^[a-zA-Z0-9_-]+$")
+    """Language of the text: a BCP 47 tag in any case (`en`, `en-US`, `pt-BR`), or an espeak
+    voice."""
 
 
 class ErrorDetail(BaseModel):

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import PurePosixPath
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from dacite import DaciteError, from_dict
@@ -22,6 +24,9 @@ from valle.platform import audio, decoding, storage
 from valle.platform.decoder_pool import DecoderBusyError, DecoderPool
 from valle.platform.reference import MAX_REFERENCE_SECONDS, ReferenceReader
 from valle.serve.deployments.interface import OverloadedError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 DECODERS, DECODING_SECONDS, DECODING_BYTES = 2, 10.0, 512 * 2**20
 """Decoder processes of an ingress replica, the time of one for a recording, and its memory."""
@@ -37,6 +42,14 @@ class VoiceError(ValueError):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class VoiceStoreError(Exception):
+    """The store of the voices does not answer."""
+
+
+PART_SECONDS = 3600.0
+"""Age from which an unfinished file is the rest of a writer that was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +105,22 @@ def read_voice_metadata(
         return None
 
 
+def _store_errors(method: Callable[P, Result]) -> Callable[P, Result]:
+    """A method of the store whose errors of storage are VoiceStoreError."""
+
+    @wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:
+            raise VoiceStoreError(str(error)) from error
+
+    return wrapper
+
+
 class VoiceStore:
-    """Reads, adds and deletes voices."""
+    """Reads, adds and deletes voices. Methods that use storage raise VoiceStoreError where it does
+    not answer."""
 
     def __init__(self, root: str, decoders: DecoderPool | None = None) -> None:
         """`root`: a folder or an `s3://` URI; `decoders`: where recordings are decoded."""
@@ -106,12 +133,27 @@ class VoiceStore:
         )
         self._references = ReferenceReader(self._decoders.decode)
 
+    @_store_errors
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
         paths = (PurePosixPath(name) for name in storage.list_files(self._root, SUFFIXES))
         names = {path.stem for path in paths if len(path.parts) == 1 and path.suffix in SUFFIXES}
         return sorted(name for name in names if VOICE_ID_PATTERN.fullmatch(name))
 
+    @_store_errors
+    def check_reachable(self) -> None:
+        """Asks storage about the folder of the voices, which need not exist."""
+        storage.exists(self._root)
+
+    @_store_errors
+    def stamp(self, name: str) -> storage.FileStamp:
+        """Path, time and size of a voice's file, which is not read. Raises as `read` does."""
+        for path in self._paths(name):
+            if (stamp := storage.file_stamp(path)) is not None:
+                return stamp
+        raise VoiceError(f"no voice {name!r}", "voice_not_found")
+
+    @_store_errors
     def read(self, name: str) -> bytes:
         """The file of a voice. Raises VoiceError for an unknown name."""
         for path in self._paths(name):
@@ -159,6 +201,7 @@ class VoiceStore:
         wave = audio.wav_bytes(self.read_reference(data))
         return audio.read(wave, max_seconds=MAX_REFERENCE_SECONDS)
 
+    @_store_errors
     def add(self, name: str, wave: Wave, metadata: VoiceMetadata) -> None:
         """Stores a recording that `validate_recording` returned. Raises VoiceError when the name
         has been taken since then; of two concurrent calls, the later one wins."""
@@ -166,8 +209,13 @@ class VoiceStore:
         comment = json.dumps(asdict(metadata), ensure_ascii=False)
         storage.write_bytes(self._paths(name)[0], audio.flac_bytes(wave, comment))
 
+    @_store_errors
     def delete(self, name: str) -> None:
-        """Deletes a voice with its metadata. Raises VoiceError for an unknown name."""
+        """Deletes a voice with its metadata, and what killed writers have left of any voice.
+
+        Raises VoiceError for an unknown name.
+        """
+        storage.sweep_parts(self._root, older_than_seconds=PART_SECONDS)
         paths = [path for path in self._paths(name) if storage.exists(path)]
         if not paths:
             raise VoiceError(f"no voice {name!r}", "voice_not_found")
@@ -181,6 +229,7 @@ class VoiceStore:
             raise VoiceError(message, "invalid_name")
         return [storage.join(self._root, f"{name}{suffix}") for suffix in SUFFIXES]
 
+    @_store_errors
     def _check_free(self, name: str) -> None:
         if any(map(storage.exists, self._paths(name))):
             raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
