@@ -30,7 +30,7 @@ from valle.jobs.bench.replicas import replica_processes
 from valle.platform import audio
 from valle.serve.engine.request import Request
 
-LONG = {"input": "And on it goes. " * 120, "voice": "ann", "response_format": "pcm"}
+LONG = {"input": "And on it goes. " * 120, "voice": "ann", "response_format": "pcm", "seed": 0}
 """Two minutes of speech: more than the sockets' buffers hold."""
 
 pytestmark = [
@@ -57,7 +57,7 @@ def connect(endpoint: str, head: str) -> socket.socket:
 
 def check_a_client_that_leaves_before_the_first_audio(endpoint: str) -> None:
     body = json.dumps(LONG)
-    head = "POST /v1/audio/speech HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+    head = "POST /v1/audio/speech HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
     seconds = clusters.audio_seconds(endpoint)
     with connect(endpoint, f"{head}Content-Length: {len(body)}\n\n{body}"):
         clusters.wait_for(clusters.slot_demand, 20, "the first sentence")
@@ -69,7 +69,7 @@ def check_a_client_that_leaves_before_the_first_audio(endpoint: str) -> None:
 def check_a_gigabyte_is_refused_unread(endpoint: str, route: str) -> None:
     """By its declared length, before much of it has been sent."""
     size, sent = 2**30, 0
-    head = f"POST {route} HTTP/1.1\nHost: x\nContent-Length: {size}\n"
+    head = f"POST {route} HTTP/1.1\nHost: localhost\nContent-Length: {size}\n"
     with connect(endpoint, f"{head}Content-Type: multipart/form-data; boundary=x\n\n") as client:
         while sent < size:
             readable, writable, _ = select.select([client], [client], [], 30)

@@ -4,11 +4,10 @@ the normalization of the whole text."""
 import asyncio
 from collections.abc import Callable, Iterator
 
-from starlette.concurrency import run_in_threadpool
-
 from valle.model.sentences import phoneme_budget, sentence_blocks
 from valle.serve.app_args import AppArgs
 from valle.serve.web.schema import ApiError, SpeechRequest
+from valle.serve.web.threads import run_text
 
 
 class SentenceSource:
@@ -24,7 +23,7 @@ class SentenceSource:
     @classmethod
     async def open(cls, request: SpeechRequest, args: AppArgs) -> "SentenceSource":
         """The sentences of a request. Raises ApiError for a text that cannot be spoken."""
-        return cls(*await run_in_threadpool(_first_block, request, args))
+        return cls(*await run_text(_first_block, request, args))
 
     async def has(self, index: int) -> bool:
         """True if there is a sentence of that index; makes it if need be."""
@@ -42,7 +41,7 @@ class SentenceSource:
     async def _until(self, condition: Callable[[], bool]) -> bool:
         async with self._lock:  # one thread at a time takes blocks
             while not condition() and not self._complete:
-                block = await run_in_threadpool(next, self._blocks, None)
+                block = await run_text(next, self._blocks, None)
                 if block is None:
                     self._complete = True
                 else:
