@@ -20,9 +20,10 @@ import pyarrow as pa
 
 from valle.jobs.ingest.layouts import Reject, Source, SourceItem, list_items
 from valle.jobs.recipes import parse_arguments
-from valle.model import text as phonemes
 from valle.model.codec.interface import CodecIdentity
 from valle.model.codec.loading import CODEC_NAMES, load_codec
+from valle.model.languages import espeak_voice
+from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.capacity import Cluster
@@ -153,24 +154,21 @@ class DecodeAudio:
 
 
 class Phonemize:
-    """Converts texts to phoneme ids; an actor loads one espeak per language."""
+    """Converts texts to phoneme ids, with one espeak per actor."""
 
     def __init__(self, recipe: PrepareRecipe) -> None:
         self._recipe = recipe
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Adds `phonemes`."""
+        """Adds `phonemes`; `language` becomes the name of espeak's voice."""
         return map_rows(rows, self._phonemize)
 
     def _phonemize(self, row: Row) -> Row:
-        symbols = phonemes.phonemize([row["text"]], row["language"])[0]
-        ids = phonemes.encode(symbols)
-        if not self._recipe.min_phonemes <= len(ids) <= self._recipe.max_phonemes:
-            raise ValueError(
-                f"phoneme count out of range: {len(ids)}, "
-                f"limits {self._recipe.min_phonemes} and {self._recipe.max_phonemes}"
-            )
-        return {"phonemes": ids}
+        ids = phoneme_ids(row["text"], row["language"])
+        least, most = self._recipe.min_phonemes, self._recipe.max_phonemes
+        if not least <= len(ids) <= most:
+            raise ValueError(f"phoneme count out of range: {len(ids)}, limits {least} and {most}")
+        return {"phonemes": ids, "language": espeak_voice(row["language"])}
 
 
 class EncodeShard:
@@ -242,11 +240,13 @@ class DatasetState:
 def scan_output(out: str, codec: CodecIdentity) -> DatasetState:
     """Reads what is done, shards that a killed run has not listed in the manifest included."""
     manifest_shards: dict[str, Shard] = {}
+    state = DatasetState([], Statistics(), set())
     if storage.exists(storage.join(out, "dataset.json")):
         manifest = dataset.read_manifest(out)
         codec.check(manifest.codec, f"the dataset {out}")
         manifest_shards = {shard.name: shard for shard in manifest.shards}
-    state = DatasetState([], Statistics(), set())
+        if manifest.shards:
+            state.statistics.text_version = manifest.text_version
     for name in dataset.shard_names(out):
         rows = dataset.read_columns(out, name, ["id", "speaker", "language", "frames"])
         state.shards.append(manifest_shards.get(name) or _adopt(out, name, rows))
@@ -322,10 +322,11 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     recipe = resolve_paths(recipe)  # a worker's folder and home may differ from the driver's
     allocation = allocation_for(recipe)
     identity = load_codec(recipe.codec, cache=settings.read().cache).identity
-    # Compare the inputs with what earlier runs have written.
     items, unlisted = _list(recipe)
     state = scan_output(recipe.out, identity)
     missing = [item for item in items if item.id not in state.ids]
+    if missing:
+        dataset.check_text_version(state.statistics.text_version, recipe.out)
     write_rejects(recipe.out, "listing", unlisted)
     dataset.write_manifest(recipe.out, identity, state.shards, state.statistics)
 
