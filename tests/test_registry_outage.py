@@ -200,15 +200,15 @@ def test_a_new_process_starts_from_the_node_s_cache_while_the_server_is_down(
             assert (version, copy) == (pinned, str(folder))
             assert "did not answer" in result.stderr and "going on with" in result.stderr
             # a version that is known by its number needs no registry at all
+            caplog.clear()
             with caplog.at_level(logging.WARNING):
                 assert registry.resolve(pinned) == folder
-            assert not caplog.records
+            assert "did not answer" not in caplog.text
             # but nothing is promoted, and a strict look-up says what is the matter
             with pytest.raises(RegistryUnavailableError):
                 registry.current_version(registry.CHAMPION, None, None, pinned)
         finally:
             go_on()
-        caplog.clear()
     clusters.wait_for(lambda: clusters.responds(f"{mlflow_server.address}/health"), 60, "MLflow")
     assert publish(publish_recipe).version == first + 1
     moved = registry.current_version(registry.CHAMPION, None, None, pinned)
