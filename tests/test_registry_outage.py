@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from valle.jobs.evaluate import EvaluateRecipe
 from valle.jobs.evaluation.report import write_report
 from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.publish import GateError, PublishRecipe, publish
-from valle.platform import bundle, registry, settings, storage
+from valle.platform import bundle, node_cache, registry, settings, storage
 from valle.platform import model_versions as versions
 from valle.platform.registry_client import RegistryUnavailableError
 
@@ -122,6 +123,31 @@ def test_a_refused_connection_is_known_within_seconds(
     with pytest.raises(SystemExit) as status:
         command.main(["history"])
     assert status.value.code == 2 and "did not answer" in capsys.readouterr().err
+
+
+def test_a_registry_that_hangs_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and never answers; a node that knows a version goes on with it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as hanging:
+        hanging.bind(("127.0.0.1", 0))
+        hanging.listen()
+        address = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(RegistryUnavailableError, match="did not answer: .* timeout"):
+            registry.pin(registry.CHAMPION, allow_cached=True)
+        last = "models:/valle/3#m-" + "0" * 32
+        node_cache.remember(address, registry.CHAMPION, last)
+        assert registry.pin(registry.CHAMPION, allow_cached=True) == last
+        assert registry.current_version(registry.CHAMPION, None, None, None) == last
+        for call in (
+            lambda: registry.pin(registry.CHAMPION),
+            lambda: registry.current_version(registry.CHAMPION, None, None, last),
+        ):
+            with pytest.raises(RegistryUnavailableError):
+                call()
+    deployed = "models:/valle/2#m-" + "1" * 32
+    assert registry.current_version("models:/valle@x", address, deployed, None) == deployed
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
