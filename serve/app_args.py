@@ -40,7 +40,30 @@ class AppArgs(BaseModel):
     recording without its suffix."""
 
     api_keys: str | None = None
-    """File of API keys (`serve/web/keys.py`); None: requests need no key."""
+    """File of API keys (`serve/web/keys.py`); None: requests need no key, and the server may listen
+    on a loopback address only."""
+
+    api_keys_poll_seconds: float = Field(10.0, gt=0)
+    """Seconds after which a key that is added to the file, or taken out, counts."""
+
+    open: bool = False
+    """Let everybody who reaches the server use it without a key, beyond this machine too: speak,
+    add and delete voices."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may give the server (`Host`), without ports: `tts.example.com`,
+    `*.example.com`. Empty: localhost on a loopback address, any name elsewhere."""
+
+    allow_origins: tuple[str, ...] = ()
+    """Other web origins whose pages may use the server (CORS), as `https://chat.example.com`; `*`:
+    every page that a user of it opens."""
+
+    inline: bool = True
+    """Accept recordings in requests (`ref_audio`). False: only stored voices, each with a stated
+    consent."""
+
+    max_voices: int = Field(1000, ge=0)
+    """Voices that may be stored; each is at most 1.5 MB."""
 
     registry_poll_seconds: float = Field(10.0, gt=0)
     """Seconds between two lookups of the registry's alias. When it has moved, new requests get the
@@ -48,6 +71,10 @@ class AppArgs(BaseModel):
 
     max_replicas: int = Field(4, ge=1)
     """Upper bound of the replicas of each deployment (autoscaling)."""
+
+    ingress_replicas: int | None = Field(None, ge=1)
+    """Lower bound of the ingress replicas. None: two on a cluster of several nodes or of eight CPUs
+    and more, where one may die; one on a laptop."""
 
     upscale_delay_s: float = Field(5.0, ge=0)
     """Seconds of high demand before replicas are added."""
@@ -130,7 +157,11 @@ class AppArgs(BaseModel):
     so much longer than the length limits to finish what they have begun."""
 
     max_body_bytes: int = Field(10_000_000, ge=1_000)
-    """Size limit of a request body, checked before it is read."""
+    """Size limit of a request body: of an upload as it is, of a speech request at most what its
+    fields can take."""
+
+    max_body_seconds: float = Field(60.0, gt=0)
+    """Seconds within which a request body must have arrived."""
 
     use_gpu: bool = False
     """Give each AR and NAR replica a GPU (written after the documentation, not run on one yet)."""

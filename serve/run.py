@@ -17,6 +17,9 @@ from valle.serve.app import build_app
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.handles import APP_NAME
 from valle.serve.ready import find_reason, ready_message
+from valle.serve.web.callers import Caller
+from valle.serve.web.exposure import exposure_error, key_file_error, refuse_exposure
+from valle.serve.web.voices import VoiceStore
 
 
 class StartError(RuntimeError):
@@ -27,10 +30,11 @@ class StartError(RuntimeError):
 def endpoint(args: AppArgs, port: int, host: str = "127.0.0.1") -> Iterator[str]:
     """Serves on the connected cluster while the block runs; yields the base URL, without a slash
     at its end. Ray stays connected, all of Serve is shut down."""
+    refuse_exposure(host, args)
     serve.start(http_options={"host": host, "port": port})
     try:
         deploy(args)
-        yield f"http://{host}:{port}"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         serve.shutdown()
 
@@ -54,20 +58,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--voices", default="data/voices", help="folder of reference recordings")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--api-keys", help="file of API keys, for every --host but this machine")
+    parser.add_argument(
+        "--open",
+        action="store_true",
+        help="listen beyond this machine without keys: everybody may add, use and delete voices",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        help="web origin whose pages may use the endpoint, as https://chat.example.com; repeatable",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        help="name that requests may give the server; repeatable",
+    )
     parser.add_argument(
         "--verbose", action="store_true", help="show the log of Ray and Ray Serve on the terminal"
     )
     arguments = parser.parse_args(argv)
+    args = AppArgs(
+        model=arguments.model,
+        voices=storage.absolute(arguments.voices),
+        api_keys=arguments.api_keys,
+        open=arguments.open,
+        allow_origins=tuple(arguments.allow_origin),
+        allowed_hosts=tuple(arguments.allow_host),
+    )
+    if reason := exposure_error(arguments.host, args) or key_file_error(args):
+        parser.exit(2, f"error: {reason}\n")
     try:
         # a missing model fails before Ray starts
         registry.resolve(arguments.model, allow_cached=True)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    voices = storage.absolute(arguments.voices)
-    if not any(True for _ in storage.list_files(voices, (".wav",))):
-        logging.warning("no voices in %s: put a wav there, or `valle.jobs.starter_voices`", voices)
+    if not any(True for _ in storage.list_files(args.voices, (".wav", ".flac"))):
+        logging.warning(
+            "no voices in %s: put a wav there, or `valle.jobs.starter_voices`", args.voices
+        )
 
-    args = AppArgs(model=arguments.model, voices=voices)
     return _serve(args, arguments.host, arguments.port, verbose=arguments.verbose)
 
 
@@ -121,7 +153,8 @@ def _describe_model(model: str) -> str:
 
 
 def _voice_names(voices: str) -> list[str]:
-    return [name.removesuffix(".wav") for name in storage.list_files(voices, (".wav",))]
+    """Names of the shared voices: those of keys are their own."""
+    return VoiceStore(voices).ids(Caller(all_voices=False))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from valle.platform import audio
 from valle.platform.audio import AudioError, wav_bytes
 from valle.platform.reference import ReferenceReader
 from valle.serve.deployments.interface import PROMPT_FRAMES
+from valle.serve.web.callers import Caller
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.voices import VoiceStore
@@ -101,7 +102,7 @@ def test_reference_is_refused_with_the_same_reason_everywhere(
     with pytest.raises(AudioError, match=reason) as refused:
         READER.read(data)
     with pytest.raises(AudioError, match=re.escape(str(refused.value))):
-        store.validate_recording("ann", data)
+        store.validate_recording("ann", data, Caller())
     with pytest.raises(ValueError, match=re.escape(f"sound: {refused.value}")):
         read_by_command_line(data, tmp_path)
 
@@ -114,7 +115,7 @@ def test_reference_is_the_same_speech_everywhere(
     assert len(wave) / SAMPLE_RATE == pytest.approx(4, abs=0.35)
     assert np.abs(wave[: SAMPLE_RATE // 2]).max() > 0.02 and np.abs(wave).max() <= 1
     assert np.array_equal(read_by_command_line(ACCEPTED[name], tmp_path), wave)
-    uploaded = store.validate_recording("ann", ACCEPTED[name])
+    uploaded = store.validate_recording("ann", ACCEPTED[name], Caller())
     assert len(uploaded) == len(wave) and np.abs(uploaded - wave).max() < 1e-4
     assert np.array_equal(READER.read(wav_bytes(uploaded)), uploaded)  # cut once
 
@@ -137,10 +138,10 @@ async def test_requests_read_voices_and_inline_recordings_alike(name: str, tmp_p
         prompts = PromptEncoder(VoiceStore(str(tmp_path)), FakeDeployments())
         if name in REFUSED:
             with pytest.raises(ApiError, match=REFUSED[name][1]) as refused:
-                await prompts.for_request(request, "one")
+                await prompts.for_request(request, "one", Caller())
             assert (refused.value.status, refused.value.detail.param) == (400, param)
         else:
-            codes = await prompts.for_request(request, "one")
+            codes = await prompts.for_request(request, "one", Caller())
             expected = recording_codes(READER.read(data)[: PROMPT_FRAMES * HOP])
             assert (codes == expected).all()
 

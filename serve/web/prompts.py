@@ -5,22 +5,22 @@ request needs them, and caches the codes for a while.
 """
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP
 from valle.platform.audio import AudioError
 from valle.platform.storage import FileStamp
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
+from valle.serve.web.callers import Caller
 from valle.serve.web.prompt_cache import PromptCache
 from valle.serve.web.schema import ApiError, SpeechRequest
+from valle.serve.web.threads import run_storage
 from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
 
 _T = TypeVar("_T")
@@ -34,6 +34,14 @@ class Recording:
     param: Literal["voice", "ref_audio"]
 
 
+class _CallersVoice(NamedTuple):
+    """A voice as a caller names it."""
+
+    name: str
+    key: str
+    all_voices: bool
+
+
 class PromptEncoder:
     """Codes of the recordings that requests name or contain."""
 
@@ -43,16 +51,18 @@ class PromptEncoder:
         self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
-    async def for_request(self, request: SpeechRequest, version: str) -> Codes:
+    async def for_request(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
         """Codes `[8, P]` of the recording's first seconds, by that version's codec.
 
         Raises ApiError for a missing voice or an unusable recording.
         """
         if request.ref_audio is not None or not request.voice:
-            return await self._read_and_encode(request, version)
+            return await self._read_and_encode(request, version, caller)
+        # the same name may be another voice to another key
+        voice = _CallersVoice(request.voice, caller.key, caller.all_voices)
         try:
             return await self._cache.of_voice(
-                request.voice, version, lambda: self._read_and_encode(request, version)
+                voice, version, lambda: self._read_and_encode(request, version, caller)
             )
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
@@ -64,10 +74,12 @@ class PromptEncoder:
         await self._deployments.forget_prompts()
 
     async def _stamp(self, voice: Hashable) -> FileStamp:
-        return await run_in_threadpool(self._store.stamp, str(voice))
+        assert isinstance(voice, _CallersVoice), "for_request asks for no others"
+        caller = Caller(key=voice.key, all_voices=voice.all_voices)
+        return await run_storage(self._store.stamp, voice.name, caller)
 
-    async def _read_and_encode(self, request: SpeechRequest, version: str) -> Codes:
-        recording = await run_in_threadpool(self._read_recording, request)
+    async def _read_and_encode(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
+        recording = await run_storage(self._read_recording, request, caller)
         sha256 = hashlib.sha256(recording.data).digest()
         return await self._cache.of_content(
             sha256, version, lambda: self._encode_recording(recording, version)
@@ -110,17 +122,17 @@ class PromptEncoder:
         recordings do not take the threads of all other requests."""
         return await to_thread.run_sync(function, *arguments, limiter=self._decoding_threads)
 
-    def _read_recording(self, request: SpeechRequest) -> Recording:
+    def _read_recording(self, request: SpeechRequest, caller: Caller) -> Recording:
         if request.ref_audio is not None:
             try:
                 data = base64.b64decode(request.ref_audio, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # binascii's too
                 raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
             return Recording(data, "ref_audio")
         if not request.voice:
             message = "voice: missing; name a voice, or send a recording as ref_audio"
             raise ApiError(400, message, "voice")
         try:
-            return Recording(self._store.read(request.voice), "voice")
+            return Recording(self._store.read(request.voice, caller), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error

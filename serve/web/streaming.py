@@ -6,13 +6,12 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from starlette.concurrency import run_in_threadpool
-
 from valle.serve.deployments.interface import OverloadedError, UnavailableError
 from valle.serve.web.audio_formats import AudioEncoder
 from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest
 from valle.serve.web.sentence import AudioChunk
 from valle.serve.web.stats import SpeechStats
+from valle.serve.web.threads import run_encoding
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,12 +60,12 @@ async def _encode(
 ) -> AsyncIterator[bytes]:
     """The file's bytes as chunks come."""
     encoder = AudioEncoder(request.response_format, request.speed)
-    if data := await run_in_threadpool(encoder.add, first.wave):
+    if data := await run_encoding(encoder.add, first.wave):
         yield data
     async for chunk in chunks:
-        if data := await run_in_threadpool(encoder.add, chunk.wave):
+        if data := await run_encoding(encoder.add, chunk.wave):
             yield data
-    if data := await run_in_threadpool(encoder.finish):
+    if data := await run_encoding(encoder.finish):
         yield data
 
 
