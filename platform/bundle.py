@@ -28,6 +28,9 @@ from valle.platform.typed import from_dict
 BUNDLE = "bundle.json"
 REPORT = "report.json"
 
+MAX_BUNDLE_BYTES = 4_000_000
+"""Of `bundle.json`: ten thousand files."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +73,8 @@ def read_bundle(folder: Path) -> Bundle:
     path = folder / BUNDLE
     if not path.is_file():
         raise FileNotFoundError(f"no model bundle at {folder}: {BUNDLE} is missing")
+    if path.stat().st_size > MAX_BUNDLE_BYTES:
+        raise BundleError(f"{path} cannot be read: it has {path.stat().st_size} bytes")
     try:
         return from_dict(Bundle, json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError, RecursionError, dacite.DaciteError) as error:

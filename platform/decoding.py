@@ -13,7 +13,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from valle.platform.sound_formats import WAY_OUT, AudioError, SoundFormat, detect, mend_lengths
+from valle.platform.sound_formats import WAY_OUT, AudioError, SoundFormat, detect
+from valle.platform.sound_lengths import mend_lengths
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 """Accepted sample rates of a file, in Hz."""
@@ -29,7 +30,8 @@ Samples = NDArray[np.float32]
 
 _CODECS = frozenset((
     "aac", "aac_latm", "ac3", "adpcm_g722", "adpcm_g726", "adpcm_g726le", "adpcm_ima_qt",
-    "adpcm_ima_wav", "adpcm_ms", "alac", "amrnb", "amrwb", "eac3", "flac", "g722", "gsm", "gsm_ms",
+    "adpcm_ima_wav", "adpcm_ms", "alac", "amrnb", "amrwb", "eac3", "flac", "g722", "g726",
+    "g726le", "gsm", "gsm_ms",
     "libopencore_amrnb", "libopencore_amrwb", "libopus", "libspeex", "libvorbis", "mp2",
     "mp2float", "mp3", "mp3float", "opus", "pcm_alaw", "pcm_f32be", "pcm_f32le", "pcm_f64be",
     "pcm_f64le", "pcm_mulaw", "pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32be",
@@ -66,13 +68,14 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
     sound_format = detect(data)
     if len(data) > MAX_BYTES:
         raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
+    mended = mend_lengths(data, sound_format)
     readers = [read_with_libsndfile] if sound_format.libsndfile else []
     readers += [read_with_ffmpeg] if sound_format.ffmpeg else []
     reason: Exception | None = None
     for reader in readers:
         mono = _Mono(max_seconds)
         try:
-            for block, rate in reader(data, sound_format):
+            for block, rate in reader(mended, sound_format):
                 mono.add(block, rate)
         except AudioError:
             raise
@@ -81,9 +84,8 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
             continue
         if mono.parts:
             return np.concatenate(mono.parts), mono.rate
-        reason = reason or AudioError("empty audio: 0 samples")
-    if isinstance(reason, AudioError):
-        raise reason
+        if reason is None:
+            raise AudioError("empty audio: 0 samples")
     raise AudioError(
         f"unreadable audio: damaged or unusual {sound_format.name} file ({_words(reason)}); "
         f"{WAY_OUT}"
@@ -148,8 +150,10 @@ class _Sequential(soundfile.SoundFile):
 
 def read_with_libsndfile(data: bytes, sound_format: SoundFormat) -> Iterator[tuple[Samples, int]]:
     """Yields blocks `[n, channels]` and the sample rate."""
-    with _Sequential(_Bytes(mend_lengths(data, sound_format))) as file:
+    with _Sequential(_Bytes(data)) as file:
         check_header(file.samplerate, file.channels)
+        if file.subtype == "GSM610":  # one block too many, with remains of the one before
+            raise ValueError("left to FFmpeg")
         while True:
             # zeroed memory of our own: what libsndfile leaves unwritten is not other data
             block = np.zeros((BLOCK_SAMPLES, file.channels), np.float32)

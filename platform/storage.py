@@ -7,9 +7,12 @@ A URI is `s3://bucket/key`, `file:///absolute/path` or a plain path. A relative 
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
@@ -56,6 +59,26 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         ) from error
 
 
+@dataclass(frozen=True)
+class FileStamp:
+    """What changes when a file is replaced, known without reading it."""
+
+    path: str
+    modified_ns: int | None
+    """Time of the last change, in nanoseconds since 1970; S3 knows seconds."""
+    size: int
+    """Bytes."""
+
+
+def file_stamp(uri: str) -> FileStamp | None:
+    """The stamp of a file, None where there is none. Raises OSError where storage fails."""
+    filesys, path = filesystem(uri)
+    info = filesys.get_file_info(path)
+    if info.type != fs.FileType.File:
+        return None
+    return FileStamp(path, info.mtime_ns, info.size)
+
+
 def exists(uri: str) -> bool:
     """True if there is a file or folder."""
     filesys, path = filesystem(uri)
@@ -78,10 +101,12 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    part = f"{path}.{uuid.uuid4().hex}.part"
-    with open(part, "wb") as file:
-        file.write(data)
-    os.replace(part, path)
+    part = Path(f"{path}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a write that failed
 
 
 def delete(uri: str) -> None:
@@ -115,3 +140,20 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     for path in relative:
         if not path.endswith(".part") and (not suffixes or path.lower().endswith(suffixes)):
             yield path
+
+
+def sweep_parts(uri: str, *, older_than_seconds: float) -> int:
+    """Removes what killed writers have left in a local folder; returns the number of files.
+
+    On S3 nothing is visible of an unfinished write: a lifecycle rule of the bucket removes it.
+    """
+    filesys, root = filesystem(uri)
+    if not isinstance(filesys, fs.LocalFileSystem):
+        return 0
+    removed = 0
+    for part in Path(root).glob("**/*.part"):
+        with suppress(FileNotFoundError):  # its writer has finished
+            if time.time() - part.stat().st_mtime > older_than_seconds:
+                part.unlink()
+                removed += 1
+    return removed

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,16 @@ import torch
 from helpers.tiny_models import TINY_CODEC
 from helpers.training import (
     assert_equal_checkpoints,
+    join_two_ranks,
     last_checkpoint,
+    leave_ranks,
     run_plain,
-    run_two_ranks,
     tiny_train_recipe,
     write_tones,
 )
 from torch import nn
 
+from valle.jobs import train_codec
 from valle.jobs.train_codec import CodecRecipe, EncodecTrainee
 from valle.jobs.train_quantizer import QuantizerRecipe, QuantizerTrainee
 from valle.jobs.training import loop
@@ -119,21 +120,27 @@ def test_train_skips_a_batch_as_if_it_were_not_in_the_plan(
     assert_equal_but_for_the_count(tmp_path / "spoilt", tmp_path / "clean", 3)
 
 
-@pytest.mark.parametrize("backend", ["ddp", "deepspeed"])
-def test_train_two_ranks_skip_what_is_bad_on_one(
-    recipe: TrainRecipe, tmp_path: Path, backend: str
-) -> None:
+def _run_backends(rank: int, recipe: TrainRecipe, folder: Path) -> None:
+    """On one of two ranks: both backends, each with a bad batch on the second rank, and without."""
+    join_two_ranks(rank, folder)
+    for backend in ("ddp", "deepspeed"):
+        for name, poison in (("spoilt", "infinite loss, finite gradient"), ("clean", None)):
+            trainee = PoisonedTrainee(replace(recipe, backend=backend), "nar", {4}, poison, 1)
+            run_plain(trainee, folder / backend / name, Worker(rank=rank, world_size=2))
+    leave_ranks()
+
+
+def test_train_two_ranks_skip_what_is_bad_on_one(recipe: TrainRecipe, tmp_path: Path) -> None:
     """The second rank's loss is infinite, its gradient finite: only the loss tells."""
-    short = replace(recipe, backend=backend, workers=2, steps={"nar": 4}, models=("nar",))
-    for name, poison in (("spoilt", "infinite loss, finite gradient"), ("clean", None)):
-        make = partial(PoisonedTrainee, short, "nar", {4}, poison, 1)
-        run_two_ranks(make, tmp_path / name)
-    ours, theirs = (
-        checkpoint.load_weights(last_checkpoint(tmp_path / name)) for name in ("spoilt", "clean")
-    )
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
-    assert checkpoint.load_state(last_checkpoint(tmp_path / "spoilt")).skipped == 1
+    short = replace(recipe, steps={"nar": 4}, models=("nar",))
+    torch.multiprocessing.spawn(_run_backends, (short, tmp_path), nprocs=2)
+    for backend in ("ddp", "deepspeed"):
+        spoilt, clean = (last_checkpoint(tmp_path / backend / n) for n in ("spoilt", "clean"))
+        ours, theirs = (checkpoint.load_weights(path) for path in (spoilt, clean))
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value), name
+        assert checkpoint.load_state(spoilt).skipped == 1
+        assert checkpoint.load_state(clean).skipped == 0
 
 
 def test_train_stops_after_too_many_bad_batches(recipe: TrainRecipe, tmp_path: Path) -> None:
@@ -234,13 +241,16 @@ def quantizer_recipe(corpus: str, out: str) -> QuantizerRecipe:
     [(PoisonedEncodec, encodec_recipe, {2, 4}), (PoisonedQuantizer, quantizer_recipe, {4, 8, 9})],
     ids=["encodec", "quantizer"],
 )
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # of few crops
 def test_codecs_skip_a_batch_with_its_moving_averages(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     trainee: type[Any],
     recipe_of: Callable[[str, str], Any],
     positions: set[int],
 ) -> None:
     """Codebooks, k-means and revived entries included: position 4 initialises the quantizer's."""
+    monkeypatch.setattr(train_codec, "INITIAL_CROPS", 200)
     corpus = write_tones(tmp_path / "corpus", ("a/0", "a/1", "b/0", "b/1", "c/0"), noise=0.01)
     skipped: list[SkippedBatch] = []
     for name in ("spoilt", "clean"):

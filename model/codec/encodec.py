@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from encodec.model import EncodecModel
 
 OFFICIAL_URL: Final = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
-OFFICIAL_SHA256_PREFIX: Final = "d7cc33bc"
-"""Published with the file, in its name. The full hash is recorded beside the first download, and
-compared at each later use."""
+OFFICIAL_SHA256: Final = "d7cc33bcf1aad7f2dad9836f36431530744abeace3ca033005e3290ed4fa47bf"
+"""Of the file at that address, 93,171,529 bytes, whose name holds the first eight digits."""
 NANO_CODEC_FOLDER: Final = (
     Path(valle.__file__).resolve().parent.parent / "release" / "nano" / "codec"
 )
@@ -224,14 +223,11 @@ def _assemble(config: EncodecConfig, weights: dict[str, Tensor], device: str) ->
 def _download(cache: Path) -> Path:
     """Path of the official checkpoint in `cache`; downloads and verifies it if it is missing."""
     target = cache / OFFICIAL_URL.rsplit("/", 1)[1]
-    record = target.with_suffix(".sha256")
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            # into a temporary file, renamed when its hash begins as the file's name says
-            torch.hub.download_url_to_file(
-                OFFICIAL_URL, str(target), hash_prefix=OFFICIAL_SHA256_PREFIX
-            )
+            # into a temporary file, which is renamed when its hash is right
+            torch.hub.download_url_to_file(OFFICIAL_URL, str(target), hash_prefix=OFFICIAL_SHA256)
         except OSError as error:
             raise FileNotFoundError(
                 f"codec: cannot download {OFFICIAL_URL} ({error}); on a closed network put the "
@@ -239,12 +235,9 @@ def _download(cache: Path) -> Path:
             ) from error
     with target.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    known = record.read_text() if record.exists() else digest
-    if not digest.startswith(OFFICIAL_SHA256_PREFIX) or digest != known:
+    if digest != OFFICIAL_SHA256:
         raise ValueError(
-            f"codec: {target} has changed since it was downloaded (SHA-256 {digest[:16]}, "
-            f"{known[:16]}); delete it and {record.name}, and it is downloaded again"
+            f"codec: {target} is not the official checkpoint (SHA-256 {digest[:16]}, expected "
+            f"{OFFICIAL_SHA256[:16]}); delete it, and it is downloaded again"
         )
-    if not record.exists():
-        record.write_text(digest)
     return target

@@ -9,6 +9,7 @@ streams. Both close `prefetch`, the sentence's generator and the calls of deploy
 NAR or codec batch that has started is finished, and the result is dropped.
 """
 
+import hashlib
 import logging
 import time
 import uuid
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes
 from valle.model.languages import espeak_voice
@@ -33,6 +33,7 @@ from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.audio_formats import MEDIA_TYPES, encode_audio
+from valle.serve.web.callers import Caller
 from valle.serve.web.metrics import Metrics
 from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
@@ -40,6 +41,7 @@ from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.sentence import AudioChunk, stream_sentence, synthesize_sentence
 from valle.serve.web.stats import SpeechStats
 from valle.serve.web.streaming import audio_body, sse_body
+from valle.serve.web.threads import run_encoding, run_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -79,17 +81,19 @@ class SpeechService:
         self._prompts, self._watcher, self._metrics = prompts, watcher, metrics
         self._languages: dict[str, tuple[str, ...]] = {}  # by version
 
-    async def create_speech(self, request: SpeechRequest) -> Response:
+    async def create_speech(self, request: SpeechRequest, caller: Caller) -> Response:
         """The response, as soon as its first chunk is there.
 
         Raises ApiError for a request that cannot be answered and OverloadedError for one that
         finds a queue full; later errors end the stream.
         """
-        stats = SpeechStats(len(request.input), time.perf_counter())
-        sentences = await run_in_threadpool(_phonemize, request, self._args)
+        stats = SpeechStats(
+            len(request.input), time.perf_counter(), sender=_sender(request, caller)
+        )
+        sentences = await run_text(_phonemize, request, self._args)
         version = await self._watcher.version()
         await self._check_language(request, version)
-        prompt = await self._prompts.for_request(request, version)
+        prompt = await self._prompts.for_request(request, version, caller)
         utterance = Utterance(request, version, sentences, prompt)
 
         # the first chunk decides about the status and the kind of the response
@@ -105,9 +109,7 @@ class SpeechService:
             body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
-        data = await run_in_threadpool(
-            encode_audio, first.wave, request.response_format, request.speed
-        )
+        data = await run_encoding(encode_audio, first.wave, request.response_format, request.speed)
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
 
@@ -188,6 +190,14 @@ class SpeechService:
             if stats.n_frames:  # zero for a request that was refused or cancelled before
                 self._metrics.record_response(stats)
                 logger.info("speech %s", stats)
+
+
+def _sender(request: SpeechRequest, caller: Caller) -> str:
+    """Key, request and voice for the log; a recording in the request is named by its hash."""
+    voice = request.voice
+    if request.ref_audio is not None:
+        voice = f"inline:{hashlib.sha256(request.ref_audio.encode()).hexdigest()[:16]}"
+    return f"{caller} voice={voice}"
 
 
 def _mark_cut(chunk: AudioChunk, remaining_frames: int, *, last_sentence: bool) -> AudioChunk:

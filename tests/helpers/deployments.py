@@ -156,6 +156,10 @@ class FakeDeployments:
         async with self._call("preload", version):
             pass
 
+    async def forget_prompts(self) -> None:
+        async with self._call("forget_prompts", ""):
+            pass
+
     async def not_running(self) -> list[str]:
         return self.missing
 

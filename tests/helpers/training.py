@@ -95,12 +95,21 @@ def run_two_ranks(
 
 
 def _run_rank(rank: int, make_trainee: Callable[[], Trainee[Any]], folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_two_ranks(rank, folder)
     metrics = run_plain(make_trainee(), folder, Worker(rank=rank, world_size=2))
     if rank == 0:
         (folder / "metrics.json").write_text(json.dumps(metrics))
+    leave_ranks()
+
+
+def join_two_ranks(rank: int, folder: Path) -> None:
+    """Makes this process one of two ranks, which meet in `folder`."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+
+def leave_ranks() -> None:
     dist.destroy_process_group()
 
 
