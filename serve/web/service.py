@@ -101,6 +101,7 @@ class SpeechService:
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         media_type = MEDIA_TYPES[request.response_format]
         if not first.last or await sentences.has(1):
+            headers["X-Hit-Limit"] = "unknown"  # sent before the end; SSE and the log say it there
             body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
