@@ -24,7 +24,7 @@ from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.recipes import parse_arguments
 from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
-from valle.platform import audio, checkpoint, model_versions, registry, storage
+from valle.platform import audio, checkpoint, model_versions, packing, registry, storage
 from valle.platform.bundle import read_bundle, write_bundle
 from valle.platform.cluster import connect
 from valle.platform.model_versions import LostRaceError
@@ -120,7 +120,7 @@ def register(recipe: PublishRecipe) -> int:
     prompt = audio.read_file(recipe.sample_prompt, max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
-        registry.pack(ar, nar, recipe.codec, folder)
+        packing.pack(ar, nar, recipe.codec, folder)
         synthesis = replace(Synthesis(), max_seconds=recipe.sample_seconds)
         result = registry.load_synthesizer(folder).synthesize(recipe.sample_text, prompt, synthesis)
         (folder / "sample.wav").write_bytes(audio.wav_bytes(result.wave))

@@ -14,8 +14,6 @@ same files, whatever is registered or exported later:
 import hashlib
 import logging
 import re
-import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,13 +21,13 @@ from urllib.parse import quote
 from valle.model.ar import AR
 from valle.model.codec import encodec
 from valle.model.nar import NAR
-from valle.model.normalize import TEXT_VERSION
 from valle.model.valle import Synthesizer
 from valle.platform import bundle as bundles
 from valle.platform import checkpoint, node_cache, settings, storage
-from valle.platform.bundle import Bundle, BundleError, read_bundle, write_bundle
+from valle.platform.bundle import BundleError, read_bundle
 from valle.platform.cluster import CODE_ROOT
 from valle.platform.credentials import strip_credentials
+from valle.platform.packing import warn_of_text_version
 from valle.platform.registry_client import (
     MissingModelError,
     RegistryUnavailableError,
@@ -53,47 +51,6 @@ _PINNED_VERSION = re.compile(
 _PINNED_FOLDER = re.compile(r"(.+)#([0-9a-f]{64})", re.DOTALL)
 
 logger = logging.getLogger(__name__)
-
-
-def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
-    """Copies two checkpoints and a codec into `folder`.
-
-    Raises ValueError for checkpoints of the wrong kind or of another codec. `bundle.json` lists the
-    files so far; `bundle.write_bundle` lists those that are added.
-    """
-    checkpoint.fetch(ar, folder / "ar")
-    checkpoint.fetch(nar, folder / "nar")
-    identity = encodec.load(codec, cache=settings.read().cache).identity
-    text_versions, languages = [], []
-    for part, kind in (("ar", "ar"), ("nar", "nar")):
-        metadata = checkpoint.read_metadata(folder / part)
-        if metadata.kind != kind:
-            raise ValueError(f"{part}: the checkpoint holds a model of kind {metadata.kind!r}")
-        identity.check(metadata.codec, f"the {part.upper()} checkpoint")
-        text_versions.append(metadata.text_version or 1)
-        languages.append(metadata.languages)
-    official = codec == "encodec-24khz"
-    if not official:
-        source = encodec.NANO_CODEC_FOLDER if codec == "nano" else Path(codec)
-        (folder / "codec").mkdir()
-        for name in ("model.safetensors", "config.json"):
-            shutil.copy(source / name, folder / "codec" / name)
-    if text_versions[0] != text_versions[1]:
-        raise ValueError(
-            f"the AR checkpoint learnt text version {text_versions[0]}, the NAR checkpoint "
-            f"{text_versions[1]}; train both on one dataset"
-        )
-    _warn_of_text_version("the model", text_versions[0])
-    bundle = Bundle(
-        codec=identity,
-        official_codec=official,
-        ar=ar,
-        nar=nar,
-        text_version=text_versions[0],
-        languages=tuple(name for name in languages[0] if name in languages[1]),
-    )
-    write_bundle(folder, bundle)
-    return read_bundle(folder)
 
 
 def pin(
@@ -365,21 +322,10 @@ def read_languages(folder: Path) -> tuple[str, ...]:
     return read_bundle(folder).languages or ("en-us",)
 
 
-@lru_cache(maxsize=64)
-def _warn_of_text_version(name: str, version: int) -> None:
-    """Logs, once in a process, that a model learnt from text in another spoken form."""
-    if version != TEXT_VERSION:
-        logger.warning(
-            "%s was trained with text version %d, this code reads text as version %d: numbers and "
-            "abbreviations may sound otherwise than it learnt them (docs/data.md)",
-            name, version, TEXT_VERSION,
-        )  # fmt: skip
-
-
 def load_ar(folder: Path, device: str = "cpu") -> AR:
     """The AR model of a bundle."""
     model, metadata = checkpoint.load(folder / "ar", device)
-    _warn_of_text_version(f"the model in {folder}", metadata.text_version or 1)
+    warn_of_text_version(f"the model in {folder}", metadata.text_version or 1)
     assert isinstance(model, AR), "pack() has checked the kind"
     return model
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from helpers.deployments import FakeDeployments
 from helpers.engines import build_engine, collect, generate_alone, request, short_ar
+from helpers.recordings import speech
 
 from valle.model.codec.interface import Wave
 from valle.model.nar_decoding import NARRequest
-from valle.model.tokens import EOS, SAMPLE_RATE
+from valle.model.tokens import EOS
 from valle.platform import audio, storage
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
@@ -28,12 +29,15 @@ from valle.serve.web.voices import PART_SECONDS
 
 pytestmark = pytest.mark.anyio
 
+MODEL = "/some/bundle#" + "1a2b3c4d" * 8
+"""A folder with its content's hash: no registry is asked about it."""
+
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 
 
 @pytest.fixture
 def recording() -> Wave:
-    return np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
+    return speech(2)
 
 
 @pytest.fixture
@@ -47,14 +51,14 @@ async def http(
 ) -> AsyncIterator[httpx.AsyncClient]:
     for name in ("ann", "bob"):
         (tmp_path / f"{name}.wav").write_bytes(audio.wav_bytes(recording))
-    api = create_api(AppArgs(model="/some/bundle", voices=str(tmp_path)), deployments)
+    api = create_api(AppArgs(model=MODEL, voices=str(tmp_path)), deployments)
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
 
 async def speak(http: httpx.AsyncClient, voice: str) -> httpx.Response:
-    body = {"input": "The train was late.", "voice": voice, "response_format": "pcm"}
+    body = {"input": "The train was late.", "voice": voice, "response_format": "pcm", "seed": 0}
     return await http.post(SPEECH, json=body)
 
 
@@ -134,7 +138,7 @@ async def test_deployments_forget_prompts(tiny_models: None) -> None:
 
 
 async def test_models_drop_prompts_after_a_while_without_calls(tiny_models: None) -> None:
-    args = AppArgs(nar_prompt_cache_seconds=0.2)
+    args = AppArgs(nar_prompt_cache_seconds=2.0)
     nar = NARDeployment("a", "", "cpu", args)
     codes = np.zeros((8, 5), np.int16)
     await nar.decode("a", NARRequest([5], codes, codes[0]))

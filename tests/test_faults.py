@@ -189,7 +189,7 @@ def same_speech(data: bytes, expected: bytes) -> bool:
     return len(samples) == len(others) and np.abs(samples - others).max() <= 2
 
 
-async def kill_under_load(endpoint: str, deployment: str, n_clients: int = 4) -> Outage:
+async def kill_under_load(endpoint: str, deployment: str, n_clients: int = 8) -> Outage:
     """Clients speak one request after the other; meanwhile the deployment's replica is killed, and
     the clients go on until each has had two responses after that."""
     url = f"{endpoint}/v1/audio/speech"
@@ -224,10 +224,10 @@ async def kill_under_load(endpoint: str, deployment: str, n_clients: int = 4) ->
                 n_after += started > killed_at
                 number += 1
 
+        [process] = replica_processes(deployment)  # slow: nothing may be in flight after it
         clients = [asyncio.create_task(client(number)) for number in range(n_clients)]
         while outage.n_complete < n_clients:
-            await asyncio.sleep(0.05)
-        [process] = replica_processes(deployment)
+            await asyncio.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         await asyncio.gather(*clients)
@@ -275,6 +275,6 @@ def test_endpoint_loses_no_request_to_killed_replicas_again_and_again(
 ) -> None:
     for turn in range(8):
         for deployment in ("AR", "NAR", "Codec"):
-            outage = asyncio.run(kill_under_load(endpoint, deployment, n_clients=8))
+            outage = asyncio.run(kill_under_load(endpoint, deployment, n_clients=16))
             record_testsuite_property(f"{deployment} {turn}", asdict(outage))
             assert not outage.lost, f"{deployment} was killed, turn {turn}"
