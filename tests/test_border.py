@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import RefusedCallError
 from valle.serve.web.api import create_api
 from valle.serve.web.schema import SpeechRequest
+from valle.serve.web.threads import STORAGE_THREADS, run_encoding, run_storage, run_text
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
@@ -213,3 +215,18 @@ async def test_a_request_that_the_models_refuse_is_a_400(args: AppArgs) -> None:
     async with asgi_client(create_api(args, deployments)) as http:
         response = await http.post(SPEECH, json=BODY)
         assert response.status_code == 400 and response.json()["error"]["param"] == "input"
+
+
+@pytest.mark.anyio
+async def test_slow_storage_takes_no_thread_from_encoding() -> None:
+    """Nor do texts: each kind of work has its own threads."""
+    gate = threading.Event()
+    stuck = [asyncio.create_task(run_storage(gate.wait, 30)) for _ in range(2 * STORAGE_THREADS)]
+    stuck += [asyncio.create_task(run_text(gate.wait, 30)) for _ in range(20)]
+    try:
+        async with asyncio.timeout(10):
+            assert await run_encoding(lambda: "encoded") == "encoded"
+        assert not any(task.done() for task in stuck)
+    finally:
+        gate.set()
+        await asyncio.gather(*stuck)

@@ -23,8 +23,8 @@ BODY = {"input": "hello", "voice": "ann", "response_format": "pcm", "seed": 1}
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
-def app_args(tmp_path_factory: pytest.TempPathFactory) -> AppArgs:
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("keys") / "keys.yaml"
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("busy", "rare")}
     limits = {"busy": "requests_per_minute: 100000, concurrent: 100", "rare": "concurrent: 9"}
@@ -32,13 +32,19 @@ def app_args(tmp_path_factory: pytest.TempPathFactory) -> AppArgs:
     file.write_text(
         "\n".join(f"- {{name: {n}, sha256: '{digests[n]}', {limits[n]}}}" for n in digests)
     )
+    return str(file)
+
+
+@pytest.fixture
+def app_args(key_file: str) -> AppArgs:
+    """The same for both tests, so that they share one endpoint."""
     return AppArgs(
         voices="voices",
         max_replicas=1,
         ingress_replicas=2,
         max_sentence_seconds=1.0,
         registry_poll_seconds=5.0,
-        api_keys=str(file),
+        api_keys=key_file,
     )
 
 
