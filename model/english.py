@@ -7,6 +7,7 @@ espeak reads.
 
 import logging
 import re
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -36,7 +37,8 @@ def _normalizer() -> Any:
 @lru_cache(maxsize=1)
 def _report() -> None:
     """Logs the exception being handled, in the first call of this process."""
-    logger.warning("wetext failed; espeak reads such text as it is written", exc_info=True)
+    error = sys.exception()
+    logger.warning("wetext failed (%r); espeak reads such text as it is written", error)
 
 
 def spoken_english(sentence: str) -> str:

@@ -135,6 +135,8 @@ def _version(match: Match) -> str:
     day, month, *rest = parts = match["parts"].split(".")
     if len(parts) == 3 and len(rest[0]) == 4 and 0 < int(day) <= 31 and 0 < int(month) <= 12:
         return f"{rest[0]}-{month:0>2}-{day:0>2}"
+    if parts[-1] == "000" and all(len(part) == 3 for part in parts[1:]):
+        return cardinal("".join(parts))  # a million, as it is written in Germany
     words = [digits(p) if p[0] == "0" and len(p) > 1 else cardinal(p) for p in parts]
     return f"{'v ' if match['v'] else ''}{' point '.join(words)}"
 
@@ -191,6 +193,18 @@ _RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)\s?-\s?(\d{1,4}(?:\.\d+)?)"
 RULES: Final[list[Rule]] = [
     # signs that wetext asserts on or spells
     _rule(r"(?<=\d)[\u2010-\u2015\u2212](?=[\d$€£])", "-"),
+    # thousands with spaces or, after a euro sign, with full stops
+    _rule(
+        r"(?<![\w.,])\d{1,3}(?: 000)+(?![\w.,]?\d)|(?<![\w.,])\d{1,3}(?: \d{3}){2,}(?![\w.,]?\d)",
+        lambda m: m[0].replace(" ", ""),
+    ),
+    _rule(
+        r"(?<=€)\s?\d{1,3}(?:\.\d{3})+(?!\d)|\b\d{1,3}(?:\.\d{3})+(?=(?:,\d\d)?\s?€)",
+        lambda m: m[0].replace(".", "").strip(),
+    ),
+    _rule(r"(?<=€)\s?(\d+),(\d\d)(?!\d)", r"\1.\2"),
+    _rule(r"\b(\d+),(\d\d)(?=\s?€)", r"\1.\2"),
+    _rule(r"\bRs\.?\s?(?=\d)", "₹"),
     (_WEB, _web),
     _rule(r"(?<![\w@])@(?=\w)", "at "),
     _rule(r"(?<=\bat )(\w+)_(?=\w)", r"\1 underscore "),
@@ -232,7 +246,6 @@ RULES: Final[list[Rule]] = [
         r"(?<![\w.,/-])((?:19|20)\d\d)/(\d\d)(?![\w/])",
         lambda m: f"{year(m[1])} {cardinal(str(int(m[2])))}",
     ),
-    _rule(r"(?<=€)\s?(\d+),(\d\d)(?!\d)", r"\1.\2"),
     # money, before the minus sign and the units
     _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\d)", "minus "),
     _rule(
@@ -296,6 +309,12 @@ RULES: Final[list[Rule]] = [
     # units, signs and ranges
     _rule(r"\b401\(k\)", "four oh one k"),
     _rule(r"\b9/11\b", "nine eleven"),
+    _rule(r"(?<![\d/])(\d+)/\1(?![\d/])", r"\1 \1"),
+    _rule(r"(?<!\w)'0(?=\d\b)", "oh "),
+    _rule(r"(?<=\d(?:st|nd|rd|th))-(?=\w)", " "),
+    _rule(r"(?<!\w)\+(?=\d)", "plus "),
+    _rule(r"(?<=\d)\+(?!\w)", " plus"),
+    _rule("√", " square root of "),
     _rule(r"(?<![\w.])(\d{1,2})'\s?(\d{1,2})(?:\"|''|(?!\w))", r"\1 feet \2 inches"),
     _rule(r"(?<=\d)[eE]-(?=\d)", " times ten to the minus "),
     _rule(rf"{_START}({_NUMBER})k\b", r"\1 thousand"),
@@ -329,7 +348,8 @@ RULES: Final[list[Rule]] = [
     _rule("<", " less than "),
     _rule(">", " greater than "),
     _rule(r"~\s?(?=\d)", "about "),
-    _rule(r"(?<=\w)\^(?=\w)", " to the power of "),
+    _rule(r"(?<=[\w)])\^[-−](?=\w)", " to the power of minus "),
+    _rule(r"(?<=[\w)])\^(?=\w)", " to the power of "),
     _rule(r"\s?--+\s?", " — "),
     _rule(r"[*_`|~^]", " "),
     _rule(r"\\", " backslash "),

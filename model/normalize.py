@@ -57,6 +57,7 @@ _OPEN_END: Final = re.compile(
 """Abbreviations after which a figure or a small letter continues the sentence."""
 _MAX_NAME = 12
 """Symbols of a letter's name; more are a description."""
+_EXPONENT: Final = re.compile(r"(?<=[\w)])⁻[⁰¹²³⁴-⁹]+|(?<=[\w)])[⁰¹²³⁴-⁹]{2,}|(?<=[\w)])[⁴-⁹]")
 _CLOSING = " \"'»)]"
 
 
@@ -137,6 +138,7 @@ def _known_letter(character: str, voice: str) -> str:
 
 def _compose(text: str) -> str:
     """Unicode NFKC with one kind of quotation mark, and no characters that are not shown."""
+    text = _EXPONENT.sub(lambda match: f"^{unicodedata.normalize('NFKC', match[0])}", text)
     for character, kept in _KEPT.items():
         text = text.replace(character, kept)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)  # "1¾" is one and three quarters

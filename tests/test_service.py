@@ -174,14 +174,6 @@ async def test_create_speech_says_when_the_limit_falls_between_sentences(
         assert done["hit_limit"] is False
 
 
-@pytest.mark.parametrize("language", ["en", "en-US", "EN_us", "en-us"])
-async def test_create_speech_takes_any_tag_of_an_allowed_language(
-    http: httpx.AsyncClient, language: str
-) -> None:
-    expected = (await http.post(SPEECH, json=BODY)).content
-    assert (await http.post(SPEECH, json=BODY | {"language": language})).content == expected
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -203,10 +195,10 @@ async def test_create_speech_names_what_cannot_be_spoken(
 async def test_create_speech_of_the_languages_that_are_set(
     args: AppArgs, deployments: FakeDeployments
 ) -> None:
-    api = create_api(args.model_copy(update={"languages": ("de-DE", "fr")}), deployments)
+    api = create_api(args.model_copy(update={"languages": ("de-DE", "en")}), deployments)
     transport = httpx.ASGITransport(api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-        for language, status in (("de", 200), ("fr-FR", 200), ("en", 400)):
+        for language, status in (("de", 200), ("en-US", 200), ("EN_us", 200), ("fr", 400)):
             response = await http.post(SPEECH, json=BODY | {"language": language})
             assert response.status_code == status
     with pytest.raises(ValueError, match="language: espeak has no voice"):
