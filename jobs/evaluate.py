@@ -31,12 +31,13 @@ from valle.model.quantize import Precision, convert
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, SynthesisResult
 from valle.platform import audio, registry, resources, settings, storage, tracking
+from valle.platform.bundle import read_bundle
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Allocation, Placement
-from valle.platform.vad import SpeechFraction
+from valle.platform.vad import SpeechDetector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Evaluator:
         )
         self._encoder = speaker_similarity.load_speaker_encoder(recipe.speaker_encoder)
         self._distillmos, self._dnsmos = quality.DistillMos(), quality.Dnsmos()
-        self._speech_fraction = SpeechFraction()
+        self._speech_fraction = SpeechDetector()
 
     def evaluate(self, item: EvaluationItem) -> list[Measurement]:
         """Measurements of all systems that the item allows."""
@@ -242,20 +243,24 @@ def evaluate(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> Ev
     """
     recipe = resolve_paths(recipe)  # workers run in other folders, maybe of another home
     allocation = allocation or allocation_for(recipe)
-    items = load_items(recipe.items)[: recipe.limit or None]
+    all_items = load_items(recipe.items)
+    items = all_items[: recipe.limit or None]
     speaker_id_candidates = sorted(
         {item.speaker for item in items} & set(recipe.speaker_id_candidates)
     )
     if recipe.training_data:
         check_unseen(items, recipe.training_data)
-    bundle = registry.resolve(recipe.model)
+    # an alias that moves meanwhile must not give the actors different models
+    recipe = replace(recipe, model=registry.pin(recipe.model))
+    bundle = read_bundle(registry.resolve(recipe.model))
     baseline = read_report(recipe.baseline) if recipe.baseline else None
 
     measurements = evaluate_items(recipe, items, allocation)
     report = EvaluationReport(
-        model=recipe.model,
-        bundle=registry.read_bundle(bundle),
+        model=registry.display_name(recipe.model),
+        bundle=bundle,
         items=recipe.items,
+        limit=recipe.limit if len(items) < len(all_items) else 0,
         training_data_checked=recipe.training_data is not None,
         metric_models=MetricModels(
             recognizer=recipe.recognizer,

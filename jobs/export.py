@@ -1,20 +1,22 @@
 """Exports a published model as a bundle to ship: int8 weights, paths relative to `VALLE_HOME`.
 
 `valle speak --model FOLDER` loads the bundle. The bundle in `release/nano` is the shipped one,
-which is published into an empty registry on first use.
+which is used while the registry is empty.
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from valle.jobs.recipes import parse_arguments
 from valle.model import quantize
 from valle.platform import checkpoint, registry, settings
+from valle.platform.bundle import BUNDLE, REPORT, Bundle, read_bundle, verify, write_bundle
 from valle.platform.recipe import location
 
 
@@ -23,7 +25,7 @@ class ExportRecipe:
     """Model, precision and destination of an export."""
 
     out: str = field(metadata=location())
-    """Folder of the bundle; files of an earlier export are replaced, other files stay."""
+    """Folder of the bundle. An earlier export is replaced as a whole; other files in it stay."""
 
     model: str = field(default=registry.CHAMPION, metadata=location())
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
@@ -39,33 +41,108 @@ class ExportRecipe:
 def export(recipe: ExportRecipe) -> Path:
     """Writes the bundle; returns its folder.
 
-    The bundle is built in a temporary folder; `out` is unchanged when it cannot be loaded.
+    The bundle is built beside `out` and renamed; `out` is unchanged when it cannot be loaded.
+    Endpoints that serve the folder switch to the new bundle as they follow an alias. Raises
+    ValueError for an `out` that holds something else, and what `registry.resolve` raises.
     """
     source, out = registry.resolve(recipe.model), Path(recipe.out)
-    with tempfile.TemporaryDirectory() as name:
-        bundle_folder = Path(name) / "bundle"
-        for kind in ("ar", "nar"):
-            weights = checkpoint.load_weights(source / kind)
-            metadata = checkpoint.read_metadata(source / kind)
-            checkpoint.save(
-                bundle_folder / kind,
-                quantize.to_int8(weights) if recipe.precision == "int8" else weights,
-                replace(metadata, recipe=relative_to_home(metadata.recipe)),
-            )
-        bundle = relative_to_home(asdict(registry.read_bundle(source)))
-        (bundle_folder / "bundle.json").write_text(json.dumps(bundle, indent=2) + "\n")
-        for part in ("codec/model.safetensors", "codec/config.json", "report.md"):
-            if (source / part).exists():
-                (bundle_folder / part).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / part, bundle_folder / part)
-        if (source / "report.json").exists():
-            report = relative_to_home(json.loads((source / "report.json").read_text()))
-            (bundle_folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        registry.load_synthesizer(bundle_folder)  # a bundle that cannot be loaded is not exported
-        for part in ("report.json", "report.md"):  # of the earlier export
-            (out / part).unlink(missing_ok=True)
-        shutil.copytree(bundle_folder, out, dirs_exist_ok=True)
+    _restore(out)
+    _check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # beside `out`: a folder on another file system could not be renamed
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        folder = Path(name) / "bundle"
+        _convert(source, folder, recipe.precision)
+        _keep_other_files(out, folder)
+        write_bundle(folder, _relative_bundle(source))
+        registry.load_synthesizer(folder)  # a bundle that cannot be loaded is not exported
+        verify(folder)
+        _exchange(folder, out)
     return out
+
+
+def _convert(source: Path, folder: Path, precision: str) -> None:
+    """Writes the parts of a bundle to `folder`, all but `bundle.json`."""
+    for kind in ("ar", "nar"):
+        weights = checkpoint.load_weights(source / kind)
+        metadata = checkpoint.read_metadata(source / kind)
+        checkpoint.save(
+            folder / kind,
+            quantize.to_int8(weights) if precision == "int8" else weights,
+            replace(metadata, recipe=relative_to_home(metadata.recipe)),
+        )
+    for part in (*CODEC_FILES, "report.md"):
+        if (source / part).exists():
+            (folder / part).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / part, folder / part)
+    if (source / REPORT).exists():
+        report = relative_to_home(json.loads((source / REPORT).read_text()))
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _relative_bundle(source: Path) -> Bundle:
+    bundle = read_bundle(source)
+    return replace(bundle, ar=relative_to_home(bundle.ar), nar=relative_to_home(bundle.nar))
+
+
+CODEC_FILES = ("codec/model.safetensors", "codec/config.json")
+OF_A_BUNDLE = ("ar", "nar", "codec", BUNDLE, REPORT, "sample.wav", "sample.png")
+"""What an export finds in the folder of an earlier one, beside documents."""
+
+
+def _check_target(out: Path) -> None:
+    """Raises ValueError for a folder that holds something else than an export."""
+    if not out.exists() or (out / BUNDLE).is_file():
+        return
+    others = sorted(
+        p.name for p in out.iterdir() if p.suffix != ".md" and p.name not in OF_A_BUNDLE
+    )
+    if others:
+        raise ValueError(
+            f"out: {out} holds other things than an export ({others[0]}), and an export replaces "
+            "the folder; name a new one"
+        )
+
+
+def _keep_other_files(out: Path, folder: Path) -> None:
+    """Files of `out` that are not part of a model, such as its card, stay."""
+    replaced = {REPORT, "report.md", BUNDLE, "sample.wav", "sample.png", *CODEC_FILES}
+    for path in sorted(out.rglob("*")) if out.exists() else ():
+        name = path.relative_to(out)
+        if path.is_file() and str(name) not in replaced and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, folder / name)
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Renames `folder` to `out`; a reader finds the old bundle, the new one, or for a moment none.
+
+    Never a mixture: file systems rename a folder as a whole, but have no common call that exchanges
+    two. An interrupted exchange is undone by the next export.
+    """
+    previous = _previous(out)
+    if out.exists():
+        out.rename(previous)
+    try:
+        folder.rename(out)
+    except OSError:
+        _restore(out)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Brings the earlier bundle back where an export was interrupted between its two renames."""
+    previous = _previous(out)
+    if previous.exists():
+        if out.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(out)
+
+
+def _previous(out: Path) -> Path:
+    return out.with_name(f".{out.name}.previous")
 
 
 def relative_to_home(values: Any) -> Any:
@@ -82,7 +159,11 @@ def relative_to_home(values: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `valle export --recipe nano out=release/nano`."""
     recipe = parse_arguments(argv, "export", ExportRecipe, __doc__ or "")
-    out = export(recipe)
+    try:
+        out = export(recipe)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     print(f"{out}: {size / 1e6:.1f} MB of weights")
 

@@ -22,6 +22,7 @@ from valle.model.nar import NAR
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import GUIDANCE_SCALE, Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, registry, storage
+from valle.platform.reference import ReferenceReader
 
 
 def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
@@ -30,7 +31,8 @@ def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
     Raises ValueError for checkpoints that do not belong together or to the codec.
     """
     if not arguments.ar_ckpt and not arguments.nar_ckpt:
-        return registry.load_synthesizer(registry.resolve(arguments.model), arguments.device)
+        folder = registry.resolve(arguments.model, allow_cached=True)
+        return registry.load_synthesizer(folder, arguments.device)
     if not (arguments.ar_ckpt and arguments.nar_ckpt):
         raise ValueError("--ar-ckpt and --nar-ckpt go together")
     codec_path = storage.absolute(arguments.codec, CODEC_NAMES)
@@ -51,13 +53,19 @@ def read_reference(paths: str, seconds: float) -> Wave:
     """The recording at a path; of several, `a.wav;b.wav`, their beginnings one after the other.
 
     Each of several contributes an equal share of `seconds`, so that a prompt of that length holds
-    all of them.
+    all of them. Raises ValueError, with the path, for a recording that cannot serve.
     """
-    waves = [audio.read(Path(path).read_bytes(), max_seconds=60) for path in paths.split(";")]
+    reader = ReferenceReader()
+    waves = []
+    for path in paths.split(";"):
+        try:
+            waves.append(reader.read(Path(path).read_bytes()))
+        except audio.AudioError as error:
+            raise ValueError(f"{path}: {error}") from error
     if len(waves) == 1:
         return waves[0]
     share = int(seconds / len(waves) * SAMPLE_RATE)
-    return np.concatenate([audio.trim(wave)[:share] for wave in waves])
+    return np.concatenate([wave[:share] for wave in waves])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("text", help="text to speak")
     parser.add_argument(
-        "reference", help="recording of the voice (wav, flac, mp3), or several: 'a.wav;b.wav'"
+        "reference", help="recording of the voice (any usual format), or several: 'a.wav;b.wav'"
     )
     parser.add_argument("out", type=Path, help="wav file to write")
     parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")

@@ -28,11 +28,13 @@ from valle.model.codec.interface import Codes
 from valle.model.sentences import join_waves, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, SynthesisResult
-from valle.platform import audio, registry, resources, settings, storage
+from valle.platform import registry, resources, settings, storage
 from valle.platform.capacity import Cluster
 from valle.platform.cluster import connect
+from valle.platform.decoder_pool import DecoderPool
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
+from valle.platform.reference import ReferenceReader
 from valle.platform.resources import Allocation, Placement
 from valle.platform.retries import Retrier, StorageError
 from valle.serve.engine.offline import OfflineSynthesizer
@@ -173,6 +175,7 @@ class SynthesizeShard:
             synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes
         )
         self._prompts: dict[str, Codes] = {}
+        self._references = ReferenceReader(DecoderPool().decode)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Writes audio and rows of a shard; returns its counts and times as JSON in `result`."""
@@ -230,7 +233,7 @@ class SynthesizeShard:
                 self._prompts.clear()
             uri = storage.join(self._recipe.recordings, name)
             data = self._retrier.call(storage.read_bytes, uri)
-            wave = audio.read(data, max_seconds=60)
+            wave = self._references.read(data)
             codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
         return self._prompts[name]

@@ -30,6 +30,7 @@ from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.platform import storage, tracking
 from valle.platform.checkpoint import CodecCheckpointMetadata, TrainState
 from valle.platform.cluster import connect
+from valle.platform.dataset import hash_listing
 from valle.platform.recipe import exit_on_error, formerly, location
 from valle.platform.resources import Placement
 
@@ -97,6 +98,14 @@ class CodecRecipe:
     max_failures: int = 2
     """Lost workers after which the run resumes; one more ends it."""
 
+    max_skipped_in_row: int = 10
+    """Batches in a row that are skipped because their loss or gradient is not finite; one more
+    stops the run. What they consist of is in `skipped/` of the run's folder."""
+
+    resume_anyway: str | None = None
+    """A reason to resume although settings or data have changed that make another run of this one.
+    The checkpoints record it with the changes. None: refuse."""
+
     workers: int = 1
     """Data-parallel workers."""
 
@@ -134,6 +143,18 @@ class AudioCrops:
         self._frames = [soundfile.info(file).frames for file in files]
         self._length = int(seconds * SAMPLE_RATE)
 
+    def content_hash(self) -> str:
+        """SHA-256 of the recordings' names and lengths."""
+        names = [f"{file.parent.name}/{file.name}" for file in self._files]
+        return hash_listing(zip(names, self._frames, strict=True))
+
+    def files(self, size: int, seed: str) -> list[Path]:
+        """The recordings of `batch`."""
+        return [self._files[index] for index in self._draw(size, random.Random(seed))]
+
+    def _draw(self, size: int, rng: random.Random) -> list[int]:
+        return rng.choices(range(len(self._files)), self._frames, k=size)
+
     def batch(self, size: int, seed: str) -> Tensor:
         """Crops `[size, samples]` at a random volume.
 
@@ -143,7 +164,7 @@ class AudioCrops:
 
         rng = random.Random(seed)
         waves = torch.zeros(size, self._length)
-        for row, index in enumerate(rng.choices(range(len(self._files)), self._frames, k=size)):
+        for row, index in enumerate(self._draw(size, rng)):
             start = rng.randint(0, max(0, self._frames[index] - self._length))
             crop, _ = soundfile.read(
                 self._files[index], frames=self._length, start=start, dtype="float32"
@@ -183,6 +204,7 @@ class EncodecTrainee:
         self._started = time.monotonic()
         self.steps = recipe.steps
         self.log_every, self.checkpoint_every = recipe.log_every, recipe.checkpoint_every
+        self.max_skipped_in_row = recipe.max_skipped_in_row
         self.optimization = recipe.optimization
 
     def build_backend(self, worker: Worker, *, resumed: bool) -> Backend:
@@ -205,9 +227,17 @@ class EncodecTrainee:
         )
 
     def batches(self, state: TrainState, worker: Worker) -> Iterator[Planned[Tensor]]:
-        for step in count(state.step):
-            key = f"{self._recipe.seed}/{step}/{worker.rank}"
-            yield Planned(0, step, self._crops.batch(self._recipe.batch_size, key))
+        for number in count(state.position):
+            crops = self._crops.batch(self._recipe.batch_size, self._key(number, worker))
+            yield Planned(0, number, number + 1, crops)
+
+    def items(self, planned: Planned[Tensor], worker: Worker) -> list[str]:
+        """Paths of the recordings that the crops are of."""
+        key = self._key(planned.index, worker)
+        return [str(path) for path in self._crops.files(self._recipe.batch_size, key)]
+
+    def _key(self, number: int, worker: Worker) -> str:
+        return f"{self._recipe.seed}/{number}/{worker.rank}"
 
     def inputs(self, data: Tensor, step: int, worker: Worker) -> Inputs:
         """Waves, step, and the generator that revives codebook entries, the same on every rank."""
@@ -226,6 +256,7 @@ class EncodecTrainee:
             model=asdict(self._recipe.codec),
             code_version=tracking.code_version(),
             recipe=asdict(self._recipe),
+            dataset=self._crops.content_hash(),
         )
 
     def validate(self, written: WrittenCheckpoint) -> dict[str, float]:

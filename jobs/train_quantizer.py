@@ -36,6 +36,7 @@ from valle.model.vocoder.weights import WEIGHTS_FILE
 from valle.platform import audio, storage, tracking
 from valle.platform.checkpoint import CodecCheckpointMetadata, TrainState
 from valle.platform.cluster import connect
+from valle.platform.dataset import hash_listing
 from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.resources import Placement
@@ -114,6 +115,14 @@ class QuantizerRecipe:
     max_failures: int = 2
     """Lost workers after which the run resumes; one more ends it."""
 
+    max_skipped_in_row: int = 10
+    """Batches in a row that are skipped because their loss or gradient is not finite; one more
+    stops the run. What they consist of is in `skipped/` of the run's folder."""
+
+    resume_anyway: str | None = None
+    """A reason to resume although settings or data have changed that make another run of this one.
+    The checkpoints record it with the changes. None: refuse."""
+
     workers: int = 1
     """Data-parallel workers."""
 
@@ -173,10 +182,11 @@ class FeatureCrops:
     def __init__(self, recordings: Mapping[str, Features], recipe: QuantizerRecipe) -> None:
         self._length = round(recipe.crop_seconds * FEATURE_RATE)
         self._length -= self._length % recipe.quantizer.features_per_block
-        self._by_speaker: dict[str, list[Features]] = {}
+        self._recordings = recordings
+        self._by_speaker: dict[str, list[str]] = {}
         for name, features in recordings.items():
             if len(features) >= self._length:
-                self._by_speaker.setdefault(name.split("/")[0], []).append(features)
+                self._by_speaker.setdefault(name.split("/")[0], []).append(name)
         self._speakers = sorted(self._by_speaker)
         if not self._speakers:
             raise ValueError(
@@ -186,13 +196,23 @@ class FeatureCrops:
 
     def draw(self, count: int, generator: np.random.Generator) -> Tensor:
         """Crops `[count, S, 20]`."""
-        crops = []
-        for _ in range(count):
-            recordings = self._by_speaker[self._speakers[generator.integers(len(self._speakers))]]
-            features = recordings[generator.integers(len(recordings))]
-            start = generator.integers(len(features) - self._length + 1)
-            crops.append(features[start : start + self._length])
+        crops = [
+            self._recordings[name][start : start + self._length]
+            for name, start in self._positions(count, generator)
+        ]
         return torch.from_numpy(np.stack(crops))
+
+    def names(self, count: int, generator: np.random.Generator) -> list[str]:
+        """The recordings that `draw` cuts its crops from."""
+        return [name for name, _ in self._positions(count, generator)]
+
+    def _positions(self, count: int, generator: np.random.Generator) -> Iterator[tuple[str, int]]:
+        """Recording and first feature of each crop."""
+        for _ in range(count):
+            names = self._by_speaker[self._speakers[generator.integers(len(self._speakers))]]
+            name = names[generator.integers(len(names))]
+            length = len(self._recordings[name])
+            yield name, int(generator.integers(length - self._length + 1))
 
 
 @dataclass(frozen=True)
@@ -229,6 +249,7 @@ class QuantizerTrainee:
             self._validation_crops = crops.draw(VALIDATION_CROPS, np.random.default_rng(1))
         self.steps = recipe.steps
         self.log_every, self.checkpoint_every = recipe.log_every, recipe.checkpoint_every
+        self.max_skipped_in_row = recipe.max_skipped_in_row
         self.optimization = recipe.optimization
 
     def build_backend(self, worker: Worker, *, resumed: bool) -> Backend:
@@ -253,7 +274,7 @@ class QuantizerTrainee:
         number of codebooks, is the same on every rank."""
         recipe = self._recipe
         maximum, size = recipe.quantizer.n_codebooks, recipe.batch_size
-        for step in count(state.step):
+        for step in count(state.position):
             generator = np.random.default_rng([recipe.seed, step + 1])
             crops = self._crops.draw(size * worker.world_size, generator)
             n_codebooks: int | None = maximum
@@ -262,7 +283,14 @@ class QuantizerTrainee:
             if recipe.warm_start is None and step < recipe.unquantized_steps:
                 n_codebooks = None
             own = crops[worker.rank * size : (worker.rank + 1) * size]
-            yield Planned(0, step, FeatureBatch(own, n_codebooks))
+            yield Planned(0, step, step + 1, FeatureBatch(own, n_codebooks))
+
+    def items(self, planned: Planned[FeatureBatch], worker: Worker) -> list[str]:
+        """`{speaker}/{id}.wav` of the recordings that the crops are of."""
+        generator = np.random.default_rng([self._recipe.seed, planned.index + 1])
+        size = self._recipe.batch_size
+        names = self._crops.names(size * worker.world_size, generator)
+        return names[worker.rank * size : (worker.rank + 1) * size]
 
     def inputs(self, data: FeatureBatch, step: int, worker: Worker) -> Inputs:
         return data.features.to(worker.device), data.n_codebooks
@@ -288,6 +316,7 @@ class QuantizerTrainee:
             model=asdict(self._recipe.quantizer),
             code_version=tracking.code_version(),
             recipe=asdict(self._recipe),
+            dataset=hash_listing((name, len(values)) for name, values in self._training.items()),
         )
 
     def validate(self, written: WrittenCheckpoint) -> dict[str, float]:

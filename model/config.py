@@ -39,6 +39,9 @@ class ModelConfig:
     its frames (75 frames and about 18 IPA symbols a second)."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "n_heads", "n_layers", "n_phonemes", "n_codebooks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 1")
         if self.width % (2 * self.n_heads):
             raise ValueError(f"width: {self.width} is no even multiple of n_heads {self.n_heads}")
         if not 0 <= self.dropout < 1:

@@ -1,9 +1,10 @@
-"""Sound files: any format that libsndfile reads becomes 24 kHz mono float32, and back.
+"""Recordings: any sound file becomes 24 kHz mono float32, and back.
 
 Functions that read raise `AudioError`, whose message is the reason that reports show.
 """
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import soundfile
@@ -11,47 +12,66 @@ import soxr
 
 from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import storage
+from valle.platform import decoding, storage
+from valle.platform.decoding import Samples
+from valle.platform.sound_formats import WAY_OUT as WAY_OUT
+from valle.platform.sound_formats import AudioError as AudioError
 
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
-"""Accepted sample rates of a file, in Hz."""
-MAX_CHANNELS = 16
-BLOCK_SAMPLES = 65_536
-"""Samples per channel that are decoded at a time."""
+MAX_PEAK = 16.0
+"""Upper bound of a float file's samples, relative to full scale: beyond it, 24 dB, they are no
+recording with headroom but integers written as floats."""
+MAX_CLIPPED = 0.01
+"""Upper bound of the share of clipped samples in a recording to learn or to speak from."""
+
+Decode = Callable[[bytes, float], tuple[Samples, int]]
+"""`decoding.decode`, or that of a `DecoderPool`: bytes and a limit in seconds to mono samples and
+their rate."""
 
 
-class AudioError(ValueError):
-    """A recording that cannot be used; the message is the reason."""
+def read(
+    data: bytes,
+    *,
+    max_seconds: float,
+    sample_rate: int = SAMPLE_RATE,
+    max_clipped: float | None = None,
+    decode: Decode = decoding.decode,
+) -> Wave:
+    """The samples of a sound file in any format of `sound_formats`, mono, at `sample_rate`.
 
-
-def read(data: bytes, *, max_seconds: float, sample_rate: int = SAMPLE_RATE) -> Wave:
-    """The samples of a wav, flac, ogg or mp3 file, mono, at `sample_rate`. Raises AudioError.
-
-    A crafted file cannot exhaust memory: rate, channels and length are checked in the header, at
-    most `max_seconds` are decoded, and channels are mixed down block by block.
+    Channels are averaged. Samples beyond full scale, which float files and lossy formats have, are
+    scaled down together so that the largest is 1; others stay as they are. Raises AudioError for a
+    file that cannot be read or is longer than `max_seconds`, for NaN, for samples beyond `MAX_PEAK`
+    and, if `max_clipped` is given, for a larger share of clipped samples.
     """
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            # the header, before any sample is decoded
-            rate = file.samplerate
-            if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-                raise AudioError(f"{rate} Hz; {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} can be read")
-            if file.channels > MAX_CHANNELS:
-                raise AudioError(f"{file.channels} channels, limit {MAX_CHANNELS}")
-            limit = int(max_seconds * rate)
-            if file.frames > limit:
-                raise AudioError(f"too long: {file.frames / rate:.1f} s, limit {max_seconds:g} s")
-            # a header may lie about the length: `frames` bounds what is decoded
-            blocks = file.blocks(BLOCK_SAMPLES, frames=limit, dtype="float32", always_2d=True)
-            parts = [block.mean(axis=1) for block in blocks]
-    except (soundfile.LibsndfileError, TypeError) as error:
-        raise AudioError(f"unreadable audio: {error}") from error
-    mono = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    if not len(mono):
-        raise AudioError("empty audio: 0 samples")
-    if not np.isfinite(mono).all():
+    samples, rate = decode(data, max_seconds)
+    if not np.isfinite(samples).all():
         raise AudioError("audio holds NaN or infinite samples")
-    return resample(mono, rate, sample_rate)
+    peak = float(np.abs(samples).max())
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"too loud: samples reach {peak:.4g}, full scale is 1; integers written as floats? "
+            "Divide them by their full scale (32768 for 16 bits) or write them as integers"
+        )
+    if max_clipped is not None and (share := clipped_fraction(samples)) > max_clipped:
+        raise AudioError(
+            f"clipped: {share:.1%} of its samples are cut off at full scale, limit "
+            f"{max_clipped:.0%}; record it again at a lower level"
+        )
+    return resample(samples / max(1.0, peak), rate, sample_rate)
+
+
+def clipped_fraction(samples: Samples) -> float:
+    """The share of samples in runs of three or more at the highest or the lowest value, where that
+    is near full scale or beyond: the flat tops of clipped waves."""
+    clipped = 0
+    for side in (samples, -samples):
+        top = float(side.max(initial=0.0))
+        if top >= 0.9:
+            flat = np.concatenate([[False], side >= top - 4e-5 * top, [False]])  # 16-bit steps
+            edges = np.flatnonzero(np.diff(flat.astype(np.int8)))
+            runs = edges[1::2] - edges[::2]
+            clipped += int(runs[runs >= 3].sum())
+    return clipped / max(1, len(samples))
 
 
 def read_file(uri: str, *, max_seconds: float) -> Wave:
@@ -85,15 +105,6 @@ def flac_bytes(wave: Wave, comment: str) -> bytes:
         file.comment = comment  # first: the header cannot grow once samples follow it
         file.write(np.clip(wave, -1, 1))
     return buffer.getvalue()
-
-
-def read_comment(data: bytes) -> str:
-    """The comment in a sound file's header, or an empty string. Raises AudioError."""
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            return str(file.comment)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"unreadable audio: {error}") from error
 
 
 def trim(wave: Wave, threshold: float = 0.01, margin_seconds: float = 0.05) -> Wave:

@@ -4,12 +4,16 @@
     config.json         kind, architecture, recipe, code version, codec, phoneme inventory
     metrics.json        validation metrics
     state/              for resuming: counters and optimizer state
+    COMPLETE            sizes and hashes of the others, written last (checkpoint_files.py)
 
 Weights are safetensors and are never unpickled. So is the optimizer state of the `ddp` backend;
 DeepSpeed writes shards of its own to `state/deepspeed`, which only the same run reads.
 """
 
+import hashlib
 import json
+import math
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,13 +32,16 @@ from valle.model.config import ARConfig, Kind, NARConfig
 from valle.model.nar import NAR
 from valle.model.quantize import from_int8
 from valle.model.text import INVENTORY, inventory_matches
-from valle.platform import storage
+from valle.platform import checkpoint_files, storage
+from valle.platform.checkpoint_files import BrokenCheckpointError
 from valle.platform.typed import from_dict
+from valle.platform.weights_header import check_shapes
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STATE = "state"
+_STEP = re.compile(r"step_\d+")
 _CONFIGS: dict[str, type[ARConfig] | type[NARConfig]] = {"ar": ARConfig, "nar": NARConfig}
 
 FORMAT = 3
@@ -59,11 +66,18 @@ class TrainState:
     epoch: int = 0
     """Number of the current pass over the data; selects its batch plan."""
 
-    batch: int = 0
-    """Batches of this epoch that each worker has used."""
+    position: int = 0
+    """Position in this epoch's data. AR and NAR: batches that all workers together have used, so
+    that another number of workers goes on with the next batch. Codecs: batches of each worker."""
 
     averages: dict[str, float] = field(default_factory=dict)
     """Running averages of the training metrics; empty where single steps are logged."""
+
+    skipped: int = 0
+    """Batches without a step, because loss or gradient was not finite."""
+
+    resumed_anyway: tuple[str, ...] = ()
+    """What `resume_anyway` has let change, and the reasons given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +95,10 @@ class CheckpointMetadata:
     """The resolved recipe of the run."""
     format: int = 1
     """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
+    dataset: str | None = None
+    """SHA-256 of what the token dataset consists of; None: unknown, of an earlier checkpoint."""
+    text_version: str | int | None = None
+    """Version of the function that made the dataset's phonemes; None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +113,17 @@ class CodecCheckpointMetadata:
     recipe: dict[str, Any]
     """The resolved recipe of the run."""
     format: int = 1
+    dataset: str | None = None
+    """SHA-256 of the names of the recordings; None: unknown, of an earlier checkpoint."""
 
 
 def new_metadata(
-    model: ARConfig | NARConfig, codec: CodecIdentity, code_version: str, recipe: dict[str, Any]
+    model: ARConfig | NARConfig,
+    codec: CodecIdentity,
+    code_version: str,
+    recipe: dict[str, Any],
+    dataset: str | None = None,
+    text_version: str | int | None = None,
 ) -> CheckpointMetadata:
     """Metadata of the present format and phoneme inventory."""
     return CheckpointMetadata(
@@ -109,6 +134,8 @@ def new_metadata(
         code_version=code_version,
         recipe=recipe,
         format=FORMAT,
+        dataset=dataset,
+        text_version=text_version,
     )
 
 
@@ -139,7 +166,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         raise FileNotFoundError(f"no checkpoint in {folder}: {CONFIG} is missing")
     try:
         metadata = _parse_metadata(json.loads(path.read_text()))
-    except (json.JSONDecodeError, dacite.DaciteError, ValueError) as error:
+    except (ArithmeticError, TypeError, dacite.DaciteError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint's metadata: {error}") from error
     if not inventory_matches(metadata.inventory):
         raise ValueError(f"{path}: the model was trained with another phoneme inventory")
@@ -180,11 +207,12 @@ def load(
             f"{folder / CONFIG}: a NAR model of format {metadata.format}, whose prompt attends to "
             f"more than itself; train it further with this code (`warm_start.nar=...`)"
         )
-    model = build_model(metadata.model)
     try:
+        check_shapes(folder / WEIGHTS, metadata.model)
+        model = build_model(metadata.model)
         weights = load_weights(folder, device)
         model.load_state_dict(weights, strict=True, assign=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     return model.to(device).eval(), metadata
 
@@ -226,8 +254,20 @@ def save_state(folder: Path, state: TrainState) -> None:
 
 
 def load_state(folder: Path) -> TrainState:
-    """Reads the state of a run."""
-    return TrainState(**json.loads((folder / STATE / "train_state.json").read_text()))
+    """Reads the state of a run.
+
+    Earlier checkpoints count the batches of each worker; the recipe has the number of workers.
+    """
+    values = json.loads((folder / STATE / "train_state.json").read_text())
+    if "batch" in values:
+        workers = 1
+        if (folder / CONFIG).is_file():
+            content = json.loads((folder / CONFIG).read_text())
+            if content["kind"] in _CONFIGS:
+                workers = content["recipe"].get("workers", 1)
+        values["position"] = values.pop("batch") * workers
+    values["resumed_anyway"] = tuple(values.get("resumed_anyway", ()))
+    return TrainState(**values)
 
 
 def save_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
@@ -239,35 +279,70 @@ def find_best(uri: str) -> str:
     """The URI of a checkpoint: `uri` itself, or the best `step_*` folder of the run at `uri`.
 
     The best has the lowest word error rate; if no quick check measured one, it is the newest.
-    Raises FileNotFoundError when there is no checkpoint.
+    Only whole checkpoints count (`checkpoint_files`); others are left out with a warning. Raises
+    FileNotFoundError when there is none, and BrokenCheckpointError if `uri` itself is not whole.
     """
     if storage.exists(storage.join(uri, WEIGHTS)):
+        if fault := checkpoint_files.find_fault(uri):
+            raise BrokenCheckpointError(f"{uri}: {fault}")
         return uri
-    paths = storage.list_files(uri, (WEIGHTS,))
-    steps = sorted(path.split("/")[0] for path in paths if path.startswith("step_"))
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {uri}: train first")
+    steps = list_whole(uri)
     rates = {step: _word_error_rate(storage.join(uri, step, METRICS)) for step in steps}
     measured = {step: rate for step, rate in rates.items() if rate is not None}
     best = min(measured, key=lambda step: measured[step]) if measured else steps[-1]
+    if not checkpoint_files.is_sealed(storage.join(uri, best)):
+        checkpoint_files.warn(
+            storage.join(uri, best), f"no {checkpoint_files.COMPLETE}", "its files look whole: used"
+        )
     return storage.join(uri, best)
 
 
+def list_steps(uri: str) -> list[str]:
+    """Names of a run's checkpoint folders, whole or not, oldest first."""
+    names = {path.split("/")[0] for path in storage.list_files(uri) if "/" in path}
+    return sorted(name for name in names if _STEP.fullmatch(name))
+
+
+def list_whole(uri: str) -> list[str]:
+    """Names of a run's whole checkpoints, oldest first, with a warning for each other one.
+
+    Raises FileNotFoundError when there is none.
+    """
+    faults = {
+        step: checkpoint_files.find_fault(storage.join(uri, step)) for step in list_steps(uri)
+    }
+    for step, fault in faults.items():
+        if fault is not None:
+            checkpoint_files.warn(storage.join(uri, step), fault, "not used")
+    whole = [step for step, fault in faults.items() if fault is None]
+    if not whole:
+        broken = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
+        reason = f"none is whole ({broken})" if broken else "train first"
+        raise FileNotFoundError(f"no checkpoint in {uri}: {reason}")
+    return whole
+
+
 def _word_error_rate(path: str) -> float | None:
-    return storage.read_json(path).get(WORD_ERROR_RATE) if storage.exists(path) else None
+    rate = storage.read_json(path).get(WORD_ERROR_RATE) if storage.exists(path) else None
+    return rate if rate is not None and math.isfinite(rate) else None
 
 
 def fetch(uri: str, folder: Path) -> None:
     """Copies weights and metadata of the checkpoint at a path or URI into a new local folder.
 
-    Raises FileNotFoundError for an incomplete checkpoint.
+    Raises FileNotFoundError for an incomplete checkpoint, and BrokenCheckpointError for a file
+    that is not the one that was written.
     """
+    files = checkpoint_files.read_marker(uri) if checkpoint_files.is_sealed(uri) else {}
     folder.mkdir(parents=True)
     for name in (WEIGHTS, CONFIG):
         source = storage.join(uri, name)
         if not storage.exists(source):
             raise FileNotFoundError(f"no checkpoint at {uri}: {name} is missing")
-        (folder / name).write_bytes(storage.read_bytes(source))
+        content = storage.read_bytes(source)
+        if name in files and hashlib.sha256(content).hexdigest() != files[name].sha256:
+            raise BrokenCheckpointError(f"{source} is not what was written: its SHA-256 differs")
+        (folder / name).write_bytes(content)
 
 
 def load_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:

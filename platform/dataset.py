@@ -7,9 +7,10 @@ names by the shard's hash.
 
 import hashlib
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class Manifest:
     hours_by_language: dict[str, float] = field(default_factory=dict)
     version: int = VERSION
 
+    def content_hash(self) -> str:
+        """SHA-256 of what training reads, the shards. Independent of the path."""
+        return hash_listing((shard.name, shard.sha256) for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class Utterance:
@@ -81,6 +86,11 @@ class Utterance:
     phonemes: NDArray[np.int16]
     codes: Codes
     """`[Q, T]`."""
+
+
+def hash_listing(listing: Iterable[tuple[str, str | int]]) -> str:
+    """SHA-256 of the names of files, each with its hash or length, in any order."""
+    return hashlib.sha256(json.dumps(sorted(listing)).encode()).hexdigest()
 
 
 def to_table(rows: Sequence[dict[str, Any]]) -> pa.Table:

@@ -1,36 +1,39 @@
-"""The model registry: a voice model as one version in MLflow, a bundle of plain files.
+"""Finds and loads a voice model: by its folder, or by its name in MLflow's model registry.
 
-    ar/ nar/            checkpoints (weights and metadata)
-    codec/              weights of the codec, unless it is the official one
-    bundle.json         identity of the codec, URIs of the checkpoints
-    sample.wav          a sentence spoken by the model
-    report.json, .md    the evaluation, if there was one
+A model version of the registry is one bundle (`bundle.py`). `champion` is served; `model_versions`
+publishes and promotes. Nothing is pickled, and loading executes nothing.
 
-A new version gets the alias `candidate`; `champion` is served. The tags of a version record when
-and why it was promoted and which version it replaced; a rollback returns to that one.
+`pin` gives a model a name that holds the identity of its content, so that all processes load the
+same files, whatever is registered or exported later:
 
-Nothing is pickled, and loading executes nothing.
+    models:/valle/3#m-0f3a...            version 3, whose files MLflow keeps as model m-0f3a...
+    models:/valle/3#m-0f3a.../1a2b3c4d   the same, with the hash of its bundle.json
+    /data/bundle#1a2b...                 a folder, with the hash of its bundle.json
 """
 
 import hashlib
-import json
+import logging
 import re
 import shutil
-import tempfile
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-
-from filelock import FileLock
+from typing import Any
+from urllib.parse import quote
 
 from valle.model.ar import AR
 from valle.model.codec import encodec
-from valle.model.codec.interface import CodecIdentity
 from valle.model.nar import NAR
 from valle.model.valle import Synthesizer
-from valle.platform import checkpoint, settings, storage, tracking
+from valle.platform import bundle as bundles
+from valle.platform import checkpoint, node_cache, settings, storage
+from valle.platform.bundle import Bundle, BundleError, read_bundle, write_bundle
 from valle.platform.cluster import CODE_ROOT
-from valle.platform.typed import from_dict
+from valle.platform.credentials import strip_credentials
+from valle.platform.registry_client import (
+    RegistryUnavailableError,
+    is_missing,
+    is_missing_database,
+    registry_client,
+)
 
 MODEL_NAME = "valle"
 REGISTRY_PREFIX = "models:/"
@@ -38,24 +41,22 @@ CHAMPION = f"{REGISTRY_PREFIX}{MODEL_NAME}@champion"
 SHIPPED_BUNDLE = CODE_ROOT / "release" / "nano"
 """The bundle of the model that is part of the repository."""
 
+HASH_TAG = "bundle_sha256"
+"""Tag of a version: the hash that identifies its bundle."""
 
-@dataclass(frozen=True, kw_only=True)
-class Bundle:
-    """The contents of `bundle.json`."""
+_PINNED_VERSION = re.compile(
+    r"(models:/([^/@#]+)/(\d+))#(m-[0-9a-f]{32}|[0-9a-f]{32})(?:/([0-9a-f]{8}))?"
+)
+_PINNED_FOLDER = re.compile(r"(.+)#([0-9a-f]{64})", re.DOTALL)
 
-    codec: CodecIdentity
-    official_codec: bool
-    """True for `encodec-24khz`, whose weights are not copied."""
-    ar: str
-    """URI of the AR checkpoint."""
-    nar: str
-    """URI of the NAR checkpoint."""
+logger = logging.getLogger(__name__)
 
 
 def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
     """Copies two checkpoints and a codec into `folder`.
 
-    Raises ValueError for checkpoints of the wrong kind or of another codec.
+    Raises ValueError for checkpoints of the wrong kind or of another codec. `bundle.json` lists the
+    files so far; `bundle.write_bundle` lists those that are added.
     """
     checkpoint.fetch(ar, folder / "ar")
     checkpoint.fetch(nar, folder / "nar")
@@ -71,213 +72,257 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
         (folder / "codec").mkdir()
         for name in ("model.safetensors", "config.json"):
             shutil.copy(source / name, folder / "codec" / name)
-    bundle = Bundle(codec=identity, official_codec=official, ar=ar, nar=nar)
-    (folder / "bundle.json").write_text(json.dumps(asdict(bundle), indent=2) + "\n")
-    return bundle
+    write_bundle(folder, Bundle(codec=identity, official_codec=official, ar=ar, nar=nar))
+    return read_bundle(folder)
 
 
-def publish(folder: Path, tags: dict[str, str]) -> int:
-    """Registers a bundle as the next version, with the alias `candidate`; returns its number."""
-    import mlflow
+def pin(
+    model_uri: str,
+    tracking_uri: str | None = None,
+    *,
+    allow_cached: bool = False,
+    announce: bool = True,
+) -> str:
+    """The pinned name of a model, which later registrations and exports do not change.
 
-    tracking.configure()
-    client = mlflow.MlflowClient()
-    with mlflow.start_run(run_name=f"publish-{MODEL_NAME}") as run:
-        mlflow.set_tags({**tags, "code_version": tracking.code_version()})
-        model = mlflow.initialize_logged_model(name=MODEL_NAME, source_run_id=run.info.run_id)
-        client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, "READY")
-        version = mlflow.register_model(f"models:/{model.model_id}", MODEL_NAME)
-    client.set_registered_model_alias(MODEL_NAME, "candidate", version.version)
-    _tag(version.version, tags)
-    return int(version.version)
-
-
-def attach(version: int, folder: Path) -> None:
-    """Adds the files of a local folder to a version."""
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    # `models:/ID` of the logged model that holds the version's files
-    source: str = client.get_model_version(MODEL_NAME, str(version)).source
-    client.log_model_artifacts(source.removeprefix("models:/"), str(folder))
-
-
-def champion_version() -> int | None:
-    """The number of the version with the alias `champion`, or None."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    tracking.configure()
-    try:
-        return int(mlflow.MlflowClient().get_model_version_by_alias(MODEL_NAME, "champion").version)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-
-
-def publish_shipped() -> int | None:
-    """Publishes the shipped model as the champion of an empty registry.
-
-    Returns its number, or None if the registry holds a version or the model is missing.
+    `allow_cached`: while the registry does not answer, the version that it gave this node last is
+    used, with a warning. The champion of a registry that holds no version is the shipped model,
+    with a warning if `announce`. Raises FileNotFoundError, with the remedy, for a missing model,
+    RegistryUnavailableError, BundleError for a folder that has been changed, ValueError for
+    another URI.
     """
-    if list_versions() or not (SHIPPED_BUNDLE / "bundle.json").exists():
-        return None
-    version = publish(SHIPPED_BUNDLE, {"source": "shipped with the repository"})
-    promote(version, "shipped with the repository")
-    return version
-
-
-def promote(version: int, reason: str) -> None:
-    """Makes a version the champion, and records when, why and which version it replaced.
-
-    Raises ValueError for a missing version.
-    """
-    import mlflow
-
-    previous = champion_version()
-    if version not in (numbers := [v.number for v in list_versions()]):
-        raise ValueError(f"version: the registry has no {version}, only {numbers}")
-    tags = {"promoted_at": _now(), "promoted_because": reason}
-    if previous not in (None, version):
-        tags["replaced"] = str(previous)
-    # before the alias moves: a champion without its predecessor could not be rolled back
-    _tag(version, tags)
-    mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, "champion", str(version))
-
-
-def roll_back(reason: str) -> int:
-    """Makes the version that the champion replaced the champion again; returns its number.
-
-    Raises ValueError if there is no champion or it replaced none.
-    """
-    import mlflow
-
-    current = champion_version()
-    if current is None:
-        raise ValueError("there is no champion to roll back from")
-    client = mlflow.MlflowClient()
-    tags = client.get_model_version(MODEL_NAME, str(current)).tags
-    if "replaced" not in tags:
-        raise ValueError(f"version {current} replaced no other: there is nothing to go back to")
-    _tag(current, {"rolled_back_at": _now(), "rolled_back_because": reason})
-    client.set_registered_model_alias(MODEL_NAME, "champion", tags["replaced"])
-    return int(tags["replaced"])
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """A version with its aliases and tags."""
-
-    number: int
-    aliases: tuple[str, ...]
-    tags: dict[str, str]
-
-
-def list_versions() -> list[ModelVersion]:
-    """All versions, newest first."""
-    import mlflow
-
-    tracking.configure()
-    client = mlflow.MlflowClient()
-    results = client.search_model_versions(f"name = '{MODEL_NAME}'")
-    # the results of a search lack the aliases
-    with_aliases = [client.get_model_version(MODEL_NAME, result.version) for result in results]
-    versions = [ModelVersion(int(v.version), tuple(v.aliases), dict(v.tags)) for v in with_aliases]
-    return sorted(versions, key=lambda version: -version.number)
-
-
-def _tag(version: int | str, tags: dict[str, str]) -> None:
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    for key, value in tags.items():
-        client.set_model_version_tag(MODEL_NAME, str(version), key, value)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def pin(model_uri: str, tracking_uri: str | None = None) -> str:
-    """A URI of the same model that later registrations do not change.
-
-    `models:/name@alias` and `models:/name/latest` become `models:/name/version`, a bundle's folder
-    its absolute path. Raises FileNotFoundError for a missing model, ValueError for another URI.
-    """
+    if _PINNED_VERSION.fullmatch(model_uri) or _PINNED_FOLDER.fullmatch(model_uri):
+        return model_uri
     if not model_uri.startswith(REGISTRY_PREFIX):
-        return storage.absolute(model_uri)
-    import mlflow
+        return _pin_folder(Path(storage.absolute(model_uri)))
+    name, alias, number = _parse(model_uri)
+    address = registry_address(tracking_uri)
+    try:
+        pinned = _look_up(model_uri, name, alias, number, address)
+    except RegistryUnavailableError as error:
+        last = node_cache.last_version(address, model_uri) if allow_cached else None
+        if last is None:
+            raise
+        logger.warning("%s; going on with %s, its last answer here", error, display_name(last))
+        return last
+    if pinned is None:
+        logger.log(
+            logging.WARNING if announce else logging.DEBUG,
+            "the registry at %s is empty: using the model shipped with the code, %s",
+            strip_credentials(address),
+            SHIPPED_BUNDLE,
+        )
+        return _pin_folder(SHIPPED_BUNDLE)
+    node_cache.remember(address, model_uri, pinned)
+    return pinned
+
+
+def current_version(
+    model_uri: str, tracking_uri: str | None, deployed: str | None, current: str | None
+) -> str:
+    """The pinned name of the model that an endpoint's new requests get.
+
+    The first time (`current` is None), a registry that does not answer is replaced by its last
+    answer on this node, or by `deployed`. After that an error is raised, so that the caller stays
+    with `current`; and a registry that has lost its versions raises FileNotFoundError, where `pin`
+    would go back to the shipped model.
+    """
+    if current is None:
+        try:
+            return pin(model_uri, tracking_uri, allow_cached=True)
+        except RegistryUnavailableError as error:
+            if deployed is None:
+                raise
+            logger.warning("%s; going on with %s, as deployed", error, display_name(deployed))
+            return deployed
+    pinned = pin(model_uri, tracking_uri, announce=False)
+    if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
+        raise FileNotFoundError(
+            f"the registry at {strip_credentials(registry_address(tracking_uri))} is empty, but "
+            f"held {display_name(current)}"
+        )
+    return pinned
+
+
+def resolve(model_uri: str, tracking_uri: str | None = None, *, allow_cached: bool = False) -> Path:
+    """The local folder of a bundle, by its path, its registry URI or its pinned name.
+
+    Every file has been checked against `bundle.json`. A pinned version that this node has is found
+    without the registry. Errors are those of `pin`.
+    """
+    if not model_uri.startswith(REGISTRY_PREFIX) and not _PINNED_FOLDER.fullmatch(model_uri):
+        folder = Path(storage.absolute(model_uri))
+        bundles.verify(folder)
+        return folder
+    pinned = pin(model_uri, tracking_uri, allow_cached=allow_cached)
+    if match := _PINNED_VERSION.fullmatch(pinned):
+        return _resolve_version(match, registry_address(tracking_uri))
+    match = _PINNED_FOLDER.fullmatch(pinned)
+    assert match is not None, "pin() returns no other name"
+    return _resolve_folder(Path(match[1]), match[2])
+
+
+def display_name(model_uri: str) -> str:
+    """A model's name for people and headers: `models:/valle/3#1a2b3c4d`, or for a folder
+    `bundle#1a2b3c4d`, without the folders above it. The digits are of the hash of `bundle.json`."""
+    if match := _PINNED_VERSION.fullmatch(model_uri):
+        return match[1] + (f"#{match[5]}" if match[5] else "")
+    if model_uri.startswith(REGISTRY_PREFIX):
+        return model_uri
+    folder, digits = model_uri, ""
+    if match := _PINNED_FOLDER.fullmatch(model_uri):
+        folder, digits = match[1], f"#{match[2][:8]}"
+    return quote(Path(folder).name, safe=" +,=@#") + digits  # a header holds ASCII only
+
+
+def registry_address(tracking_uri: str | None = None) -> str:
+    """MLflow's address: the given one, or that of the machine's settings."""
+    return tracking_uri or settings.read().tracking_uri
+
+
+def artifact_location(client: Any, source: str) -> str:
+    """Where MLflow keeps the files of a version with this `source`."""
+    if source.startswith(f"{REGISTRY_PREFIX}m-"):
+        location: str = client.get_logged_model(
+            source.removeprefix(REGISTRY_PREFIX)
+        ).artifact_location
+        return location
+    return source  # registered by other means: the address of its files
+
+
+def _look_up(model_uri: str, name: str, alias: str, number: str, address: str) -> str | None:
+    """The pinned name of a registry URI; None for the champion of an empty registry."""
+    version, numbers = None, []
+    # a look-up must not create the database: that takes seconds, and needs rights to write
+    if not is_missing_database(address):
+        with registry_client(address, model_uri) as client:
+            try:
+                version = _find_version(client, name, alias, number)
+            except MissingVersionError:
+                found = client.search_model_versions(f"name = '{name}'")
+                numbers = sorted(int(v.version) for v in found)
+    if version is not None:
+        digits = version.tags.get(HASH_TAG, "")[:8]
+        key = _cache_key(version.source)
+        return f"models:/{name}/{version.version}#{key}" + (f"/{digits}" if digits else "")
+    if model_uri == CHAMPION and not numbers:
+        return None
+    raise FileNotFoundError(_missing(model_uri, alias, numbers, address))
+
+
+class MissingVersionError(Exception):
+    """The registry answered that it has no such version or alias."""
+
+
+def _find_version(client: Any, name: str, alias: str, number: str) -> Any:
+    """MLflow's entry of a version. Raises MissingVersionError, or MLflow's error for an outage."""
     from mlflow.exceptions import MlflowException
 
-    name, alias, version = _parse(model_uri)
-    tracking.configure(tracking_uri)
-    client = mlflow.MlflowClient()
     try:
         if alias:
-            version = client.get_model_version_by_alias(name, alias).version
-        elif version == "latest":
-            numbers = [int(v.version) for v in client.search_model_versions(f"name = '{name}'")]
-            version = str(max(numbers, default=0))
+            return client.get_model_version_by_alias(name, alias)
+        if number == "latest":
+            found = client.search_model_versions(f"name = '{name}'")
+            number = str(max((int(v.version) for v in found), default=0))
+        return client.get_model_version(name, number)
     except MlflowException as error:
-        raise FileNotFoundError(f"the registry has no {model_uri} ({error.message})") from error
-    return f"models:/{name}/{version}"
+        if is_missing(error):
+            raise MissingVersionError from error
+        raise
+
+
+def _missing(model_uri: str, alias: str, numbers: list[int], address: str) -> str:
+    """The message for a version that the registry does not have, with what to do."""
+    message = f"the registry at {strip_credentials(address)} has no {model_uri}"
+    if not numbers:
+        return f"{message}; train and publish one (make demo), or name a bundle's folder"
+    listed = ", ".join(map(str, numbers[-8:]))
+    remedy = "name one of them (models:/valle/N) or another alias (models:/valle@candidate)"
+    if alias == "champion":
+        remedy += "; `valle model-versions promote N --reason ...` makes one the champion"
+    return f"{message}; it has versions {listed}: {remedy}"
+
+
+def _cache_key(source: str) -> str:
+    """The name of a version's files, by MLflow's `source`: the id of its logged model."""
+    name = source.removeprefix(REGISTRY_PREFIX)
+    if re.fullmatch(r"m-[0-9a-f]{32}", name):
+        return name
+    return hashlib.sha256(source.encode()).hexdigest()[:32]
 
 
 def _parse(model_uri: str) -> tuple[str, str, str]:
     """(name, alias, version) of `models:/name@alias` or `models:/name/version`."""
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+|latest))", model_uri)
+    match = re.fullmatch(r"models:/([^/@#]+)(?:@([^/@#]+)|/(\d+|latest))", model_uri)
     if match is None:
         raise ValueError(f"model: {model_uri!r} is not models:/name@alias or models:/name/version")
     return match[1], match[2] or "", match[3] or ""
 
 
-def resolve(model_uri: str, tracking_uri: str | None = None) -> Path:
-    """The local folder of a bundle, by its path or by its registry URI.
-
-    Raises FileNotFoundError, with what to do, for a missing model.
-    """
-    if not model_uri.startswith(REGISTRY_PREFIX):
-        path = Path(storage.absolute(model_uri))
-        if not (path / "bundle.json").is_file():
-            raise FileNotFoundError(f"no model bundle at {path}: bundle.json is missing")
-        return path
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        version = pin(model_uri, tracking_uri)
-        address = mlflow.get_tracking_uri()
-        if not address.startswith("http"):
-            return Path(mlflow.artifacts.download_artifacts(version))
-        return _fetch(version, address)
-    except (MlflowException, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"the registry at {mlflow.get_tracking_uri()} has no {model_uri} ({error}); "
-            "train and publish one (make demo), or name a folder with --model"
-        ) from error
+def _pin_folder(folder: Path) -> str:
+    return f"{folder}#{bundles.verify(folder)}"
 
 
-def _fetch(version: str, address: str) -> Path:
-    """The local folder of a version in this node's cache, downloaded by the first caller."""
-    import mlflow
+def _resolve_folder(folder: Path, digest: str) -> Path:
+    """The files of a pinned folder in this node's cache, which an export over it leaves alone."""
 
-    digest = hashlib.sha256(f"{address} {version}".encode()).hexdigest()[:20]
-    target = settings.read().cache / "models" / digest
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            # renamed when complete: an interrupted download must not look like a model
-            with tempfile.TemporaryDirectory(dir=target.parent) as part:
-                Path(mlflow.artifacts.download_artifacts(version, dst_path=part)).rename(target)
-    return target
+    def fill(part: Path) -> Path:
+        source = folder
+        if not source.exists() and bundles.verify(SHIPPED_BUNDLE) == digest:
+            source = SHIPPED_BUNDLE  # Ray may unpack the code to another path on each node
+        found = bundles.verify(source)
+        if found != digest:
+            raise BundleError(
+                f"the bundle at {folder} has been replaced: this endpoint serves "
+                f"{digest[:8]}, the folder holds {found[:8]}; deploy again"
+            )
+        node_cache.link_or_copy(source, part / "bundle")
+        return part / "bundle"
+
+    copy = node_cache.fetch(digest, fill)
+    _check(copy, digest)
+    return copy
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """The parsed `bundle.json` of a folder."""
-    values = json.loads((folder / "bundle.json").read_text())
-    return from_dict(Bundle, values)
+def _resolve_version(pinned: re.Match[str], address: str) -> Path:
+    """The files of a pinned version: this node's copy, or a local store's own."""
+    version_uri, name, number, key, digits = pinned.groups()
+
+    def download(part: Path) -> Path:
+        import mlflow
+
+        with registry_client(address, version_uri) as client:
+            version = _find_version(client, name, "", number)
+            if _cache_key(version.source) != key:
+                raise FileNotFoundError(
+                    f"the registry at {strip_credentials(address)} has begun anew: "
+                    f"its {version_uri} is another model than the one deployed"
+                )
+            location = artifact_location(client, version.source)
+        local = location.removeprefix("file://")
+        if Path(local).is_dir():
+            folder = Path(local)
+        else:
+            with registry_client(address, version_uri, bounded=False):
+                folder = Path(mlflow.artifacts.download_artifacts(
+                    artifact_uri=location, dst_path=str(part), tracking_uri=address
+                ))  # fmt: skip
+        _check(folder, version.tags.get(HASH_TAG, ""))
+        return folder
+
+    folder = node_cache.find(key) or node_cache.fetch(key, download)
+    _check(folder, digits or "")
+    return folder
+
+
+def _check(folder: Path, expected: str) -> None:
+    """Raises BundleError unless the bundle's files are those that its hash begins with."""
+    found = bundles.verify(folder)
+    if not found.startswith(expected):
+        raise BundleError(
+            f"{folder} holds the bundle {found[:8]}, but the version was published as "
+            f"{expected[:8]}: its files have been replaced; publish it again"
+        )
 
 
 def load_ar(folder: Path, device: str = "cpu") -> AR:

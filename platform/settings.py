@@ -3,6 +3,9 @@
 import logging
 import os
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +71,13 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def bare_environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process that is to know no credential and no address: where
+    libraries are, and `changes`."""
+    names = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "TMPDIR", "SYSTEMROOT")
+    return {name: os.environ[name] for name in names if name in os.environ} | changes
+
+
 WORKER_VARIABLES = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "VALLE_LOGICAL_GPUS",
@@ -103,3 +113,45 @@ def worker_environment() -> dict[str, str]:
             ", ".join(exposed),
         )
     return {**values, "VALLE_HOME": str(read().home)}
+
+
+class _MlflowBounds:
+    """Variables of MLflow's client that are set while any thread is inside a block."""
+
+    NAMES = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_blocks = 0
+        self._set: list[str] = []
+
+    def enter(self, values: tuple[int, int]) -> None:
+        with self._lock:
+            self._n_blocks += 1
+            for name, value in zip(self.NAMES, values, strict=True):
+                if name not in os.environ:
+                    os.environ[name] = str(value)
+                    self._set.append(name)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._n_blocks -= 1
+            while not self._n_blocks and self._set:
+                os.environ.pop(self._set.pop(), None)
+
+
+_MLFLOW_BOUNDS = _MlflowBounds()
+
+
+@contextmanager
+def bounded_mlflow_requests(seconds: int, retries: int) -> Iterator[None]:
+    """MLflow's client waits `seconds` for an answer and tries `retries` times more, in the block.
+
+    MLflow reads these bounds from the environment only, at each request. Those that the user has
+    set are kept. Blocks may overlap in several threads: the bounds end with the last one.
+    """
+    _MLFLOW_BOUNDS.enter((seconds, retries))
+    try:
+        yield
+    finally:
+        _MLFLOW_BOUNDS.leave()

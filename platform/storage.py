@@ -24,9 +24,9 @@ from typing import Any
 from pyarrow import fs
 
 from valle.platform import settings
+from valle.platform.credentials import refuse_credentials, strip_credentials
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_CREDENTIALS = re.compile(r"(^[^/]*:[^/]*@)|[?&](access_key|secret_key|session_token)=")
 SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs", "viewfs", "file")
 PART_SUFFIX = ".part"
 """End of the name of a local file that is being written."""
@@ -58,9 +58,9 @@ def absolute(uri: str, names: Collection[str] = ()) -> str:
     A relative path is resolved against `VALLE_HOME`; `~/` is the user's folder; `file://` is
     removed; other URIs (`s3://`, the registry's `models:/`) are returned unchanged. So are the
     `names` of things that have no path, such as the codecs shipped with the code: `nano` is the
-    codec, `./nano` is a folder. Raises ValueError, which does not repeat the secret, for a URI that
-    holds credentials.
+    codec, `./nano` is a folder. Raises ValueError for an address that holds credentials.
     """
+    refuse_credentials(uri)
     if uri in names:
         return uri
     match = _SCHEME.match(uri)
@@ -69,12 +69,6 @@ def absolute(uri: str, names: Collection[str] = ()) -> str:
     scheme, rest = match[1].lower(), uri[match.end() :].removeprefix("/")
     if scheme == "file":
         return "/" + rest.removeprefix("localhost/").lstrip("/")
-    authority = rest.partition("/")[0]
-    if _CREDENTIALS.search(rest) or (scheme == "s3" and "@" in authority):
-        raise ValueError(
-            f"a {scheme}:// URI holds credentials ({authority.rpartition('@')[2]}): take them out; "
-            "storage reads them from the AWS_* variables or the machine's role"
-        )
     return scheme + uri[len(scheme) :]
 
 
@@ -99,7 +93,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesys, base = _connect(root, os.getpid(), settings.storage_variables())
     except ValueError as error:
-        raise ValueError(f"not a usable storage URI: {uri!r} ({error})") from error
+        raise ValueError(
+            f"not a usable storage URI: {uri!r} ({strip_credentials(str(error))})"
+        ) from error
     return filesys, f"{base.rstrip('/')}/{key}" if key else base
 
 

@@ -15,6 +15,7 @@ from valle import __version__
 from valle.model.codec.interface import Wave
 from valle.platform import audio, settings
 from valle.platform.cluster import CODE_ROOT
+from valle.platform.credentials import strip_credentials
 from valle.platform.spectrogram import spectrogram_png
 
 EXPERIMENT = "valle"
@@ -43,13 +44,19 @@ def configure(uri: str | None = None) -> None:
     starts them passes them the URI.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     machine = settings.read()
     mlflow.set_tracking_uri(uri or machine.tracking_uri)
     if mlflow.get_experiment_by_name(EXPERIMENT) is None:
         # without a server, MLflow would write artifacts to the current folder
         local = mlflow.get_tracking_uri().startswith("sqlite:")
-        mlflow.create_experiment(EXPERIMENT, str(machine.home / "mlruns") if local else None)
+        try:
+            mlflow.create_experiment(EXPERIMENT, str(machine.home / "mlruns") if local else None)
+        except MlflowException:
+            # another process may have created it in between
+            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+                raise
     mlflow.set_experiment(EXPERIMENT)
 
 
@@ -71,7 +78,8 @@ def driver_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str]:
     run_id = unfinished[0].info.run_id if unfinished else None
     with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=False) as run:
         if run_id is None:
-            mlflow.log_params(dict(flatten(parameters)))
+            shown = {k: _without_credentials(v) for k, v in flatten(parameters)}
+            mlflow.log_params(shown)
         mlflow.set_tags({"code_version": code_version()})
         yield run.info.run_id
 
@@ -101,10 +109,18 @@ def log_report(name: str, metrics: Mapping[str, float], folder: str) -> str:
     configure()
     with mlflow.start_run(run_name=name, log_system_metrics=False) as run:
         mlflow.log_metrics(dict(metrics))
-        mlflow.set_tags({"code_version": code_version(), "report": folder})
+        report = strip_credentials(folder)
+        mlflow.set_tags({"code_version": code_version(), "report": report})
         if "://" not in folder:
             mlflow.log_artifacts(folder, "report")
         return str(run.info.run_id)
+
+
+def _without_credentials(value: Any) -> Any:
+    """A parameter as it may be shown: text, and text inside lists, without credentials."""
+    if isinstance(value, list | tuple):
+        return [_without_credentials(entry) for entry in value]
+    return strip_credentials(value) if isinstance(value, str) else value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

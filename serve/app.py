@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy
 
-from valle.platform import settings, storage
+from valle.platform import registry, settings, storage
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.codec import CodecDeployment
@@ -28,6 +28,8 @@ MAX_BATCHED_REQUESTS = 32
 def build_app(args: AppArgs) -> Application:
     """The application; Serve validates `args` before anything starts."""
     args = _resolve_paths(args)
+    # a missing or damaged model fails here, before anything starts
+    deployed = registry.pin(args.model, args.tracking_uri, allow_cached=True)
     accelerator = "cuda" if args.use_gpu else "cpu"
     ar = _deploy(
         ARDeployment, AR, args, accelerator, slots=args.slots, max_ongoing_requests=args.slots
@@ -51,7 +53,7 @@ def build_app(args: AppArgs) -> Application:
 
     # a builder, which Serve calls on each ingress replica; it does not accept a `partial`
     def build_api() -> FastAPI:
-        return create_api(args, ServeDeployments())
+        return create_api(args, ServeDeployments(), deployed)
 
     ingress = serve.deployment(
         serve.ingress(build_api)(),
@@ -69,6 +71,7 @@ def _resolve_paths(args: AppArgs) -> AppArgs:
     Raises ValueError for a file of keys that cannot be used."""
     updates = {
         "voices": storage.absolute(args.voices),
+        # a registry URI, or the absolute path of a folder that every node has
         "model": storage.absolute(args.model),
         "tracking_uri": args.tracking_uri or settings.read().tracking_uri,
     }

@@ -41,11 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     arguments = parser.parse_args(argv)
-    if arguments.model == registry.CHAMPION and (version := registry.publish_shipped()):
-        logging.warning("the registry was empty: version %d is the model shipped here", version)
     try:
-        registry.resolve(arguments.model)  # a missing model fails before Ray starts
-    except FileNotFoundError as error:
+        # a missing model fails before Ray starts
+        registry.resolve(arguments.model, allow_cached=True)
+    except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     voices = storage.absolute(arguments.voices)
     if not any(True for _ in storage.list_files(voices, (".wav",))):

@@ -1,5 +1,6 @@
 """Shared fixtures: a codec of random weights, a tiny token dataset, an isolated home."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,23 @@ def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("VALLE_CACHE", str(folder / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: to making one takes seconds."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = tmp_path_factory.mktemp("database")
+    store = SqlAlchemyStore(f"sqlite:///{folder}/mlflow.db", str(folder))
+    store.engine.dispose()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def database(home: Path, empty_database: Path) -> Path:
+    """An empty registry in `VALLE_HOME`."""
+    return Path(shutil.copy(empty_database, home / "mlflow.db"))
 
 
 @pytest.fixture(autouse=True)

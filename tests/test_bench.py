@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.endpoints import SharedEndpoint
+from helpers.recordings import speech
 from helpers.tiny_bundles import pack_bundle
 
 from valle.jobs.bench import chapter, engine, nar, prepare, scaling, serve, soak, timing
@@ -31,12 +32,10 @@ def bundle(
 
 @pytest.fixture(scope="module")
 def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two starter voices, as noise."""
+    """The two starter voices, as vowels."""
     folder = tmp_path_factory.mktemp("voices")
-    generator = np.random.default_rng(0)
-    for name in soak.VOICES:
-        noise = generator.normal(0, 0.1, 36_000).astype(np.float32)
-        (folder / f"{name}.wav").write_bytes(audio.wav_bytes(noise))
+    for seed, name in enumerate(soak.VOICES):
+        (folder / f"{name}.wav").write_bytes(audio.wav_bytes(speech(1.5, seed)))
     return folder
 
 

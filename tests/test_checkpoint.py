@@ -65,7 +65,7 @@ def test_load_optimizer_continues_to_the_last_bit(tmp_path: Path, tiny_codec: En
     optimizer = build_optimizer(model, Optimization())
     train(model, optimizer, 5)
     checkpoint.save(tmp_path, model.state_dict(), make_metadata(tiny_codec))
-    checkpoint.save_state(tmp_path, TrainState(step=5, epoch=1, batch=2))
+    checkpoint.save_state(tmp_path, TrainState(step=5, epoch=1, position=2))
     checkpoint.save_optimizer(tmp_path, model, optimizer)
     uninterrupted = train(model, optimizer, 5)
 
@@ -74,7 +74,7 @@ def test_load_optimizer_continues_to_the_last_bit(tmp_path: Path, tiny_codec: En
     fresh = build_optimizer(resumed, Optimization())
     checkpoint.load_optimizer(tmp_path, resumed, fresh)
     assert train(resumed, fresh, 5) == uninterrupted
-    assert checkpoint.load_state(tmp_path) == TrainState(step=5, epoch=1, batch=2)
+    assert checkpoint.load_state(tmp_path) == TrainState(step=5, epoch=1, position=2)
 
 
 def test_load_refuses_damaged_checkpoints(tmp_path: Path, tiny_codec: Encodec) -> None:

@@ -110,3 +110,10 @@ def test_load_nano_ships_and_is_small() -> None:
     assert (encodec.NANO_CODEC_FOLDER / "model.safetensors").stat().st_size < 8_000_000
     config = json.loads((encodec.NANO_CODEC_FOLDER / "config.json").read_text())
     assert config["n_codebooks"] == 8
+
+
+def test_load_refuses_a_file_in_the_cache_that_has_changed(tmp_path: Path) -> None:
+    """Compared at each use, not only after the download."""
+    (tmp_path / "encodec_24khz-d7cc33bc.th").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="is not the official checkpoint .* delete it"):
+        encodec.load("encodec-24khz", cache=tmp_path)

@@ -28,6 +28,7 @@ from valle.jobs.publish import GateError, PublishRecipe, publish
 from valle.jobs.speakers import Espeak, texts
 from valle.model.codec.encodec import Encodec
 from valle.platform import audio, registry, storage
+from valle.platform import model_versions as versions
 from valle.platform.resources import Placement
 
 
@@ -202,8 +203,8 @@ def test_publish_evaluates_gates_and_rolls_back(
 ) -> None:
     """Untrained models through the real metric models: two actors on halves of a GPU measure what
     one on the CPU does; then promotion, refusal and rollback."""
-    assert publish(recipe_with_evaluation) == 1
-    assert registry.champion_version() == 1
+    assert publish(recipe_with_evaluation).version == 1
+    assert versions.champion_version() == 1
     bundle_folder = registry.resolve(registry.CHAMPION)
     shared = read_report(str(bundle_folder / "report.json"))
     rows = {(result.id, result.system) for result in shared.results}
@@ -234,15 +235,15 @@ def test_publish_evaluates_gates_and_rolls_back(
     )
     with pytest.raises(GateError, match="version 2 stays a candidate: cross/wer is .* at most"):
         publish(strict)
-    assert registry.champion_version() == 1
-    assert publish(replace(strict, force="a rehearsal")) == 3
-    assert registry.champion_version() == 3
+    assert versions.champion_version() == 1
+    assert publish(replace(strict, force="a rehearsal")).version == 3
+    assert versions.champion_version() == 3
     model_versions.main(["rollback", "--reason", "rehearsed"])
-    assert registry.champion_version() == 1
+    assert versions.champion_version() == 1
     output = capsys.readouterr().out
     assert "forced: a rehearsal (refused for: cross/wer is" in output
     assert "rolled back: rehearsed" in output and "candidate" in output
     with pytest.raises(ValueError, match="version 1 replaced no other"):
-        registry.roll_back("again")
+        versions.roll_back("again")
     with pytest.raises(ValueError, match="the registry has no 9"):
-        registry.promote(9, "typo")
+        versions.promote(9, "typo")

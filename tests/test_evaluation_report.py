@@ -3,7 +3,9 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.evaluations import make_report, measurement
@@ -12,7 +14,7 @@ from valle.jobs import demo
 from valle.jobs.evaluation import report as report_module
 from valle.jobs.evaluation.codec_report import CodecReport
 from valle.jobs.evaluation.format1 import RENAMED_METRICS
-from valle.jobs.evaluation.gate import Bound, Verdict, Violation, decide
+from valle.jobs.evaluation.gate import Bound, Verdict, decide
 from valle.jobs.evaluation.report import COLUMNS, mlflow_metrics, read_report, write_report
 from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.publish import PublishRecipe
@@ -167,13 +169,84 @@ def test_decide_refuses_regressions_beyond_noise() -> None:
     dull = make_report([measurement(n, errors=1, distillmos=2.0) for n in range(40)])
     (violation,) = decide(dull, (), good).violations
     assert str(violation).startswith("distillmos is worse than the champion's by 1.000")
-    others = make_report([measurement(n + 100) for n in range(40)])
-    assert decide(others, (), good).violations == (
-        Violation(
-            "word_errors",
-            "has no item in common with the champion's report: evaluate the champion on this set",
-        ),
-    )
+
+
+def test_decide_compares_like_with_like() -> None:
+    """Each condition that differs is named, with the way out; nothing is compared then."""
+    measurements = [measurement(n, errors=1) for n in range(40)]
+    champion = make_report([measurement(n) for n in range(40)])
+    models = champion.metric_models
+    ears = replace(models, recognizer="moonshine"), replace(models, speaker_encoder="wespeaker")
+    sampling = {"seed": 0, "ar": {"top_p": 0.8}}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"metric_models": ears[0]}, "recognizer is moonshine, but whisper in"),
+        ({"metric_models": ears[1]}, "speaker_encoder is wespeaker"),
+        ({"precision": "bf16"}, "precision is bf16, but fp32 in the champion's report"),
+        ({"synthesis": {"seed": 1}}, "synthesis.seed is 1, but 0 in"),
+        ({"synthesis": sampling}, "synthesis.ar.top_p is 0.8, but None in"),
+        ({"text_version": "2"}, "text_version is 2, but None in"),
+    ]  # fmt: skip
+    for changes, expected in cases:
+        verdict = decide(replace(make_report(measurements), **changes), (), champion)
+        (violation,) = verdict.violations
+        assert expected in str(violation) and "attach-report" in str(violation)
+    verdict = decide(replace(make_report(measurements), precision="bf16", limit=3), (), champion)
+    assert [v.metric for v in verdict.violations] == ["limit", "precision"]
+    same = replace(make_report(measurements), code_version="0.2.0", accelerator="gpu")
+    assert "word_errors is worse" in str(decide(same, (), champion))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "fields", "message"),
+    [
+        (range(3), {}, "items of standard (3; the champion's 40 of standard): the report lacks 37"),
+        (range(100, 140), {}, "lacks 40: i0, i1, i10, ..."),
+        (range(41), {}, "has, beyond the champion's report, 1: i40"),
+        (range(40), {"text": "other"}, "items have another text or prompt than the champion's"),
+        (range(40), {"prompt": "o.wav"}, "items have another text or prompt"),
+    ],
+)
+def test_decide_compares_the_same_items(
+    numbers: range, fields: dict[str, Any], message: str
+) -> None:
+    champion = make_report([measurement(n) for n in range(40)])
+    for errors in (0, 1):
+        candidate = make_report([measurement(n, errors=errors, **fields) for n in numbers])
+        verdict = decide(candidate, (), champion)
+        assert not verdict.passed and message in str(verdict)
+
+
+def test_decide_names_a_metric_that_one_report_lacks() -> None:
+    whole = [measurement(n) for n in range(40)]
+    part = [measurement(n, distillmos=None) if n < 5 else measurement(n) for n in range(40)]
+    none = [measurement(n, distillmos=None, speaker_similarity=None) for n in range(40)]
+    for candidate, champion, message in (
+        (part, whole, "distillmos is missing in the candidate's report for 5 of 40 items (i0"),
+        (whole, part, "distillmos is missing in the champion's report for 5 of 40 items (i0"),
+        (none, whole, "speaker_similarity is missing in the candidate's report for 40 of 40"),
+        (none, none, "distillmos was measured on no item of both reports"),
+    ):
+        verdict = decide(make_report(candidate), (), make_report(champion))
+        assert not verdict.passed and message in str(verdict)
+
+
+def test_decide_says_which_empty_outputs_it_left_out() -> None:
+    """An empty output has no quality to measure; its words count as errors all the same."""
+    silence = {"empty": True, "distillmos": None, "speaker_similarity": None}
+    candidate = [measurement(n, **(silence if n == 7 else {})) for n in range(40)]
+    verdict = decide(make_report(candidate), (), make_report([measurement(n) for n in range(40)]))
+    assert verdict.passed
+    assert str(verdict).startswith("passed the gate (distillmos compared without 1 items with an")
+    assert "i7" in str(verdict)
+
+
+def test_decide_refuses_a_part_of_the_set_and_a_model_that_does_not_speak() -> None:
+    good = make_report([measurement(n) for n in range(40)])
+    assert reasons(replace(good, limit=3)) == [
+        "limit is 3: the gate is for the whole set; leave it out"
+    ]
+    other = make_report([measurement(n, system="codec") for n in range(40)])
+    assert reasons(other) == ["cross was not evaluated: it is the model's own speech"]
 
 
 def test_bound_of_unknown_metric_or_without_limit() -> None:
@@ -205,6 +278,15 @@ def test_demo_compare_shows_reports_side_by_side(nano: EvaluationReport) -> None
     assert lines[1] == "120 sentences held out                        before    after"
     assert lines[2] == "word error rate (whisper tiny.en)           0.146    0.000"
     assert lines[-1] == "DistillMOS                                  1.766        -"
+
+
+def test_demo_verdict_says_what_it_shows(nano: EvaluationReport) -> None:
+    worse, better = (make_report([measurement(n, errors=e) for n in range(4)]) for e in (9, 0))
+    assert "rose from 14.6% to 90.0%" in demo.verdict({"before": nano, "after": worse})
+    assert "fell from 14.6% to 0.0%" in demo.verdict({"before": nano, "after": better})
+    for reports in ({"before": nano, "after": worse}, {"after": worse}):
+        text = demo.verdict(reports)
+        assert "not a better model" in text and "champion, which `make serve` serves, is" in text
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def manifest_of(folder: Path, data: bytes) -> tuple[list[SourceItem], list[Rejec
         ({"audio": "a\0.wav"}, "audio: holds a zero byte"),
         ({"audio": "http://host/a.wav"}, "audio: not a usable storage URI: 'http://host/a.wav'"),
         ({"audio": "s3://b/x//a.wav"}, "audio: not a usable storage URI"),
-        ({"audio": "s3://KEY:SECRET@b/a.wav"}, "audio: a s3:// URI holds credentials (b)"),
+        ({"audio": "s3://KEY:SECRET@b/a.wav"}, "audio: s3://***@b/a.wav: an address must not hold"),
         ({"id": None}, "id: null, a string is needed"),
         ({"id": False}, "id: boolean, a string is needed"),
         ({"id": ""}, "id: empty"),

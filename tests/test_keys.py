@@ -36,7 +36,7 @@ async def test_a_key_of_the_command_opens_the_api(
     file = tmp_path / "keys.yaml"
     file.write_text("\n".join(rest))
     assert secret not in file.read_text()
-    args = AppArgs(model="/some/bundle", voices=str(tmp_path), api_keys=str(file))
+    args = AppArgs(model=f"/some/bundle#{'0' * 64}", voices=str(tmp_path), api_keys=str(file))
     api = create_api(args, FakeDeployments())
     async with client(api) as http:
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Basic {secret}"}):

@@ -72,7 +72,7 @@ def corpus(tmp_path: Path) -> Path:
 REASONS = {
     "bad/zero": "empty audio: 0 samples",
     "bad/short": "too short: 0.20 s, limit 0.5 s",
-    "bad/long": "too long: 4.0 s, limit 3 s",
+    "bad/long": "too long: more than 3 s, limit 3 s",
     "bad/quiet": "too quiet: -93 dB, limit -50 dB",
     "bad/no text": "no transcript beside the recording",
     "bad/empty text": "empty text",

@@ -1,10 +1,7 @@
 """The model registry, on untrained models: versions, aliases, bundles, a real server."""
 
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,20 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import clusters
+from helpers.mlflow_servers import MlflowServer
+from helpers.tiny_bundles import pack_bundle
 
 from valle.jobs.publish import PublishRecipe, publish
+from valle.model.codec.encodec import Encodec
 from valle.model.valle import Synthesis
-from valle.platform import audio, registry, tracking
+from valle.platform import audio, bundle, registry, tracking
 
 
+@pytest.mark.usefixtures("database")
 def test_publish_registers_plain_files_and_moves_the_alias(
     publish_recipe: PublishRecipe, home: Path
 ) -> None:
     import mlflow
 
-    assert publish(publish_recipe) == 1
-    assert publish(publish_recipe) == 2
+    assert [publish(publish_recipe).version for _ in range(2)] == [1, 2]
     folder = registry.resolve(registry.CHAMPION)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {
@@ -36,27 +35,16 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     version = client.get_model_version_by_alias("valle", "champion")
     assert int(version.version) == 2
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
+    assert version.tags["bundle_sha256"] == bundle.verify(folder)
 
 
 @pytest.fixture
-def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real tracking server that keeps artifacts itself, as a team's would."""
-    port = clusters.free_port()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{home}/server.db",
-        "--artifacts-destination", str(home / "server-artifacts"),
-    ]  # fmt: skip
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        clusters.wait_for(lambda: clusters.responds(f"{address}/health"), 120, "MLflow")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
+    server = MlflowServer(home)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    yield server
+    server.kill(signal.SIGTERM)
 
 
 def log_as_worker(run_id: str, address: str) -> None:
@@ -69,7 +57,7 @@ def log_as_worker(run_id: str, address: str) -> None:
 
 @pytest.mark.slow
 def test_runs_and_registry_on_a_real_mlflow_server(
-    publish_recipe: PublishRecipe, home: Path, mlflow_server: str
+    publish_recipe: PublishRecipe, home: Path, mlflow_server: MlflowServer
 ) -> None:
     import mlflow
 
@@ -77,7 +65,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
         tracking.driver_run("served", {"optimization": {"warmup": 5}}) as run_id,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other,
     ):
-        other.submit(log_as_worker, run_id, mlflow_server).result()
+        other.submit(log_as_worker, run_id, mlflow_server.address).result()
     client = mlflow.MlflowClient()
     run = client.get_run(run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 2.5)
@@ -85,7 +73,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     artifacts = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
     assert artifacts == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
 
-    assert publish(publish_recipe) == 1
+    assert publish(publish_recipe).version == 1
     folder = registry.resolve(registry.CHAMPION)
     assert (folder / "codec/model.safetensors").read_bytes() == (
         Path(publish_recipe.codec) / "model.safetensors"
@@ -96,7 +84,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     )
     assert result.codes.shape[0] == 8
     # artifacts went through the server, not into a folder of this process
-    assert any((home / "server-artifacts").rglob("sample.wav"))
+    assert any(mlflow_server.artifacts.rglob("sample.wav"))
     assert not (home / "mlruns").exists() and not (home / "mlflow.db").exists()
 
 
@@ -109,14 +97,16 @@ def test_pack_refuses_parts_that_do_not_belong_together(
         publish(replace(publish_recipe, codec="nano"))
 
 
-def test_resolve_and_pin_accept_a_bundle_s_folder(home: Path) -> None:
-    (home / "bundle").mkdir()
-    (home / "bundle/bundle.json").touch()
-    assert registry.resolve("bundle") == home / "bundle", "relative to VALLE_HOME"
-    assert registry.pin("bundle") == str(home / "bundle")
-    with pytest.raises(FileNotFoundError, match=f"no model bundle at {home}/none: bundle.json is"):
-        registry.resolve("none")
+def test_resolve_and_pin_accept_a_bundle_s_folder(
+    home: Path, tiny_codec: Encodec, tiny_codec_folder: Path
+) -> None:
+    folder = pack_bundle(home, tiny_codec_folder, tiny_codec.identity)
+    assert registry.resolve("bundle") == folder, "relative to VALLE_HOME"
+    assert registry.pin("bundle") == f"{folder}#{bundle.verify(folder)}"
+    for find in (registry.resolve, registry.pin):
+        with pytest.raises(FileNotFoundError, match=f"no model bundle at {home}/none: bundle.json"):
+            find("none")
     with pytest.raises(FileNotFoundError, match="train and publish one"):
-        registry.resolve("models:/valle@champion")
+        registry.resolve("models:/valle/1")
     with pytest.raises(ValueError, match=r"'models:/valle' is not models:/name@alias or"):
         registry.pin("models:/valle")

@@ -14,7 +14,8 @@ from valle.platform.retries import Retrier, StorageError, is_forbidden_file, is_
 STORAGE_FAULTS = [
     OSError(errno.EIO, "i/o"), OSError(errno.EMFILE, "files"), OSError(errno.ENOSPC, "full"),
     OSError(errno.ESTALE, "stale"), OSError(errno.EROFS, "read only"),
-    OSError(errno.EDQUOT, "quota"), TimeoutError("slow"), ConnectionResetError("reset"), BrokenPipeError("pipe"),
+    OSError(errno.EDQUOT, "quota"),
+    TimeoutError("slow"), ConnectionResetError("reset"), BrokenPipeError("pipe"),
     OSError("AWS Error SLOW_DOWN during GetObject operation"),
     OSError("AWS Error UNKNOWN (HTTP status 503) during HeadObject"),
     OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 28"),

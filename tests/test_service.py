@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 from helpers.asgi import StreamingRequest
 from helpers.deployments import GROUP, FakeDeployments, all_codebooks, recording_codes, samples
+from helpers.recordings import speech
 from starlette.types import ASGIApp
 
 from valle.model.chunks import nar_decode_chunks
 from valle.model.codec.interface import Wave
 from valle.model.nar_decoding import NARRequest
 from valle.model.sentences import PAUSE, sentence_phoneme_ids
-from valle.model.tokens import FRAME_RATE, HOP, SAMPLE_RATE
+from valle.model.tokens import FRAME_RATE, HOP
 from valle.platform import audio
 from valle.serve.app_args import AppArgs
 from valle.serve.engine.request import Request
 from valle.serve.web.api import create_api
 from valle.serve.web.service import PREFETCH_CHUNKS
 
-MODEL = "/some/bundle"
+MODEL = "/some/bundle#" + "1a2b3c4d" * 8
 """A folder: no registry is asked about it."""
 
 SPEECH = "/v1/audio/speech"
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def recording() -> Wave:
-    return np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
+    return speech(2)
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ async def test_create_speech_of_one_sentence_is_a_complete_file(
     response = await http.post(SPEECH, json=BODY | {"input": text})
     assert response.status_code == 200, response.text
     assert response.content == pcm(expected_wave(deployments, args, recording, text, chunked=False))
-    assert response.headers["x-model"] == MODEL and response.headers["x-seed"] == "7"
+    assert response.headers["x-model"] == "bundle#1a2b3c4d" and response.headers["x-seed"] == "7"
     assert response.headers["x-hit-limit"] == "false"
     assert int(response.headers["content-length"]) == len(response.content)
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.recordings import speech
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.jobs.speak import main, read_reference
 from valle.platform import audio
 
 
+@pytest.mark.usefixtures("database")
 def test_main_writes_the_same_speech_for_the_same_seed(
     publish_recipe: PublishRecipe, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,12 +36,14 @@ def test_main_writes_the_same_speech_for_the_same_seed(
 
 
 def test_read_reference_gives_each_recording_an_equal_share(tmp_path: Path) -> None:
-    """A tenth of a second of each tone, where the first alone would have filled it."""
-    for hertz in (200, 400):
-        tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(24_000) / 24_000)
-        (tmp_path / f"{hertz}.wav").write_bytes(audio.wav_bytes(tone.astype(np.float32)))
-    wave = read_reference(f"{tmp_path / '200.wav'};{tmp_path / '400.wav'}", 0.2)
+    """A tenth of a second of each recording, where the first alone would have filled it."""
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.wav").write_bytes(audio.wav_bytes(speech(1.5, seed)))
+    wave = read_reference(f"{tmp_path / '0.wav'};{tmp_path / '1.wav'}", 0.2)
     assert len(wave) == 4_800
-    for part, hertz in ((wave[:2_400], 200), (wave[2_400:], 400)):
-        assert np.abs(np.fft.rfft(part)).argmax() == hertz // 10
-    assert len(read_reference(str(tmp_path / "200.wav"), 0.2)) == 24_000
+    for part, seed in ((wave[:2_400], 0), (wave[2_400:], 1)):
+        assert np.abs(part - speech(1.5, seed)[:2_400]).max() < 1e-4
+    assert len(read_reference(str(tmp_path / "0.wav"), 0.2)) == 36_000
+    (tmp_path / "silence.wav").write_bytes(audio.wav_bytes(np.zeros(48_000, np.float32)))
+    with pytest.raises(ValueError, match="silence.wav: nothing but silence"):
+        read_reference(f"{tmp_path / '0.wav'};{tmp_path / 'silence.wav'}", 0.2)

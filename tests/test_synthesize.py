@@ -98,7 +98,7 @@ def test_synthesize_second_run_does_missing_and_changed_lines(
     lines[0]["seed"] = 8
     pq.write_table(pa.Table.from_pylist([{**blank, **line} for line in lines]), parquet.manifest)
     assert synthesize(parquet)["already_done"] == 4
-    assert publish(publish_recipe) == 2
+    assert publish(publish_recipe).version == 2
     with pytest.raises(ValueError, match="has speech of models:/valle/1, not of models:/v"):
         synthesize(parquet)
 

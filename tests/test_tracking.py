@@ -8,6 +8,7 @@ import pytest
 from valle.platform import tracking
 
 
+@pytest.mark.usefixtures("database")
 def test_driver_run_continues_an_unfinished_run(home: Path) -> None:
     with pytest.raises(RuntimeError), tracking.driver_run("name", {"model": {"width": 4}}) as first:
         raise RuntimeError("interrupted")
@@ -17,6 +18,7 @@ def test_driver_run_continues_an_unfinished_run(home: Path) -> None:
         assert third != first, "a finished run is not continued"
 
 
+@pytest.mark.usefixtures("database")
 def test_metric_history_joins_the_runs_of_a_name(home: Path) -> None:
     import mlflow
 
@@ -28,6 +30,7 @@ def test_metric_history_joins_the_runs_of_a_name(home: Path) -> None:
     assert history[0][0] <= history[1][0]
 
 
+@pytest.mark.usefixtures("database")
 def test_log_report_names_a_folder_and_uploads_a_local_one(home: Path) -> None:
     import mlflow
 

@@ -17,6 +17,7 @@ from valle.jobs import train_codec, train_quantizer
 from valle.jobs.train import fit, resolve_recipe
 from valle.jobs.train_codec import CodecRecipe
 from valle.jobs.train_quantizer import QuantizerRecipe
+from valle.jobs.training import run_folder
 from valle.jobs.training.language_model import LanguageModelTrainee, build_backend
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.recipe import ModelSize, TrainRecipe
@@ -25,8 +26,9 @@ from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
 from valle.model.codec.quantizer import QuantizerConfig
 from valle.model.codec.weights import load_quantizer
-from valle.platform import checkpoint, tracking
+from valle.platform import checkpoint, checkpoint_files, tracking
 from valle.platform.dataset import TokenDataset
+from valle.platform.recipe import RecipeError
 from valle.platform.resources import Placement
 
 
@@ -288,3 +290,37 @@ def test_train_recipe_names_bad_fields() -> None:
         TrainRecipe(data="x", run="y", zero_stage=4)
     with pytest.raises(ValueError, match="'ar' needs to be ar or nar, with steps"):
         TrainRecipe(data="x", run="y", steps={"nar": 5})
+
+
+@pytest.mark.ray
+def test_fit_refuses_stops_and_goes_on_after_damage(
+    ray_cluster: None, recipe: TrainRecipe, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose newest checkpoint and Ray's list of checkpoints are broken equals an unbroken
+    one; another seed is refused; a run without a finite loss ends with the reason."""
+    short = replace(recipe, models=("ar",), steps={"ar": 8}, checkpoint_every=4, samples=0)
+    short = replace(short, workers=1)
+    uri = Path(fit(short, "ar"))
+    assert checkpoint_files.is_sealed(str(uri))
+    assert checkpoint_files.find_fault(str(uri), hashes=True) is None
+    expected = weights(str(uri))
+
+    content = bytearray((uri / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (uri / "model.safetensors").write_bytes(content)
+    snapshot = uri.parent / run_folder.SNAPSHOT
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    assert fit(short, "ar") == str(uri)
+    assert "SHA-256 differs" in caplog.text and "written anew" in caplog.text
+    for name, value in weights(str(uri)).items():
+        assert torch.equal(value, expected[name]), name
+
+    with pytest.raises(RecipeError, match="seed: 0 -> 1.*resume_anyway"):
+        fit(replace(short, seed=1), "ar")
+    assert fit(short, "ar") == str(uri), "the refusal has changed nothing"
+
+    steep = Optimization(learning_rate=1e38, warmup=1)
+    with pytest.raises(RecipeError, match=r"3 batches in a row .*max_skipped_in_row: 2"):
+        fit(replace(short, run="steep", optimization=steep, max_skipped_in_row=2), "ar")
+    files = sorted((home / "runs/steep-ar/skipped").iterdir())
+    assert len(files) == 3 and json.loads(files[0].read_text())["items"][0].startswith("u")

@@ -149,7 +149,8 @@ def test_trainee_metrics_and_metadata(
     metrics = run_plain(QuantizerTrainee(short), tmp_path / "runs")
     assert set(metrics[24]) == {
         "train/error", "train/commitment", "train/codebooks", "train/gradient_norm",
-        "train/learning_rate", "validation/error_2_codebooks", "validation/error_3_codebooks",
+        "train/learning_rate", "train/skipped_batches", "validation/error_2_codebooks",
+        "validation/error_3_codebooks",
     }  # fmt: skip
     assert metrics[8]["train/codebooks"] == 0
     assert "validation/error_2_codebooks" not in metrics[8], "before the codebooks exist"
@@ -169,7 +170,7 @@ def test_trainee_resumed_equals_uninterrupted(recipe: QuantizerRecipe, tmp_path:
 
 def test_batches_of_two_ranks_are_those_of_one(recipe: QuantizerRecipe) -> None:
     """Two workers with four crops each draw what one worker with eight does."""
-    state = TrainState(step=31)
+    state = TrainState(step=31, position=31)
     one = QuantizerTrainee(replace(recipe, batch_size=8)).batches(state, Worker())
     two = [
         QuantizerTrainee(recipe).batches(state, Worker(rank=rank, world_size=2))

@@ -76,9 +76,9 @@ def test_checkpoint_holds_state_and_metrics(recipe: TrainRecipe, tmp_path: Path)
     logged = run_plain(LanguageModelTrainee(short, "ar"), tmp_path)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000004", "step_00000005"]
     folder = last_checkpoint(tmp_path)
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*")) == [
-        "config.json", "metrics.json", "model.safetensors", "state/optimizer.safetensors",
-        "state/train_state.json",
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
+        "COMPLETE", "config.json", "metrics.json", "model.safetensors",
+        "state/optimizer.safetensors", "state/train_state.json",
     ]  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["validation/loss"] == logged[5]["validation/loss"]
@@ -93,6 +93,10 @@ def test_load_state_of_an_earlier_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state/train_state.json").write_text('{"step": 7, "epoch": 1, "batch": 2}')
     assert checkpoint.load_state(tmp_path) == TrainState(7, 1, 2)
+    for kind, position in (("ar", 6), ("encodec", 2)):  # of three workers; of the codecs, each
+        config = {"kind": kind, "recipe": {"workers": 3}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert checkpoint.load_state(tmp_path) == TrainState(7, 1, position)
 
 
 def test_start_refuses_a_checkpoint_of_an_earlier_format(

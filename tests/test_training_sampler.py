@@ -66,22 +66,49 @@ def test_cap_per_speaker_draws_others_in_each_epoch() -> None:
 def test_batches_resumed_equal_uninterrupted(limit: int | None) -> None:
     speakers = np.repeat([0, 1, 2], [150, 40, 10])
 
-    def take(epoch: int, batch: int, count: int) -> list[tuple[int, int, list[int]]]:
+    def take(epoch: int, position: int, count: int) -> list[tuple[int, int, list[int]]]:
         stream = batches(
             LENGTHS[:200], speakers, Batching(), utterances_per_speaker=limit, seed=0, epoch=epoch,
-            batch=batch, rank=1, world_size=2,
+            position=position, rank=1, world_size=2,
         )  # fmt: skip
         return [
-            (planned.epoch, planned.index, planned.data.tolist())
+            (planned.epoch, planned.position, planned.data.tolist())
             for planned in itertools.islice(stream, count)
         ]
 
     uninterrupted = take(0, 0, 60)
     assert uninterrupted[-1][0] > 0  # crosses an epoch
-    epoch, batch, _ = uninterrupted[24]
-    assert take(epoch, batch + 1, 35) == uninterrupted[25:]
+    epoch, position, _ = uninterrupted[24]
+    assert take(epoch, position, 35) == uninterrupted[25:]
     first = [speakers[n] for e, _, numbers in uninterrupted for n in numbers if e == 0]
     assert limit is None or np.bincount(first).max() <= limit
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (1, 4), (4, 1), (3, 3)])
+def test_batches_of_another_number_of_workers_go_on_with_the_next(before: int, after: int) -> None:
+    """Nothing of the epoch is repeated or left out, but a remainder smaller than a round."""
+    speakers = np.zeros(400, np.int64)
+
+    def rounds(world_size: int, position: int, count: int) -> tuple[list[int], int]:
+        """Utterances of epoch 0 in `count` rounds of all ranks, and the position after them."""
+        used: list[int] = []
+        for rank in range(world_size):
+            stream = batches(
+                LENGTHS[:400], speakers, Batching(), utterances_per_speaker=None, seed=0, epoch=0,
+                position=position, rank=rank, world_size=world_size,
+            )  # fmt: skip
+            taken = list(
+                itertools.takewhile(lambda p: p.epoch == 0, itertools.islice(stream, count))
+            )
+            used += [n for planned in taken for n in planned.data.tolist()]
+        return used, taken[-1].position
+
+    whole = plan(LENGTHS[:400], Batching(), seed=0, epoch=0)
+    first, position = rounds(before, 0, 7)
+    assert position == 7 * before
+    rest, end = rounds(after, position, 1000)
+    assert sorted(first + rest) == sorted(n for b in whole[:end] for n in b.tolist())
+    assert len(whole) - end < after
 
 
 def test_prompt_sampler_draws_from_the_same_speaker() -> None:

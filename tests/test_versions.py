@@ -1,6 +1,7 @@
 """Versions of a model in one replica: loading, failing, eviction; and the number of replicas."""
 
 import asyncio
+import re
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.platform import registry
+from valle.platform import bundle, registry
 from valle.serve.deployments.scaling import SlotUtilizationPolicy
 from valle.serve.deployments.versions import MultiVersionDeployment
 
@@ -81,14 +82,18 @@ async def test_versions_are_evicted_when_no_call_runs_on_them() -> None:
     assert await deployment.record_autoscaling_stats() == {"slot_demand": 0}
 
 
+@pytest.mark.usefixtures("database")
 def test_pin_returns_a_name_that_does_not_move(publish_recipe: PublishRecipe) -> None:
     publish(publish_recipe)
     publish(publish_recipe)
-    assert registry.pin("models:/valle@champion") == "models:/valle/2"
-    assert registry.pin("models:/valle/latest") == "models:/valle/2"
-    assert registry.pin("models:/valle/1") == "models:/valle/1"
-    assert registry.pin("/some/folder") == "/some/folder"
-    with pytest.raises(FileNotFoundError, match="the registry has no models:/valle@nobody"):
+    second = registry.pin("models:/valle@champion")
+    assert re.fullmatch(r"models:/valle/2#m-[0-9a-f]{32}/[0-9a-f]{8}", second)
+    assert registry.pin("models:/valle/latest") == second == registry.pin("models:/valle/2")
+    first = registry.pin("models:/valle/1")
+    assert registry.pin(first) == first, "a pinned name stays as it is"
+    digits = bundle.verify(registry.resolve(first))[:8]
+    assert registry.display_name(first) == f"models:/valle/1#{digits}"
+    with pytest.raises(FileNotFoundError, match=r"no models:/valle@nobody; it has versions 1, 2"):
         registry.pin("models:/valle@nobody")
     with pytest.raises(ValueError, match="is not models:/name@alias or models:/name/version"):
         registry.pin("models:/valle/Production")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from valle.jobs.evaluation.comparable import Violation, differences, empty_outputs
 from valle.jobs.evaluation.format1 import RENAMED_METRICS
 from valle.jobs.evaluation.report import COLUMNS, mlflow_metrics
 from valle.jobs.evaluation.results import EvaluationReport
@@ -43,22 +44,12 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Violation:
-    """One reason why the gate refuses a candidate."""
-
-    metric: str
-    reason: str
-    """What follows the metric's name in a sentence."""
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.reason}"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The gate's decision about one candidate."""
 
     violations: tuple[Violation, ...]
+    notes: tuple[str, ...] = ()
+    """What the comparison left out, and why that is no violation."""
 
     @property
     def passed(self) -> bool:
@@ -66,7 +57,8 @@ class Verdict:
         return not self.violations
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.violations)) or "passed the gate"
+        notes = f" ({'; '.join(self.notes)})" if self.notes else ""
+        return ("; ".join(map(str, self.violations)) or "passed the gate") + notes
 
 
 REGRESSION_SIGNS: dict[ComparedField, int] = {
@@ -78,11 +70,24 @@ REGRESSION_SIGNS: dict[ComparedField, int] = {
 def decide(
     report: EvaluationReport, bounds: Sequence[Bound], champion: EvaluationReport | None
 ) -> Verdict:
-    """Whether the model of `report` may become champion: within all bounds, and no regression."""
+    """Whether the model of `report` may become champion: measured on the whole set, within all
+    bounds, and no regression.
+
+    A champion whose report was made under other conditions is not compared: that is a violation
+    which names them, and how to measure the champion again.
+    """
     violations = [*_out_of_bounds(report, bounds)]
+    if report.limit:
+        violations.append(
+            Violation("limit", f"is {report.limit}: the gate is for the whole set; leave it out")
+        )
+    if not any(result.system == "cross" for result in report.results):
+        violations.append(Violation("cross", "was not evaluated: it is the model's own speech"))
+    notes: list[str] = []
     if champion is not None:
-        violations += _regressions(report, champion)
-    return Verdict(tuple(violations))
+        unlike = [*differences(report, champion)]
+        violations += unlike or _regressions(report, champion, notes)
+    return Verdict(tuple(violations), tuple(notes))
 
 
 def _out_of_bounds(report: EvaluationReport, bounds: Sequence[Bound]) -> Iterator[Violation]:
@@ -100,17 +105,21 @@ def _out_of_bounds(report: EvaluationReport, bounds: Sequence[Bound]) -> Iterato
             yield Violation(label, f"is {value:.3f}, at least {bound.at_least:g} is needed")
 
 
-def _regressions(report: EvaluationReport, champion: EvaluationReport) -> Iterator[Violation]:
-    """Metrics that are worse than the champion's beyond noise, on the items both have."""
+def _regressions(
+    report: EvaluationReport, champion: EvaluationReport, notes: list[str]
+) -> Iterator[Violation]:
+    """Metrics that are worse than the champion's beyond noise; `notes` gets what is left out."""
     for name, sign in REGRESSION_SIGNS.items():
+        left_out = empty_outputs(report, champion, name)
+        if left_out:
+            notes.append(
+                f"{name} compared without {len(left_out)} items with an empty output: "
+                f"{', '.join(left_out[:5])}"
+            )
         difference = paired_difference(report.results, champion.results, "cross", name)
         if difference is None:
-            yield Violation(
-                name,
-                "has no item in common with the champion's report: "
-                "evaluate the champion on this set",
-            )
-            return
+            yield Violation(name, "was measured on no item of both reports")
+            continue
         # beyond noise: the whole interval lies on the side of the champion
         worse = difference.low > 0 if sign > 0 else difference.high < 0
         if worse:

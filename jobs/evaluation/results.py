@@ -12,7 +12,7 @@ import dacite
 from valle.jobs.evaluation import format1
 from valle.jobs.evaluation.intervals import Interval
 from valle.model.quantize import Precision
-from valle.platform.registry import Bundle
+from valle.platform.bundle import Bundle
 
 FORMAT = 2
 """Format of `report.json` that is written."""
@@ -152,6 +152,10 @@ class EvaluationReport:
     bundle: Bundle
     items: str
     """Name or URI of the evaluation set."""
+    limit: int = 0
+    """Number of items evaluated, where it is not the whole set; else 0."""
+    text_version: str | None = None
+    """Version of the text normalization; None in older reports."""
     training_data_checked: bool
     """Whether the set was compared with the training data."""
     metric_models: MetricModels

@@ -5,6 +5,7 @@ from typing import Literal
 
 from valle.jobs.ingest.source import Source
 from valle.model.codec.loading import CODEC_NAMES
+from valle.platform import audio
 from valle.platform.recipe import formerly, location
 from valle.platform.resources import Placement
 
@@ -37,6 +38,9 @@ class PrepareRecipe:
     min_rms_dbfs: float = field(default=-50.0, metadata=formerly("min_loudness"))
     """RMS level in dBFS; quieter recordings are left out. A new limit does not apply to utterances
     that exist."""
+
+    max_clipped: float = audio.MAX_CLIPPED
+    """Recordings with a larger share of samples cut off at full scale are left out."""
 
     on_change: Literal["prepare", "keep"] = "prepare"
     """What happens to an utterance whose text, speaker, language, files (size and time) or limits

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from valle.model import text as phonemes
 from valle.model.codec.loading import load_codec
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
+from valle.platform.decoder_pool import DecoderPool
 from valle.platform.retries import Retrier, StorageError, is_forbidden_file
 
 Row = dict[str, Any]
@@ -153,13 +155,20 @@ class DecodeAudio:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Adds `wave` (bytes of float32 samples)."""
-        return map_rows(rows, self._decode, self._recipe, self._retrier, "decode")
+        with DecoderPool() as decoders:  # a crash rejects the recording
+            decode = partial(self._decode, decode=decoders.decode)
+            return map_rows(rows, decode, self._recipe, self._retrier, "decode")
 
-    def _decode(self, row: Row) -> Row:
+    def _decode(self, row: Row, decode: audio.Decode) -> Row:
         recipe = self._recipe
         data = read_input(self._retrier, row["audio"], "recording", self._max_bytes)
         try:
-            wave = audio.read(data, max_seconds=recipe.max_seconds)
+            wave = audio.read(
+                data,
+                max_seconds=recipe.max_seconds,
+                max_clipped=recipe.max_clipped,
+                decode=decode,
+            )
         except audio.AudioError as error:
             raise RowFaultError(str(error)) from error
         seconds = len(wave) / SAMPLE_RATE

@@ -6,7 +6,9 @@ backend changes speed and memory, not results.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +36,17 @@ class Output(Protocol):
         """Scalars to log, as `train/{name}`."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """What `Backend.update` has done."""
+
+    gradient_norm: float
+    """Norm before it was clipped; not finite where the step was skipped for it."""
+
+    taken: bool
+    """False if the step was skipped; the same on every rank."""
+
+
 class Backend(Protocol):
     """Model, objective, optimizer and collectives of one worker."""
 
@@ -49,8 +62,12 @@ class Backend(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of `loss`, averaged over the workers."""
 
-    def update(self, learning_rate: float) -> float:
-        """Clips the gradient, takes one optimizer step; returns the gradient's norm."""
+    def update(self, learning_rate: float) -> Update:
+        """Clips the gradient and takes one optimizer step.
+
+        Takes none, on any rank, if on any rank the loss or the gradient is not finite: weights,
+        optimizer and the model's moving averages are as before `forward`. A collective.
+        """
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of the model. A collective: every rank must call it."""
@@ -91,22 +108,48 @@ class DDPBackend:
         self._optimizer = make_optimizer(model, optimization)
         self._clip = optimization.clip
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        kept = objective.state_dict().keys()
+        self._averages = [b for name, b in objective.named_buffers() if name in kept]
+        self._averages_before: list[Tensor] = []
+        self._random_state = torch.get_rng_state()
+        self._is_finite = torch.ones((), device=device)
 
     def forward(self, inputs: Inputs) -> Output:
+        # a codec's forward pass moves its codebooks, and draws entries, which a skipped step undoes
+        if self._averages:
+            self._averages_before = [buffer.clone() for buffer in self._averages]
+            self._random_state = torch.get_rng_state()
         with self._autocast:
             output: Output = self._objective(*inputs)
         return output
 
     def backward(self, loss: Tensor) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        self._is_finite = loss.detach().isfinite().all().float()
         loss.backward()
 
-    def update(self, learning_rate: float) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+    def update(self, learning_rate: float) -> Update:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
-        self._optimizer.step()
-        return float(norm)
+        # gradients are averaged, so every rank has the same norm; the loss is each rank's own
+        is_finite = self._is_finite * norm.isfinite()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        taken = bool(is_finite)
+        if taken:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._restore_averages()
+        return Update(float(norm), taken)
+
+    @torch.no_grad()
+    def _restore_averages(self) -> None:
+        if self._averages:
+            for buffer, before in zip(self._averages, self._averages_before, strict=True):
+                buffer.copy_(before)
+            torch.set_rng_state(self._random_state)
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()
@@ -151,7 +194,8 @@ class DeepSpeedBackend:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optimization.clip,
             "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": bf16},
+            # fp32 gradients are always checked
+            "bf16": {"enabled": bf16, "check_grad_overflow": True},
             "steps_per_print": 10**9,
         }
         self._engine, self._optimizer, *_ = deepspeed.initialize(
@@ -162,6 +206,7 @@ class DeepSpeedBackend:
             dist_init_required=False,
         )
         self.model = model
+        self._is_finite = True
         self._layout = {"world_size": dist.get_world_size(), "zero_stage": stage}
 
     def forward(self, inputs: Inputs) -> Output:
@@ -169,14 +214,25 @@ class DeepSpeedBackend:
         return output
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        """The ranks agree on the loss first: DeepSpeed itself looks at the gradient only."""
+        is_finite = loss.detach().isfinite().all().float()
+        dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        self._is_finite = bool(is_finite)
+        if self._is_finite:
+            self._engine.backward(loss)
 
-    def update(self, learning_rate: float) -> float:
-        """DeepSpeed clips inside its step."""
+    def update(self, learning_rate: float) -> Update:
+        """DeepSpeed clips inside its step, and skips it on every rank if any gradient is not
+        finite. Raises RuntimeError if it has not."""
+        if not self._is_finite:
+            return Update(math.nan, taken=False)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        norm, taken = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
+        if taken and norm is not None and not math.isfinite(norm):
+            raise RuntimeError(f"DeepSpeed took a step with a gradient of norm {norm}")
+        return Update(float(norm or 0.0), taken)
 
     def weights(self) -> dict[str, Tensor]:
         """Under ZeRO-3 gathered from all ranks."""

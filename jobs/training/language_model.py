@@ -69,6 +69,7 @@ class LanguageModelTrainee:
         self.name: str = kind
         self.steps = recipe.steps[kind]
         self.log_every, self.checkpoint_every = recipe.log_every, recipe.checkpoint_every
+        self.max_skipped_in_row = recipe.max_skipped_in_row
         self.optimization = recipe.optimization
 
     def build_backend(self, worker: Worker, *, resumed: bool) -> Backend:
@@ -77,6 +78,10 @@ class LanguageModelTrainee:
 
     def batches(self, state: TrainState, worker: Worker) -> Iterator[Planned[Batch]]:
         return self._loader.batches(self._recipe.batching, state, worker.rank, worker.world_size)
+
+    def items(self, planned: Planned[Batch], worker: Worker) -> list[str]:
+        """Ids of the batch's utterances."""
+        return self._loader.ids(self._recipe.batching, planned, worker.rank, worker.world_size)
 
     def inputs(self, data: Batch, step: int, worker: Worker) -> Inputs:
         """The augmented batch and the codebook that NAR predicts in each row."""
@@ -102,8 +107,14 @@ class LanguageModelTrainee:
         }
 
     def metadata(self) -> CheckpointMetadata:
+        manifest = self._loader.dataset.manifest
         return checkpoint.new_metadata(
-            self._model, self._codec, tracking.code_version(), asdict(self._recipe)
+            self._model,
+            self._codec,
+            tracking.code_version(),
+            asdict(self._recipe),
+            dataset=manifest.content_hash(),
+            text_version=getattr(manifest, "text_version", None),
         )
 
     def validate(self, written: WrittenCheckpoint) -> dict[str, float]:

@@ -89,18 +89,30 @@ class Loader:
         self, batching: Batching, state: TrainState, rank: int, world_size: int
     ) -> Iterator[Planned[Batch]]:
         """Endless batches of one rank, from the position in `state` on."""
-        plan = sampler.batches(
+        for planned in self._plan(batching, state.epoch, state.position, rank, world_size):
+            key = [planned.epoch, planned.index, rank]
+            batch = self.batch(self.training[planned.data], key)
+            yield Planned(planned.epoch, planned.index, planned.position, batch)
+
+    def ids(
+        self, batching: Batching, planned: Planned[Batch], rank: int, world_size: int
+    ) -> list[str]:
+        """Ids of the utterances in one of the batches of `batches`."""
+        start = planned.position - world_size
+        utterances = next(self._plan(batching, planned.epoch, start, rank, world_size)).data
+        return [self.dataset[int(number)].id for number in self.training[utterances]]
+
+    def _plan(
+        self, batching: Batching, epoch: int, position: int, rank: int, world_size: int
+    ) -> Iterator[Planned[np.ndarray]]:
+        return sampler.batches(
             self.lengths[self.training],
             self._speakers[self.training],
             batching,
             utterances_per_speaker=self._utterances_per_speaker,
             seed=self.seed,
-            epoch=state.epoch,
-            batch=state.batch,
+            epoch=epoch,
+            position=position,
             rank=rank,
             world_size=world_size,
         )
-        for planned in plan:
-            key = [planned.epoch, planned.index, rank]
-            batch = self.batch(self.training[planned.data], key)
-            yield Planned(planned.epoch, planned.index, batch)

@@ -162,6 +162,14 @@ class TrainRecipe:
     max_failures: int = 2
     """Lost workers after which the run resumes; one more ends it."""
 
+    max_skipped_in_row: int = 10
+    """Batches in a row that are skipped because their loss or gradient is not finite; one more
+    stops the run. What they consist of is in `skipped/` of the run's folder."""
+
+    resume_anyway: str | None = None
+    """A reason to resume although settings or data have changed that make another run of this one.
+    The checkpoints record it with the changes. None: refuse."""
+
     seed: int = 0
     """Seed of initial weights, data order, prompts, codebook levels, hidden conditions, dropout."""
 
@@ -177,6 +185,8 @@ class TrainRecipe:
             raise ValueError(f"min_prompt_seconds: {shortest} is not in (0, {self.prompt_seconds}]")
         if self.utterances_per_speaker is not None and self.utterances_per_speaker < 1:
             raise ValueError(f"utterances_per_speaker: {self.utterances_per_speaker} is below 1")
+        if self.max_skipped_in_row < 0:
+            raise ValueError(f"max_skipped_in_row: {self.max_skipped_in_row} is below 0")
         if self.level_emphasis < 0:
             raise ValueError(f"level_emphasis: {self.level_emphasis} is below 0")
         if not 0 <= self.condition_dropout < 1:

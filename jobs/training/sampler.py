@@ -25,6 +25,9 @@ class Planned(Generic[Data]):
     index: int
     """Number of the batch within the epoch, counted from 0."""
 
+    position: int
+    """Position in the epoch's data after this batch: `TrainState.position`."""
+
     data: Data
 
 
@@ -130,20 +133,25 @@ def batches(
     utterances_per_speaker: int | None,
     seed: int,
     epoch: int,
-    batch: int,
+    position: int,
     rank: int,
     world_size: int,
 ) -> Iterator[Planned[Indices]]:
-    """Endless batches of utterance indices for one rank, from batch `batch` of `epoch` on.
+    """Endless batches of utterance indices for one rank.
 
-    An epoch has at most `utterances_per_speaker` of each speaker; None: all.
+    They begin after the first `position` batches of `epoch`, which all workers together have used.
+    The order of an epoch's batches does not depend on the number of workers: with another number a
+    run goes on with the next batch. An epoch has at most `utterances_per_speaker` of each speaker;
+    None: all.
     """
     indices = np.arange(len(lengths))
     while True:
         if utterances_per_speaker is not None:
             indices = cap_per_speaker(speakers, utterances_per_speaker, seed=seed, epoch=epoch)
         planned = plan(lengths[indices], batching, seed=seed, epoch=epoch, world_size=world_size)
-        rank_batches = planned[rank::world_size]
-        for number in range(batch, len(rank_batches)):
-            yield Planned(epoch, number, indices[rank_batches[number]])
-        epoch, batch = epoch + 1, 0
+        if position % world_size:  # of another number of workers, whose plan had another end
+            planned = plan(lengths[indices], batching, seed=seed, epoch=epoch)
+        for start in range(position, len(planned) - world_size + 1, world_size):
+            number = start // world_size
+            yield Planned(epoch, number, start + world_size, indices[planned[start + rank]])
+        epoch, position = epoch + 1, 0

@@ -49,6 +49,31 @@ class StepRecord(Generic[Data]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkippedBatch:
+    """One rank's batch of a step that was skipped, because the loss or the gradient of some rank
+    was not finite."""
+
+    step: int
+    """Number of the step that would have been taken."""
+
+    epoch: int
+
+    position: int
+    """`TrainState.position` after the batch."""
+
+    rank: int
+
+    loss: float
+    """This rank's: if it is finite, another rank's batch may be to blame."""
+
+    gradient_norm: float
+    """Of the gradient averaged over the ranks."""
+
+    items: list[str]
+    """Ids of the utterances, or names of the recordings."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WrittenCheckpoint:
     """A checkpoint whose weights have been written and that is to be validated."""
 
@@ -84,6 +109,9 @@ class Trainee(Protocol[Data]):
     checkpoint_every: int
     """Steps between checkpoints."""
 
+    max_skipped_in_row: int
+    """Batches in a row that may be skipped; one more stops the run."""
+
     optimization: Optimization
 
     smoothing: float | None
@@ -99,6 +127,9 @@ class Trainee(Protocol[Data]):
 
     def batches(self, state: TrainState, worker: Worker) -> Iterator[Planned[Data]]:
         """Endless batches of one rank, from the position in `state` on."""
+
+    def items(self, planned: Planned[Data], worker: Worker) -> list[str]:
+        """Names of what one rank's batch consists of, for a batch that is reported as bad."""
 
     def inputs(self, data: Data, step: int, worker: Worker) -> Inputs:
         """Augments a batch and moves it to the worker's device; `step` is counted from 0."""

@@ -7,6 +7,7 @@ The networks are the classes of the `encodec` package. There are two sets of wei
 Outside a model, codes are `int16 [Q, T]`, 75 frames a second, with values 0 .. 1023.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from encodec.model import EncodecModel
 
 OFFICIAL_URL: Final = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
-OFFICIAL_SHA256_PREFIX: Final = "d7cc33bc"
+OFFICIAL_SHA256: Final = "d7cc33bcf1aad7f2dad9836f36431530744abeace3ca033005e3290ed4fa47bf"
+"""Of the file at that address, 93,171,529 bytes, whose name holds the first eight digits."""
 NANO_CODEC_FOLDER: Final = (
     Path(valle.__file__).resolve().parent.parent / "release" / "nano" / "codec"
 )
@@ -54,6 +56,15 @@ class EncodecConfig:
 
     n_codebooks: int = 32
     """Codebooks in the weights; the system uses the first 8."""
+
+    def __post_init__(self) -> None:
+        # a network is built before its weights are read: a file must not ask for all memory
+        bounds = {"n_filters": (1, 64), "dimension": (1, 1024), "lstm": (0, 8),
+                  "n_codebooks": (1, 64)}  # fmt: skip
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"codec: {name} is {value!r}, expected {low} to {high}")
 
 
 def build(config: EncodecConfig) -> "EncodecModel":
@@ -215,12 +226,18 @@ def _download(cache: Path) -> Path:
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(
-                OFFICIAL_URL, str(target), hash_prefix=OFFICIAL_SHA256_PREFIX
-            )
+            # into a temporary file, which is renamed when its hash is right
+            torch.hub.download_url_to_file(OFFICIAL_URL, str(target), hash_prefix=OFFICIAL_SHA256)
         except OSError as error:
             raise FileNotFoundError(
                 f"codec: cannot download {OFFICIAL_URL} ({error}); on a closed network put the "
                 f"file at {target}, or name its path as the codec"
             ) from error
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != OFFICIAL_SHA256:
+        raise ValueError(
+            f"codec: {target} is not the official checkpoint (SHA-256 {digest[:16]}, expected "
+            f"{OFFICIAL_SHA256[:16]}); delete it, and it is downloaded again"
+        )
     return target

@@ -38,7 +38,9 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
             )
             return EngineWorker(Engine(runner, Scheduler(args.slots)))
 
-        super().__init__(load, registry.pin(model, tracking_uri), close=EngineWorker.close)
+        super().__init__(
+            load, registry.pin(model, tracking_uri, allow_cached=True), close=EngineWorker.close
+        )
 
     async def stream(
         self, version: str, request: Request, chunking: Chunking

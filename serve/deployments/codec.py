@@ -36,7 +36,7 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
             decoder = DynamicBatcher(codec.decode, lambda codes: int(codes.shape[1]), budget)
             return BatchedCodec(codec, encoder, decoder)
 
-        super().__init__(load, registry.pin(model, tracking_uri))
+        super().__init__(load, registry.pin(model, tracking_uri, allow_cached=True))
 
     async def encode(self, version: str, wave: Wave) -> Codes:
         """Codes `[8, T]` of a recording at 24 kHz."""

@@ -33,7 +33,7 @@ class NARDeployment(MultiVersionDeployment[DynamicBatcher[NARRequest, Codes]]):
             work = partial(decoder.decode, decoding=synthesis.nar_decoding)
             return DynamicBatcher(work, lambda request: request.n_positions, budget)
 
-        super().__init__(load, registry.pin(model, tracking_uri))
+        super().__init__(load, registry.pin(model, tracking_uri, allow_cached=True))
 
     async def decode(self, version: str, request: NARRequest) -> Codes:
         """All codebooks `[8, T]`."""

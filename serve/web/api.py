@@ -24,7 +24,7 @@ from valle.platform import registry
 from valle.platform.audio import AudioError
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import Deployments, OverloadedError
-from valle.serve.web.alias_watcher import AliasWatcher
+from valle.serve.web.alias_watcher import AliasWatcher, NoVersionError
 from valle.serve.web.keys import ApiKeyMiddleware, read_keys
 from valle.serve.web.metrics import Metrics, MetricsMiddleware
 from valle.serve.web.prompts import PromptEncoder
@@ -66,10 +66,14 @@ class BodyLimitMiddleware:
         return None
 
 
-def create_api(args: AppArgs, deployments: Deployments) -> FastAPI:
-    """The ASGI application of one ingress replica."""
+def create_api(args: AppArgs, deployments: Deployments, deployed: str | None = None) -> FastAPI:
+    """The ASGI application of one ingress replica.
+
+    `deployed` is the model's version when the application was deployed: that of requests while the
+    registry has never answered this node.
+    """
     metrics = Metrics()
-    resolve = partial(registry.pin, args.model, args.tracking_uri)
+    resolve = partial(registry.current_version, args.model, args.tracking_uri, deployed)
     watcher = AliasWatcher(resolve, deployments.preload, args.registry_poll_seconds)
     store = VoiceStore(args.voices)
     prompts = PromptEncoder(store, deployments)
@@ -82,7 +86,7 @@ def create_api(args: AppArgs, deployments: Deployments) -> FastAPI:
     # added last, so outermost: it counts the refusals of the others too
     api.add_middleware(MetricsMiddleware, metrics=metrics)
     _add_error_handlers(api)
-    _add_status_routes(api, args.model, deployments, metrics)
+    _add_status_routes(api, registry.display_name(args.model), deployments, metrics)
     _add_voice_routes(api, store, prompts, watcher)
 
     @api.post("/v1/audio/speech", response_class=Response)
@@ -115,6 +119,16 @@ def _add_error_handlers(api: FastAPI) -> None:
             code="overloaded",
         )
         return error_response(429, detail, {"Retry-After": "2"})
+
+    @api.exception_handler(NoVersionError)
+    async def no_version(request: Request, error: NoVersionError) -> Response:
+        logger.warning("refused: %s", error)
+        detail = ErrorDetail(
+            message="the model's version is not known yet: the registry does not answer",
+            type="server_error",
+            code="model_unavailable",
+        )
+        return error_response(503, detail, {"Retry-After": "2"})
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -182,7 +196,7 @@ def _add_voice_routes(
         consent: Annotated[str, Form(min_length=3, max_length=1000)],
         text: Annotated[str | None, Form(max_length=4096)] = None,
     ) -> dict[str, object]:
-        """Stores a recording of 2 to 30 s as a voice. `consent` says who agreed to it."""
+        """Stores a recording of 1 to 60 s as a voice. `consent` says who agreed to it."""
         data = await audio_sample.read()
         try:
             wave = await run_in_threadpool(store.validate_recording, name, data)

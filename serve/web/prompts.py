@@ -7,28 +7,25 @@ request needs them, and caches the codes for a while.
 import base64
 import binascii
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from cachetools import TTLCache
 from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
-from valle.model.tokens import HOP, SAMPLE_RATE
-from valle.platform import audio
+from valle.model.tokens import HOP
+from valle.platform.audio import AudioError
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
 from valle.serve.web.schema import ApiError, SpeechRequest
-from valle.serve.web.voices import (
-    MAX_RECORDING_SECONDS,
-    VoiceError,
-    VoiceStore,
-    read_voice_metadata,
-)
+from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
 
-MIN_PROMPT_SECONDS = 1.0
-"""Lower bound of a recording."""
 PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS = 256, 600
 """Prompts in the cache, and their lifetime: a deleted voice leaves the memory as well."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class PromptEncoder:
         self._cache: TTLCache[tuple[str, bytes], Codes] = TTLCache(
             PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS
         )
+        self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
     async def for_request(self, request: SpeechRequest, version: str) -> Codes:
@@ -59,9 +57,13 @@ class PromptEncoder:
         key = (version, hashlib.sha256(recording.data).digest())
         codes = self._cache.get(key)
         if codes is None:
-            codes = await self._stored_codes(recording, version)
-            if codes is None:
-                wave = await run_in_threadpool(_decode_recording, recording)
+            metadata = None
+            if recording.param == "voice":
+                metadata = await self._in_thread(self._store.read_metadata, recording.data)
+            if metadata is not None and await self._is_current(metadata, version):
+                codes = metadata.prompt_codes()
+            else:
+                wave = await self._in_thread(self._decode, recording, metadata is not None)
                 codes = await self.encode(wave, version)
             self._cache[key] = codes
         return codes
@@ -76,14 +78,23 @@ class PromptEncoder:
             self._codec_sha256[version] = await self._deployments.codec_sha256(version)
         return self._codec_sha256[version]
 
-    async def _stored_codes(self, recording: Recording, version: str) -> Codes | None:
-        """Codes stored with an uploaded voice, if that version's codec made them."""
-        if recording.param != "voice":
-            return None
-        metadata = await run_in_threadpool(read_voice_metadata, recording.data)
-        if metadata is None or metadata.codec != await self.codec_sha256(version):
-            return None
-        return metadata.prompt_codes()
+    async def _is_current(self, metadata: VoiceMetadata, version: str) -> bool:
+        """Whether that version's codec made the codes that are stored with an uploaded voice."""
+        return bool(metadata.prompt) and metadata.codec == await self.codec_sha256(version)
+
+    def _decode(self, recording: Recording, uploaded: bool) -> Wave:
+        """The recording to make a prompt of. Raises ApiError for one that cannot serve."""
+        try:
+            if uploaded:
+                return self._store.read_uploaded(recording.data)
+            return self._store.read_reference(recording.data)
+        except AudioError as error:
+            raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Calls a function that waits for a decoder in a thread; only a few at a time, so that slow
+        recordings do not take the threads of all other requests."""
+        return await to_thread.run_sync(function, *arguments, limiter=self._decoding_threads)
 
     def _read_recording(self, request: SpeechRequest) -> Recording:
         if request.ref_audio is not None:
@@ -99,14 +110,3 @@ class PromptEncoder:
             return Recording(self._store.read(request.voice), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error
-
-
-def _decode_recording(recording: Recording) -> Wave:
-    try:
-        wave = audio.read(recording.data, max_seconds=MAX_RECORDING_SECONDS)
-        seconds = len(wave) / SAMPLE_RATE
-        if seconds < MIN_PROMPT_SECONDS:
-            raise audio.AudioError(f"{seconds:.2f} s, at least {MIN_PROMPT_SECONDS:g} s")
-    except audio.AudioError as error:
-        raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
-    return wave

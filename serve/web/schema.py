@@ -23,7 +23,7 @@ class SpeechRequest(BaseModel):
     """Name of a reference recording on the server."""
 
     ref_audio: str | None = Field(None, max_length=4_000_000)
-    """A recording of 1 to 30 s instead of `voice`: an audio file in base64."""
+    """A recording of 1 to 60 s instead of `voice`: an audio file in base64."""
 
     ref_text: str | None = Field(None, max_length=4096)
     """Transcript of `ref_audio`. Accepted because other servers need it; not used."""

@@ -27,6 +27,7 @@ from valle.model.sentences import PAUSE, sentence_phoneme_ids
 from valle.model.text import languages
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
+from valle.platform.registry import display_name
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
@@ -92,7 +93,7 @@ class SpeechService:
         # the first chunk decides about the status and the kind of the response
         chunks = self._record(prefetch(self._synthesize(utterance), PREFETCH_CHUNKS), stats)
         first = await anext(chunks)
-        headers = {"X-Seed": str(request.seed), "X-Model": version}
+        headers = {"X-Seed": str(request.seed), "X-Model": display_name(version)}
         if request.stream_format == "sse":
             events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -8,7 +8,7 @@ other, and deleting the file deletes everything. A `{id}.wav` put there by hand 
 import base64
 import json
 import re
-import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -17,16 +17,14 @@ import numpy as np
 from dacite import DaciteError, from_dict
 
 from valle.model.codec.interface import Codes, Wave
-from valle.model.tokens import N_CODEBOOKS, SAMPLE_RATE
-from valle.platform import audio, storage
-from valle.platform.vad import SpeechFraction
+from valle.model.tokens import CODEBOOK_SIZE, N_CODEBOOKS
+from valle.platform import audio, decoding, storage
+from valle.platform.decoder_pool import DecoderBusyError, DecoderPool
+from valle.platform.reference import MAX_REFERENCE_SECONDS, ReferenceReader
+from valle.serve.deployments.interface import OverloadedError
 
-MIN_VOICE_SECONDS, MAX_RECORDING_SECONDS = 2.0, 30.0
-"""Bounds of an uploaded recording."""
-MIN_RMS_DBFS = -45.0
-"""Lower bound of a recording's level, in dB of full scale: below it there is mostly noise."""
-MIN_SPEECH_FRACTION = 0.4
-"""Lower bound of the share of a recording that is speech."""
+DECODERS, DECODING_SECONDS, DECODING_BYTES = 2, 10.0, 512 * 2**20
+"""Decoder processes of an ingress replica, the time of one for a recording, and its memory."""
 
 VOICE_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 """Names of voices: nothing in them can leave the folder."""
@@ -64,9 +62,12 @@ class VoiceMetadata:
     """Hash of the weights of the codec that made `prompt`."""
 
     def prompt_codes(self) -> Codes:
-        """`prompt` as an array `[8, P]`."""
-        stored = np.frombuffer(base64.b64decode(self.prompt), "<i2")
-        return stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
+        """`prompt` as an array `[8, P]`. Raises ValueError if it is none, or is empty."""
+        stored = np.frombuffer(base64.b64decode(self.prompt, validate=True), "<i2")
+        codes = stored.reshape(N_CODEBOOKS, -1).astype(np.int16)
+        if not codes.size or not ((codes >= 0) & (codes < CODEBOOK_SIZE)).all():
+            raise ValueError(f"prompt: not codes of 0 to {CODEBOOK_SIZE - 1}")
+        return codes
 
 
 def pack_codes(prompt: Codes) -> str:
@@ -74,23 +75,36 @@ def pack_codes(prompt: Codes) -> str:
     return base64.b64encode(prompt.astype("<i2").tobytes()).decode()
 
 
-def read_voice_metadata(data: bytes) -> VoiceMetadata | None:
+def read_voice_metadata(
+    data: bytes, read_comment: Callable[[bytes], str] = decoding.read_comment
+) -> VoiceMetadata | None:
     """Metadata in the header of a voice's file; None for a file that was not uploaded, whatever its
-    comment says."""
+    comment says. `read_comment` may be that of a `DecoderPool`."""
     try:
-        metadata = json.loads(audio.read_comment(data))
-        return from_dict(VoiceMetadata, metadata) if isinstance(metadata, dict) else None
-    except (audio.AudioError, ValueError, DaciteError):  # no audio, no JSON, or other fields
+        fields = json.loads(read_comment(data))
+        if not isinstance(fields, dict):
+            return None
+        metadata = from_dict(VoiceMetadata, fields)
+        if metadata.prompt:
+            metadata.prompt_codes()
+        return metadata
+    except (ValueError, DaciteError, RecursionError):  # no audio, no JSON, other fields or codes
         return None
 
 
 class VoiceStore:
     """Reads, adds and deletes voices."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, decoders: DecoderPool | None = None) -> None:
+        """`root`: a folder or an `s3://` URI; `decoders`: where recordings are decoded."""
         self._root = root
-        self._detector: SpeechFraction | None = None
-        self._lock = threading.Lock()  # the detector is stateful
+        self._decoders = decoders or DecoderPool(
+            DECODERS,
+            time_limit=DECODING_SECONDS,
+            memory_bytes=DECODING_BYTES,
+            wait=DECODING_SECONDS,
+        )
+        self._references = ReferenceReader(self._decoders.decode)
 
     def ids(self) -> list[str]:
         """Names of all voices, sorted."""
@@ -105,6 +119,36 @@ class VoiceStore:
                 return storage.read_bytes(path)
         raise VoiceError(f"no voice {name!r}", "voice_not_found")
 
+    def read_reference(self, data: bytes) -> Wave:
+        """A recording as prompts are made of it.
+
+        Raises AudioError for one that cannot serve, OverloadedError when no decoder is free.
+        """
+        try:
+            return self._references.read(data)
+        except DecoderBusyError as error:
+            raise OverloadedError(str(error)) from error
+
+    def read_uploaded(self, data: bytes) -> Wave:
+        """The recording in the file of an uploaded voice, which was trimmed and checked then.
+
+        Raises AudioError, and OverloadedError when no decoder is free.
+        """
+        try:
+            return audio.read(data, max_seconds=MAX_REFERENCE_SECONDS, decode=self._decoders.decode)
+        except DecoderBusyError as error:
+            raise OverloadedError(str(error)) from error
+
+    def read_metadata(self, data: bytes) -> VoiceMetadata | None:
+        """The metadata in an uploaded voice's file; None for other files.
+
+        Raises OverloadedError when no decoder is free.
+        """
+        try:
+            return read_voice_metadata(data, self._decoders.read_comment)
+        except DecoderBusyError as error:
+            raise OverloadedError(str(error)) from error
+
     def validate_recording(self, name: str, data: bytes) -> Wave:
         """The recording as it would be stored: trimmed, with the samples rounded to 16 bits.
 
@@ -112,19 +156,8 @@ class VoiceStore:
         is in use.
         """
         self._check_free(name)
-        wave = audio.trim(audio.read(data, max_seconds=MAX_RECORDING_SECONDS))
-        seconds = len(wave) / SAMPLE_RATE
-        if seconds < MIN_VOICE_SECONDS:
-            raise audio.AudioError(
-                f"too short: {seconds:.1f} s of sound, at least {MIN_VOICE_SECONDS:g} s"
-            )
-        if (level := audio.rms_dbfs(wave)) < MIN_RMS_DBFS:
-            raise audio.AudioError(f"too quiet: {level:.0f} dB, at least {MIN_RMS_DBFS:.0f} dB")
-        if (share := self._speech(wave)) < MIN_SPEECH_FRACTION:
-            raise audio.AudioError(
-                f"{share:.0%} of it is speech, at least {MIN_SPEECH_FRACTION:.0%} has to be"
-            )
-        return audio.read(audio.wav_bytes(wave), max_seconds=MAX_RECORDING_SECONDS)
+        wave = audio.wav_bytes(self.read_reference(data))
+        return audio.read(wave, max_seconds=MAX_REFERENCE_SECONDS)
 
     def add(self, name: str, wave: Wave, metadata: VoiceMetadata) -> None:
         """Stores a recording that `validate_recording` returned. Raises VoiceError when the name
@@ -151,8 +184,3 @@ class VoiceStore:
     def _check_free(self, name: str) -> None:
         if any(map(storage.exists, self._paths(name))):
             raise VoiceError(f"there is a voice {name!r}; delete it first", "voice_exists")
-
-    def _speech(self, wave: Wave) -> float:
-        with self._lock:
-            self._detector = self._detector or SpeechFraction()
-            return self._detector.score(wave)

@@ -8,7 +8,7 @@ import numpy as np
 from valle.jobs.evaluation.results import EvaluationReport, ItemResult, MetricModels
 from valle.jobs.evaluation.scores import Measurement, summarize
 from valle.model.codec.interface import CodecIdentity
-from valle.platform.registry import Bundle
+from valle.platform.bundle import Bundle
 
 
 def measurement(number: int, errors: int = 0, speaker: str = "a", **fields: Any) -> Measurement:

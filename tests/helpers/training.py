@@ -1,6 +1,7 @@
 """The training loop in plain processes: torch.distributed with gloo, no Ray."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ from valle.jobs.training.sampler import Batching, Planned
 from valle.jobs.training.trainee import StepRecord, Trainee, Worker
 from valle.model.codec.encodec import Encodec
 from valle.model.sequence import Batch
-from valle.platform import audio
+from valle.platform import audio, checkpoint_files
 from valle.platform.checkpoint import TrainState
 from valle.platform.resources import Placement
 
@@ -61,6 +63,7 @@ def run_plain(
     folder: Path,
     worker: Worker | None = None,
     interrupt_at: int | None = None,
+    report_skipped: loop.ReportSkipped = loop.log_skipped,
 ) -> dict[int, dict[str, float]]:
     """One worker, from the newest checkpoint in `folder` on; returns the metrics by step."""
     worker = worker or Worker()
@@ -69,11 +72,15 @@ def run_plain(
 
     def report(step: int, metrics: Mapping[str, float], written: Path | None) -> None:
         if written is not None:
-            shutil.copytree(written, folder / f"step_{step:08d}", dirs_exist_ok=True)
+            target = folder / f"step_{step:08d}"
+            if backend.writes_on_every_rank:
+                shutil.copytree(written, target, dirs_exist_ok=True)
+            else:
+                checkpoint_files.write(written, LocalFileSystem(), str(target))
 
     saved = sorted(folder.glob("step_*"))
     backend, state = loop.start(trainee, worker, saved[-1] if saved else None)
-    loop.train(trainee, backend, state, worker, tracker, report)
+    loop.train(trainee, backend, state, worker, tracker, report, report_skipped)
     return tracker.metrics
 
 
@@ -88,11 +95,21 @@ def run_two_ranks(
 
 
 def _run_rank(rank: int, make_trainee: Callable[[], Trainee[Any]], folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    join_two_ranks(rank, folder)
     metrics = run_plain(make_trainee(), folder, Worker(rank=rank, world_size=2))
     if rank == 0:
         (folder / "metrics.json").write_text(json.dumps(metrics))
+    leave_ranks()
+
+
+def join_two_ranks(rank: int, folder: Path) -> None:
+    """Makes this process one of two ranks, which meet in `folder`."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+
+def leave_ranks() -> None:
     dist.destroy_process_group()
 
 
@@ -203,7 +220,7 @@ class BothRanksTrainee(LanguageModelTrainee):
             for rank in range(2)
         )
         for one, other in zip(first, second, strict=True):
-            yield Planned(one.epoch, one.index, (one.data, other.data))
+            yield Planned(one.epoch, one.index, one.position, (one.data, other.data))
 
     def inputs(self, data: tuple[Batch, ...], step: int, worker: Worker) -> Inputs:
         return tuple(

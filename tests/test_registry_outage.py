@@ -1,0 +1,324 @@
+"""The model registry when it fails: an outage is never absence, and is known within seconds."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from helpers import clusters
+from helpers.mlflow_servers import MlflowServer
+
+from valle.jobs import model_versions as command
+from valle.jobs.publish import PublishRecipe, publish
+from valle.platform import bundle, registry, settings
+from valle.platform import model_versions as versions
+from valle.platform.registry_client import RegistryUnavailableError
+
+CALLS: list[Callable[[], object]] = [
+    lambda: registry.pin(registry.CHAMPION),
+    lambda: registry.pin("models:/valle/3"),
+    lambda: registry.pin("models:/valle/latest"),
+    lambda: registry.resolve(registry.CHAMPION, allow_cached=True),
+    lambda: registry.current_version(registry.CHAMPION, None, None, None),
+    lambda: registry.current_version(registry.CHAMPION, None, None, "models:/valle/1"),
+    versions.champion_version,
+    versions.list_versions,
+    lambda: versions.promote(1, "why"),
+    lambda: versions.roll_back("why"),
+    lambda: versions.read_report(1),
+]
+
+
+class Answers(BaseHTTPRequestHandler):
+    """The same answer to every request."""
+
+    status, body = 200, b""
+
+    def answer(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = answer  # names of the base class
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], str]]:
+    """Starts a server that gives one answer; it is the registry then."""
+    servers = []
+
+    def start(status: int, body: bytes) -> str:
+        handler = type("Handler", (Answers,), {"status": status, "body": body})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        address = f"http://ann:hunter2@127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        return address
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def error(code: str) -> bytes:
+    return json.dumps({"error_code": code, "message": f"{code} at ann:hunter2"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (403, error("PERMISSION_DENIED")),
+        (401, b"You are not authenticated"),
+        (500, error("INTERNAL_ERROR")),
+        (400, error("BAD_REQUEST")),
+        (502, b"<html>Bad Gateway</html>"),
+        (404, b"<html>not MLflow</html>"),
+        (200, b"<html>some other server</html>"),
+    ],
+)
+def test_an_outage_is_never_absence(
+    answering: Callable[[int, bytes], str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    body: bytes,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a user's own value is kept
+    answering(status, body)
+    for call in CALLS:
+        with pytest.raises(RegistryUnavailableError) as refusal:
+            call()
+        message = str(refusal.value)
+        assert message.startswith("the registry at http://***@127.0.0.1:")
+        assert "did not answer: " in message and "ann:hunter2@" not in message
+
+
+def test_a_refused_connection_is_known_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{clusters.free_port()}")
+    for call in CALLS:
+        with pytest.raises(RegistryUnavailableError, match="did not answer: "):
+            call()
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in settings.child_environment(), "bounds are gone"
+    with pytest.raises(SystemExit) as status:
+        command.main(["history"])
+    assert status.value.code == 2 and "did not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"])
+def test_absence_is_no_outage(answering: Callable[[int, bytes], str], code: str) -> None:
+    body = json.dumps({"error_code": code, "message": "Registered model alias x not found."})
+    answering(404, body.encode())
+    with pytest.raises(FileNotFoundError, match=r"the registry at http://\*\*\*@.* has no models:"):
+        registry.pin("models:/valle@nobody")
+
+
+def test_an_unusable_database_is_an_outage(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "broken.db").write_bytes(b"no database" * 1000)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/broken.db")
+    with pytest.raises(RegistryUnavailableError, match="did not answer: "):
+        registry.pin(registry.CHAMPION)
+
+
+def test_bounds_overlap_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    outer, inner = (settings.bounded_mlflow_requests(n, 0) for n in (3, 4))
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert settings.child_environment()[name] == "3"
+    inner.__exit__(None, None, None)
+    assert name not in settings.child_environment()
+    monkeypatch.setenv(name, "60")
+    with settings.bounded_mlflow_requests(3, 0):
+        assert settings.child_environment()[name] == "60"
+    assert settings.child_environment()[name] == "60"
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(started: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
+    """One server for all tests here, running at the start of each."""
+    started.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started.address)
+    return started
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started
+
+
+IN_ANOTHER_PROCESS = """
+import json, sys, time
+from valle.platform import registry
+started = time.monotonic()
+version = registry.pin(registry.CHAMPION, allow_cached=True)
+folder = registry.resolve(version)
+registry.load_ar(folder)
+print(json.dumps([version, str(folder), time.monotonic() - started]))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_process_starts_from_the_node_s_cache_while_the_server_is_down(
+    publish_recipe: PublishRecipe,
+    server: MlflowServer,
+    home: Path,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Killed, and hanging; and when it is back, the alias moves on."""
+    first = publish(publish_recipe).version
+    pinned = registry.pin(registry.CHAMPION)
+    folder = registry.resolve(pinned)
+    assert folder.is_relative_to(home / "cache/bundles") and pinned.split("#")[1][:2] == "m-"
+    for name, stop, go_on in (
+        ("killed", server.kill, server.start),
+        ("hanging", lambda: server.signal(signal.SIGSTOP), lambda: server.signal(signal.SIGCONT)),
+    ):
+        stop()
+        try:
+            result = subprocess.run(
+                [sys.executable, "-c", IN_ANOTHER_PROCESS],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            version, copy, elapsed = json.loads(result.stdout)
+            record_property(f"seconds, server {name}", elapsed)
+            assert (version, copy) == (pinned, str(folder))
+            assert "did not answer" in result.stderr and "going on with" in result.stderr
+            # a version that is known by its number needs no registry at all
+            with caplog.at_level(logging.WARNING):
+                assert registry.resolve(pinned) == folder
+            assert not caplog.records
+            # but nothing is promoted, and a strict look-up says what is the matter
+            with pytest.raises(RegistryUnavailableError):
+                registry.current_version(registry.CHAMPION, None, None, pinned)
+        finally:
+            go_on()
+        caplog.clear()
+    clusters.wait_for(lambda: clusters.responds(f"{server.address}/health"), 60, "MLflow")
+    assert publish(publish_recipe).version == first + 1
+    moved = registry.current_version(registry.CHAMPION, None, None, pinned)
+    assert moved.startswith(f"models:/valle/{first + 1}#")
+
+
+@pytest.mark.slow
+def test_the_gate_reads_the_champion_s_report_from_the_server(
+    publish_recipe: PublishRecipe,
+    server: MlflowServer,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The node's cache was filled before the report was added; the comparison takes place."""
+    from helpers.evaluations import make_report, measurement
+
+    from valle.jobs import evaluate
+    from valle.jobs.evaluate import EvaluateRecipe
+    from valle.jobs.evaluation.report import write_report
+    from valle.jobs.evaluation.results import EvaluationReport
+    from valle.jobs.publish import GateError
+    from valle.platform import storage
+
+    errors = [1]
+
+    def fake(recipe: EvaluateRecipe, allocation: object = None) -> EvaluationReport:
+        measured = bundle.read_bundle(registry.resolve(recipe.model))  # fills the cache
+        report = make_report([measurement(n, errors=errors[0]) for n in range(40)])
+        report = replace(report, model=recipe.model, bundle=measured)
+        write_report(report, storage.absolute(recipe.out), None)
+        return report
+
+    monkeypatch.setattr(evaluate, "evaluate", fake)
+    monkeypatch.setattr(evaluate, "allocation_for", lambda *_: object())
+    server.reset()
+    evaluation = EvaluateRecipe(items="demo", recordings="r", out="reports")
+    recipe = replace(publish_recipe, force=None, evaluation=evaluation)
+    assert publish(recipe).alias == "champion"
+    assert not (registry.resolve(registry.CHAMPION) / "report.json").exists()
+    errors[0] = 4
+    with pytest.raises(GateError, match=r"version 2 .* word_errors is worse .* by 0\.300"):
+        publish(recipe)
+    assert versions.champion_version() == 1
+    errors[0] = 0
+    assert publish(recipe).version == 3 and versions.champion_version() == 3
+    assert versions.list_versions()[0].tags["replaced"] == "1"
+
+
+@pytest.mark.slow
+def test_a_reset_registry_never_serves_old_weights(
+    publish_recipe: PublishRecipe, server: MlflowServer, home: Path
+) -> None:
+    """The same address, the same number, another model."""
+    server.reset()
+    publish(publish_recipe)
+    old = registry.pin("models:/valle/1")
+    weights = (registry.resolve(old) / "nar/model.safetensors").read_bytes()
+    server.reset()
+    assert registry.pin(registry.CHAMPION).startswith(str(registry.SHIPPED_BUNDLE)), "it is empty"
+    with pytest.raises(FileNotFoundError, match=r"is empty, but held models:/valle/1#"):
+        registry.current_version(registry.CHAMPION, None, None, old)
+    publish(replace(publish_recipe, nar="runs/test-nar/step_00000005", ar="runs/test-ar"))
+    new = registry.pin("models:/valle/1")
+    assert new != old and registry.resolve(new) != registry.resolve(old)
+    assert (registry.resolve(old) / "nar/model.safetensors").read_bytes() == weights
+    # a node without the copy is told, and gets no other model under the old name
+    import shutil
+
+    shutil.rmtree(home / "cache")
+    with pytest.raises(FileNotFoundError, match="has begun anew"):
+        registry.resolve(old)
+
+
+@pytest.mark.slow
+def test_serving_reads_only_and_a_download_is_checked(
+    publish_recipe: PublishRecipe, server: MlflowServer, home: Path
+) -> None:
+    """No experiment is created; weights replaced on the server are refused by name."""
+    import mlflow
+
+    server.reset()
+    client = mlflow.MlflowClient(tracking_uri=server.address)
+    before = {e.name for e in client.search_experiments()}
+    assert registry.pin(registry.CHAMPION).startswith(str(registry.SHIPPED_BUNDLE))
+    assert {e.name for e in client.search_experiments()} == before == {"Default"}
+    publish(publish_recipe)
+    [weights] = [p for p in server.artifacts.rglob("ar/model.safetensors") if _newest(p, server)]
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    for _ in range(2):
+        with pytest.raises(bundle.BundleError, match="ar/model.safetensors has changed"):
+            registry.resolve(registry.CHAMPION)
+    weights.write_bytes(original)
+    registry.resolve(registry.CHAMPION)
+    assert not list((home / "cache/bundles").glob("*.part"))
+
+
+def _newest(path: Path, server: MlflowServer) -> bool:
+    """True for a file of the model that was registered last."""
+    every = server.artifacts.rglob("ar/model.safetensors")
+    return path == max(every, key=lambda p: p.stat().st_mtime_ns)
