@@ -252,6 +252,7 @@ class TokenDataset:
             with FileLock(f"{path}.lock"):  # one process per node builds the copy
                 if not path.exists():
                     self._build(shard, path)
+        os.utime(path)  # `valle clean-cache` removes copies by the time of their last use
         # `_build` writes one chunk, so that a row is found without a search
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

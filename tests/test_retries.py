@@ -95,12 +95,12 @@ def test_is_forbidden_file_tells_a_file_from_its_folder(
 @pytest.mark.ray
 @pytest.mark.parametrize("status", [503, 500, 429, 0])
 def test_call_survives_an_outage_of_s3(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """Every function of storage, over a server that answers two requests in three with an error."""
+    """Every function of storage, over a server that fails six requests of sixteen in a row."""
     with s3_server(monkeypatch, "valle") as bucket:
         server = dict(settings.storage_variables())["AWS_ENDPOINT_URL"]
         with failing_proxy(monkeypatch, server) as proxy:
             proxy.status = status
-            proxy.fails = lambda method, path: proxy.requests % 3 > 0
+            proxy.fails = lambda method, path: proxy.requests % 16 < 6
             retrier = Retrier(60)
             uri = f"{bucket}/a b/ü#1?.txt"
             retrier.call(storage.write_bytes, uri, b"one")

@@ -63,7 +63,7 @@ class FailingProxy:
                 pass
 
             def _handle(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = self._body()
                 proxy.requests += 1
                 if proxy.fails(self.command, self.path):
                     proxy.failures += 1
@@ -73,7 +73,9 @@ class FailingProxy:
                     self._answer(proxy.status, {"Content-Type": "application/xml"}, SLOW_DOWN)
                     return
                 upstream = http.client.HTTPConnection(address, timeout=60)
-                upstream.request(self.command, self.path, body, dict(self.headers))
+                hop = ("expect", "connection", "transfer-encoding", "content-length")
+                sent = {name: v for name, v in self.headers.items() if name.lower() not in hop}
+                upstream.request(self.command, self.path, body, sent)
                 answer = upstream.getresponse()
                 data = answer.read()
                 kept = {
@@ -83,6 +85,17 @@ class FailingProxy:
                 }
                 upstream.close()
                 self._answer(answer.status, kept, data)
+
+            def _body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                parts = []
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    pass
+                return b"".join(parts)
 
             def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
                 self.send_response(status)
