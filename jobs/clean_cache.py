@@ -51,8 +51,9 @@ def find_leftovers(cache: Path, now: float) -> list[Path]:
     """Unfinished copies of killed processes, and locks of copies that are gone."""
     found = []
     for path in (cache / "shards").glob("*"):
-        orphan = path.suffix != ".arrow" and not path.with_suffix("").exists()
-        if orphan and now - path.lstat().st_mtime > LEFTOVER_SECONDS:
+        orphan = path.suffix == ".lock" and not path.with_suffix("").exists()
+        unfinished = path.suffix not in (".lock", ".arrow")
+        if (orphan or unfinished) and now - path.lstat().st_mtime > LEFTOVER_SECONDS:
             found.append(path)
     return found
 

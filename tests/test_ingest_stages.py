@@ -3,8 +3,7 @@ the process."""
 
 import errno
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,41 +169,35 @@ def test_decode_program_error_ends_the_run(
         DecodeAudio(recipe)(table)
 
 
-_CRASHING = """
-import json, os, sys
-from valle.jobs.ingest.pipeline import shard_items
-from valle.jobs.ingest.recipe import PrepareRecipe
-from valle.jobs.ingest.source import Source, SourceItem
-from valle.jobs.ingest.stages import map_rows
-from valle.platform.retries import Retrier
-recipe = PrepareRecipe(out=sys.argv[1], sources=(Source(path="x"),))
-fields = {"speaker": "s", "language": "e", "text": "x", "text_uri": None}
-items = [SourceItem(id=name, audio=name, **fields) for name in "abcd"]
-def function(row):
-    if row["id"] in sys.argv[2]:
-        os._exit(139)
-    return {}
-(table,) = shard_items(items, 10, "run")
-result = map_rows(table, function, recipe, Retrier(0), "decode")
-print(json.dumps({row["id"]: row["reason"] for row in result.to_pylist()}))
-"""
+def run_in_child(recipe: PrepareRecipe, crashing: str, result: Path) -> int:
+    """Runs a stage on rows a to d in a process that rows in `crashing` end; its exit status."""
+
+    def step(row: stages.Row) -> stages.Row:
+        if row["id"] in crashing:
+            os._exit(139)
+        return {}
+
+    table = rows_of(*[item(name) for name in "abcd"])
+    child = os.fork()
+    if not child:
+        mapped = stages.map_rows(table, step, recipe, Retrier(0), "decode")
+        result.write_text(json.dumps(reasons(mapped)))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("crashing", "attempts"), [("c", 3), ("bd", 4)])
+@pytest.mark.parametrize(("crashing", "attempts"), [("c", 3), ("bd", 4), ("abcd", 6)])
 def test_rows_that_end_the_process_become_rejects(
-    tmp_path: Path, crashing: str, attempts: int
+    recipe: PrepareRecipe, tmp_path: Path, crashing: str, attempts: int
 ) -> None:
     """Each attempt is a new process, as Ray starts them; the last one ends with all other rows."""
-    out = tmp_path / "out"
-    for number in range(1, attempts + 1):
-        process = subprocess.run(
-            [sys.executable, "-c", _CRASHING, str(out), crashing], capture_output=True, text=True
-        )
-        assert process.returncode == (0 if number == attempts else 139), process.stderr
-    found = json.loads(process.stdout)
+    result = tmp_path / "result.json"
+    statuses = [run_in_child(recipe, crashing, result) for _ in range(attempts)]
+    assert statuses == [139] * (attempts - 1) + [0]
+    found = json.loads(result.read_text())
     assert {name for name, reason in found.items() if reason} == set(crashing)
     assert all(found[name].startswith("ends the worker") for name in crashing)
-    assert list((out / "in-flight").iterdir()) == []
+    assert list((tmp_path / "out/in-flight").iterdir()) == []
 
 
 def test_attempt_is_bounded_and_forgets_other_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """An S3 server for tests, and a proxy before it that fails on demand."""
 
 import http.client
+import socket
 import subprocess
 import sys
 import threading
@@ -68,7 +69,8 @@ class FailingProxy:
                 if proxy.fails(self.command, self.path):
                     proxy.failures += 1
                     if not proxy.status:
-                        self.connection.close()
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
                         return
                     self._answer(proxy.status, {"Content-Type": "application/xml"}, SLOW_DOWN)
                     return
