@@ -33,9 +33,9 @@ check: venv  ## format, lint, types, results in documents, and the fast tests
 	@$(BIN)/python -m valle.jobs.include_results --check
 	@$(BIN)/python -m pytest -q -m "not ray and not slow and not faults"
 
-serve: venv  ## the endpoint with the registry's champion, on PORT
+serve: venv  ## the endpoint with the registry's champion, on PORT (ARGS="--api-keys keys.yaml")
 	@$(BIN)/valle starter-voices
-	@$(BIN)/valle serve --port $(PORT)
+	@$(BIN)/valle serve --port $(PORT) $(ARGS)
 
 cluster: venv  ## check cluster.yaml (AWS) without a network; what is still to be set
 	@$(BIN)/valle check-cluster cluster.yaml

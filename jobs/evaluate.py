@@ -27,6 +27,7 @@ from valle.jobs.evaluation.scores import Measurement
 from valle.jobs.evaluation.systems import CHUNKED, SYSTEMS, WITHOUT_REFERENCE, Systems
 from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Wave
+from valle.model.normalize import TEXT_VERSION
 from valle.model.quantize import Precision, convert
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, SynthesisResult
@@ -261,6 +262,7 @@ def evaluate(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> Ev
         bundle=bundle,
         items=recipe.items,
         limit=recipe.limit if len(items) < len(all_items) else 0,
+        text_version=str(TEXT_VERSION),
         training_data_checked=recipe.training_data is not None,
         metric_models=MetricModels(
             recognizer=recipe.recognizer,

@@ -134,6 +134,8 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     state = output.scan_output(out, run.identity, retrier)
     former = output.former_rejects(out, retrier)
     comparison = output.compare(items, state, recipe, run.identity.frame_rate)
+    if comparison.to_prepare:
+        dataset.check_text_version(state.text_version, out)
     if comparison.changed:
         fate = "are prepared again" if recipe.on_change == "prepare" else "stay as they are"
         print(
@@ -146,6 +148,7 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     retrier.call(output.write_rejects, out, "listing", unlisted)
     removed = output.remove_obsolete(out, state, retrier)
     statistics = output.statistics_of(out, state.shards, retrier)
+    statistics.text_version = state.text_version
     run.write_manifest(state, statistics)
 
     run.process(comparison.to_prepare, state, statistics, allocation, held)

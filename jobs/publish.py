@@ -24,12 +24,11 @@ from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.recipes import parse_arguments
 from valle.model.codec.loading import CODEC_NAMES
 from valle.model.valle import Synthesis
-from valle.platform import audio, checkpoint, model_versions, registry, storage
-from valle.platform.bundle import BundleError, read_bundle, write_bundle
+from valle.platform import audio, checkpoint, model_versions, packing, registry, storage
+from valle.platform.bundle import read_bundle, write_bundle
 from valle.platform.cluster import connect
 from valle.platform.model_versions import LostRaceError
 from valle.platform.recipe import exit_on_error, location, resolve_paths
-from valle.platform.registry_client import RegistryUnavailableError
 from valle.platform.resources import Allocation
 from valle.platform.spectrogram import spectrogram_png
 
@@ -121,7 +120,7 @@ def register(recipe: PublishRecipe) -> int:
     prompt = audio.read_file(recipe.sample_prompt, max_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "bundle"
-        registry.pack(ar, nar, recipe.codec, folder)
+        packing.pack(ar, nar, recipe.codec, folder)
         synthesis = replace(Synthesis(), max_seconds=recipe.sample_seconds)
         result = registry.load_synthesizer(folder).synthesize(recipe.sample_text, prompt, synthesis)
         (folder / "sample.wav").write_bytes(audio.wav_bytes(result.wave))
@@ -227,9 +226,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (GateError, LostRaceError) as error:
             print(f"refused: {error}", file=sys.stderr)
             sys.exit(1)
-        except (RegistryUnavailableError, BundleError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
     print(published)
 
 

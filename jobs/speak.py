@@ -1,16 +1,19 @@
-"""Speaks one text in the voice of a recording, and writes a wav file. Needs no server.
+"""Speaks a text in the voice of a recording, and writes an audio file. Needs no server.
 
     valle speak "Hello there." reference.wav out.wav
 
-The model is the registry's champion, a bundle's folder (`--model`), or two checkpoints.
+The text is spoken sentence by sentence, as in the endpoint. The model is the registry's champion,
+a bundle's folder (`--model`), or two checkpoints.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 
@@ -19,10 +22,12 @@ from valle.model.codec import encodec
 from valle.model.codec.interface import Wave
 from valle.model.codec.loading import CODEC_NAMES
 from valle.model.nar import NAR
+from valle.model.sentences import join_waves, phoneme_budget, sentence_phoneme_ids
 from valle.model.tokens import FRAME_RATE, SAMPLE_RATE
 from valle.model.valle import GUIDANCE_SCALE, Synthesis, Synthesizer
 from valle.platform import audio, checkpoint, registry, storage
 from valle.platform.reference import ReferenceReader
+from valle.serve.web.audio_formats import AudioFormat, encode_audio
 
 
 def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
@@ -68,6 +73,41 @@ def read_reference(paths: str, seconds: float) -> Wave:
     return np.concatenate([wave[:share] for wave in waves])
 
 
+def check_output(path: Path) -> AudioFormat:
+    """The audio format that a path's suffix names.
+
+    Raises ValueError for another suffix, and for a path where no file can be written.
+    """
+    name = path.suffix.lower().removeprefix(".")
+    if name not in get_args(AudioFormat):
+        suffixes = ", ".join(f".{known}" for known in get_args(AudioFormat))
+        raise ValueError(f"out: {path} has the suffix {path.suffix!r}; known are {suffixes}")
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"out: there is no folder {path.parent}; create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"out: {path} cannot be written")
+    return cast(AudioFormat, name)
+
+
+def speak(
+    synthesizer: Synthesizer, text: str, reference: Wave, synthesis: Synthesis
+) -> tuple[Wave, bool]:
+    """The sentences of a text one after the other, at 24 kHz; and whether the length limit of a
+    sentence cut one off. Raises ValueError for a text that cannot be spoken."""
+    budget = phoneme_budget(synthesis.max_seconds)
+    sentences = sentence_phoneme_ids(text, synthesis.language, budget)
+    prompt = synthesizer.encode_prompt(reference, synthesis)
+    results = [
+        synthesizer.synthesize_phonemes(
+            ids, prompt, replace(synthesis, seed=(synthesis.seed + index) % 2**63)
+        )
+        for index, ids in enumerate(sentences)
+    ]
+    return join_waves([result.wave for result in results]), any(r.hit_limit for r in results)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Speaks one text; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -77,12 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "reference", help="recording of the voice (any usual format), or several: 'a.wav;b.wav'"
     )
-    parser.add_argument("out", type=Path, help="wav file to write")
+    parser.add_argument("out", type=Path, help="file to write; its suffix is the format")
     parser.add_argument("--model", default=registry.CHAMPION, help="registry URI or bundle folder")
     parser.add_argument("--ar-ckpt", help="AR checkpoint, instead of --model")
     parser.add_argument("--nar-ckpt", help="NAR checkpoint, instead of --model")
     parser.add_argument("--codec", default="nano", help="codec of --ar-ckpt and --nar-ckpt")
-    parser.add_argument("--max-ar-steps", type=int, default=1500, help="length limit in frames")
+    parser.add_argument(
+        "--max-ar-steps", type=int, default=1500, help="length limit of a sentence in frames"
+    )
     parser.add_argument("--ar-temp", type=float, default=1.0, help="temperature of the AR model")
     parser.add_argument("--nar-temp", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument(
@@ -91,11 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=GUIDANCE_SCALE,
         help="weight of the text and the voice in both models; 1 is off and halves the work",
     )
-    parser.add_argument("--language", default="en-us", help="espeak voice name of the text")
+    parser.add_argument("--language", default="en-us", help="BCP 47 tag of the text")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same speech")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args(argv)
     try:
+        audio_format = check_output(arguments.out)
         default, scale = Synthesis(), arguments.guidance_scale
         synthesis = replace(
             default,
@@ -108,14 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         synthesizer = load_synthesizer(arguments)
         prompt = read_reference(arguments.reference, synthesis.prompt_seconds)
         started = time.perf_counter()
-        result = synthesizer.synthesize(arguments.text, prompt, synthesis)
+        wave, hit_limit = speak(synthesizer, arguments.text, prompt, synthesis)
+        arguments.out.write_bytes(encode_audio(wave, audio_format))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.out.write_bytes(audio.wav_bytes(result.wave))
-    seconds = len(result.wave) / SAMPLE_RATE
+    seconds = len(wave) / SAMPLE_RATE
     elapsed = time.perf_counter() - started
-    suffix = ", cut off by the length limit" if result.hit_limit else ""
+    suffix = ", cut off by the length limit of a sentence" if hit_limit else ""
     print(f"{arguments.out}: {seconds:.2f} s of speech in {elapsed:.2f} s{suffix}")
     return 0
 

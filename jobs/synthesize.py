@@ -25,7 +25,8 @@ from valle.jobs.ingest.lines import is_utf8, parse_object
 from valle.jobs.ingest.lines import read_lines as split_lines
 from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Codes
-from valle.model.sentences import join_waves, sentence_phoneme_ids
+from valle.model.languages import espeak_voice
+from valle.model.sentences import join_waves, phoneme_budget, sentence_phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.model.valle import Synthesis, SynthesisResult
 from valle.platform import registry, resources, settings, storage
@@ -63,7 +64,7 @@ class SynthesizeRecipe:
     """`models:/valle@alias`, `models:/valle/3`, or a bundle's folder."""
 
     language: str = "en-us"
-    """espeak voice name, for lines without a language of their own."""
+    """BCP 47 tag, for lines without a language of their own."""
 
     format: str = "flac"
     """mp3, opus, aac, flac, wav or pcm."""
@@ -82,7 +83,7 @@ class SynthesizeRecipe:
     """Sentences that one actor generates at the same time."""
 
     max_phonemes: int = 1000
-    """Limit of a sentence; a line with a longer one is an error."""
+    """Limit of a sentence; a longer one is spoken in parts."""
 
     lines_per_shard: int = field(default=64, metadata=formerly("lines_per_part"))
     """Lines per unit of work; their rows are written together."""
@@ -93,6 +94,7 @@ class SynthesizeRecipe:
     def __post_init__(self) -> None:
         if self.format not in get_args(AudioFormat):
             raise ValueError(f"format: {self.format!r} is none of {get_args(AudioFormat)}")
+        espeak_voice(self.language)
 
 
 Line = dict[str, Any]
@@ -170,6 +172,7 @@ class SynthesizeShard:
             registry.resolve(recipe.model, tracking_uri), device
         )
         self._recipe = recipe
+        self._budget = phoneme_budget(recipe.synthesis.max_seconds, recipe.max_phonemes)
         self._retrier = Retrier(STORAGE_RETRY_SECONDS)
         self._offline = OfflineSynthesizer(
             synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes
@@ -223,7 +226,9 @@ class SynthesizeShard:
                 max_frames=self._offline.max_frames,
                 seed=(line["seed"] + number) % 2**63,
             )
-            for number, ids in enumerate(sentence_phoneme_ids(line["text"], line["language"]))
+            for number, ids in enumerate(
+                sentence_phoneme_ids(line["text"], line["language"], self._budget)
+            )
         ]
 
     def _prompt(self, name: str) -> Codes:

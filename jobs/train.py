@@ -4,6 +4,7 @@ A run of the same name resumes from its last checkpoint, with the next batch. Me
 parameters go to MLflow.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,10 +14,13 @@ from valle.jobs.training.language_model import LanguageModelTrainee
 from valle.jobs.training.recipe import TrainRecipe, warm_start_uri
 from valle.model.codec.loading import load_codec
 from valle.model.config import Kind
+from valle.model.normalize import TEXT_VERSION
 from valle.platform import checkpoint, settings
 from valle.platform.cluster import connect
 from valle.platform.dataset import read_manifest
 from valle.platform.recipe import exit_on_error, resolve_paths
+
+logger = logging.getLogger(__name__)
 
 
 def fit(recipe: TrainRecipe, kind: Kind) -> str:
@@ -37,6 +41,12 @@ def resolve_recipe(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with absolute paths, its data and the sources of a warm start checked."""
     recipe = resolve_paths(recipe)
     manifest = read_manifest(recipe.data)
+    if manifest.text_version != TEXT_VERSION:
+        logger.warning(
+            "the dataset %s has phonemes of text version %d, this code speaks text as version %d; "
+            "prepare it again, or the model reads numbers otherwise than it learnt them",
+            recipe.data, manifest.text_version, TEXT_VERSION,
+        )  # fmt: skip
     for kind in recipe.models:
         if kind in recipe.warm_start:
             checkpoint.find_best(warm_start_uri(recipe, kind))  # a missing source is noticed here

@@ -3,22 +3,26 @@
 Legend: Q codebooks, T frames, P prompt frames, S settled frames.
 """
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cachetools import LRUCache
+from cachetools import LRUCache, TTLCache
 from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from valle.model.codec.interface import Codes
+from valle.model.config import NARConfig
 from valle.model.nar import NAR
 from valle.model.prompt import PromptKV
 from valle.model.sampling import Sampling, guide, sample, validate_seed
 from valle.model.sequence import collate, estimate_total_frames, with_unconditional
 from valle.model.tokens import NULL_CODE
+from valle.model.validation import validate_codes, validate_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,20 @@ class NARRequest:
     complete: bool = True
     """False if the AR model is still generating or stopped at its length limit."""
 
+    def validate(self, config: NARConfig) -> None:
+        """Raises ValueError, naming the field, for a request that a model cannot decode."""
+        validate_ids("phonemes", self.phonemes, config.n_phonemes)
+        if not self.phonemes:
+            raise ValueError("phonemes: the text is empty; give at least one id")
+        validate_codes("prompt", self.prompt, config.n_codebooks)
+        validate_codes("first_codebook", self.first_codebook, ndim=1)
+        if self.prefix is not None:
+            validate_codes("prefix", self.prefix, config.n_codebooks)
+            if self.prefix.shape[1] > len(self.first_codebook):
+                raise ValueError(
+                    f"prefix: {self.prefix.shape[1]} frames of {len(self.first_codebook)}"
+                )
+
     @property
     def n_positions(self) -> int:
         """Length of the NAR model's sequence, separators apart. The prompt counts even if its keys
@@ -89,11 +107,13 @@ def nar_decode(nar: NAR, item: NARRequest, decoding: NARDecoding) -> Codes:
 class NARDecoder:
     """Batched `nar_decode` with a cache of prompt keys and values."""
 
-    def __init__(self, nar: NAR, max_prompts: int = 8) -> None:
-        """The cache holds `max_prompts`. One prompt of three seconds takes 19 MB in the `mini` size
-        and 155 MB in the paper's (keys and values of every layer at seven levels, float32)."""
+    def __init__(self, nar: NAR, max_prompts: int = 8, *, prompt_seconds: float = math.inf) -> None:
+        """The cache holds `max_prompts`, each for `prompt_seconds`. One prompt of three seconds
+        takes 19 MB in the `mini` size and 155 MB in the paper's (keys and values of every layer at
+        seven levels, float32)."""
         self._nar = nar
-        self._prompts: LRUCache[bytes, PromptKV] = LRUCache(max_prompts)
+        self._prompts: TTLCache[bytes, PromptKV] = TTLCache(max_prompts, prompt_seconds)
+        self._lock = threading.Lock()  # batches run in a thread, expiry in another
         # null prompts differ in length only, and most prompts have the maximal length
         self._null_prompts: LRUCache[tuple[int, int], PromptKV] = LRUCache(2)
 
@@ -137,10 +157,29 @@ class NARDecoder:
     def _prompt(self, prompt: Codes) -> PromptKV:
         """The keys and values of a prompt, from the cache if it is there."""
         key = prompt.tobytes()
-        if (prompt_kv := self._prompts.get(key)) is None:
+        with self._lock:
+            prompt_kv = self._prompts.get(key)
+        if prompt_kv is None:
             prompt_kv = self._nar.prefill_prompt(self._tensor(prompt), self._nar.n_levels)
-            self._prompts[key] = prompt_kv
+            with self._lock:
+                self._prompts[key] = prompt_kv
         return prompt_kv
+
+    @property
+    def config(self) -> NARConfig:
+        """Architecture of the model."""
+        return self._nar.config
+
+    def expire_prompts(self) -> int:
+        """Removes prompts whose time is over; returns the number of those that stay."""
+        with self._lock:
+            self._prompts.expire()
+            return len(self._prompts)
+
+    def forget_prompts(self) -> None:
+        """Empties the cache of prompts."""
+        with self._lock:
+            self._prompts.clear()
 
     def _null_prompt(self, prompt: Codes, n_levels: int) -> PromptKV:
         """The same for a null prompt of equal length, for the unconditional rows."""
@@ -156,4 +195,4 @@ class NARDecoder:
 
 
 def _codes(codes: NDArray[np.int16], device: torch.device) -> Int[Tensor, "*_"]:
-    return torch.from_numpy(codes).long().to(device)
+    return torch.from_numpy(np.ascontiguousarray(codes)).long().to(device)

@@ -16,11 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from valle.model.validation import validate_integer, validate_number
+
 UNIFORMS_PER_TOKEN = 2
 """Uniform numbers per token: one for the first draw, one for repetition-aware sampling's second."""
 
 MAX_SEED = 2**63 - 1
 """Seeds are 0 to this: what an int64 tensor holds."""
+
+MAX_TEMPERATURE = 1000.0
+"""Upper bound of the temperature: logits divided by it are almost uniform, and finite."""
 
 _CODEBOOK_SHIFT = 40
 """Positions count below 2**40, the codebook from there on: codebooks share no counter."""
@@ -53,19 +58,21 @@ class Sampling:
     @property
     def guided(self) -> bool:
         """True if sampling needs unconditional logits too."""
-        return self.guidance_scale > 1
+        return bool(self.guidance_scale > 1)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.guidance_scale <= 10:
-            raise ValueError(f"guidance_scale: {self.guidance_scale} is not in [1, 10]")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: {self.temperature} is below 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k} is below 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
-        if self.repetition_window < 1:
-            raise ValueError(f"repetition_window: {self.repetition_window} is below 1")
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, for a value that no row can have."""
+        validate_number("guidance_scale", self.guidance_scale, 1.0, 10.0)
+        validate_number("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        validate_integer("top_k", self.top_k, 0, 2**31 - 1)
+        validate_number("top_p", self.top_p, 0.0, 1.0)
+        if not self.top_p > 0:
+            raise ValueError("top_p: 0 keeps no token; give a number above 0")
+        validate_integer("repetition_window", self.repetition_window, 1, 2**31 - 1)
+        validate_number("repetition_threshold", self.repetition_threshold, 0.0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,9 @@ def guide(
     return conditional + (scale - 1) * (conditional - unconditional.float().log_softmax(-1))
 
 
-def validate_seed(seed: int) -> None:
-    """Raises ValueError for a seed outside 0 to `MAX_SEED`."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed: {seed} is not in 0 to 2**63 - 1")
+def validate_seed(seed: object) -> None:
+    """Raises ValueError for anything but an integer in 0 to `MAX_SEED`."""
+    validate_integer("seed", seed, 0, MAX_SEED)
 
 
 def sample(

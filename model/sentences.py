@@ -1,17 +1,31 @@
-"""Splits long text into sentences short enough for the models, and joins their waves."""
+"""Splits text into pieces short enough for the models, and joins their waves.
+
+A long sentence is split before its normalization, by its characters, and after it, by its
+phonemes: numbers take few characters and many words.
+"""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
-import sentencex
 from numpy.typing import NDArray
 
-from valle.model.text import phoneme_ids
+from valle.model.languages import espeak_voice
+from valle.model.normalize import speak, written_sentences
+from valle.model.text import spoken_ids
 from valle.model.tokens import SAMPLE_RATE
 
 MAX_SENTENCE_CHARACTERS = 240
 """Characters of a sentence: about 15 s of speech, as long as the training utterances."""
+
+PHONEMES_PER_SECOND = 18.0
+"""IPA symbols that a voice speaks in a second, on average."""
+
+SLOWNESS = 1.3
+"""How much slower than the average a voice may speak before a sentence reaches its time limit."""
+
+MAX_SECONDS = 20.0
+"""Length limit of a sentence's speech where nothing else is said, as in `Synthesis`."""
 
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 """Silence between two sentences, in addition to what the models generate."""
@@ -19,26 +33,57 @@ PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 _CLAUSE_ENDS = re.compile(r"(?<=[,;:–—])\s+")
 
 
+def phoneme_budget(max_seconds: float = MAX_SECONDS, max_phonemes: int = 1000) -> int:
+    """Phonemes of a sentence that even a slow voice speaks within `max_seconds`; at least 10."""
+    return max(10, min(max_phonemes, int(max_seconds * PHONEMES_PER_SECOND / SLOWNESS)))
+
+
 def split_sentences(
     text: str, language: str = "en-us", max_characters: int = MAX_SENTENCE_CHARACTERS
 ) -> list[str]:
-    """The sentences of `text`, white space normalised. A sentence above `max_characters` is cut at
-    commas, colons, semicolons or dashes, and without those between words."""
-    sentences = (" ".join(part.split()) for part in sentencex.segment(language[:2], text))
-    return [piece for sentence in sentences if sentence for piece in _cut(sentence, max_characters)]
+    """The sentences of `text`, without markup, white space normalised. A sentence above
+    `max_characters` is cut at commas, colons, semicolons or dashes, and without those between
+    words. Raises ValueError for a language that espeak lacks."""
+    sentences = written_sentences(text, espeak_voice(language))
+    return [piece for sentence in sentences for piece in _cut(sentence, max_characters)]
 
 
-def sentence_phoneme_ids(text: str, language: str) -> list[list[int]]:
-    """Phoneme ids of each sentence that can be pronounced. Raises ValueError if none can."""
-    sentences, last_error = [], None
-    for sentence in split_sentences(text, language):
-        try:
-            sentences.append(phoneme_ids(sentence, language))
-        except ValueError as error:
-            last_error = error
+def sentence_phoneme_ids(text: str, language: str, budget: int | None = None) -> list[list[int]]:
+    """Phoneme ids of each sentence that can be pronounced; of one above `budget` phonemes
+    (default: `phoneme_budget()`), of each of its parts.
+
+    Raises ValueError if nothing can be pronounced, for a language that espeak lacks, for a script
+    that its voice cannot read, and for a language with tones.
+    """
+    voice = espeak_voice(language)
+    budget = phoneme_budget() if budget is None else budget
+    spoken = [speak(sentence, voice) for sentence in split_sentences(text, voice)]
+    sentences = []
+    for sentence, ids in zip(spoken, spoken_ids(spoken, voice), strict=True):
+        sentences += [ids] if len(ids) <= budget else _split_spoken(sentence, voice, budget)
+    sentences = [ids for ids in sentences if ids]
     if not sentences:
-        raise last_error or ValueError("text: nothing to say in it")
+        raise ValueError("text: nothing to say in it")
     return sentences
+
+
+def _split_spoken(sentence: str, voice: str, budget: int) -> list[list[int]]:
+    """Phoneme ids of a sentence's parts, each within the budget: it is cut into ever smaller parts,
+    at clauses, between words, and at last within a word."""
+    for max_characters in _halvings(len(sentence)):
+        parts = _cut(sentence, max_characters)
+        ids = spoken_ids(parts, voice)
+        if max(map(len, ids)) <= budget:
+            return ids
+    return [part[:budget] for part in ids]  # one character with a name longer than the budget
+
+
+def _halvings(length: int) -> list[int]:
+    """Lengths of the parts to try: `length` over 2, 3, 4, 6, 8, 12 ..., down to 1."""
+    parts = [2, 3]
+    while parts[-2] < length:
+        parts.append(2 * parts[-2])
+    return [max(1, -(-length // n)) for n in parts] + [1]
 
 
 def _cut(sentence: str, max_characters: int) -> list[str]:

@@ -1,22 +1,18 @@
-"""Text to phoneme ids: normalisation, numbers in words, espeak phonemes, ids.
-
-Only this module touches GPL-3 code (phonemizer, and the espeak library in `espeakng-loader`); the
-rest of the project handles IPA strings and lists of ids.
+"""Text to phoneme ids: the spoken form of a text, espeak's phonemes of it, their ids.
 
 A phoneme token is one Unicode code point of espeak's IPA: letters, length, stress, the space as
 word boundary, and punctuation. One inventory serves all languages.
 """
 
 import re
-import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from phonemizer.backend import EspeakBackend
+from valle.model.espeak import phonemize_spoken
+from valle.model.languages import espeak_voice
+from valle.model.normalize import normalize
 
 PAD: Final = 0
 """Padding, which carries no loss; also each phoneme of an unconditional row."""
@@ -32,142 +28,44 @@ INVENTORY: Final[tuple[str, ...]] = ("<pad>", "<unk>", *_PUNCTUATION, *_MARKS, *
 """Symbol by id. Append only: datasets and checkpoints contain the ids."""
 
 _IDS: Final = {symbol: index for index, symbol in enumerate(INVENTORY)}
-
-# phonemizer splits the text at punctuation before espeak reads it, so that espeak cannot recognise
-# "Dr.": abbreviations with a full stop are expanded here
-_ABBREVIATIONS: Final[dict[str, dict[str, str]]] = {
-    "en": {
-        "mr.": "mister", "mrs.": "missus", "ms.": "miss", "dr.": "doctor", "st.": "saint",
-        "prof.": "professor", "jr.": "junior", "sr.": "senior", "vs.": "versus", "no.": "number",
-        "etc.": "et cetera", "e.g.": "for example", "i.e.": "that is", "approx.": "approximately",
-        "dept.": "department", "ave.": "avenue", "a.m.": "a m", "p.m.": "p m",
-    },
-    "fr": {
-        "m.": "monsieur", "mme": "madame", "mlle": "mademoiselle", "dr.": "docteur",
-        "etc.": "et cetera", "p.ex.": "par exemple", "st.": "saint",
-    },
-    "es": {
-        "sr.": "señor", "sra.": "señora", "srta.": "señorita", "dr.": "doctor", "dra.": "doctora",
-        "ud.": "usted", "uds.": "ustedes", "etc.": "etcétera", "p.ej.": "por ejemplo",
-    },
-    "de": {
-        "dr.": "Doktor", "hr.": "Herr", "fr.": "Frau", "z.b.": "zum Beispiel", "d.h.": "das heißt",
-        "usw.": "und so weiter", "bzw.": "beziehungsweise", "ca.": "zirka", "nr.": "Nummer",
-    },
+_TONES: Final = frozenset("0123456789")
+"""espeak's tones of Mandarin, Cantonese, Hakka, Vietnamese, Thai, Shan and Cherokee."""
+_REPLACED: Final = {
+    "ε": "ɛ", "ʦ": "ts", "ᵝ": "β", "S": "ʃ", "Z": "ʒ", "N": "ŋ", "X": "χ", "A": "ɑ",
 }  # fmt: skip
-
-_SYMBOLS: Final[dict[str, dict[str, str]]] = {
-    "en": {"&": "and", "%": "percent", "+": "plus", "=": "equals", "@": "at", "#": "number"},
-    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase"},
-    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba"},
-    "de": {"&": "und", "%": "Prozent", "+": "plus", "=": "gleich", "@": "at"},
-}
-
-_CURRENCIES: Final = {"$": "USD", "€": "EUR", "£": "GBP"}
-_FOLDED: Final = str.maketrans("‘’‛`´“”„[]{}", "'''''\"\"\"()()")
-_DECIMAL_COMMA: Final = frozenset({"fr", "es", "de", "it", "ru"})
-_ORDINAL: Final = {"en": r"(\d+)(?:st|nd|rd|th)\b", "fr": r"(\d+)(?:er|re|e|ème)\b"}
-_YEAR: Final = re.compile(r"(?<![\w,.$€£])(1[1-9]\d\d|20[1-9]\d)(?!\w|[,.:]\d)")
-
-
-def normalize(text: str, language: str = "en-us") -> str:
-    """Unicode NFKC; abbreviations, symbols and numbers in words; white space collapsed.
-
-    `language` is an espeak voice name; the part before the hyphen selects the tables. Without
-    tables, abbreviations stay and numbers are read by num2words or espeak.
-    """
-    base = language.split("-")[0]
-    # NFKC would split an ellipsis into three full stops
-    text = unicodedata.normalize("NFKC", text.replace("…", "\0")).replace("\0", "…")
-    text = text.translate(_FOLDED)
-    for short, words in _ABBREVIATIONS.get(base, {}).items():
-        text = re.sub(rf"(?<!\w){re.escape(short)}(?!\w)", words, text, flags=re.IGNORECASE)
-    text = _speak_numbers(text, base)
-    for symbol, words in _SYMBOLS.get(base, {}).items():
-        text = text.replace(symbol, f" {words} ")
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _speak_numbers(text: str, base: str) -> str:
-    """Times, money, ordinals, years and plain numbers in words, by num2words."""
-    from num2words import CONVERTER_CLASSES, num2words
-
-    if base not in CONVERTER_CLASSES or not any(c.isdigit() for c in text):
-        return text
-
-    def in_words(value: str, kind: str = "cardinal", currency: str = "USD") -> str:
-        number = float(value) if "." in value else int(value)
-        if kind == "currency":
-            return str(num2words(float(number), lang=base, to=kind, currency=currency))
-        return str(num2words(number, lang=base, to=kind))
-
-    if base == "en":  # before thousands separators are removed: "1,984" is no year
-        text = _YEAR.sub(lambda m: in_words(m[1], "year"), text)
-    # "10:30" as two numbers; "1,000,000" (or "1.000.000") as one; decimals with a point inside
-    text = re.sub(r"(\d)[:h](\d\d)\b", r"\1 \2", text)
-    thousands, decimal = (r"\.", ",") if base in _DECIMAL_COMMA else (",", r"\.")
-    text = re.sub(rf"(?<=\d){thousands}(?=\d\d\d\b)", "", text)
-    text = re.sub(rf"(?<=\d){decimal}(?=\d)", ".", text)
-    # more than 15 digits are an identifier, read digit by digit
-    text = re.sub(r"\d{16,}", lambda m: " ".join(m[0]), text)
-    number = r"\d+(?:\.\d+)?"
-    for sign, code in _CURRENCIES.items():
-        amount = rf"{re.escape(sign)}\s?({number})|({number})\s?{re.escape(sign)}"
-
-        def money(match: re.Match[str], currency: str = code) -> str:
-            return in_words(match[1] or match[2], "currency", currency)
-
-        text = re.sub(amount, money, text)
-    if base in _ORDINAL:
-        text = re.sub(_ORDINAL[base], lambda m: in_words(m[1], "ordinal"), text)
-    return re.sub(number, lambda m: in_words(m[0]), text)
-
-
-@lru_cache(maxsize=1)
-def languages() -> frozenset[str]:
-    """Names of espeak's voices. Cached, since each query copies the shared library."""
-    import espeakng_loader
-    from phonemizer.backend import EspeakBackend
-    from phonemizer.backend.espeak.wrapper import EspeakWrapper
-
-    EspeakWrapper.set_library(espeakng_loader.get_library_path())
-    EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
-    return frozenset(EspeakBackend.supported_languages())
-
-
-@lru_cache(maxsize=16)
-def _backend(language: str) -> "EspeakBackend":
-    """The espeak backend of a language. Cached, since each backend copies the shared library.
-
-    Raises ValueError for a language that espeak lacks.
-    """
-    if language not in languages():
-        raise ValueError(f"language: espeak has no voice named {language!r} (try en-us, fr-fr, es)")
-    from phonemizer.backend import EspeakBackend
-
-    return EspeakBackend(
-        language, preserve_punctuation=True, with_stress=True, language_switch="remove-flags"
-    )
-
-
-_ESPEAK = threading.Lock()
-"""espeak returns results in static memory: a process may make one call at a time."""
+"""Symbols of a few of espeak's voices, in those of the inventory."""
 
 
 def phonemize(texts: Sequence[str], language: str = "en-us") -> list[str]:
     """IPA of each text, with stress marks, word boundaries and punctuation.
 
-    Raises ValueError for a language that espeak lacks.
+    `language` is a BCP 47 tag or an espeak voice. Raises ValueError for a language that espeak
+    lacks and for a script that its voice cannot read.
     """
-    clean = [normalize(text, language) for text in texts]
-    # phonemizer drops empty lines, which would shift the rest
-    lines = [text or " " for text in clean]
-    with _ESPEAK:
-        phonemes = _backend(language).phonemize(lines, strip=True)
-    return [
-        re.sub(r"\s+", " ", p).strip() if text else ""
-        for p, text in zip(phonemes, clean, strict=True)
-    ]
+    voice = espeak_voice(language)
+    spoken = [normalize(text, voice) for text in texts]
+    return [clean_phonemes(line) for line in phonemize_spoken(spoken, voice)]
+
+
+def clean_phonemes(phonemes: str) -> str:
+    """espeak's IPA in symbols of the inventory. Tones stay, which are digits: `check_tones`."""
+    symbols = []
+    for symbol in phonemes:
+        if symbol in _IDS or symbol in _TONES:
+            symbols.append(symbol)
+        elif symbol in _REPLACED:
+            symbols.append(_REPLACED[symbol])
+        else:  # "ä" is a letter and a mark; what is left over then has no sound
+            symbols += [part for part in unicodedata.normalize("NFD", symbol) if part in _IDS]
+    return re.sub(r"\s+", " ", "".join(symbols)).strip()
+
+
+def check_tones(phonemes: str, voice: str) -> None:
+    """Raises ValueError for tones: the inventory has none, and without them words change."""
+    if any(symbol in _TONES for symbol in phonemes):
+        raise ValueError(
+            f"language: {voice} has tones, which the phoneme inventory lacks; it cannot be spoken"
+        )
 
 
 def encode(phonemes: str) -> list[int]:
@@ -179,12 +77,31 @@ def encode(phonemes: str) -> list[int]:
     return [_IDS.get(symbol, UNK) for symbol in phonemes]
 
 
+def spoken_ids(texts: Sequence[str], voice: str) -> list[list[int]]:
+    """Phoneme ids of texts in spoken form; an empty list for one without a sound.
+
+    Raises ValueError for a language with tones.
+    """
+    ids = []
+    for line in phonemize_spoken(texts, voice):
+        phonemes = clean_phonemes(line)
+        check_tones(phonemes, voice)
+        audible = any(symbol.isalpha() for symbol in phonemes)
+        ids.append(encode(phonemes) if audible else [])
+    return ids
+
+
 def phoneme_ids(text: str, language: str) -> list[int]:
-    """Phoneme ids of a text. Raises ValueError if nothing in it can be pronounced."""
-    phonemes = phonemize([text], language)[0]
-    if not any(symbol.isalpha() for symbol in phonemes):
+    """Phoneme ids of a text.
+
+    Raises ValueError if nothing in it can be pronounced, for a language that espeak lacks, for a
+    script that its voice cannot read, and for a language with tones.
+    """
+    voice = espeak_voice(language)
+    (ids,) = spoken_ids([normalize(text, voice)], voice)
+    if not ids:
         raise ValueError("text: nothing to say in it")
-    return encode(phonemes)
+    return ids
 
 
 def inventory_matches(symbols: Sequence[str]) -> bool:

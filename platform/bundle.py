@@ -28,6 +28,9 @@ from valle.platform.typed import from_dict
 BUNDLE = "bundle.json"
 REPORT = "report.json"
 
+MAX_BUNDLE_BYTES = 4_000_000
+"""Of `bundle.json`: ten thousand files."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +57,10 @@ class Bundle:
     """URI of the AR checkpoint."""
     nar: str
     """URI of the NAR checkpoint."""
+    text_version: int = 1
+    """Version of the text processing (`model/normalize.py`) that both models learnt."""
+    languages: tuple[str, ...] = ()
+    """Languages of the training data, as espeak names them; empty if unknown."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     """Every listed file by its path below the folder; empty in bundles of earlier versions."""
 
@@ -66,6 +73,8 @@ def read_bundle(folder: Path) -> Bundle:
     path = folder / BUNDLE
     if not path.is_file():
         raise FileNotFoundError(f"no model bundle at {folder}: {BUNDLE} is missing")
+    if path.stat().st_size > MAX_BUNDLE_BYTES:
+        raise BundleError(f"{path} cannot be read: it has {path.stat().st_size} bytes")
     try:
         return from_dict(Bundle, json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError, RecursionError, dacite.DaciteError) as error:

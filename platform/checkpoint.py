@@ -97,8 +97,11 @@ class CheckpointMetadata:
     """Format of the weights, see `FORMAT`. As read: `FORMAT`, unless they mean something else."""
     dataset: str | None = None
     """SHA-256 of what the token dataset consists of; None: unknown, of an earlier checkpoint."""
-    text_version: str | int | None = None
-    """Version of the function that made the dataset's phonemes; None: unknown."""
+    text_version: int | None = None
+    """Version of the text processing (`model/normalize.py`) that made the dataset's phonemes; None:
+    unknown, of an earlier checkpoint, which counts as 1."""
+    languages: tuple[str, ...] = ()
+    """Languages of the dataset; empty if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +126,10 @@ def new_metadata(
     code_version: str,
     recipe: dict[str, Any],
     dataset: str | None = None,
-    text_version: str | int | None = None,
+    text_version: int | None = None,
+    languages: tuple[str, ...] = (),
 ) -> CheckpointMetadata:
-    """Metadata of the present format and phoneme inventory."""
+    """Metadata of the present format and phoneme inventory; the last three are the dataset's."""
     return CheckpointMetadata(
         kind=model.kind,
         model=model,
@@ -136,6 +140,7 @@ def new_metadata(
         format=FORMAT,
         dataset=dataset,
         text_version=text_version,
+        languages=languages,
     )
 
 

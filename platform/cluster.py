@@ -13,7 +13,7 @@ from valle.platform import settings
 CODE_ROOT = Path(valle.__file__).resolve().parent.parent
 """The checkout, or the folder that Ray has unpacked a job's code into."""
 
-_NOT_SHIPPED = ["/.venv/", "/.git/", "/data/", "/runs/", "/mlflow.db"]
+_NOT_SHIPPED = ["/.venv/", "/.git/", "/data/", "/runs/", "/logs/", "/mlflow.db"]
 
 
 @contextmanager

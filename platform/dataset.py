@@ -24,6 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from valle.model.codec.interface import CodecIdentity, Codes
+from valle.model.normalize import TEXT_VERSION
 from valle.model.text import INVENTORY, inventory_matches
 from valle.platform import storage
 from valle.platform.typed import from_dict
@@ -69,6 +70,8 @@ class Manifest:
     hours_by_speaker: dict[str, float] = field(default_factory=dict)
     hours_by_language: dict[str, float] = field(default_factory=dict)
     version: int = VERSION
+    text_version: int = 1
+    """Version of the text processing (`model/normalize.py`) that made the phonemes."""
 
     def content_hash(self) -> str:
         """SHA-256 of what training reads, the shards. Independent of the path."""
@@ -115,7 +118,10 @@ def write_shard(uri: str, name: str, rows: pa.Table) -> Shard:
 
 
 def write_manifest(
-    uri: str, codec: CodecIdentity, shards: Sequence[Shard], statistics: "Statistics"
+    uri: str,
+    codec: CodecIdentity,
+    shards: Sequence[Shard],
+    statistics: "Statistics",
 ) -> Manifest:
     """Writes `dataset.json`: from then on the dataset consists of `shards`."""
     manifest = Manifest(
@@ -126,6 +132,7 @@ def write_manifest(
         hours=round(sum(s.frames for s in shards) / codec.frame_rate / 3600, 4),
         hours_by_speaker=frames_to_hours(statistics.by_speaker, codec.frame_rate),
         hours_by_language=frames_to_hours(statistics.by_language, codec.frame_rate),
+        text_version=statistics.text_version,
     )
     storage.write_json(storage.join(uri, "dataset.json"), asdict(manifest))
     return manifest
@@ -137,6 +144,7 @@ class Statistics:
     def __init__(self) -> None:
         self.by_speaker: dict[str, int] = {}
         self.by_language: dict[str, int] = {}
+        self.text_version = TEXT_VERSION
 
     def add(self, rows: pa.Table) -> None:
         """Adds a shard, of which `speaker`, `language` and `frames` are read."""
@@ -169,6 +177,16 @@ def read_manifest(uri: str) -> Manifest:
     if not inventory_matches(manifest.inventory):
         raise ValueError(f"{path}: made with another phoneme inventory; prepare it again")
     return manifest
+
+
+def check_text_version(version: int, uri: str) -> None:
+    """Raises ValueError if the phonemes of a dataset were made by another version of the text
+    processing than this code would add to it."""
+    if version != TEXT_VERSION:
+        raise ValueError(
+            f"out: the dataset {uri} has phonemes of text version {version}, this code makes "
+            f"version {TEXT_VERSION}; name another folder, so that no dataset holds both"
+        )
 
 
 def read_columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:

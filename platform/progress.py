@@ -1,9 +1,10 @@
 """Progress bars, on a terminal and in a log file."""
 
-import sys
 from typing import Any
 
 from tqdm import tqdm
+
+from valle.platform import console
 
 
 def progress_bar(
@@ -13,8 +14,10 @@ def progress_bar(
 
     `initial` is where a resumed run starts. Workers other than the first pass `enabled=False`.
     """
-    interval = 0.2 if sys.stderr.isatty() else 20.0
+    stream = console.terminal()
+    interval = 0.2 if stream.isatty() else 20.0
     return tqdm(
+        file=stream,
         total=total,
         desc=label,
         unit=unit,

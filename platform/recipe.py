@@ -19,6 +19,8 @@ import docstring_parser
 import yaml
 
 from valle.platform import storage
+from valle.platform.bundle import BundleError
+from valle.platform.registry_client import MissingModelError, RegistryUnavailableError
 from valle.platform.typed import from_dict
 
 Section = TypeVar("Section")
@@ -30,10 +32,11 @@ class RecipeError(ValueError):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turns a RecipeError inside the block into a message on stderr and exit status 2."""
+    """Turns an error of the recipe, or of the model that it names, inside the block into a message
+    on stderr and exit status 2."""
     try:
         yield
-    except RecipeError as error:
+    except (RecipeError, MissingModelError, RegistryUnavailableError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the user of a command reads it
         raise SystemExit(2) from error
 

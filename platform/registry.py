@@ -14,7 +14,6 @@ same files, whatever is registered or exported later:
 import hashlib
 import logging
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,10 +24,12 @@ from valle.model.nar import NAR
 from valle.model.valle import Synthesizer
 from valle.platform import bundle as bundles
 from valle.platform import checkpoint, node_cache, settings, storage
-from valle.platform.bundle import Bundle, BundleError, read_bundle, write_bundle
+from valle.platform.bundle import BundleError, read_bundle
 from valle.platform.cluster import CODE_ROOT
 from valle.platform.credentials import strip_credentials
+from valle.platform.packing import warn_of_text_version
 from valle.platform.registry_client import (
+    MissingModelError,
     RegistryUnavailableError,
     is_missing,
     is_missing_database,
@@ -52,30 +53,6 @@ _PINNED_FOLDER = re.compile(r"(.+)#([0-9a-f]{64})", re.DOTALL)
 logger = logging.getLogger(__name__)
 
 
-def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
-    """Copies two checkpoints and a codec into `folder`.
-
-    Raises ValueError for checkpoints of the wrong kind or of another codec. `bundle.json` lists the
-    files so far; `bundle.write_bundle` lists those that are added.
-    """
-    checkpoint.fetch(ar, folder / "ar")
-    checkpoint.fetch(nar, folder / "nar")
-    identity = encodec.load(codec, cache=settings.read().cache).identity
-    for part, kind in (("ar", "ar"), ("nar", "nar")):
-        metadata = checkpoint.read_metadata(folder / part)
-        if metadata.kind != kind:
-            raise ValueError(f"{part}: the checkpoint holds a model of kind {metadata.kind!r}")
-        identity.check(metadata.codec, f"the {part.upper()} checkpoint")
-    official = codec == "encodec-24khz"
-    if not official:
-        source = encodec.NANO_CODEC_FOLDER if codec == "nano" else Path(codec)
-        (folder / "codec").mkdir()
-        for name in ("model.safetensors", "config.json"):
-            shutil.copy(source / name, folder / "codec" / name)
-    write_bundle(folder, Bundle(codec=identity, official_codec=official, ar=ar, nar=nar))
-    return read_bundle(folder)
-
-
 def pin(
     model_uri: str,
     tracking_uri: str | None = None,
@@ -87,14 +64,14 @@ def pin(
 
     `allow_cached`: while the registry does not answer, the version that it gave this node last is
     used, with a warning. The champion of a registry that holds no version is the shipped model,
-    with a warning if `announce`. Raises FileNotFoundError, with the remedy, for a missing model,
-    RegistryUnavailableError, BundleError for a folder that has been changed, ValueError for
-    another URI.
+    with a warning if `announce`. Raises MissingModelError, with the remedy, for a model that the
+    registry does not have, FileNotFoundError for a missing folder, RegistryUnavailableError,
+    BundleError for a folder that has been changed, ValueError for another URI.
     """
     if _PINNED_VERSION.fullmatch(model_uri) or _PINNED_FOLDER.fullmatch(model_uri):
         return model_uri
     if not model_uri.startswith(REGISTRY_PREFIX):
-        return _pin_folder(Path(storage.absolute(model_uri)))
+        return _pin_folder(_local_folder(model_uri))
     name, alias, number = _parse(model_uri)
     address = registry_address(tracking_uri)
     try:
@@ -124,7 +101,7 @@ def current_version(
 
     The first time (`current` is None), a registry that does not answer is replaced by its last
     answer on this node, or by `deployed`. After that an error is raised, so that the caller stays
-    with `current`; and a registry that has lost its versions raises FileNotFoundError, where `pin`
+    with `current`; and a registry that has lost its versions raises MissingModelError, where `pin`
     would go back to the shipped model.
     """
     if current is None:
@@ -137,7 +114,7 @@ def current_version(
             return deployed
     pinned = pin(model_uri, tracking_uri, announce=False)
     if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
-        raise FileNotFoundError(
+        raise MissingModelError(
             f"the registry at {strip_credentials(registry_address(tracking_uri))} is empty, but "
             f"held {display_name(current)}"
         )
@@ -151,7 +128,7 @@ def resolve(model_uri: str, tracking_uri: str | None = None, *, allow_cached: bo
     without the registry. Errors are those of `pin`.
     """
     if not model_uri.startswith(REGISTRY_PREFIX) and not _PINNED_FOLDER.fullmatch(model_uri):
-        folder = Path(storage.absolute(model_uri))
+        folder = _local_folder(model_uri)
         bundles.verify(folder)
         return folder
     pinned = pin(model_uri, tracking_uri, allow_cached=allow_cached)
@@ -207,7 +184,7 @@ def _look_up(model_uri: str, name: str, alias: str, number: str, address: str) -
         return f"models:/{name}/{version.version}#{key}" + (f"/{digits}" if digits else "")
     if model_uri == CHAMPION and not numbers:
         return None
-    raise FileNotFoundError(_missing(model_uri, alias, numbers, address))
+    raise MissingModelError(_missing(model_uri, alias, numbers, address))
 
 
 class MissingVersionError(Exception):
@@ -253,10 +230,20 @@ def _cache_key(source: str) -> str:
 
 def _parse(model_uri: str) -> tuple[str, str, str]:
     """(name, alias, version) of `models:/name@alias` or `models:/name/version`."""
-    match = re.fullmatch(r"models:/([^/@#]+)(?:@([^/@#]+)|/(\d+|latest))", model_uri)
+    match = re.fullmatch(r"models:/([^/@#]+)(?:@([\w-]+)|/(\d{1,9}|latest))", model_uri)
     if match is None:
         raise ValueError(f"model: {model_uri!r} is not models:/name@alias or models:/name/version")
     return match[1], match[2] or "", match[3] or ""
+
+
+def _local_folder(model_uri: str) -> Path:
+    path = storage.absolute(model_uri)
+    if "://" in path:
+        raise ValueError(
+            f"model: {model_uri} is no local folder; copy the bundle to a disk of every node, or "
+            "publish it to the registry"
+        )
+    return Path(path)
 
 
 def _pin_folder(folder: Path) -> str:
@@ -291,10 +278,15 @@ def _resolve_version(pinned: re.Match[str], address: str) -> Path:
     def download(part: Path) -> Path:
         import mlflow
 
+        if is_missing_database(address):
+            raise MissingModelError(_missing(version_uri, "", [], address))
         with registry_client(address, version_uri) as client:
-            version = _find_version(client, name, "", number)
+            try:
+                version = _find_version(client, name, "", number)
+            except MissingVersionError as error:
+                raise MissingModelError(_missing(version_uri, "", [], address)) from error
             if _cache_key(version.source) != key:
-                raise FileNotFoundError(
+                raise MissingModelError(
                     f"the registry at {strip_credentials(address)} has begun anew: "
                     f"its {version_uri} is another model than the one deployed"
                 )
@@ -325,9 +317,15 @@ def _check(folder: Path, expected: str) -> None:
         )
 
 
+def read_languages(folder: Path) -> tuple[str, ...]:
+    """Languages of the data that a bundle was trained on; en-us if it does not say."""
+    return read_bundle(folder).languages or ("en-us",)
+
+
 def load_ar(folder: Path, device: str = "cpu") -> AR:
     """The AR model of a bundle."""
-    model, _ = checkpoint.load(folder / "ar", device)
+    model, metadata = checkpoint.load(folder / "ar", device)
+    warn_of_text_version(f"the model in {folder}", metadata.text_version or 1)
     assert isinstance(model, AR), "pack() has checked the kind"
     return model
 

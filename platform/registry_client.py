@@ -1,6 +1,6 @@
 """Requests to the model registry: bounded in time, with errors that tell absence from an outage.
 
-A registry that answers "there is no such model" is a FileNotFoundError. One that refuses the
+A registry that answers "there is no such model" is a MissingModelError. One that refuses the
 connection, refuses access, fails or answers something else is a RegistryUnavailableError.
 """
 
@@ -15,6 +15,10 @@ from valle.platform.credentials import strip_credentials
 REQUEST_SECONDS, REQUEST_RETRIES = 5, 1
 """Bounds of a look-up, unless the user's environment sets MLflow's own: it answers or fails within
 a few seconds, where MLflow would try for four minutes."""
+
+
+class MissingModelError(FileNotFoundError):
+    """The registry answered: it has no such model, version or alias."""
 
 
 class RegistryUnavailableError(ConnectionError):
@@ -42,7 +46,7 @@ def registry_client(
 ) -> Iterator[Any]:
     """An `MlflowClient` for the registry at `address`, which needs no right to write.
 
-    Raises FileNotFoundError ("the registry at ... has no {subject}") and RegistryUnavailableError
+    Raises MissingModelError ("the registry at ... has no {subject}") and RegistryUnavailableError
     for errors inside the block, which names no experiment and changes no global setting.
     `bounded=False` waits as long as MLflow does, for uploads and downloads.
     """
@@ -65,7 +69,7 @@ def registry_client(
     except (MlflowException, requests.RequestException, SQLAlchemyError, OSError) as error:
         reason = strip_credentials(str(error))
         if isinstance(error, MlflowException) and is_missing(error):
-            raise FileNotFoundError(
+            raise MissingModelError(
                 f"the registry at {shown} has no {subject} ({reason})"
             ) from error
         raise RegistryUnavailableError(

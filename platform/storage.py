@@ -128,6 +128,26 @@ def is_local(uri: str) -> bool:
     return not _SCHEME.match(absolute(uri))
 
 
+@dataclass(frozen=True)
+class FileStamp:
+    """What changes when a file is replaced, known without reading it."""
+
+    path: str
+    modified_ns: int | None
+    """Time of the last change, in nanoseconds since 1970; S3 knows seconds."""
+    size: int
+    """Bytes."""
+
+
+def file_stamp(uri: str) -> FileStamp | None:
+    """The stamp of a file, None where there is none. Raises OSError where storage fails."""
+    filesys, path = filesystem(uri)
+    info = filesys.get_file_info(path)
+    if info.type != fs.FileType.File:
+        return None
+    return FileStamp(path, info.mtime_ns, info.size)
+
+
 def exists(uri: str) -> bool:
     """True if there is a file or folder."""
     filesys, path = filesystem(uri)

@@ -17,17 +17,27 @@ from valle.serve.app_args import AppArgs
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.codec import CodecDeployment
 from valle.serve.deployments.handles import AR, CODEC, NAR, ServeDeployments
+from valle.serve.deployments.key_limits import KEY_LIMITS, KeyLimitsDeployment, ServeKeyLimits
+from valle.serve.deployments.listening import default_ingress_replicas, listening_host
 from valle.serve.deployments.nar import NARDeployment
 from valle.serve.web.api import create_api
+from valle.serve.web.exposure import refuse_exposure
 from valle.serve.web.keys import read_keys
+from valle.serve.web.origins import is_loopback
+
+INGRESS_TARGET_REQUESTS = 50
+"""Requests per ingress replica that autoscaling aims at: text, encoding and streams of so many keep
+a core busy."""
 
 MAX_BATCHED_REQUESTS = 32
 """Requests that a NAR or codec replica may hold; those of similar length form a batch."""
 
 
 def build_app(args: AppArgs) -> Application:
-    """The application; Serve validates `args` before anything starts."""
+    """The application; Serve validates `args` before anything starts. Raises ValueError for one
+    that would let everybody in."""
     args = _resolve_paths(args)
+    refuse_exposure(listening_host(), args)
     # a missing or damaged model fails here, before anything starts
     deployed = registry.pin(args.model, args.tracking_uri, allow_cached=True)
     accelerator = "cuda" if args.use_gpu else "cpu"
@@ -51,18 +61,49 @@ def build_app(args: AppArgs) -> Application:
         max_ongoing_requests=MAX_BATCHED_REQUESTS,
     )
 
+    key_limits = serve.deployment(
+        KeyLimitsDeployment,
+        name=KEY_LIMITS,
+        num_replicas=1,  # the one that counts
+        max_ongoing_requests=1000,
+        health_check_period_s=2,
+        ray_actor_options={"num_cpus": 0},
+    )
+
     # a builder, which Serve calls on each ingress replica; it does not accept a `partial`
     def build_api() -> FastAPI:
-        return create_api(args, ServeDeployments(), deployed)
+        host = listening_host()
+        refuse_exposure(host, args)  # Serve may have been started on another host since
+        return create_api(
+            args,
+            ServeDeployments(args.max_call_seconds),
+            deployed,
+            # without keys there is nothing to count
+            limits=ServeKeyLimits() if args.api_keys else None,
+            local_only=host is not None and is_loopback(host),
+            replica=serve.get_replica_context().replica_id.unique_id,
+        )
 
+    min_replicas = args.ingress_replicas or default_ingress_replicas()
     ingress = serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",
         max_ongoing_requests=1000,  # they only wait; the AR deployment's queue is the limit
+        autoscaling_config={
+            "min_replicas": min_replicas,
+            "max_replicas": max(min_replicas, args.max_replicas),
+            "target_ongoing_requests": INGRESS_TARGET_REQUESTS,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
+        },
+        health_check_period_s=2,
         max_surge_percent=_max_surge_percent(args),
-        graceful_shutdown_timeout_s=args.max_seconds,  # of a whole response
+        # of a whole response
+        graceful_shutdown_timeout_s=args.max_real_time_factor * args.max_seconds,
         ray_actor_options={"num_cpus": 0.1},
     )
+    if args.api_keys:
+        return ingress.bind(ar, nar, codec, key_limits.bind())
     return ingress.bind(ar, nar, codec)
 
 
@@ -114,7 +155,7 @@ def _deploy(
             "policy": policy,
         },
         # a replica that stops finishes the sentences it has begun
-        "graceful_shutdown_timeout_s": 2 * args.max_sentence_seconds,
+        "graceful_shutdown_timeout_s": args.max_real_time_factor * args.max_sentence_seconds,
         "health_check_period_s": 2,
         "max_surge_percent": _max_surge_percent(args),
         "ray_actor_options": {

@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from valle.model.chunks import Chunking
+from valle.model.languages import espeak_voice
 from valle.model.quantize import Precision
 from valle.model.valle import GUIDANCE_SCALE, GUIDED_LEVELS
 
@@ -30,12 +31,39 @@ class AppArgs(BaseModel):
     tracking_uri: str | None = None
     """MLflow's address; None: `MLFLOW_TRACKING_URI`, or sqlite in `VALLE_HOME`."""
 
+    languages: tuple[str, ...] | None = None
+    """Languages that a request may name, as BCP 47 tags; None: those that the model was trained on,
+    or en-US if its bundle does not say."""
+
     voices: str = "data/voices"
     """Folder or `s3://` URI of reference recordings, shared by all replicas. A request names a
     recording without its suffix."""
 
     api_keys: str | None = None
-    """File of API keys (`serve/web/keys.py`); None: requests need no key."""
+    """File of API keys (`serve/web/keys.py`); None: requests need no key, and the server may listen
+    on a loopback address only."""
+
+    api_keys_poll_seconds: float = Field(10.0, gt=0)
+    """Seconds after which a key that is added to the file, or taken out, counts."""
+
+    open: bool = False
+    """Let everybody who reaches the server use it without a key, beyond this machine too: speak,
+    add and delete voices."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may give the server (`Host`), without ports: `tts.example.com`,
+    `*.example.com`. Empty: localhost on a loopback address, any name elsewhere."""
+
+    allow_origins: tuple[str, ...] = ()
+    """Other web origins whose pages may use the server (CORS), as `https://chat.example.com`; `*`:
+    every page that a user of it opens."""
+
+    inline: bool = True
+    """Accept recordings in requests (`ref_audio`). False: only stored voices, each with a stated
+    consent."""
+
+    max_voices: int = Field(1000, ge=0)
+    """Voices that may be stored; each is at most 1.5 MB."""
 
     registry_poll_seconds: float = Field(10.0, gt=0)
     """Seconds between two lookups of the registry's alias. When it has moved, new requests get the
@@ -43,6 +71,10 @@ class AppArgs(BaseModel):
 
     max_replicas: int = Field(4, ge=1)
     """Upper bound of the replicas of each deployment (autoscaling)."""
+
+    ingress_replicas: int | None = Field(None, ge=1)
+    """Lower bound of the ingress replicas. None: two on a cluster of several nodes or of eight CPUs
+    and more, where one may die; one on a laptop."""
 
     upscale_delay_s: float = Field(5.0, ge=0)
     """Seconds of high demand before replicas are added."""
@@ -72,6 +104,10 @@ class AppArgs(BaseModel):
     nar_prompt_cache_size: int = Field(8, ge=1)
     """Prompts whose keys and values a NAR replica caches: 19 MB each for nano, 155 MB for the
     paper's size."""
+
+    nar_prompt_cache_seconds: float = Field(600.0, gt=0)
+    """Lifetime of a prompt in that cache. Deleting a voice empties the caches at once; this bounds
+    what a response that still runs puts back."""
 
     batch_seconds: float = Field(40.0, gt=0)
     """Upper bound of the padded speech in a batch, in seconds, for NAR and codec replicas. Guidance
@@ -107,8 +143,25 @@ class AppArgs(BaseModel):
     max_phonemes: int = Field(1000, ge=10)
     """Length limit of a sentence in phonemes (IPA symbols, about 18 a second)."""
 
+    max_call_seconds: float = Field(600.0, gt=0)
+    """Upper bound of one call of a deployment: waiting for a place in its queue, or for a replica,
+    and computing a sentence. Then the request is answered with 503, or its stream ends."""
+
+    max_step_seconds: float = Field(300.0, gt=0)
+    """Upper bound of a step of the AR engine and of a NAR or codec batch: a replica in which one
+    takes longer is stuck, ends itself and is replaced. The first step of a `compiled` model takes
+    minutes."""
+
+    max_real_time_factor: float = Field(5.0, ge=1)
+    """Seconds that a second of speech takes at most, on a loaded machine. Replicas that stop have
+    so much longer than the length limits to finish what they have begun."""
+
     max_body_bytes: int = Field(10_000_000, ge=1_000)
-    """Size limit of a request body, checked before it is read."""
+    """Size limit of a request body: of an upload as it is, of a speech request at most what its
+    fields can take."""
+
+    max_body_seconds: float = Field(60.0, gt=0)
+    """Seconds within which a request body must have arrived."""
 
     use_gpu: bool = False
     """Give each AR and NAR replica a GPU (written after the documentation, not run on one yet)."""
@@ -120,6 +173,14 @@ class AppArgs(BaseModel):
             if isinstance(values, dict) and name in values:
                 raise ValueError(f"{name} is called {present} now")
         return values
+
+    @model_validator(mode="after")
+    def _refuse_unknown_languages(self) -> Self:
+        for language in self.languages or ():
+            espeak_voice(language)
+        if self.languages == ():
+            raise ValueError("languages: at least one is needed")
+        return self
 
     @model_validator(mode="after")
     def _refuse_int8_on_gpus(self) -> Self:

@@ -3,34 +3,52 @@
 import argparse
 import logging
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ray import serve
 
-from valle.platform import registry, storage
+from valle.platform import console, registry, storage
 from valle.platform.cluster import connect
 from valle.serve.app import build_app
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.handles import APP_NAME
+from valle.serve.ready import find_reason, ready_message
+from valle.serve.web.callers import Caller
+from valle.serve.web.exposure import exposure_error, key_file_error, refuse_exposure
+from valle.serve.web.voices import VoiceStore
+
+
+class StartError(RuntimeError):
+    """An endpoint that did not start; the message is the cause."""
 
 
 @contextmanager
 def endpoint(args: AppArgs, port: int, host: str = "127.0.0.1") -> Iterator[str]:
     """Serves on the connected cluster while the block runs; yields the base URL, without a slash
     at its end. Ray stays connected, all of Serve is shut down."""
+    refuse_exposure(host, args)
     serve.start(http_options={"host": host, "port": port})
     try:
         deploy(args)
-        yield f"http://{host}:{port}"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
         serve.shutdown()
 
 
 def deploy(args: AppArgs) -> None:
-    """Deploys the application, or replaces the one that runs; returns when it is ready."""
-    serve.run(build_app(args), name=APP_NAME)
+    """Deploys the application, or replaces the one that runs; returns when it is ready.
+
+    Raises StartError with the cause when a replica does not start.
+    """
+    app = build_app(args)
+    try:
+        serve.run(app, name=APP_NAME)
+    except RuntimeError as error:
+        raise StartError(find_reason(str(error))) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,29 +58,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--voices", default="data/voices", help="folder of reference recordings")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--api-keys", help="file of API keys, for every --host but this machine")
+    parser.add_argument(
+        "--open",
+        action="store_true",
+        help="listen beyond this machine without keys: everybody may add, use and delete voices",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        help="web origin whose pages may use the endpoint, as https://chat.example.com; repeatable",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        help="name that requests may give the server; repeatable",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the log of Ray and Ray Serve on the terminal"
+    )
     arguments = parser.parse_args(argv)
+    args = AppArgs(
+        model=arguments.model,
+        voices=storage.absolute(arguments.voices),
+        api_keys=arguments.api_keys,
+        open=arguments.open,
+        allow_origins=tuple(arguments.allow_origin),
+        allowed_hosts=tuple(arguments.allow_host),
+    )
+    if reason := exposure_error(arguments.host, args) or key_file_error(args):
+        parser.exit(2, f"error: {reason}\n")
     try:
         # a missing model fails before Ray starts
         registry.resolve(arguments.model, allow_cached=True)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    voices = storage.absolute(arguments.voices)
-    if not any(True for _ in storage.list_files(voices, (".wav",))):
-        logging.warning("no voices in %s: put a wav there, or `valle.jobs.starter_voices`", voices)
-
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    args = AppArgs(model=arguments.model, voices=voices)
-    with connect(), endpoint(args, arguments.port, arguments.host) as url:
-        logging.getLogger("ray.serve").warning(
-            "POST %s/v1/audio/speech with a voice of %s, documentation at %s/docs, Ctrl-C stops",
-            url,
-            voices,
-            url,
+    if not any(True for _ in storage.list_files(args.voices, (".wav", ".flac"))):
+        logging.warning(
+            "no voices in %s: put a wav there, or `valle.jobs.starter_voices`", args.voices
         )
-        stop.wait()
+
+    return _serve(args, arguments.host, arguments.port, verbose=arguments.verbose)
+
+
+def _serve(args: AppArgs, host: str, port: int, *, verbose: bool) -> int:
+    """Serves until a signal, saying what happens; returns the exit status."""
+    stop, ready = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if stop.is_set():
+            return  # a second Ctrl-C does not tear the shutdown apart
+        stop.set()
+        if not ready.is_set():
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    started = time.monotonic()
+    reason, log = "", None
+    try:
+        with console.quiet("serve", verbose=verbose) as log:
+            print(f"starting {args.model} on http://{host}:{port} (half a minute) ...", flush=True)
+            with connect(), endpoint(args, port, host) as url:
+                ready.set()
+                message = ready_message(
+                    url, model=_describe_model(args.model), voices=_voice_names(args.voices),
+                    voices_folder=args.voices, has_keys=bool(args.api_keys),
+                    seconds=time.monotonic() - started, log=log,
+                )  # fmt: skip
+                print(message, flush=True)
+                stop.wait()
+                print("stopping ...", flush=True)
+    except KeyboardInterrupt:
+        print("stopped before it was ready")
+        return 130
+    except (StartError, OSError, ValueError) as error:
+        if ready.is_set():
+            raise
+        reason = str(error)
+    if reason:
+        hint = f"\nlog: {log}" if log else ""
+        print(f"error: the endpoint did not start: {reason}{hint}", file=sys.stderr)
+        return 1
+    print("stopped")
     return 0
+
+
+def _describe_model(model: str) -> str:
+    """The model's URI, and of an alias the version that it is now."""
+    pinned = registry.pin(model, allow_cached=True, announce=False)
+    return model if pinned == model else f"{model} (now {pinned})"
+
+
+def _voice_names(voices: str) -> list[str]:
+    """Names of the shared voices: those of keys are their own."""
+    return VoiceStore(voices).ids(Caller(all_voices=False))
 
 
 if __name__ == "__main__":

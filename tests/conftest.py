@@ -9,13 +9,16 @@ import pytest
 import torch
 from helpers import clusters
 from helpers.endpoints import RunningEndpoint, SharedEndpoint
+from helpers.engines import short_ar
+from helpers.mlflow_servers import MlflowServer
 from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
-from helpers.tiny_models import TINY_CODEC
+from helpers.tiny_models import TINY_CODEC, tiny_nar
 from hypothesis import settings as hypothesis_settings
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
+from valle.platform import registry
 from valle.serve.app_args import AppArgs
 
 
@@ -65,6 +68,25 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def database(home: Path, empty_database: Path) -> Path:
     """An empty registry in `VALLE_HOME`."""
     return Path(shutil.copy(empty_database, home / "mlflow.db"))
+
+
+@pytest.fixture(scope="session")
+def started_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mlflow_server(
+    started_mlflow_server: MlflowServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowServer:
+    """A real MLflow server, the registry of this test. One for all tests, which start it again if
+    it is down, and find what the others have published."""
+    started_mlflow_server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started_mlflow_server.address)
+    return started_mlflow_server
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +146,15 @@ def publish_recipe(
 
 
 @pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deployments in this process load untrained models, without a registry."""
+    for name in ("pin", "resolve"):
+        monkeypatch.setattr(registry, name, lambda model, *_, **__: model)
+    monkeypatch.setattr(registry, "load_ar", lambda *_: short_ar(2))
+    monkeypatch.setattr(registry, "load_nar", lambda *_: tiny_nar())
+
+
+@pytest.fixture
 def app_args() -> AppArgs:
     """Configuration of `endpoint`."""
     return AppArgs(
@@ -150,12 +181,14 @@ def running_endpoint(
     app_args: AppArgs,
     tiny_codec: Encodec,
     tiny_codec_folder: Path,
+    empty_database: Path,
     eos_bias: float,
 ) -> RunningEndpoint:
     """Serves untrained models; tests of the same `eos_bias` and `app_args` that follow each other
     share it, with what they leave in its registry and among its voices."""
 
     def fill(home: Path) -> None:
+        shutil.copy(empty_database, home / "mlflow.db")
         publish(write_publish_recipe(home, tiny_codec_folder, tiny_codec.identity, eos_bias))
 
     key = (eos_bias, app_args.model_dump_json())

@@ -1,17 +1,35 @@
 """Calls of deployments: full queues, cancellation, failures; without a cluster."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from typing import Any
 
 import pytest
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from valle.serve.deployments import backpressure
 from valle.serve.deployments.backpressure import call_deployment, stream_deployment
-from valle.serve.deployments.interface import OverloadedError
+from valle.serve.deployments.interface import OverloadedError, RefusedCallError, UnavailableError
 
 pytestmark = pytest.mark.anyio
+
+SECONDS = 30.0
+
+
+def failed_in_replica(cause: Exception) -> Exception:
+    """An error as Serve raises it for the caller: of two types."""
+    return RayTaskError("decode", "its traceback", cause).as_instanceof_cause()
+
+
+DEATHS = [
+    ActorDiedError(),
+    ActorUnavailableError("no connection", b"0" * 16),
+    ReplicaUnavailableError("it drains"),
+    failed_in_replica(RuntimeError("no room")),
+    failed_in_replica(TimeoutError("its store")),
+]
+"""Errors after which another replica is asked."""
 
 
 class FakeResponse:
@@ -20,6 +38,7 @@ class FakeResponse:
     def __init__(self, *items: int | Exception | asyncio.Event) -> None:
         """An event is waited for, an error raised, a number yielded; the last one is the result."""
         self._items = items
+        self._generator = self._generate()
         self.cancelled = False
 
     def __await__(self) -> Generator[Any, None, int]:
@@ -28,7 +47,13 @@ class FakeResponse:
     async def _last(self) -> int:
         return [item async for item in self][-1]
 
-    async def __aiter__(self) -> AsyncIterator[int]:
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self
+
+    async def __anext__(self) -> int:
+        return await anext(self._generator)
+
+    async def _generate(self) -> AsyncGenerator[int]:
         for item in self._items:
             if isinstance(item, Exception):
                 raise item
@@ -58,11 +83,12 @@ def full() -> FakeResponse:
 
 
 async def call(method: Callable[[], Any], retry: bool) -> list[int]:
-    return [await call_deployment(method, retry=retry)]
+    return [await call_deployment(method, retry=retry, max_seconds=SECONDS)]
 
 
 async def stream(method: Callable[[], Any], retry: bool) -> list[int]:
-    return [item async for item in stream_deployment(method, retry=retry)]
+    items = stream_deployment(method, retry=retry, max_seconds=SECONDS, same=int.__eq__)
+    return [item async for item in items]
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +112,10 @@ async def test_a_full_queue_is_tried_again_with_retry(run: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("run", [call, stream])
-async def test_other_errors_are_not_tried_again(run: Callable[..., Any]) -> None:
-    method = FakeMethod(FakeResponse(ValueError("max_frames: too many")))
-    with pytest.raises(ValueError, match="max_frames"):
+async def test_an_error_of_the_call_itself_is_not_tried_again(run: Callable[..., Any]) -> None:
+    error = failed_in_replica(ValueError("max_frames: too many"))
+    method = FakeMethod(FakeResponse(error))
+    with pytest.raises(RefusedCallError, match="^max_frames: too many$"):
         await run(method, retry=True)
     assert method.n_calls == 1
 
@@ -107,7 +134,7 @@ async def test_a_cancelled_caller_cancels_the_call(run: Callable[..., Any]) -> N
 
 async def test_stream_deployment_cancels_the_call_when_closed() -> None:
     response = FakeResponse(1, 2, 3)
-    items = stream_deployment(FakeMethod(response))
+    items = stream_deployment(FakeMethod(response), max_seconds=SECONDS, same=int.__eq__)
     assert await anext(items) == 1
     assert not response.cancelled
     await items.aclose()
@@ -119,3 +146,55 @@ async def test_a_call_that_ends_is_not_cancelled() -> None:
     assert await call(FakeMethod(responses[0]), retry=False) == [1]
     assert await stream(FakeMethod(responses[1]), retry=False) == [1, 2]
     assert not any(response.cancelled for response in responses)
+
+
+@pytest.mark.parametrize("run", [call, stream])
+@pytest.mark.parametrize("death", DEATHS, ids=lambda error: type(error).__name__)
+async def test_a_call_whose_replica_dies_is_made_again(
+    run: Callable[..., Any], death: Exception
+) -> None:
+    method = FakeMethod(FakeResponse(death), full(), FakeResponse(7))
+    assert await run(method, retry=True) == [7]
+    assert method.n_calls == 3
+
+
+@pytest.mark.parametrize("run", [call, stream])
+@pytest.mark.parametrize("death", DEATHS, ids=lambda error: type(error).__name__)
+async def test_a_call_that_fails_two_replicas_is_not_made_a_third_time(
+    run: Callable[..., Any], death: Exception
+) -> None:
+    method = FakeMethod(FakeResponse(death), FakeResponse(death), FakeResponse(7))
+    with pytest.raises(UnavailableError, match="2 replicas failed the call"):
+        await run(method, retry=True)
+    assert method.n_calls == 2
+
+
+@pytest.mark.parametrize("n_given", [1, 2, 3])
+async def test_a_stream_continues_where_its_replica_died(n_given: int) -> None:
+    method = FakeMethod(FakeResponse(*range(n_given), ActorDiedError()), FakeResponse(0, 1, 2, 3))
+    assert await stream(method, retry=False) == [0, 1, 2, 3]
+    assert [response.cancelled for response in method.responses] == [False, False]
+
+
+@pytest.mark.parametrize("again", [(0, 9, 2, 3), (0, 1, 9, 3), (0, 1), ()])
+async def test_a_stream_that_begins_again_otherwise_is_not_continued(again: tuple[int]) -> None:
+    method = FakeMethod(FakeResponse(0, 1, 2, ActorDiedError()), FakeResponse(*again))
+    given = []
+    with pytest.raises(UnavailableError, match="a stream that began again"):
+        async for item in stream_deployment(method, max_seconds=SECONDS, same=int.__eq__):
+            given.append(item)
+    assert given == [0, 1, 2]
+
+
+@pytest.mark.parametrize("run", [call, stream])
+async def test_a_call_without_an_answer_ends(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deployment without replicas, or with one that is stuck; and a queue that stays full."""
+    monkeypatch.setattr(f"{__name__}.SECONDS", 0.02)
+    response = FakeResponse(asyncio.Event(), 1)
+    with pytest.raises(UnavailableError, match=r"no answer in 0\.02 s"):
+        await run(FakeMethod(response), retry=True)
+    assert response.cancelled
+    with pytest.raises(UnavailableError, match=r"no answer in 0\.02 s"):
+        await run(FakeMethod(*[full() for _ in range(99)]), retry=True)

@@ -6,6 +6,9 @@ import threading
 import pytest
 
 from valle.serve.deployments.batching import DynamicBatcher
+from valle.serve.deployments.health import ReplicaHealth
+
+HEALTH = ReplicaHealth(max_step_seconds=300)
 
 
 class Doubler:
@@ -27,7 +30,7 @@ def test_batches_hold_items_of_similar_size_within_the_budget() -> None:
     work = Doubler()
 
     async def go() -> list[int]:
-        batcher = DynamicBatcher(work, size=lambda item: item, budget=40)
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=40, health=HEALTH)
         tasks = [
             asyncio.create_task(batcher.submit(item)) for item in (10, 100, 11, 9, 12, 90, 14, 500)
         ]
@@ -46,7 +49,7 @@ def test_an_item_that_fails_leaves_the_others_of_its_batch() -> None:
     work.gate.set()
 
     async def go() -> list[int | BaseException]:
-        batcher = DynamicBatcher(work, size=lambda item: item, budget=100)
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=100, health=HEALTH)
         calls = [batcher.submit(item) for item in (12, 13, 14)]
         results = await asyncio.gather(*calls, return_exceptions=True)
         return [*results, await batcher.submit(15)]
@@ -60,7 +63,7 @@ def test_a_cancelled_item_is_left_out() -> None:
     work = Doubler()
 
     async def go() -> None:
-        batcher = DynamicBatcher(work, size=lambda item: item, budget=10)
+        batcher = DynamicBatcher(work, size=lambda item: item, budget=10, health=HEALTH)
         first = asyncio.create_task(batcher.submit(10))
         await asyncio.sleep(0.05)
         second = asyncio.create_task(batcher.submit(11))

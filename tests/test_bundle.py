@@ -89,7 +89,11 @@ def test_verify_accepts_an_earlier_bundle_with_a_warning(
     assert bundle.verify(folder) != first, "pinned by its content all the same"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', "\x00", "[" * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"files": 3}', "\x00", "[" * 10_000, " " * 4_000_001],
+    ids=lambda text: repr(text)[:16],
+)
 def test_read_bundle_names_an_unreadable_file(folder: Path, text: str) -> None:
     (folder / "bundle.json").write_text(text)
     with pytest.raises(BundleError, match=r"bundle.json cannot be read"):

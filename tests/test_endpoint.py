@@ -20,11 +20,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import ray
 import soundfile
-import yaml
 from helpers import clusters
-from helpers.endpoints import SharedEndpoint
 from helpers.tiny_models import tiny_ar, tiny_nar
 
 from valle.jobs.bench.replicas import replica_processes
@@ -37,7 +34,7 @@ from valle.model.sentences import PAUSE
 from valle.model.text import phoneme_ids
 from valle.model.tokens import EOS
 from valle.model.valle import Synthesis, Synthesizer
-from valle.platform import audio, checkpoint, registry, settings
+from valle.platform import audio, checkpoint, registry
 from valle.serve.app_args import AppArgs
 from valle.serve.run import deploy
 from valle.serve.web.audio_formats import encode_audio
@@ -134,7 +131,7 @@ def check_an_upload_stores_its_prompt(endpoint: str, synthesizer: Synthesizer, h
     expected = synthesizer.encode_prompt(audio.read(stored, max_seconds=30), Synthesis())
     assert metadata is not None and metadata.codec == synthesizer.codec.identity.sha256
     assert (metadata.prompt_codes() == expected).all()
-    body = {"input": "hello", "voice": "joe", "response_format": "pcm"}
+    body = {"input": "hello", "voice": "joe", "response_format": "pcm", "seed": 3}
     named = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     inline = body | {"voice": "", "ref_audio": base64.b64encode(stored).decode()}
     by_content = httpx.post(f"{endpoint}/v1/audio/speech", json=inline, timeout=60)
@@ -209,9 +206,17 @@ def test_endpoint_equals_the_reference_path(endpoint: str, home: Path) -> None:
         large = client.post("/v1/audio/speech", content=b"x" * 2_000_000)
         assert large.status_code == 413
         assert large.json()["error"]["code"] == "request_too_large"
-        endless = client.post("/v1/audio/speech", content=iter([b"{}"]))
-        assert endless.status_code == 411
-        assert client.post("/v1/audio/speech", content=b"{").status_code == 400
+        counted = client.post("/v1/audio/speech", content=iter([b"x" * 300_000] * 10))
+        assert counted.status_code in (413, 415)
+        json_type = {"Content-Type": "application/json"}
+        chunked = iter([b'{"input": "hello there", "voice": "ann", ', b'"seed": 7}'])
+        without_length = client.post("/v1/audio/speech", content=chunked, headers=json_type)
+        assert without_length.status_code == 200
+        broken = client.post("/v1/audio/speech", content=b"{", headers=json_type)
+        assert broken.status_code == 400
+        assert client.head("/health/live").status_code == client.head("/").status_code == 200
+        rebound = client.get("/v1/audio/voices", headers={"Host": "evil.example"})
+        assert rebound.status_code == 421, "the endpoint listens on a loopback address"
 
 
 @pytest.mark.ray
@@ -314,37 +319,6 @@ def test_a_new_champion_fails_no_request(
         samples, _ = soundfile.read(io.BytesIO(response.content), dtype="int16")
         reference = seen[served(response)]
         assert len(samples) == len(reference) and np.abs(samples - reference).max() <= 1
-
-
-@pytest.mark.ray
-def test_serve_run_starts_the_application(
-    shared_endpoint: SharedEndpoint, publish_recipe: PublishRecipe, home: Path
-) -> None:
-    """`serve run valle.serve.app:build_app`, with the configuration that ships, on a cluster."""
-    shared_endpoint.close()  # the command starts Serve on its own port
-    publish(publish_recipe)
-    port = clusters.free_port()
-    content = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
-    content["http_options"] |= {"host": "127.0.0.1", "port": port}
-    content["applications"][0]["args"] |= {
-        "voices": str(home / "voices"), "tracking_uri": settings.read().tracking_uri,
-        "max_replicas": 1,
-    }  # fmt: skip
-    config = home / "serve.yaml"
-    config.write_text(yaml.safe_dump(content))
-    serve_command = Path(sys.executable).parent / "serve"
-    address = ray.get_runtime_context().gcs_address
-    command = [str(serve_command), "run", f"--address={address}", str(config)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        clusters.wait_for(lambda: clusters.responds(f"{url}/health/live"), 120, "the endpoint")
-        body = {"input": "hello", "voice": "ann"}
-        assert httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).status_code == 200
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-        shared_endpoint.close()  # it leaves Serve running
 
 
 @pytest.mark.ray

@@ -79,3 +79,20 @@ def test_a_registry_with_versions_and_no_champion_is_not_empty(
         registry.pin(registry.CHAMPION)
     assert main(["Hello.", str(home / "none.wav"), str(home / "out.wav")]) == 2
     assert "promote N --reason" in capsys.readouterr().err
+
+
+def test_build_app_serves_the_shipped_model_or_names_what_is_missing(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `serve deploy` does: before anything starts."""
+    from valle.serve.app import build_app
+    from valle.serve.app_args import AppArgs
+
+    build_app(AppArgs(voices=str(home)))
+    assert "is empty: using the model shipped with the code" in caplog.text
+    for model, reason in (
+        ("models:/valle@demo", "has no models:/valle@demo; train and publish one"),
+        (str(home / "none"), "bundle.json is missing"),
+    ):
+        with pytest.raises(FileNotFoundError, match=reason):
+            build_app(AppArgs(voices=str(home), model=model))

@@ -58,14 +58,14 @@ TEXT_ERRORS = [
 def test_phonemize_error_of_a_text_is_its_reject(
     recipe: PrepareRecipe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    stage, original = Phonemize(recipe), stages.phonemes.phonemize
+    stage, original = Phonemize(recipe), stages.phoneme_ids
 
-    def fails(texts: list[str], language: str) -> list[str]:
-        if texts == ["bad"]:
+    def fails(text: str, language: str) -> list[int]:
+        if text == "bad":
             raise error
-        return original(texts, language)
+        return original(text, language)
 
-    monkeypatch.setattr(stages.phonemes, "phonemize", fails)
+    monkeypatch.setattr(stages, "phoneme_ids", fails)
     table = stage(rows_of(item("a"), item("b", text="bad"), item("c")))
     found = reasons(table)
     assert found["a"] is None and found["c"] is None
@@ -75,10 +75,10 @@ def test_phonemize_error_of_a_text_is_its_reject(
 def test_phonemize_broken_converter_ends_the_run(
     recipe: PrepareRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(texts: list[str], language: str) -> list[str]:
+    def fails(text: str, language: str) -> list[int]:
         raise RuntimeError("espeak is not installed")
 
-    monkeypatch.setattr(stages.phonemes, "phonemize", fails)
+    monkeypatch.setattr(stages, "phoneme_ids", fails)
     with pytest.raises(RuntimeError, match="espeak is not installed"):
         Phonemize(recipe)
 

@@ -86,7 +86,11 @@ BANNED = {
 }  # fmt: skip
 """Arrows of import run down only: jobs -> serve -> platform -> model."""
 
-ALLOWED = {"serve/web/validate_config.py": "ray.serve.schema.ServeDeploySchema"}
+ALLOWED = {
+    "serve/web/validate_config.py": (
+        "ray.serve.schema.ServeDeploySchema", "ray.serve.config.ProxyLocation",
+    )
+}  # fmt: skip
 """Exceptions: the check of a Serve configuration reads Serve's schema."""
 
 
@@ -98,15 +102,16 @@ def test_imports_run_down_only(path: Path) -> None:
             for module in _imports(path):
                 wrong = [b for b in banned if module == b or module.startswith(f"{b}.")]
                 name = path.relative_to(ROOT).as_posix()
-                assert not wrong or ALLOWED.get(name) == module, f"{name} imports {module}"
+                assert not wrong or module in ALLOWED.get(name, ()), f"{name} imports {module}"
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "jobs" / "training").glob("*.py")), ids=lambda p: p.name
 )
 def test_training_loop_imports_no_ray(path: Path) -> None:
-    """Ray Train has one adapter; the loop and all that it trains run in plain processes."""
-    if path.name != "ray_train.py":
+    """Ray Train has one adapter, in two files; the loop and all that it trains run in plain
+    processes."""
+    if path.name not in ("ray_train.py", "run_folder.py"):
         assert not [m for m in _imports(path) if m.split(".")[0] == "ray"]
         assert "valle.jobs.training.ray_train" not in _imports(path)
 

@@ -1,8 +1,6 @@
 """The model registry, on untrained models: versions, aliases, bundles, a real server."""
 
 import multiprocessing
-import signal
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec.encodec import Encodec
 from valle.model.valle import Synthesis
 from valle.platform import audio, bundle, registry, tracking
+from valle.platform.registry_client import MissingModelError
 
 
 @pytest.mark.usefixtures("database")
@@ -36,15 +35,6 @@ def test_publish_registers_plain_files_and_moves_the_alias(
     assert int(version.version) == 2
     assert version.tags["ar"].endswith("runs/test-ar/step_00000020")
     assert version.tags["bundle_sha256"] == bundle.verify(folder)
-
-
-@pytest.fixture
-def mlflow_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
-    server = MlflowServer(home)
-    server.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    yield server
-    server.kill(signal.SIGTERM)
 
 
 def log_as_worker(run_id: str, address: str) -> None:
@@ -73,7 +63,7 @@ def test_runs_and_registry_on_a_real_mlflow_server(
     artifacts = {a.path for a in client.list_artifacts(run_id, "samples/00000003")}
     assert artifacts == {"samples/00000003/hello.wav", "samples/00000003/hello.png"}
 
-    assert publish(publish_recipe).version == 1
+    publish(publish_recipe)
     folder = registry.resolve(registry.CHAMPION)
     assert (folder / "codec/model.safetensors").read_bytes() == (
         Path(publish_recipe.codec) / "model.safetensors"
@@ -108,5 +98,17 @@ def test_resolve_and_pin_accept_a_bundle_s_folder(
             find("none")
     with pytest.raises(FileNotFoundError, match="train and publish one"):
         registry.resolve("models:/valle/1")
-    with pytest.raises(ValueError, match=r"'models:/valle' is not models:/name@alias or"):
-        registry.pin("models:/valle")
+    for uri in (
+        "models:/valle", "models:/", "models:/valle/", "models:/valle/-1", "models:/valle@a b",
+        "models:/valle/1#x", "models:/valle/9999999999", "models://valle/1", "models:/a/b/1",
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"' is not models:/name@alias or models:/name/version"
+        ):
+            registry.pin(uri)
+    with pytest.raises(ValueError, match="s3://bucket/x is no local folder; copy the bundle"):
+        registry.resolve("s3://bucket/x")
+    for uri in ("models:/valle/1#m-" + "0" * 32, "models:/valle/1"):
+        with pytest.raises(MissingModelError, match="has no models:/valle/1; train and publish"):
+            registry.resolve(uri)
+    assert not (home / "mlflow.db").exists(), "a look-up creates no database"

@@ -23,17 +23,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults]
 BODY = {"input": "Hello there.", "voice": "ann", "seed": 1, "response_format": "pcm"}
 
 
-@pytest.fixture
-def server(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    yield server
-    server.kill()
-
-
 @contextmanager
 def load(url: str) -> Iterator[list[httpx.Response | Exception]]:
     """Four clients that send request after request; yields what they got."""
@@ -69,7 +58,7 @@ def served(results: list[httpx.Response | Exception]) -> str:
 
 def test_an_endpoint_outlives_its_registry(
     ray_cluster: None,
-    server: MlflowServer,
+    mlflow_server: MlflowServer,
     publish_recipe: PublishRecipe,
     home: Path,
     record_property: Callable[[str, object], None],
@@ -78,21 +67,21 @@ def test_an_endpoint_outlives_its_registry(
     node's cache. With the registry back, the alias moves on."""
     from valle.serve.run import endpoint
 
-    publish(publish_recipe)
+    version = publish(publish_recipe).version
     args = AppArgs(
         voices=str(home / "voices"),
-        tracking_uri=server.address,
+        tracking_uri=mlflow_server.address,
         max_replicas=1,
         max_sentence_seconds=1.0,
         registry_poll_seconds=0.5,
     )
     with endpoint(args, clusters.free_port()) as url:
         with load(url) as results:
-            server.kill()
+            mlflow_server.kill()
             n = len(results)
             clusters.wait_for(lambda: len(results) > n + 40, 120, "responses without MLflow")
         record_property("requests, MLflow killed under load", (len(results), lost(results)))
-        assert lost(results) == 0 and served(results) == "models:/valle/1"
+        assert lost(results) == 0 and served(results) == f"models:/valle/{version}"
 
         old = replica_processes()
         for process in old:  # ingress, AR, NAR, codec
@@ -110,10 +99,10 @@ def test_an_endpoint_outlives_its_registry(
         assert not {p.pid for p in old} & {p.pid for p in replica_processes()}
         assert httpx.get(f"{url}/health/ready", timeout=60).json()["status"] == "ready"
 
-        server.start()
-        assert publish(publish_recipe).version == 2
+        mlflow_server.start()
+        assert publish(publish_recipe).version == version + 1
         with load(url) as results:
             started = time.monotonic()
-            clusters.wait_for(lambda: served(results) == "models:/valle/2", 180, "version 2")
+            clusters.wait_for(lambda: served(results) == f"models:/valle/{version + 1}", 180, "it")
             record_property("seconds until the alias has moved", time.monotonic() - started)
         assert lost(results) == 0

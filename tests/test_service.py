@@ -323,14 +323,17 @@ async def test_create_speech_refuses_bad_fields_by_name(
 ) -> None:
     response = await http.post(SPEECH, json=BODY | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
-    assert not deployments.calls
+    assert {call.method for call in deployments.calls} <= {"languages"}
 
 
 async def test_health_ready_names_the_deployments_that_do_not_run(
     http: httpx.AsyncClient, deployments: FakeDeployments
 ) -> None:
-    assert (await http.get("/health/ready")).json() == {"status": "ready", "waiting_for": []}
     deployments.missing = ["NAR"]
     response = await http.get("/health/ready")
     assert response.status_code == 503
     assert response.json() == {"status": "waiting", "waiting_for": ["NAR"]}
+    deployments.missing = []
+    async with asyncio.timeout(10):
+        while (await http.get("/health/ready")).status_code != 200:
+            await asyncio.sleep(0.1)

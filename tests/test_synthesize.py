@@ -24,7 +24,7 @@ from valle.serve.web.audio_formats import encode_audio
 
 
 @pytest.fixture
-def synthesizer(publish_recipe: PublishRecipe) -> Synthesizer:
+def synthesizer(database: Path, publish_recipe: PublishRecipe) -> Synthesizer:
     publish(publish_recipe)
     return registry.load_synthesizer(registry.resolve(registry.CHAMPION))
 

@@ -7,35 +7,15 @@ from valle.model import text
 
 
 @pytest.mark.parametrize(
-    ("written", "language", "expected"),
-    [
-        ("Dr. Smith paid $5.20.", "en-us", "doctor Smith paid five dollars, twenty cents."),
-        ("1,234 people, 3.5%", "en-us", "one thousand, two hundred and thirty-four people, "
-         "three point five percent"),
-        ("In 1984 he was 2nd", "en-us", "In nineteen eighty-four he was second"),
-        ("At 10:30 & no later", "en-us", "At ten thirty and no later"),
-        ("“Hi”  —\u00a0she’s ﬁne…", "en-us", "\"Hi\" — she's fine…"),
-        ("M. Dupont a 21 ans", "fr-fr", "monsieur Dupont a vingt et un ans"),
-        ("La Sra. tiene 25 años", "es", "La señora tiene veinticinco años"),
-        ("Das kostet 3,5 €, z.B. heute", "de",
-         "Das kostet drei Euro und fünfzig Cent, zum Beispiel heute"),
-        ("call 12345678901234567890", "en-us", "call " + "one two three four five six seven "
-         "eight nine zero one two three four five six seven eight nine zero"),
-    ],
-)  # fmt: skip
-def test_normalize_speaks_numbers_symbols_and_abbreviations(
-    written: str, language: str, expected: str
-) -> None:
-    assert text.normalize(written, language) == expected
-
-
-@pytest.mark.parametrize(
     ("written", "language", "ipa"),
     [
         ("Hello, world!", "en-us", "həlˈoʊ, wˈɜːld!"),
-        ("Bonjour", "fr-fr", "bɔ̃ʒˈuʁ"),
+        ("Hello, world!", "EN", "həlˈoʊ, wˈɜːld!"),
+        ("Bonjour", "fr-FR", "bɔ̃ʒˈuʁ"),
         ("Buenos días", "es", "bwˈenos ðˈias"),
         ("Guten Tag", "de", "ɡˈuːtən tˈɑːk"),
+        ("At 1:00am", "en-us", "æt wˈʌn ˈeɪˈɛm"),
+        ("AT&T and R&D", "en-us", "ˈeɪtˈiː ænd tˈiː ænd ˈɑːɹ ænd dˈiː"),
     ],
 )
 def test_phonemize_keeps_stress_word_boundaries_and_punctuation(
@@ -58,6 +38,7 @@ def test_encode_knows_all_symbols_of_espeak() -> None:
             ("es", "¿Qué tal, señor? ¡El pingüino llovía!"),
             ("de", "Schöne Grüße, ich möchte Bücher, Äpfel und Pfützen."),
             ("it", "Gli gnocchi, sci, zaino"), ("ru", "Здравствуйте, щука, ещё"),
+            ("ja", "こんにちは"), ("eu", "zazpi etxe"), ("ky", "саламатсызбы"), ("da", "rødgrød"),
         ]:  # fmt: skip
             ipa = text.phonemize([line], language)[0]
             assert text.decode(text.encode(ipa)) == ipa
@@ -73,6 +54,13 @@ def test_encode_of_unknown_symbols_warns_and_gives_unk() -> None:
 def test_phonemize_of_unknown_language_names_the_field() -> None:
     with pytest.raises(ValueError, match="language: espeak has no voice named 'xx-yy'"):
         text.phonemize(["hello"], "xx-yy")
+
+
+@pytest.mark.parametrize(("line", "language"), [("你好", "zh"), ("xin chào", "vi"), ("สวัสดี", "th")])
+def test_phoneme_ids_refuses_tones(line: str, language: str) -> None:
+    """The inventory has none; as `<unk>` they would all be one."""
+    with pytest.raises(ValueError, match="language: .* has tones"):
+        text.phoneme_ids(line, language)
 
 
 def test_inventory_is_stable() -> None:

@@ -241,6 +241,7 @@ def quantizer_recipe(corpus: str, out: str) -> QuantizerRecipe:
     [(PoisonedEncodec, encodec_recipe, {2, 4}), (PoisonedQuantizer, quantizer_recipe, {4, 8, 9})],
     ids=["encodec", "quantizer"],
 )
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # of few crops
 def test_codecs_skip_a_batch_with_its_moving_averages(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 
 from valle.jobs.speakers import Joe
 from valle.platform.audio import wav_bytes
@@ -40,12 +40,22 @@ def page(endpoint: str, tmp_path: Path) -> Iterator[Page]:
         page = browser.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(_console_error(message)))
         page.on("requestfailed", lambda request: errors.append(f"{request.url} failed"))
         page.goto(endpoint)
         page.wait_for_selector("body[data-ready]")
         yield page
         browser.close()
-        assert [line for line in errors if "v1/audio/speech" not in line] == []
+        assert [line for line in errors if line and "v1/audio/speech failed" not in line] == []
+
+
+def _console_error(message: ConsoleMessage) -> str:
+    """An error or a warning on the console; empty for the browser's own line about an answer of
+    400, which the page shows as an alert."""
+    refused = "the server responded with a status of 400" in message.text
+    if message.type not in ("error", "warning") or refused:
+        return ""
+    return f"{message.type}: {message.text} ({message.location})"
 
 
 @pytest.mark.parametrize("eos_bias", [-1e9], ids=["never stops"])

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from valle.jobs.publish import PublishRecipe, publish
 from valle.platform import bundle, registry
+from valle.serve.deployments.health import ReplicaHealth
 from valle.serve.deployments.scaling import SlotUtilizationPolicy
 from valle.serve.deployments.versions import MultiVersionDeployment
 
@@ -22,6 +24,8 @@ class FakeLoader:
         self.closed: list[str] = []
         self.may_load = threading.Event()
         self.may_load.set()
+        self.may_close = threading.Event()
+        self.may_close.set()
 
     def load(self, name: str) -> str:
         self.loads.append(name)
@@ -30,14 +34,24 @@ class FakeLoader:
             raise ValueError("no such weights")
         return name.upper()
 
-    def deployment(self) -> MultiVersionDeployment[str]:
-        return MultiVersionDeployment(self.load, "a", close=self.closed.append)
+    def deployment(self, **options: Any) -> MultiVersionDeployment[str]:
+        health = ReplicaHealth(max_step_seconds=300)
+        return MultiVersionDeployment(self.load, "a", health=health, close=self.close, **options)
+
+    def close(self, model: str) -> None:
+        assert threading.current_thread() is not threading.main_thread(), "an engine is waited for"
+        assert self.may_close.wait(30)
+        self.closed.append(model)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 async def until_loading(loader: FakeLoader, name: str) -> None:
-    async with asyncio.timeout(30):
-        while name not in loader.loads:
-            await asyncio.sleep(0.001)
+    await until(lambda: name in loader.loads)
 
 
 @pytest.mark.anyio
@@ -76,10 +90,62 @@ async def test_versions_are_evicted_when_no_call_runs_on_them() -> None:
     async with deployment.lease("a"):
         for name in ("b", "c", "d"):
             await deployment.preload(name)
+        await until(lambda: loader.closed)
         assert loader.closed == ["B"]  # a is leased, c and d are the last two
         assert await deployment.record_autoscaling_stats() == {"slot_demand": 1}
+    await until(lambda: len(loader.closed) == 2)
     assert loader.closed == ["B", "A"] and deployment.models == ["C", "D"]
     assert await deployment.record_autoscaling_stats() == {"slot_demand": 0}
+
+
+@pytest.mark.anyio
+async def test_an_old_version_leaves_when_it_has_been_idle() -> None:
+    """And the last one used stays, however long it is idle."""
+    loader = FakeLoader()
+    deployment = loader.deployment(idle_seconds=0.02)
+    async with deployment.lease("a"):
+        await deployment.preload("b")
+        async with deployment.lease("a"):
+            pass
+        await asyncio.sleep(0.1)
+        assert "A" in deployment.models, "a call runs on it"
+    async with deployment.lease("b"):
+        pass
+    await until(lambda: deployment.models == ["B"])
+    await asyncio.sleep(0.1)
+    assert deployment.models == ["B"] and "A" in loader.closed
+
+
+@pytest.mark.anyio
+async def test_a_gpu_never_holds_three_versions() -> None:
+    """The third one is loaded when one of the others has left, its engine's memory included."""
+    loader = FakeLoader()
+    deployment = loader.deployment(on_gpu=True)
+    async with deployment.lease("b"):
+        async with deployment.lease("a"):
+            third = asyncio.create_task(deployment.preload("c"))
+            await asyncio.sleep(0.05)
+            assert loader.loads == ["a", "b"], "calls run on both"
+            loader.may_close.clear()
+        await asyncio.sleep(0.05)
+        assert loader.loads == ["a", "b"], "the old engine's last step still runs"
+        async with asyncio.timeout(10), deployment.lease("b") as model:
+            assert model == "B", "calls of the other version do not wait for that"
+        loader.may_close.set()
+        await third
+        assert loader.closed == ["A"] and sorted(deployment.models) == ["B", "C"]
+
+
+@pytest.mark.anyio
+async def test_a_replica_whose_model_is_broken_ends_itself() -> None:
+    reasons: list[str] = []
+    health = ReplicaHealth(max_step_seconds=300, end=reasons.append)
+    deployment = MultiVersionDeployment(str.upper, "a", health=health)
+    await deployment.check_health()
+    health.end("the device failed")
+    with pytest.raises(RuntimeError, match="this replica has ended"):
+        await deployment.check_health()
+    assert reasons == ["the device failed"]
 
 
 @pytest.mark.usefixtures("database")

@@ -19,6 +19,7 @@ from valle.platform.audio import AudioError, flac_bytes, read, wav_bytes
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.interface import PROMPT_FRAMES
 from valle.serve.web.api import create_api
+from valle.serve.web.callers import Caller
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import SpeechRequest
 from valle.serve.web.voices import (
@@ -28,6 +29,9 @@ from valle.serve.web.voices import (
     pack_codes,
     read_voice_metadata,
 )
+
+ANYBODY = Caller()
+"""The sender of a request to a server without keys."""
 
 TEXT = "The early train was late again, so we walked along the river and talked."
 
@@ -68,56 +72,58 @@ def voice_metadata(prompt: Codes, codec: str = "0123abcd") -> VoiceMetadata:
 
 def test_voice_store_on_s3_is_shared_by_replicas(bucket: str, joe: Wave) -> None:
     first_replica, second_replica = (VoiceStore(f"{bucket}/some/voices") for _ in range(2))
-    assert second_replica.ids() == []
+    assert second_replica.ids(ANYBODY) == []
     with pytest.raises(VoiceError, match="no voice 'Ann'"):
-        second_replica.read("Ann")
+        second_replica.read("Ann", ANYBODY)
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
-    wave = first_replica.validate_recording("Ann", wav_bytes(joe))
-    first_replica.add("Ann", wave, voice_metadata(prompt))
-    assert second_replica.ids() == ["Ann"]
-    assert (read(second_replica.read("Ann"), max_seconds=30) == wave).all()
-    assert read_voice_metadata(second_replica.read("Ann")) == voice_metadata(prompt)
+    wave = first_replica.validate_recording("Ann", wav_bytes(joe), ANYBODY)
+    first_replica.add("Ann", wave, voice_metadata(prompt), ANYBODY)
+    assert second_replica.ids(ANYBODY) == ["Ann"]
+    assert (read(second_replica.read("Ann", ANYBODY), max_seconds=30) == wave).all()
+    assert read_voice_metadata(second_replica.read("Ann", ANYBODY)) == voice_metadata(prompt)
     with pytest.raises(VoiceError, match="there is a voice 'Ann'; delete it first"):
-        second_replica.validate_recording("Ann", wav_bytes(joe))
-    second_replica.delete("Ann")
-    assert first_replica.ids() == []
+        second_replica.validate_recording("Ann", wav_bytes(joe), ANYBODY)
+    second_replica.delete("Ann", ANYBODY)
+    assert first_replica.ids(ANYBODY) == []
     with pytest.raises(VoiceError, match="no voice 'Ann'"):
-        first_replica.read("Ann")
+        first_replica.read("Ann", ANYBODY)
 
 
 def test_voice_store_keeps_a_recording_until_it_is_deleted(tmp_path: Path, joe: Wave) -> None:
     store = VoiceStore(str(tmp_path))
     silence = np.zeros(SAMPLE_RATE, np.float32)
-    wave = store.validate_recording("Ann-1", wav_bytes(np.concatenate([silence, joe, silence])))
+    wave = store.validate_recording(
+        "Ann-1", wav_bytes(np.concatenate([silence, joe, silence])), ANYBODY
+    )
     assert len(wave) / SAMPLE_RATE == pytest.approx(len(joe) / SAMPLE_RATE, abs=0.2)
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
-    store.add("Ann-1", wave, voice_metadata(prompt))
-    assert store.ids() == ["Ann-1"]
+    store.add("Ann-1", wave, voice_metadata(prompt), ANYBODY)
+    assert store.ids(ANYBODY) == ["Ann-1"]
     assert [path.name for path in tmp_path.iterdir()] == ["Ann-1.flac"]
-    metadata = read_voice_metadata(store.read("Ann-1"))
+    metadata = read_voice_metadata(store.read("Ann-1", ANYBODY))
     assert metadata == voice_metadata(prompt) and (metadata.prompt_codes() == prompt).all()
-    assert (read(store.read("Ann-1"), max_seconds=30) == wave).all()
+    assert (read(store.read("Ann-1", ANYBODY), max_seconds=30) == wave).all()
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'; delete it first"):
-        store.validate_recording("Ann-1", wav_bytes(joe))
+        store.validate_recording("Ann-1", wav_bytes(joe), ANYBODY)
     with pytest.raises(VoiceError, match="there is a voice 'Ann-1'"):  # added meanwhile
-        store.add("Ann-1", wave, voice_metadata(prompt))
-    store.delete("Ann-1")
-    assert not list(tmp_path.iterdir()) and store.ids() == []
+        store.add("Ann-1", wave, voice_metadata(prompt), ANYBODY)
+    store.delete("Ann-1", ANYBODY)
+    assert not list(tmp_path.iterdir()) and store.ids(ANYBODY) == []
     for method in (store.read, store.delete):
         with pytest.raises(VoiceError, match="no voice 'Ann-1'"):
-            method("Ann-1")
+            method("Ann-1", ANYBODY)
 
 
 def test_voice_store_reads_wav_files_put_there_by_hand(tmp_path: Path, joe: Wave) -> None:
     store = VoiceStore(str(tmp_path))
     for name in ("bob.wav", "no name.wav", "notes.txt", "BOB.WAV"):
         (tmp_path / name).write_bytes(wav_bytes(joe))
-    assert store.ids() == ["bob"] and read_voice_metadata(store.read("bob")) is None
-    assert store.read("bob")[:4] == b"RIFF"
+    assert store.ids(ANYBODY) == ["bob"] and read_voice_metadata(store.read("bob", ANYBODY)) is None
+    assert store.read("bob", ANYBODY)[:4] == b"RIFF"
     with pytest.raises(VoiceError, match="there is a voice 'bob'"):
-        store.validate_recording("bob", wav_bytes(joe))
-    store.delete("bob")
-    assert store.ids() == []
+        store.validate_recording("bob", wav_bytes(joe), ANYBODY)
+    store.delete("bob", ANYBODY)
+    assert store.ids(ANYBODY) == []
 
 
 def test_validate_recording_refuses_with_the_reason(tmp_path: Path, joe: Wave) -> None:
@@ -131,12 +137,12 @@ def test_validate_recording_refuses_with_the_reason(tmp_path: Path, joe: Wave) -
         (noise, ".*% of it is speech, at least 40%"),
     ):
         with pytest.raises(AudioError, match=reason):
-            store.validate_recording("x", wav_bytes(wave))
+            store.validate_recording("x", wav_bytes(wave), ANYBODY)
     with pytest.raises(AudioError, match="unreadable audio"):
-        store.validate_recording("x", b"PK not a sound")
+        store.validate_recording("x", b"PK not a sound", ANYBODY)
     for name in ("../x", "a/b", "", "x" * 101, "a.b", "声" * 9):
         with pytest.raises(VoiceError, match="is not a valid name"):
-            store.validate_recording(name, wav_bytes(joe))
+            store.validate_recording(name, wav_bytes(joe), ANYBODY)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +155,7 @@ async def test_prompt_encoder_uses_stored_codes_of_the_same_codec(
     deployments = FakeDeployments()
     store = VoiceStore(str(tmp_path))
     prompt = np.random.default_rng(0).integers(0, 1024, (8, 225)).astype(np.int16)
-    store.add("ann", joe, voice_metadata(prompt, codec="codec of one"))
+    store.add("ann", joe, voice_metadata(prompt, codec="codec of one"), ANYBODY)
     (tmp_path / "bob.wav").write_bytes(wav_bytes(joe))
     for name, comment in (
         ("eve", '{"consent": "cut o'),
@@ -160,7 +166,7 @@ async def test_prompt_encoder_uses_stored_codes_of_the_same_codec(
     prompts = PromptEncoder(store, deployments)
 
     async def prompt_of(voice: str, version: str) -> Codes:
-        return await prompts.for_request(SpeechRequest(input="x", voice=voice), version)
+        return await prompts.for_request(SpeechRequest(input="x", voice=voice), version, ANYBODY)
 
     assert (await prompt_of("ann", "one") == prompt).all() and not deployments.count("encode")
     cases = [("ann", "two"), ("bob", "one"), ("eve", "one"), ("dan", "one"), ("kim", "one")]
@@ -187,7 +193,7 @@ async def test_voices_are_added_listed_and_deleted_over_http(tmp_path: Path, joe
         added = await add(recording, name="ann", consent="Ann agreed")
         assert added.status_code == 200, added.text
         assert added.json()["id"] == "ann" and added.json()["seconds"] > 2
-        stored = VoiceStore(str(tmp_path)).read("ann")
+        stored = VoiceStore(str(tmp_path)).read("ann", ANYBODY)
         metadata = read_voice_metadata(stored)
         assert metadata is not None and metadata.consent == "Ann agreed"
         expected = recording_codes(read(stored, max_seconds=30)[: PROMPT_FRAMES * HOP])

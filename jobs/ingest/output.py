@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from valle.jobs.ingest.lines import read_lines
 from valle.jobs.ingest.recipe import PrepareRecipe
 from valle.jobs.ingest.source import Reject, SourceItem
 from valle.model.codec.interface import CodecIdentity
+from valle.model.languages import espeak_voice
+from valle.model.normalize import TEXT_VERSION
 from valle.platform import dataset, storage
 from valle.platform.dataset import Shard, Statistics
 from valle.platform.retries import Retrier
@@ -48,6 +51,8 @@ class DatasetState:
     """By id."""
     obsolete: dict[str, set[str]] = field(default_factory=dict)
     """By shard, ids of rows to remove: second rows of an id, and rows to be prepared again."""
+    text_version: int = TEXT_VERSION
+    """Version of the text processing that made the phonemes."""
 
     def add_shard(self, shard: Shard, ids: Iterable[str], item_of: dict[str, SourceItem]) -> None:
         """Adds a shard that was written now.
@@ -75,6 +80,8 @@ def scan_output(out: str, codec: CodecIdentity, retrier: Retrier) -> DatasetStat
         codec.check(manifest.codec, f"the dataset {out}")
         listed = {shard.name: shard for shard in manifest.shards}
     state = DatasetState()
+    if listed:
+        state.text_version = manifest.text_version
     for name in retrier.call(lambda: list(dataset.shard_names(out))):
         table = retrier.call(dataset.read_columns, out, name, _COLUMNS)
         entry = listed.get(name)
@@ -146,7 +153,8 @@ def compare(
 def _has_changed(item: SourceItem, row: Prepared, recipe: PrepareRecipe, frame_rate: int) -> bool:
     """Whether a row was made from other inputs, or would be a reject today."""
     return (
-        (item.speaker, item.language) != (row.speaker, row.language)
+        item.speaker != row.speaker
+        or row.language not in (item.language, _voice(item.language))
         or (item.text is not None and item.text.strip() != row.text)
         or (item.has_own_id and item.audio != row.source)
         or bool(item.stamp and row.stamp and item.stamp != row.stamp)
@@ -154,6 +162,15 @@ def _has_changed(item: SourceItem, row: Prepared, recipe: PrepareRecipe, frame_r
         or (row.frames + 1) / frame_rate < recipe.min_seconds
         or not recipe.min_phonemes <= row.n_phonemes <= recipe.max_phonemes
     )
+
+
+@lru_cache(maxsize=1000)
+def _voice(language: str) -> str | None:
+    """The voice by which rows name a language; None for one that nothing is prepared in."""
+    try:
+        return espeak_voice(language)
+    except ValueError:
+        return None
 
 
 def remove_obsolete(out: str, state: DatasetState, retrier: Retrier) -> int:

@@ -19,8 +19,9 @@ from valle.jobs.ingest.lines import decode_text
 from valle.jobs.ingest.output import write_rejects
 from valle.jobs.ingest.recipe import PrepareRecipe
 from valle.jobs.ingest.source import Reject
-from valle.model import text as phonemes
 from valle.model.codec.loading import load_codec
+from valle.model.languages import espeak_voice
+from valle.model.text import phoneme_ids
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, dataset, resources, settings, storage
 from valle.platform.decoder_pool import DecoderPool
@@ -103,10 +104,10 @@ class Phonemize:
     def __init__(self, recipe: PrepareRecipe) -> None:
         self._recipe = recipe
         self._retrier = Retrier(recipe.storage_retry_seconds)
-        phonemes.phonemize(["hello"], "en-us")  # a broken installation is no row's fault
+        phoneme_ids("hello", "en-us")  # a broken installation is no row's fault
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Adds `text` and `phonemes`."""
+        """Adds `text` and `phonemes`; `language` becomes the name of espeak's voice."""
         return map_rows(
             rows, self._phonemize, self._recipe, self._retrier, "phonemize", drop=["wave"]
         )
@@ -126,7 +127,8 @@ class Phonemize:
         if len(text) > (limit := CHARACTERS_PER_PHONEME * recipe.max_phonemes):
             raise RowFaultError(f"text too long: {len(text)} characters, limit {limit}")
         try:
-            ids = phonemes.encode(phonemes.phonemize([text], row["language"])[0])
+            ids = phoneme_ids(text, row["language"])
+            voice = espeak_voice(row["language"])
             if not phonemes_fit(len(ids), recipe):
                 raise RowFaultError(
                     f"phoneme count out of range: {len(ids)}, "
@@ -137,7 +139,7 @@ class Phonemize:
         except TEXT_ERRORS as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise RowFaultError(f"text cannot be phonemized: {kind}{error}") from error
-        return {"text": text, "phonemes": ids}
+        return {"text": text, "phonemes": ids, "language": voice}
 
 
 def phonemes_fit(count: int, recipe: PrepareRecipe) -> bool:

@@ -8,5 +8,7 @@ sampler.py loader.py augmentation.py   batches as a function of (seed, epoch, st
 objective.py optimizer.py backends.py  losses; AdamW and learning rate; DDP and DeepSpeed
 validation.py       held-out loss, samples, word error rate
 recipe.py           the recipe's section `train`
+resume.py           what must be the same when a run resumes
 ray_train.py        the loop on a Ray cluster, tracked in MLflow
+run_folder.py       a run's checkpoints and Ray's list of them, mended before Ray reads them
 """

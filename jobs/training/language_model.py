@@ -114,7 +114,8 @@ class LanguageModelTrainee:
             tracking.code_version(),
             asdict(self._recipe),
             dataset=manifest.content_hash(),
-            text_version=getattr(manifest, "text_version", None),
+            text_version=manifest.text_version,
+            languages=tuple(manifest.hours_by_language),
         )
 
     def validate(self, written: WrittenCheckpoint) -> dict[str, float]:

@@ -10,8 +10,13 @@ from valle.model.quantize import convert
 from valle.model.tokens import FRAME_RATE
 from valle.platform import registry
 from valle.serve.app_args import AppArgs
+from valle.serve.deployments.health import ReplicaHealth
 from valle.serve.deployments.interface import PROMPT_FRAMES
-from valle.serve.deployments.versions import MultiVersionDeployment, limit_threads
+from valle.serve.deployments.versions import (
+    IDLE_SECONDS,
+    MultiVersionDeployment,
+    limit_threads,
+)
 from valle.serve.engine.engine import Engine
 from valle.serve.engine.request import FinishReason, Request, StepOutput
 from valle.serve.engine.runner import Runner
@@ -24,6 +29,7 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         limit_threads(device)
+        health = ReplicaHealth(args.max_step_seconds)
         max_frames = int(args.max_sentence_seconds * FRAME_RATE)
 
         def load(version: str) -> EngineWorker:
@@ -36,10 +42,20 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
                 compiled=args.compiled,
                 guided=args.guidance_scale > 1,
             )
-            return EngineWorker(Engine(runner, Scheduler(args.slots)))
+            return EngineWorker(
+                Engine(runner, Scheduler(args.slots)),
+                on_failure=health.end,
+                max_step_seconds=args.max_step_seconds,
+            )
 
+        # on a CPU too: an old engine keeps the key-value cache of all its slots
         super().__init__(
-            load, registry.pin(model, tracking_uri, allow_cached=True), close=EngineWorker.close
+            load,
+            registry.pin(model, tracking_uri, allow_cached=True),
+            health=health,
+            close=EngineWorker.close,
+            on_gpu=device == "cuda",
+            idle_seconds=IDLE_SECONDS,
         )
 
     async def stream(
@@ -71,7 +87,14 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
             async for output in outputs:
                 yield output
 
+    async def forget_prompts(self) -> None:
+        """Erases what ended requests have left in key-value caches, and later what running ones
+        leave: the voice of one of them has been deleted."""
+        for worker in self.models:
+            worker.forget_prompts()
+
     async def check_health(self) -> None:
-        """Raises EngineError when an engine has died: Serve then replaces the replica."""
+        """Ends the replica when an engine has died or is stuck: Serve then replaces it."""
         for worker in self.models:
             worker.check_health()
+        self.health.check()

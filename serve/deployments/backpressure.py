@@ -1,53 +1,149 @@
-"""Calls of deployments: a full queue is `OverloadedError`, a cancelled caller cancels its call."""
+"""Calls of deployments: full queues, dead replicas, callers that leave, and a bound of the time.
+
+A call is a function of its arguments (speech is drawn by a seed), so that the answer of another
+replica is the same. A call whose replica dies is therefore made again, but only once: a request
+that kills every replica which takes it must not walk through all of them.
+"""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
-from valle.serve.deployments.interface import OverloadedError
+from valle.serve.deployments.interface import (
+    OverloadedError,
+    RefusedCallError,
+    UnavailableError,
+)
 
 RETRY_SECONDS = 0.25
 """Seconds between two attempts to enter a full queue."""
 
+MAX_ATTEMPTS = 2
+"""Replicas that a call may fail on; full queues do not count."""
+
+_FAILURES = (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RayActorError,
+    RayTaskError,
+)
+
+
+class _Attempts:
+    """Decides whether a call that has failed is made again."""
+
+    def __init__(self, retry: bool, max_seconds: float) -> None:
+        self._retry, self._max_seconds = retry, max_seconds
+        self._deadline = time.monotonic() + max_seconds
+        self._n_failed = 0
+
+    def timeout(self) -> asyncio.Timeout:
+        """The time that is left, for a block that waits for a replica."""
+        return asyncio.timeout(max(0.0, self._deadline - time.monotonic()))
+
+    def restart(self) -> None:
+        """A stream has given an item: the time begins anew."""
+        self._deadline = time.monotonic() + self._max_seconds
+
+    def expired(self) -> UnavailableError:
+        return UnavailableError(f"no answer in {self._max_seconds:g} s")
+
+    async def after(self, error: Exception) -> None:
+        """Returns when the next attempt is due; raises if there is none."""
+        if isinstance(error, BackPressureError):
+            if not self._retry:
+                raise OverloadedError from error
+            if time.monotonic() + RETRY_SECONDS >= self._deadline:
+                raise self.expired() from error
+            await asyncio.sleep(RETRY_SECONDS)
+            return
+        # what the call itself was wrong about, another replica would say too
+        if isinstance(error, RayTaskError) and isinstance(error, ValueError):
+            raise RefusedCallError(str(getattr(error, "cause", error))) from error
+        self._n_failed += 1
+        if self._n_failed >= MAX_ATTEMPTS:
+            raise UnavailableError(f"{self._n_failed} replicas failed the call") from error
+
 
 async def call_deployment(
-    call: Callable[[], DeploymentResponse[Any]], *, retry: bool = False
+    call: Callable[[], DeploymentResponse[Any]], *, retry: bool = False, max_seconds: float
 ) -> Any:
     """The result of a call; cancelling this cancels the call.
 
     A full queue raises OverloadedError or, with `retry`, is tried again until it has a place.
+    Raises UnavailableError when two replicas have failed, or after `max_seconds`, and
+    RefusedCallError where a replica raises ValueError.
     """
+    attempts = _Attempts(retry, max_seconds)
     while True:
         response = call()
         try:
-            return await response
+            async with attempts.timeout() as timeout:
+                return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except BackPressureError as error:
-            if not retry:
-                raise OverloadedError from error
-        await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError as error:
+            response.cancel()
+            if timeout.expired():
+                raise attempts.expired() from error
+            await attempts.after(error)  # it was the replica's own
+        except _FAILURES as error:
+            await attempts.after(error)
 
 
 async def stream_deployment(
-    call: Callable[[], DeploymentResponseGenerator[Any]], *, retry: bool = False
+    call: Callable[[], DeploymentResponseGenerator[Any]],
+    *,
+    retry: bool = False,
+    max_seconds: float,
+    same: Callable[[Any, Any], bool],
 ) -> AsyncGenerator[Any]:
-    """The items of a streaming call; closing this generator cancels the call. A full queue is
-    handled as by `call_deployment`."""
+    """The items of a streaming call; closing this generator cancels the call.
+
+    Full queues and dead replicas are handled as by `call_deployment`; `max_seconds` bounds the time
+    to each item. A stream that begins again must repeat what it has given, which `same` compares;
+    the caller gets what follows.
+    """
+    attempts = _Attempts(retry, max_seconds)
+    given: list[Any] = []
     while True:
         response = call()
+        n_received = 0
         try:
-            async for item in response:
-                yield item
+            while True:
+                try:
+                    async with attempts.timeout() as timeout:
+                        item = await anext(response)
+                except StopAsyncIteration:
+                    break
+                attempts.restart()
+                n_received += 1
+                if n_received > len(given):
+                    given.append(item)
+                    yield item
+                elif not same(given[n_received - 1], item):
+                    raise UnavailableError("a stream that began again gave something else")
+            if n_received < len(given):
+                raise UnavailableError("a stream that began again ended too early")
             return
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit, UnavailableError):
             response.cancel()
             raise
-        except BackPressureError as error:  # raised before the first item
-            if not retry:
-                raise OverloadedError from error
-        await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError as error:
+            response.cancel()
+            if timeout.expired():
+                raise attempts.expired() from error
+            await attempts.after(error)
+        except _FAILURES as error:
+            await attempts.after(error)

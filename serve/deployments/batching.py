@@ -7,7 +7,10 @@ the load.
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Generic, TypeVar
+
+from valle.serve.deployments.health import ReplicaHealth
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,11 +23,16 @@ class DynamicBatcher(Generic[Item, Result]):
     """Runs `work` in a thread on batches of the submitted items, one batch at a time."""
 
     def __init__(
-        self, work: Callable[[list[Item]], list[Result]], size: Callable[[Item], int], budget: int
+        self,
+        work: Callable[[list[Item]], list[Result]],
+        size: Callable[[Item], int],
+        budget: int,
+        health: ReplicaHealth,
     ) -> None:
         """`size` returns an item's frames. The padded sizes of a batch add up to `budget` at most;
-        a larger item gets a batch of its own."""
+        a larger item gets a batch of its own. `health` runs `work`."""
         self._work, self._size, self._budget = work, size, budget
+        self._health = health
         self._waiting: list[tuple[Item, int, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
@@ -46,7 +54,8 @@ class DynamicBatcher(Generic[Item, Result]):
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
-            results = await asyncio.to_thread(self._work, [item for item, _ in batch])
+            work = partial(self._work, [item for item, _ in batch])
+            results = await self._health.run(work, counts=len(batch) == 1)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
         except Exception as error:

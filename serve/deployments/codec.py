@@ -1,15 +1,17 @@
 """The codec deployment: recordings to codes and codes to waveforms, in batches."""
 
-import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 from valle.model.codec.encodec import Encodec
 from valle.model.codec.encodec_stream import EncodecState, decode_next
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import FRAME_RATE, HOP
+from valle.model.validation import validate_codes, validate_wave
 from valle.platform import registry
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments.batching import DynamicBatcher
+from valle.serve.deployments.health import ReplicaHealth
 from valle.serve.deployments.interface import DecodedChunk
 from valle.serve.deployments.versions import MultiVersionDeployment, limit_threads
 
@@ -21,6 +23,8 @@ class BatchedCodec:
     codec: Encodec
     encoder: DynamicBatcher[Wave, Codes]
     decoder: DynamicBatcher[Codes, Wave]
+    languages: tuple[str, ...]
+    """Languages of the version's training data."""
 
 
 class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
@@ -28,18 +32,24 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
 
     def __init__(self, model: str, tracking_uri: str, device: str, args: AppArgs) -> None:
         limit_threads(device)
+        health = ReplicaHealth(args.max_step_seconds)
         budget = int(args.batch_seconds * FRAME_RATE)
 
         def load(version: str) -> BatchedCodec:
-            codec = registry.load_codec(registry.resolve(version, tracking_uri), device)
-            encoder = DynamicBatcher(codec.encode, lambda wave: len(wave) // HOP, budget)
-            decoder = DynamicBatcher(codec.decode, lambda codes: int(codes.shape[1]), budget)
-            return BatchedCodec(codec, encoder, decoder)
+            folder = registry.resolve(version, tracking_uri)
+            codec = registry.load_codec(folder, device)
+            encoder = DynamicBatcher(codec.encode, lambda wave: len(wave) // HOP, budget, health)
+            decoder = DynamicBatcher(
+                codec.decode, lambda codes: int(codes.shape[1]), budget, health
+            )
+            return BatchedCodec(codec, encoder, decoder, registry.read_languages(folder))
 
-        super().__init__(load, registry.pin(model, tracking_uri, allow_cached=True))
+        version = registry.pin(model, tracking_uri, allow_cached=True)
+        super().__init__(load, version, health=health)
 
     async def encode(self, version: str, wave: Wave) -> Codes:
         """Codes `[8, T]` of a recording at 24 kHz."""
+        validate_wave("recording", wave)
         async with self.lease(version) as batched:
             return await batched.encoder.submit(wave)
 
@@ -48,8 +58,14 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
         async with self.lease(version) as batched:
             return batched.codec.identity.sha256
 
+    async def languages(self, version: str) -> tuple[str, ...]:
+        """Languages that the model was trained on."""
+        async with self.lease(version) as batched:
+            return batched.languages
+
     async def decode(self, version: str, codes: Codes) -> Wave:
         """Samples at 24 kHz."""
+        validate_codes("codes", codes)
         async with self.lease(version) as batched:
             return await batched.decoder.submit(codes)
 
@@ -58,5 +74,7 @@ class CodecDeployment(MultiVersionDeployment[BatchedCodec]):
     ) -> DecodedChunk:
         """Samples of a stream's next codes, and the state for those after them: any replica can
         continue a stream."""
+        validate_codes("codes", codes)
         async with self.lease(version) as batched:
-            return DecodedChunk(*await asyncio.to_thread(decode_next, batched.codec, codes, state))
+            work = partial(decode_next, batched.codec, codes, state)
+            return DecodedChunk(*await self.health.run(work))

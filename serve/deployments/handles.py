@@ -2,11 +2,15 @@
 
 import asyncio
 import threading
+import uuid
 from collections.abc import AsyncGenerator
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 
+import numpy as np
 from cachetools import TTLCache, cached
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from valle.model.chunks import Chunking, CodesChunk
@@ -23,9 +27,17 @@ APP_NAME = "valle"
 AR, NAR, CODEC = "AR", "NAR", "Codec"
 """Names of its deployments beside the ingress."""
 
+FORGET_SECONDS = 30.0
+"""Upper bound of the time in which all replicas of a deployment forget prompts."""
+
 
 class ServeDeployments:
     """`interface.Deployments` within a replica of the application."""
+
+    def __init__(self, max_call_seconds: float) -> None:
+        """`max_call_seconds` bounds each call, the attempts after a failure included."""
+        self._call = partial(call_deployment, max_seconds=max_call_seconds)
+        self._stream = partial(stream_deployment, max_seconds=max_call_seconds)
 
     @cached_property
     def _ar(self) -> DeploymentHandle:
@@ -43,38 +55,70 @@ class ServeDeployments:
         self, version: str, request: Request, chunking: Chunking, *, retry: bool
     ) -> AsyncGenerator[CodesChunk]:
         stream = self._ar.options(stream=True).stream
-        return stream_deployment(lambda: stream.remote(version, request, chunking), retry=retry)
+        return self._stream(
+            lambda: stream.remote(version, _with_new_id(request), chunking),
+            retry=retry,
+            same=_same_chunk,
+        )
 
     async def generate_codes(self, version: str, request: Request, *, retry: bool) -> CodesChunk:
         generate = self._ar.generate
-        return await call_deployment(lambda: generate.remote(version, request), retry=retry)
+        return await self._call(
+            lambda: generate.remote(version, _with_new_id(request)), retry=retry
+        )
 
     async def nar_decode(self, version: str, request: NARRequest) -> Codes:
         decode = self._nar.decode
-        return await call_deployment(lambda: decode.remote(version, request), retry=True)
+        return await self._call(lambda: decode.remote(version, request), retry=True)
 
     async def encode(self, version: str, wave: Wave) -> Codes:
-        return await call_deployment(lambda: self._codec.encode.remote(version, wave))
+        return await self._call(lambda: self._codec.encode.remote(version, wave))
 
     async def decode(self, version: str, codes: Codes) -> Wave:
         decode = self._codec.decode
-        return await call_deployment(lambda: decode.remote(version, codes), retry=True)
+        return await self._call(lambda: decode.remote(version, codes), retry=True)
 
     async def decode_next(
         self, version: str, codes: Codes, state: EncodecState | None
     ) -> DecodedChunk:
         decode_next = self._codec.decode_next
-        return await call_deployment(lambda: decode_next.remote(version, codes, state), retry=True)
+        return await self._call(lambda: decode_next.remote(version, codes, state), retry=True)
 
     async def codec_sha256(self, version: str) -> str:
-        return await call_deployment(lambda: self._codec.codec_sha256.remote(version))
+        return await self._call(lambda: self._codec.codec_sha256.remote(version))
+
+    async def languages(self, version: str) -> tuple[str, ...]:
+        return await self._call(lambda: self._codec.languages.remote(version))
 
     async def preload(self, version: str) -> None:
         for handle in (self._ar, self._nar, self._codec):
             await handle.broadcast("preload", version).results_async()
 
+    async def forget_prompts(self) -> None:
+        for handle in (self._ar, self._nar):
+            responses = handle.broadcast("forget_prompts")
+            for result in await responses.results_async(
+                timeout_s=FORGET_SECONDS, return_exceptions=True
+            ):
+                if isinstance(result, RayActorError):
+                    continue  # with its process, its memory has gone
+                if isinstance(result, BaseException):
+                    raise result
+
     async def not_running(self) -> list[str]:
         return await asyncio.to_thread(_not_running, serve.get_replica_context().app_name)
+
+
+def _with_new_id(request: Request) -> Request:
+    """The same request under an id of its own: a replica that was out of reach may still run the
+    one before it. Codes do not depend on the id."""
+    return replace(request, id=uuid.uuid4().hex)
+
+
+def _same_chunk(first: CodesChunk, again: CodesChunk) -> bool:
+    return (first.last, first.hit_limit) == (again.last, again.hit_limit) and np.array_equal(
+        first.codes, again.codes
+    )
 
 
 def _handle(deployment: str) -> DeploymentHandle:

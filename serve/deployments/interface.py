@@ -25,6 +25,14 @@ class OverloadedError(Exception):
     """A deployment's queue is full; the call has not been accepted."""
 
 
+class UnavailableError(Exception):
+    """No replica has answered a call: those that took it died or failed, or none came in time."""
+
+
+class RefusedCallError(ValueError):
+    """A replica has refused the arguments of a call; the message begins with the field's name."""
+
+
 @dataclass(frozen=True)
 class DecodedChunk:
     """Samples of a stream's next codes."""
@@ -38,9 +46,13 @@ class Deployments(Protocol):
     """The AR, NAR and codec deployments of one application.
 
     A caller that is cancelled, or closes a generator, cancels the call. A full queue raises
-    OverloadedError in calls that come before a response has begun: `encode`, `codec_sha256` and,
-    without `retry`, those of the AR model. All other calls wait for a place, so that new requests
-    cannot interrupt responses that have begun.
+    OverloadedError in calls that come before a response has begun: `encode`, `codec_sha256`,
+    `languages` and, without `retry`, those of the AR model. All other calls wait for a place, so
+    that new requests cannot interrupt responses that have begun.
+
+    A call whose replica dies is made again, once, on another one: calls are functions of their
+    arguments, and a stream that begins again continues where it broke. UnavailableError: that
+    replica died too, or the time was over. RefusedCallError: no replica can answer the call.
     """
 
     def stream_codes(
@@ -69,8 +81,14 @@ class Deployments(Protocol):
     async def codec_sha256(self, version: str) -> str:
         """Hash of the codec's weights."""
 
+    async def languages(self, version: str) -> tuple[str, ...]:
+        """Languages that the model was trained on."""
+
     async def preload(self, version: str) -> None:
         """Loads a version in every replica. Raises the error of a replica that cannot load it."""
+
+    async def forget_prompts(self) -> None:
+        """Erases the prompts of ended requests in every replica: a voice has been deleted."""
 
     async def not_running(self) -> list[str]:
         """Names of the deployments that have no running replica; a second old at most."""

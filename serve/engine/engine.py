@@ -22,6 +22,8 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self._runner = runner
         self._scheduler = scheduler
+        self._to_erase: set[str] = set()
+        """Requests whose slots are erased when they end."""
 
     @property
     def idle(self) -> bool:
@@ -42,6 +44,12 @@ class Engine:
         """Removes a request in any state; an id that has ended is ignored."""
         if self._scheduler.has_request(request_id):
             self._remove(request_id)
+
+    def forget_prompts(self) -> None:
+        """Erases what ended requests have left in the caches, and what those of now will leave when
+        they end. Their voices may have been deleted."""
+        self._to_erase = self._scheduler.request_ids()
+        self._runner.erase_free(prefill=self._scheduler.prefilling is None)
 
     def step(self) -> list[StepOutput]:
         """Runs one step; returns the new frames of each running request."""
@@ -69,12 +77,17 @@ class Engine:
             state = self._scheduler.activate()
             assert state.slot is not None, "activate() sets the slot"
             self._runner.insert(state.request, state.slot, hidden)
+            if self._to_erase:
+                self._runner.prefill.erase()
 
     def _remove(self, request_id: str) -> None:
         slot = self._scheduler.slot(request_id)
         move = self._scheduler.remove(request_id)
         if slot is not None:
             self._runner.release(slot, move)
+        if request_id in self._to_erase:
+            self._to_erase.remove(request_id)
+            self._runner.erase_free(prefill=self._scheduler.prefilling is None)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when scheduler and runner disagree."""

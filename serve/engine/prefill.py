@@ -54,10 +54,17 @@ class ChunkedPrefill:
     def start(self, request: Request) -> None:
         """Embeds a new request and empties the cache."""
         device = self._x.device
-        prompt = torch.from_numpy(request.prompt.astype(np.int64)).to(device)
+        prompt = torch.from_numpy(np.array(request.prompt, np.int64, order="C")).to(device)
         text = torch.tensor(request.phonemes, device=device)
         batch = single_batch(text, prompt, text.new_empty(0), guided=self._rows > 1)
         self._x, self._positions = self._model.embed(batch)
+        self.cache.reset()
+
+    @torch.inference_mode()
+    def erase(self) -> None:
+        """Overwrites what the last request has left."""
+        for tensor in (self.cache.keys, self.cache.values, self._x):
+            tensor.zero_()
         self.cache.reset()
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from valle.model.codec.interface import Codes
 from valle.model.sampling import Sampling, validate_seed
+from valle.model.validation import validate_codes, validate_ids, validate_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,24 @@ class Request:
     """Seed of sampling; the codes do not depend on the other requests of a batch."""
 
     def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the field, for values and types that no engine can run.
+
+        An engine calls it again: a request from another process has not passed through
+        `__init__` there.
+        """
+        if type(self.id) is not str or not self.id:
+            raise ValueError(f"id: {type(self.id).__name__} is not a name; give each request one")
+        validate_ids("phonemes", self.phonemes)
         if not self.phonemes:
             raise ValueError("phonemes: the text is empty; give at least one id")
-        if self.max_frames < 1:
-            raise ValueError(f"max_frames: {self.max_frames} is below 1")
+        validate_codes("prompt", self.prompt)
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling: {type(self.sampling).__name__} is not Sampling")
+        self.sampling.validate()
+        validate_integer("max_frames", self.max_frames, 1, 2**31 - 1)
         validate_seed(self.seed)
 
 

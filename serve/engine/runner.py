@@ -23,6 +23,7 @@ from valle.model.ar import AR, suppress_eos
 from valle.model.layers import KVCache
 from valle.model.sampling import Sampling, SamplingTensors, draw_uniforms, guide, sample_rows
 from valle.model.tokens import CODEBOOK_SIZE
+from valle.model.validation import validate_codes
 from valle.serve.engine.prefill import PREFILL_CHUNK, ChunkedPrefill
 from valle.serve.engine.request import Request
 from valle.serve.engine.slots import Move
@@ -135,26 +136,21 @@ class Runner:
 
     def validate(self, request: Request) -> None:
         """Raises ValueError, naming the field, for a request that cannot run here."""
+        request.validate()
+        config = self.model.config
         needed = self.model.capacity(
-            len(request.phonemes), request.prompt.shape[1], request.max_frames
+            len(request.phonemes), request.prompt.shape[1], int(request.max_frames)
         )
         if needed > self.max_positions:
             raise ValueError(
                 f"max_frames: text, prompt and {request.max_frames} frames need {needed} "
                 f"positions, a slot holds {self.max_positions}"
             )
-        config = self.model.config
-        if max(request.phonemes) >= config.n_phonemes or min(request.phonemes) < 0:
+        if max(request.phonemes) >= config.n_phonemes:
             raise ValueError(
                 f"phonemes: ids must be 0 to {config.n_phonemes - 1}, the model's inventory"
             )
-        if len(request.prompt) != config.n_codebooks:
-            raise ValueError(f"prompt: {len(request.prompt)} codebooks, not {config.n_codebooks}")
-        if (
-            request.prompt.size
-            and not 0 <= request.prompt.min() <= request.prompt.max() < CODEBOOK_SIZE
-        ):
-            raise ValueError(f"prompt: codes outside 0 to {CODEBOOK_SIZE - 1}")
+        validate_codes("prompt", request.prompt, config.n_codebooks)
         if request.sampling.guided and self._rows_per_slot == 1:
             raise ValueError("guidance_scale: must be 1, this engine runs without guidance")
         if request.sampling.repetition_window > MAX_REPETITION_WINDOW:
@@ -243,3 +239,15 @@ class Runner:
             for row in (self._recent, self._frames, self._seeds):
                 row[slot] = row[move.source]
         self._sampling_tensors = SamplingTensors.from_rows(self._sampling, self._device)
+
+    @torch.inference_mode()
+    def erase_free(self, *, prefill: bool) -> None:
+        """Overwrites what ended requests have left in the free slots and, with `prefill`, in the
+        prefill's own cache."""
+        free = slice(self._slot_rows(self.batch_size).start, None)
+        for store in (self._cache.keys, self._cache.values):
+            store[:, free].zero_()
+        self._hidden[free] = 0
+        self._recent[self.batch_size :] = -1
+        if prefill:
+            self.prefill.erase()

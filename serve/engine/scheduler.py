@@ -73,6 +73,10 @@ class Scheduler:
         """Whether a request waits, is in prefill or runs."""
         return request_id in self._states
 
+    def request_ids(self) -> set[str]:
+        """Ids of all requests that wait, are in prefill or run."""
+        return set(self._states)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when queue, states and slots disagree."""
         request_ids = self.slots.request_ids

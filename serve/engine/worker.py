@@ -1,15 +1,17 @@
 """The engine on a thread of its own, used from coroutines.
 
 Coroutines put requests and aborts into a mailbox. The thread steps the engine while it has requests
-and hands the outputs to the event loop. If a step fails, every request ends with that error and
-`check_health` raises it from then on, so that no request waits for a dead thread.
+and hands the outputs to the event loop. If a step fails, or does not end in time, `on_failure` is
+called, every request ends with that error, and `check_health` raises it from then on: no request
+waits for a thread that is dead or stuck.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 from valle.serve.engine.engine import Engine
@@ -22,17 +24,38 @@ class EngineError(RuntimeError):
     """The engine's thread has ended; the message names the cause."""
 
 
+class _Forget:
+    """Mail: erase what ended requests have left."""
+
+
+_Mail = Request | str | _Forget | None
+"""A request to add, the id of one to abort, something to forget, or None to end the thread."""
+
 WorkerOutput = StepOutput | ValueError | EngineError
 """What a request's coroutine receives: ValueError for a request that cannot run."""
+
+
+MAX_STEP_SECONDS = 300.0
+"""Upper bound of a step: the first one of a compiled model waits for the compiler."""
 
 
 class EngineWorker:
     """An engine with its thread."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Starts the thread."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_failure: Callable[[str], None] | None = None,
+        max_step_seconds: float = MAX_STEP_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Starts the thread. `on_failure` is called with the reason, before the requests end."""
         self._engine = engine
-        self._mailbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._on_failure, self._max_step_seconds, self._clock = on_failure, max_step_seconds, clock
+        self._step_started: float | None = None
+        """When the step began that runs now; None between two steps."""
+        self._mailbox: queue.SimpleQueue[_Mail] = queue.SimpleQueue()
         self._outputs: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[WorkerOutput]]] = {}
         self._error: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -64,24 +87,43 @@ class EngineWorker:
                 self._mailbox.put(request.id)
 
     def check_health(self) -> None:
-        """Raises EngineError when the thread has ended."""
+        """Raises EngineError when the thread has ended, or is stuck in a step."""
+        started = self._step_started
+        if self._error is None and started is not None:
+            seconds = self._clock() - started
+            if seconds > self._max_step_seconds:
+                self._fail(f"the engine is stuck: a step has not ended in {seconds:.0f} s")
         if self._error is not None:
             raise self._error
 
+    def forget_prompts(self) -> None:
+        """Erases what ended requests have left in memory, and later what running ones leave."""
+        self._mailbox.put(_Forget())
+
     def close(self) -> None:
-        """Ends the thread after its current step."""
+        """Ends the thread after its current step and waits for that: not for an event loop."""
         self._mailbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while self._read_mail():
-                for output in self._engine.step():
+                self._step_started = self._clock()
+                outputs = self._engine.step()
+                self._step_started = None
+                if self._error is not None:  # it was stuck, and nobody waits any more
+                    return
+                for output in outputs:
                     self._deliver(output.request_id, output)
             self._stop("the engine is closed")
         except BaseException as error:  # no request may wait for a dead thread
             logger.exception("the engine has stopped")
-            self._stop(f"the engine has stopped: {type(error).__name__}: {error}")
+            self._fail(f"the engine has stopped: {type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        if self._on_failure is not None:
+            self._on_failure(reason)
+        self._stop(reason)
 
     def _stop(self, reason: str) -> None:
         self._error = EngineError(reason)
@@ -96,6 +138,9 @@ class EngineWorker:
                 return False
             if isinstance(mail, str):
                 self._engine.abort(mail)
+                continue
+            if isinstance(mail, _Forget):
+                self._engine.forget_prompts()
                 continue
             try:
                 self._engine.add(mail)

@@ -1,10 +1,14 @@
 """Prometheus metrics of an ingress replica (`/metrics`).
 
-Each replica counts its own responses. Ray exports queues and latencies of all deployments at its
-metrics port.
+Each replica counts its own responses, and a request for the metrics reaches any of them; so every
+sample is labelled with its replica, and a query sums over the label. Ray exports queues and
+latencies of all deployments at its metrics port.
 """
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from valle.model.tokens import FRAME_RATE
@@ -17,8 +21,16 @@ REAL_TIME_FACTOR_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 4)
 class Metrics:
     """Counters and histograms of one replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str = "") -> None:
+        """`replica` labels the samples; without it they have no such label."""
+        self._replica = replica
         self._registry = registry = CollectorRegistry()
+        self.unauthorized = Counter(
+            "valle_unauthorized_requests",
+            "Requests without a valid key, by reason",
+            ["reason"],
+            registry=registry,
+        )
         self.requests = Counter(
             "valle_requests",
             "Responses, by route and status",
@@ -59,7 +71,17 @@ class Metrics:
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The samples with the replica's label, as a registry yields them."""
+        for metric in self._registry.collect():
+            if self._replica:
+                metric.samples = [
+                    sample._replace(labels={**sample.labels, "replica": self._replica})
+                    for sample in metric.samples
+                ]
+            yield metric
 
 
 class MetricsMiddleware:

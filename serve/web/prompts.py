@@ -5,25 +5,23 @@ request needs them, and caches the codes for a while.
 """
 
 import base64
-import binascii
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from cachetools import TTLCache
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP
 from valle.platform.audio import AudioError
+from valle.platform.storage import FileStamp
 from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
+from valle.serve.web.callers import Caller
+from valle.serve.web.prompt_cache import PromptCache
 from valle.serve.web.schema import ApiError, SpeechRequest
+from valle.serve.web.threads import run_storage
 from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
-
-PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS = 256, 600
-"""Prompts in the cache, and their lifetime: a deleted voice leaves the memory as well."""
 
 _T = TypeVar("_T")
 
@@ -36,37 +34,65 @@ class Recording:
     param: Literal["voice", "ref_audio"]
 
 
+class _CallersVoice(NamedTuple):
+    """A voice as a caller names it."""
+
+    name: str
+    key: str
+    all_voices: bool
+
+
 class PromptEncoder:
     """Codes of the recordings that requests name or contain."""
 
     def __init__(self, store: VoiceStore, deployments: Deployments) -> None:
         self._store, self._deployments = store, deployments
-        self._cache: TTLCache[tuple[str, bytes], Codes] = TTLCache(
-            PROMPT_CACHE_SIZE, PROMPT_CACHE_SECONDS
-        )
+        self._cache = PromptCache(self._stamp)
         self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
-    async def for_request(self, request: SpeechRequest, version: str) -> Codes:
+    async def for_request(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
         """Codes `[8, P]` of the recording's first seconds, by that version's codec.
 
         Raises ApiError for a missing voice or an unusable recording.
         """
-        recording = await run_in_threadpool(self._read_recording, request)
-        # keyed by content, since a voice may be replaced, and by version, since codecs may differ
-        key = (version, hashlib.sha256(recording.data).digest())
-        codes = self._cache.get(key)
-        if codes is None:
-            metadata = None
-            if recording.param == "voice":
-                metadata = await self._in_thread(self._store.read_metadata, recording.data)
-            if metadata is not None and await self._is_current(metadata, version):
-                codes = metadata.prompt_codes()
-            else:
-                wave = await self._in_thread(self._decode, recording, metadata is not None)
-                codes = await self.encode(wave, version)
-            self._cache[key] = codes
-        return codes
+        if request.ref_audio is not None or not request.voice:
+            return await self._read_and_encode(request, version, caller)
+        # the same name may be another voice to another key
+        voice = _CallersVoice(request.voice, caller.key, caller.all_voices)
+        try:
+            return await self._cache.of_voice(
+                voice, version, lambda: self._read_and_encode(request, version, caller)
+            )
+        except VoiceError as error:
+            raise ApiError(404, str(error), "voice", error.code) from error
+
+    async def forget(self) -> None:
+        """Removes what is in memory of all prompts, here and in the models' replicas: a voice has
+        been deleted. Other ingress replicas notice that within seconds."""
+        self._cache.forget()
+        await self._deployments.forget_prompts()
+
+    async def _stamp(self, voice: Hashable) -> FileStamp:
+        assert isinstance(voice, _CallersVoice), "for_request asks for no others"
+        caller = Caller(key=voice.key, all_voices=voice.all_voices)
+        return await run_storage(self._store.stamp, voice.name, caller)
+
+    async def _read_and_encode(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
+        recording = await run_storage(self._read_recording, request, caller)
+        sha256 = hashlib.sha256(recording.data).digest()
+        return await self._cache.of_content(
+            sha256, version, lambda: self._encode_recording(recording, version)
+        )
+
+    async def _encode_recording(self, recording: Recording, version: str) -> Codes:
+        metadata = None
+        if recording.param == "voice":
+            metadata = await self._in_thread(self._store.read_metadata, recording.data)
+        if metadata is not None and await self._is_current(metadata, version):
+            return metadata.prompt_codes()
+        wave = await self._in_thread(self._decode, recording, metadata is not None)
+        return await self.encode(wave, version)
 
     async def encode(self, wave: Wave, version: str) -> Codes:
         """Codes `[8, P]` of the first seconds of a recording."""
@@ -96,17 +122,17 @@ class PromptEncoder:
         recordings do not take the threads of all other requests."""
         return await to_thread.run_sync(function, *arguments, limiter=self._decoding_threads)
 
-    def _read_recording(self, request: SpeechRequest) -> Recording:
+    def _read_recording(self, request: SpeechRequest, caller: Caller) -> Recording:
         if request.ref_audio is not None:
             try:
                 data = base64.b64decode(request.ref_audio, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # binascii's too
                 raise ApiError(400, f"ref_audio: not base64 ({error})", "ref_audio") from error
             return Recording(data, "ref_audio")
         if not request.voice:
             message = "voice: missing; name a voice, or send a recording as ref_audio"
             raise ApiError(400, message, "voice")
         try:
-            return Recording(self._store.read(request.voice), "voice")
+            return Recording(self._store.read(request.voice, caller), "voice")
         except VoiceError as error:
             raise ApiError(404, str(error), "voice", error.code) from error

@@ -9,6 +9,7 @@ streams. Both close `prefetch`, the sentence's generator and the calls of deploy
 NAR or codec batch that has started is finished, and the result is dropped.
 """
 
+import hashlib
 import logging
 import time
 import uuid
@@ -19,12 +20,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from valle.model.codec.interface import Codes
+from valle.model.languages import espeak_voice
 from valle.model.sampling import Sampling
-from valle.model.sentences import PAUSE, sentence_phoneme_ids
-from valle.model.text import languages
+from valle.model.sentences import PAUSE, phoneme_budget, sentence_phoneme_ids
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
 from valle.platform.registry import display_name
@@ -33,6 +33,7 @@ from valle.serve.deployments.interface import Deployments
 from valle.serve.engine.request import Request
 from valle.serve.web.alias_watcher import AliasWatcher
 from valle.serve.web.audio_formats import MEDIA_TYPES, encode_audio
+from valle.serve.web.callers import Caller
 from valle.serve.web.metrics import Metrics
 from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
@@ -40,6 +41,7 @@ from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.sentence import AudioChunk, stream_sentence, synthesize_sentence
 from valle.serve.web.stats import SpeechStats
 from valle.serve.web.streaming import audio_body, sse_body
+from valle.serve.web.threads import run_encoding, run_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,17 +79,21 @@ class SpeechService:
     ) -> None:
         self._args, self._deployments = args, deployments
         self._prompts, self._watcher, self._metrics = prompts, watcher, metrics
+        self._languages: dict[str, tuple[str, ...]] = {}  # by version
 
-    async def create_speech(self, request: SpeechRequest) -> Response:
+    async def create_speech(self, request: SpeechRequest, caller: Caller) -> Response:
         """The response, as soon as its first chunk is there.
 
         Raises ApiError for a request that cannot be answered and OverloadedError for one that
         finds a queue full; later errors end the stream.
         """
-        stats = SpeechStats(len(request.input), time.perf_counter())
-        sentences = await run_in_threadpool(_phonemize, request, self._args)
+        stats = SpeechStats(
+            len(request.input), time.perf_counter(), sender=_sender(request, caller)
+        )
+        sentences = await run_text(_phonemize, request, self._args)
         version = await self._watcher.version()
-        prompt = await self._prompts.for_request(request, version)
+        await self._check_language(request, version)
+        prompt = await self._prompts.for_request(request, version, caller)
         utterance = Utterance(request, version, sentences, prompt)
 
         # the first chunk decides about the status and the kind of the response
@@ -102,11 +108,20 @@ class SpeechService:
             body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
-        data = await run_in_threadpool(
-            encode_audio, first.wave, request.response_format, request.speed
-        )
+        data = await run_encoding(encode_audio, first.wave, request.response_format, request.speed)
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
+
+    async def _check_language(self, request: SpeechRequest, version: str) -> None:
+        """Raises ApiError unless the language is one of `AppArgs.languages`, or, without those, of
+        the model's."""
+        names = self._args.languages or self._languages.get(version)
+        if names is None:
+            names = self._languages[version] = await self._deployments.languages(version)
+        allowed = sorted(set(map(espeak_voice, names)))
+        if espeak_voice(request.language) not in allowed:
+            message = f"language: {request.language} is not spoken here, only {', '.join(allowed)}"
+            raise ApiError(400, message, "language")
 
     async def _synthesize(self, utterance: Utterance) -> AsyncGenerator[AudioChunk]:
         """The chunks of all sentences, up to the length limit of the response."""
@@ -118,6 +133,7 @@ class SpeechService:
             engine_request = self._engine_request(utterance, index, remaining_frames)
             # only the first sentence may be refused: later ones belong to a response that runs
             retry = index > 0
+            last_sentence = index + 1 == len(utterance.sentences)
             if chunked:
                 chunks = stream_sentence(
                     self._deployments,
@@ -129,13 +145,13 @@ class SpeechService:
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         remaining_frames -= chunk.n_frames
-                        yield chunk
+                        yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
             else:
                 chunk = await synthesize_sentence(
                     self._deployments, utterance.version, engine_request, retry=retry
                 )
                 remaining_frames -= chunk.n_frames
-                yield chunk
+                yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
             if remaining_frames < 1:
                 return
 
@@ -175,20 +191,36 @@ class SpeechService:
                 logger.info("speech %s", stats)
 
 
+def _sender(request: SpeechRequest, caller: Caller) -> str:
+    """Key, request and voice for the log; a recording in the request is named by its hash."""
+    voice = request.voice
+    if request.ref_audio is not None:
+        voice = f"inline:{hashlib.sha256(request.ref_audio.encode()).hexdigest()[:16]}"
+    return f"{caller} voice={voice}"
+
+
+def _mark_cut(chunk: AudioChunk, remaining_frames: int, *, last_sentence: bool) -> AudioChunk:
+    """The chunk, marked as cut where a sentence ends exactly at the response's limit and others
+    would follow."""
+    cut = chunk.last and remaining_frames < 1 and not last_sentence
+    return replace(chunk, hit_limit=chunk.hit_limit or cut)
+
+
 def _phonemize(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
     """Phoneme ids of each sentence. Raises ApiError for a text that cannot be spoken."""
-    if request.language not in languages():
-        message = f"language: espeak has no voice named {request.language!r} (try en-us, fr-fr)"
-        raise ApiError(400, message, "language")
+    try:
+        voice = espeak_voice(request.language)
+    except ValueError as error:
+        raise ApiError(400, str(error), "language") from error
     if len(request.input) > args.max_characters:
         message = f"input: {len(request.input)} characters, limit {args.max_characters}"
         raise ApiError(400, message, "input")
+    budget = phoneme_budget(args.max_sentence_seconds, args.max_phonemes)
     try:
-        sentences = sentence_phoneme_ids(request.input, request.language)
+        return sentence_phoneme_ids(request.input, voice, budget)
     except ValueError as error:
-        raise ApiError(400, str(error), "input") from error
-    longest = max(map(len, sentences))
-    if longest > args.max_phonemes:
-        message = f"input: {longest} phonemes in one sentence, limit {args.max_phonemes}"
-        raise ApiError(400, message, "input")
-    return sentences
+        message = str(error)
+        field = "language" if message.startswith("language:") else "input"
+        if not message.startswith(("language:", "text:")):
+            message = f"input: {message}"
+        raise ApiError(400, message, field) from error

@@ -14,6 +14,8 @@ class SpeechStats:
     characters: int
     start_time: float
     """By `time.perf_counter`."""
+    sender: str = ""
+    """Key, request and voice, for the log."""
     n_frames: int = 0
     hit_limit: bool = False
     """A length limit ended one of the sentences."""
@@ -32,7 +34,8 @@ class SpeechStats:
     def __str__(self) -> str:
         duration = self.n_frames / FRAME_RATE
         return (
-            f"characters={self.characters} audio_s={duration:.2f} wall_s={self.wall_seconds:.2f} "
+            f"{self.sender} characters={self.characters} audio_s={duration:.2f} "
+            f"wall_s={self.wall_seconds:.2f} "
             f"time_to_first_audio_s={self.time_to_first_audio:.2f} "
             f"real_time_factor={self.wall_seconds / duration:.2f} hit_limit={self.hit_limit}"
         )

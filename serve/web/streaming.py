@@ -6,12 +6,12 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from starlette.concurrency import run_in_threadpool
-
+from valle.serve.deployments.interface import OverloadedError, UnavailableError
 from valle.serve.web.audio_formats import AudioEncoder
 from valle.serve.web.schema import ApiError, ErrorDetail, SpeechRequest
 from valle.serve.web.sentence import AudioChunk
 from valle.serve.web.stats import SpeechStats
+from valle.serve.web.threads import run_encoding
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,9 +52,7 @@ async def sse_body(
         yield _event({"type": "speech.audio.done", "usage": usage, "hit_limit": stats.hit_limit})
     except Exception as error:
         logger.exception("a stream failed after it had begun")
-        server_failed = ErrorDetail(message="the server failed", type="server_error")
-        detail = error.detail if isinstance(error, ApiError) else server_failed
-        yield _event({"type": "error", "error": detail.model_dump()})
+        yield _event({"type": "error", "error": _error_detail(error).model_dump()})
 
 
 async def _encode(
@@ -62,13 +60,22 @@ async def _encode(
 ) -> AsyncIterator[bytes]:
     """The file's bytes as chunks come."""
     encoder = AudioEncoder(request.response_format, request.speed)
-    if data := await run_in_threadpool(encoder.add, first.wave):
+    if data := await run_encoding(encoder.add, first.wave):
         yield data
     async for chunk in chunks:
-        if data := await run_in_threadpool(encoder.add, chunk.wave):
+        if data := await run_encoding(encoder.add, chunk.wave):
             yield data
-    if data := await run_in_threadpool(encoder.finish):
+    if data := await run_encoding(encoder.finish):
         yield data
+
+
+def _error_detail(error: Exception) -> ErrorDetail:
+    if isinstance(error, ApiError):
+        return error.detail
+    if isinstance(error, OverloadedError | UnavailableError):
+        message = "the server is busy or a model is not available; try again in a moment"
+        return ErrorDetail(message=message, type="server_error", code="unavailable")
+    return ErrorDetail(message="the server failed", type="server_error")
 
 
 def _event(content: dict[str, object]) -> str:

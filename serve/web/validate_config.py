@@ -1,4 +1,5 @@
 """Validates a Serve configuration strictly; Serve itself ignores keys that it does not know.
+An application that would let everybody in is an error here, as it is when it is deployed.
 
 python -m valle.serve.web.validate_config serve/config.yaml
 """
@@ -10,9 +11,11 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from valle.serve.app_args import AppArgs
+from valle.serve.web.exposure import exposure_error, key_file_error, node_local_fields
 
 APP_IMPORT_PATH = "valle.serve.app:build_app"
 
@@ -28,12 +31,37 @@ def config_errors(content: object) -> Iterator[str]:
     except ValidationError as error:
         yield from _lines(error, "")
         return
+    host = _host(schema)
     for number, app in enumerate(schema.applications):
         if app.import_path == APP_IMPORT_PATH:
+            prefix = f"applications.{number}.args."
             try:
-                AppArgs.model_validate(app.args)
+                args = AppArgs.model_validate(app.args)
             except ValidationError as error:
-                yield from _lines(error, f"applications.{number}.args.")
+                yield from _lines(error, prefix)
+                continue
+            if reason := exposure_error(host, args) or key_file_error(args):
+                yield f"{prefix}{reason}"
+
+
+def config_warnings(content: object) -> Iterator[str]:
+    """What is dangerous in a configuration without errors: fields that name files of one machine,
+    for an endpoint on every node."""
+    schema = ServeDeploySchema.model_validate(content)
+    if ProxyLocation._normalize(schema.proxy_location) != ProxyLocation.EveryNode:
+        return
+    for number, app in enumerate(schema.applications):
+        if app.import_path == APP_IMPORT_PATH:
+            for line in node_local_fields(AppArgs.model_validate(app.args)):
+                yield f"applications.{number}.args.{line} (proxy_location: EveryNode)"
+
+
+def _host(schema: ServeDeploySchema) -> str | None:
+    """Address that the proxies listen on; None for no proxies. Serve's default, where the
+    configuration has none, is every interface."""
+    if ProxyLocation._normalize(schema.proxy_location) == ProxyLocation.Disabled:
+        return None
+    return schema.http_options.host
 
 
 def _unknown_keys(values: dict[str, Any], schema: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -74,9 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="YAML for `serve deploy` or `serve run`")
     arguments = parser.parse_args(argv)
-    errors = list(config_errors(yaml.safe_load(arguments.file.read_text())))
-    print("\n".join(errors) or f"{arguments.file}: valid")
-    return 1 if errors else 0
+    content = yaml.safe_load(arguments.file.read_text())
+    if errors := list(config_errors(content)):
+        print("\n".join(errors))
+        return 1
+    for line in config_warnings(content):
+        print(f"warning: {line}")
+    print(f"{arguments.file}: valid")
+    return 0
 
 
 if __name__ == "__main__":

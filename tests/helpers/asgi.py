@@ -5,7 +5,14 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 from starlette.types import ASGIApp, Message
+
+
+def asgi_client(application: ASGIApp) -> httpx.AsyncClient:
+    """A client of an application in this process; its errors are answers with 500."""
+    transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 class StreamingRequest:

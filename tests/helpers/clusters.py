@@ -209,9 +209,10 @@ def endpoint_idle() -> bool:
 
 
 def audio_seconds(endpoint: str) -> float:
-    """Seconds of speech that the endpoint has synthesized for responses that have ended."""
+    """Seconds of speech that the endpoint has synthesized for responses that have ended; of one
+    ingress replica."""
     metrics = httpx.get(f"{endpoint}/metrics", timeout=60).text
-    [line] = [x for x in metrics.splitlines() if x.startswith("valle_audio_seconds_total ")]
+    [line] = [x for x in metrics.splitlines() if x.startswith("valle_audio_seconds_total{replica=")]
     return float(line.split()[1])
 
 

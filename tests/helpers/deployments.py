@@ -145,8 +145,16 @@ class FakeDeployments:
         async with self._call("codec_sha256", version):
             return f"codec of {version}"
 
+    async def languages(self, version: str) -> tuple[str, ...]:
+        async with self._call("languages", version):
+            return ("en-us",)
+
     async def preload(self, version: str) -> None:
         async with self._call("preload", version):
+            pass
+
+    async def forget_prompts(self) -> None:
+        async with self._call("forget_prompts", ""):
             pass
 
     async def not_running(self) -> list[str]:

@@ -7,7 +7,7 @@ from helpers.tiny_models import tiny_ar, tiny_nar
 from valle.jobs.publish import PublishRecipe
 from valle.model.codec.interface import CodecIdentity
 from valle.model.tokens import EOS
-from valle.platform import audio, checkpoint, registry
+from valle.platform import audio, checkpoint, packing
 
 EOS_BIAS = 4.2
 """Bias of the AR model's EOS logit: speech of some fifteen frames. -1e9: no EOS at all."""
@@ -31,7 +31,7 @@ def pack_bundle(folder: Path, codec_folder: Path, codec: CodecIdentity) -> Path:
     save_checkpoints(checkpoints, codec)
     bundle = folder / "bundle"
     bundle.mkdir()
-    registry.pack(str(checkpoints["ar"]), str(checkpoints["nar"]), str(codec_folder), bundle)
+    packing.pack(str(checkpoints["ar"]), str(checkpoints["nar"]), str(codec_folder), bundle)
     return bundle
 
 
