@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import soundfile
+from helpers.recordings import speech
 
 from valle.platform import audio, decoding
 
@@ -61,3 +62,20 @@ def test_trim_cuts_silence_to_a_margin() -> None:
 def test_flac_bytes_hold_a_comment_of_any_length() -> None:
     comment = "x" * 100_000
     assert decoding.read_comment(audio.flac_bytes(np.zeros(100, np.float32), comment)) == comment
+
+
+def test_read_alters_a_recording_to_learn_from_in_no_other_way() -> None:
+    """What `prepare` reads: silence stays, and what is wrong is refused."""
+    speech_wave = speech(1)
+    late = np.concatenate([np.zeros(48_000, np.float32), speech_wave])
+    limits = {"max_seconds": 5, "max_clipped": audio.MAX_CLIPPED}
+    wave = audio.read(sound(late, 24_000, "WAV", "FLOAT"), **limits)
+    assert np.array_equal(wave, late)
+    for samples, reason in (
+        (speech_wave * 32_767, "too loud"),
+        (np.clip(speech_wave * 20, -1, 1), "clipped"),
+    ):
+        with pytest.raises(audio.AudioError, match=reason):
+            audio.read(sound(samples, 24_000, "WAV", "FLOAT"), **limits)
+    # to look at, a clipped recording is fine
+    audio.read(sound(np.clip(speech_wave * 20, -1, 1), 24_000, "WAV"), max_seconds=5)

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers.s3 import s3_server
+from helpers.s3_outages import s3_server
 
 from valle.platform import lease, storage
 from valle.platform.lease import LeaseError

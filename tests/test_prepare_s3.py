@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.s3 import FailingProxy, failing_proxy, s3_server
+from helpers.s3_outages import FailingProxy, failing_proxy, s3_server
 from test_prepare import put, sound
 
 from valle.platform import settings, storage

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.s3 import failing_proxy, s3_server
+from helpers.s3_outages import failing_proxy, s3_server
 
 from valle.platform import retries, settings, storage
 from valle.platform.retries import Retrier, StorageError, is_forbidden_file, is_storage_fault

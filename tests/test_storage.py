@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.s3 import s3_server
+from helpers.s3_outages import s3_server
 
 from valle.platform import storage
 
