@@ -21,6 +21,8 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valle.jobs.ingest.lines import is_utf8, parse_object
+from valle.jobs.ingest.lines import read_lines as split_lines
 from valle.jobs.recipes import parse_arguments
 from valle.model.codec.interface import Codes
 from valle.model.languages import espeak_voice
@@ -35,10 +37,13 @@ from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.reference import ReferenceReader
 from valle.platform.resources import Allocation, Placement
+from valle.platform.retries import Retrier, StorageError
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
 from valle.serve.web.audio_formats import AudioFormat, encode_audio
 
+STORAGE_RETRY_SECONDS = 120.0
+"""How long a read or write that storage fails is tried again before the run stops."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,149}")
 
 
@@ -114,14 +119,13 @@ def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
     if recipe.manifest.endswith(".parquet"):
         rows = list(enumerate(pq.read_table(io.BytesIO(data)).to_pylist(), 1))
     else:
-        numbered = enumerate(data.decode("utf-8-sig").split("\n"), 1)
-        rows = [(number, _parse_line(number, line)) for number, line in numbered if line.strip()]
+        rows = [(number, _parse_line(number, line)) for number, line in split_lines(data)]
     # A Parquet column has a value in every row: None there means a missing field.
     lines: dict[str, Line] = {}
     for number, row in rows:
         location = f"manifest: line {number}"
         if not isinstance(row, dict) or not all(
-            isinstance(row.get(field), str) for field in ("text", "prompt")
+            isinstance(row.get(field), str) and is_utf8(row[field]) for field in ("text", "prompt")
         ):
             raise ValueError(f"{location}: needs text and prompt, both strings")
         line = {
@@ -146,11 +150,13 @@ def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
     return list(lines.values())
 
 
-def _parse_line(number: int, line: str) -> Any:
+def _parse_line(number: int, line: str | UnicodeDecodeError) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"manifest: line {number}: not JSON ({error})") from error
+        if isinstance(line, UnicodeDecodeError):
+            raise ValueError(f"not UTF-8 ({line})")
+        return parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"manifest: line {number}: {error}") from error
 
 
 class SynthesizeShard:
@@ -167,6 +173,7 @@ class SynthesizeShard:
         )
         self._recipe = recipe
         self._budget = phoneme_budget(recipe.synthesis.max_seconds, recipe.max_phonemes)
+        self._retrier = Retrier(STORAGE_RETRY_SECONDS)
         self._offline = OfflineSynthesizer(
             synthesizer, recipe.synthesis, slots=recipe.slots, max_phonemes=recipe.max_phonemes
         )
@@ -182,17 +189,24 @@ class SynthesizeShard:
         for line in lines:
             try:
                 requests[line["id"]] = self._requests(line)
-            except (ValueError, OSError) as error:  # AudioError among them
-                line["error"] = str(error)
+            except StorageError:
+                raise  # no line is to blame: the run ends, and nothing is recorded
+            except Exception as error:  # whatever a line does, the others are synthesized
+                line["error"] = _describe(error)
         flat = [request for sentences in requests.values() for request in sentences]
         results = dict(zip([r.id for r in flat], self._offline.synthesize(flat), strict=True))
         # Audio first: a line with a row in the manifest has its audio.
         for line in lines:
             if line["error"] is None:
-                line |= self._write(line["id"], [results[r.id] for r in requests[line["id"]]])
+                try:
+                    line |= self._write(line["id"], [results[r.id] for r in requests[line["id"]]])
+                except StorageError:
+                    raise
+                except Exception as error:
+                    line["error"] = _describe(error)
         name = hashlib.sha256("\n".join(line["id"] for line in lines).encode()).hexdigest()[:20]
         rows = [{field: line[field] for field in _SCHEMA.names} for line in lines]
-        _write_shard(self._recipe.out, f"{name}.parquet", rows)
+        self._retrier.call(_write_shard, self._recipe.out, f"{name}.parquet", rows)
         result = {
             "lines": len(lines),
             "errors": sum(line["error"] is not None for line in lines),
@@ -222,7 +236,8 @@ class SynthesizeShard:
         if name not in self._prompts:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
-            data = storage.read_bytes(storage.join(self._recipe.recordings, name))
+            uri = storage.join(self._recipe.recordings, name)
+            data = self._retrier.call(storage.read_bytes, uri)
             wave = self._references.read(data)
             codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
@@ -237,12 +252,17 @@ class SynthesizeShard:
         wave = join_waves([sentence.wave for sentence in sentences])
         path = f"audio/{name}.{self._recipe.format}"
         data = encode_audio(wave, self._recipe.format)  # type: ignore[arg-type]  # checked by the recipe
-        storage.write_bytes(storage.join(self._recipe.out, path), data)
+        self._retrier.call(storage.write_bytes, storage.join(self._recipe.out, path), data)
         return {
             "audio": path,
             "seconds": round(len(wave) / SAMPLE_RATE, 3),
             "hit_limit": any(sentence.hit_limit for sentence in sentences),
         }
+
+
+def _describe(error: Exception) -> str:
+    """The error of a line; a message alone may say nothing."""
+    return str(error) if isinstance(error, ValueError | OSError) else repr(error)
 
 
 def _shards(lines: Sequence[Line], model: str, size: int) -> Iterator[pa.Table]:

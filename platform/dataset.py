@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("codes", pa.list_(pa.int16()), nullable=False),  # [Q, T] in C order
         pa.field("frames", pa.int32(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
+        pa.field("stamp", pa.string()),  # sizes and times of the source's files; older data: none
     ]
 )
 FRAMES_PER_ROW_GROUP = 60_000
@@ -189,9 +190,24 @@ def check_text_version(version: int, uri: str) -> None:
 
 
 def read_columns(uri: str, shard: str, names: Sequence[str]) -> pa.Table:
-    """Some columns of a shard; the others are not read."""
+    """Some columns of a shard; the others are not read. A column that older data lack is null.
+
+    Raises ValueError for a file that is no shard.
+    """
     filesys, path = storage.filesystem(storage.join(uri, "shards", f"{shard}.parquet"))
-    return pq.read_table(path, columns=list(names), filesystem=filesys)
+    try:
+        with pq.ParquetFile(path, filesystem=filesys) as file:
+            present = set(file.schema_arrow.names)
+            table = file.read(columns=[name for name in names if name in present])
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{uri}: shard {shard} is damaged ({error}); delete it, and `prepare` makes it again"
+        ) from error
+    for name in names:
+        if name not in present:
+            kind = SCHEMA.field(name).type
+            table = table.append_column(name, pa.nulls(len(table), kind))
+    return table.select(list(names))
 
 
 class TokenDataset:
@@ -254,6 +270,7 @@ class TokenDataset:
             with FileLock(f"{path}.lock"):  # one process per node builds the copy
                 if not path.exists():
                     self._build(shard, path)
+        os.utime(path)  # `valle clean-cache` removes copies by the time of their last use
         # `_build` writes one chunk, so that a row is found without a search
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

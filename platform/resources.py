@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Accelerator = Literal["auto", "cpu", "gpu"]
 
 
+MAX_RESTARTS = 16
+"""How often Ray starts again an actor, or a block of rows, whose process has ended."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """The device and the share of a node of each worker of a job."""
@@ -163,6 +167,8 @@ class Allocation:
             batch_format="pyarrow",
             fn_constructor_args=arguments,
             compute=self.actor_pool(workers, n_items),
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
             **self.options,
         )
         return mapped

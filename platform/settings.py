@@ -61,6 +61,11 @@ def read() -> Settings:
     )
 
 
+def storage_variables() -> tuple[tuple[str, str], ...]:
+    """The variables that decide which server storage reaches, and as whom."""
+    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of a child process: this process's, with some variables replaced."""
     return {**os.environ, **changes}

@@ -111,7 +111,7 @@ def test_token_dataset_opens_without_reading_rows(tmp_path: Path, tiny_codec: En
     names = pa.array([f"s{i // 1000}" for i in range(count)])
     ids = pa.array([str(i) for i in range(count)])
     table = pa.Table.from_arrays(
-        [ids, names, names, ids, lists, codes, pa.array(frames), ids], schema=SCHEMA
+        [ids, names, names, ids, lists, codes, pa.array(frames), ids, ids], schema=SCHEMA
     )
     shard = dataset.write_shard(str(tmp_path), "big", table)
     statistics = Statistics()

@@ -127,6 +127,19 @@ def test_load_class_of_unknown_metric_model() -> None:
         load_speaker_encoder("valle.jobs.evaluation.gate:SpeakerEncoder")
 
 
+def test_load_items_lines_end_at_line_feeds(home: Path) -> None:
+    rows = [
+        {"id": str(n), "text": "one\u2028two\x85", "prompt": "p.wav", "speaker": "s"}
+        for n in (1, 2)
+    ]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (home / "set.jsonl").write_bytes(lines.encode("utf-8-sig") + b"\n\n")
+    assert [item.text for item in load_items(str(home / "set.jsonl"))] == ["one\u2028two\x85"] * 2
+    (home / "set.jsonl").write_bytes(lines.encode() + b"\ncaf\xe9")
+    with pytest.raises(ValueError, match=r"set.jsonl:3: not UTF-8"):
+        load_items(str(home / "set.jsonl"))
+
+
 def test_load_items_names_the_bad_line(home: Path) -> None:
     good = {"id": "1", "text": "Hello there.", "prompt": "p.wav", "speaker": "x"}
     path = home / "set.jsonl"

@@ -19,19 +19,16 @@ from helpers import clusters
 from pyarrow import parquet
 
 from valle.jobs import prepare as prepare_module
-from valle.jobs.ingest.layouts import (
-    Reject,
-    Source,
-    SourceItem,
-    compile_speaker_pattern,
-    list_items,
-)
+from valle.jobs.ingest.layouts import list_items
+from valle.jobs.ingest.listing import list_sources
+from valle.jobs.ingest.source import Reject, Source, SourceItem, compile_speaker_pattern
 from valle.jobs.prepare import PrepareRecipe, prepare, shard_items
 from valle.model import text
 from valle.model.codec import encodec
 from valle.platform import audio, dataset
 from valle.platform.dataset import TokenDataset
 from valle.platform.resources import Placement
+from valle.platform.retries import Retrier
 
 
 def sound(seconds: float, rate: int = 24_000, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -131,14 +128,42 @@ def test_prepare_mixed_inputs_encodes_or_rejects(
         assert utterance.speaker == path.parent.name
         assert text.decode(utterance.phonemes.tolist()) == text.phonemize(["hello there"])[0]
 
-    # A second run has no inputs left.
+    # A second run tries the rejects again; nothing else is left.
     again = prepare(recipe)
-    assert (again["already_done"], again["prepared"], again["utterances"]) == (18, 0, 9)
-    assert again["rejected"] == {}
-    # A third run processes only a new file.
+    assert (again["already_done"], again["prepared"], again["utterances"]) == (9, 0, 9)
+    assert again["rejected"] == report["rejected"]
+    assert (again["rejects_tried_again"], again["rejects_cured"], again["changed"]) == (9, 0, 0)
+
+    # A third run processes a new file, mended ones and changed ones.
     put(corpus / "speaker9" / "new.wav", sound(1.0))
-    third = prepare(recipe)
-    assert (third["already_done"], third["prepared"], third["utterances"]) == (18, 1, 10)
+    (corpus / "bad/no text.txt").write_text("a transcript")
+    (corpus / "bad/latin1.txt").write_text("café", encoding="utf-8")
+    put(corpus / "bad" / "corrupt.wav", sound(1.0))
+    (corpus / "speaker0/0.txt").write_text("another text")
+    third = prepare(replace(recipe, max_seconds=5.0))  # "long" is allowed now
+    assert (third["already_done"], third["prepared"], third["utterances"]) == (8, 6, 14)
+    assert (third["rejects_tried_again"], third["rejects_cured"]) == (9, 4)
+    assert (third["changed"], third["rows_removed"]) == (1, 1)
+    assert sum(third["rejected"].values()) == 5
+    rejects = [
+        json.loads(line)["id"].removeprefix("my corpus/")
+        for path in (tmp_path / "tokens/rejects").glob("*.jsonl")
+        for line in path.read_text().split("\n")
+        if line
+    ]
+    assert sorted(rejects) == [
+        "bad/empty text",
+        "bad/quiet",
+        "bad/short",
+        "bad/wordless",
+        "bad/zero",
+    ]
+    tokens = TokenDataset(recipe.out, tmp_path / "cache")
+    texts = {tokens[number].id: tokens[number].text for number in range(14)}
+    assert len(texts) == 14 and texts["my corpus/speaker0/0"] == "another text"
+    # A limit that leaves out what was prepared takes it away.
+    fourth = prepare(recipe)
+    assert (fourth["changed"], fourth["rows_removed"], fourth["utterances"]) == (1, 1, 13)
 
     with pytest.raises(ValueError, match="codec mismatch: the dataset"):
         other = tmp_path / "other codec"
@@ -266,6 +291,7 @@ def test_list_items_ljspeech_libritts_and_manifest(tmp_path: Path) -> None:
 
     libri = tmp_path / "train-clean-100"
     put(libri / "19/198/19_198_0.wav", sound(1), words=None)
+    (libri / "19/198/19_198_0.normalized.txt").write_text("hello there")
     put(libri / "stray.wav", sound(1), words=None)
     items = list(list_items(Source(path=str(libri), layout="libritts")))
     assert isinstance(items[0], SourceItem) and isinstance(items[1], Reject)
@@ -285,7 +311,7 @@ def test_list_items_ljspeech_libritts_and_manifest(tmp_path: Path) -> None:
     items = [entry for entry in entries if isinstance(entry, SourceItem)]
     assert [(i.id, i.language, i.audio) for i in items] == [
         ("7", "de", f"{tmp_path}/a b.wav"),
-        ("list.jsonl/2", "en-us", "s3://bucket/x.wav"),
+        ("list.jsonl/s3://bucket/x.wav", "en-us", "s3://bucket/x.wav"),
     ]
     assert [e.source for e in entries if isinstance(e, Reject)] == [
         f"{manifest}:4",
@@ -317,7 +343,7 @@ def test_prepare_roots_with_equal_ids_raise(tmp_path: Path, tiny_codec_folder: P
     sources = tuple(Source(path=str(tmp_path / parent / "data")) for parent in ("a", "b"))
     recipe = PrepareRecipe(out=str(tmp_path / "o"), sources=sources, codec=str(tiny_codec_folder))
     with pytest.raises(ValueError, match="have the same id 'data/s/1'"):
-        prepare_module._list(recipe)
+        list_sources(recipe.sources, Retrier(0))
 
 
 def test_wav_bytes_round_trip_keeps_samples() -> None:

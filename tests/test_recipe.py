@@ -10,6 +10,8 @@ from typing import Literal
 import pytest
 import yaml
 
+from valle.jobs.training.recipe import TrainRecipe
+from valle.jobs.training.validation import QuickCheck
 from valle.platform import storage
 from valle.platform.recipe import (
     RecipeError,
@@ -189,3 +191,16 @@ def test_exit_on_error_reports_a_recipe_error_in_a_line(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "error: train.workers: too many\n"
     with pytest.raises(ValueError, match="a fault of ours"), exit_on_error():
         raise ValueError("a fault of ours")
+
+
+def test_train_recipe_paths_reach_workers_as_absolute_ones(home: Path) -> None:
+    """Workers of Ray Train have another current folder; `nano` stays the shipped codec."""
+    check = QuickCheck(recordings="data/evaluation", nar_checkpoint="runs/nano-nar")
+    recipe = TrainRecipe(data="tokens", run="r", codec="codecs/mine", quick_check=check)
+    (home / "nano").mkdir()
+    resolved = resolve_paths(recipe)
+    assert (resolved.data, resolved.codec) == (f"{home}/tokens", f"{home}/codecs/mine")
+    assert resolved.quick_check is not None
+    assert resolved.quick_check.recordings == f"{home}/data/evaluation"
+    assert resolved.quick_check.nar_checkpoint == f"{home}/runs/nano-nar"
+    assert resolve_paths(TrainRecipe(data="tokens", run="r")).codec == "nano"

@@ -125,7 +125,7 @@ def test_synthesize_second_run_does_missing_and_changed_lines(
         ({"text": "x", "prompt": 3}, "line 2: needs text and prompt"),
         ({"text": "x", "prompt": "p", "id": "../x"}, "line 2: id '../x': letters, digits"),
         ({"text": "a", "prompt": "p"}, "is there twice"),
-        ([1], "line 2: needs text and prompt"),
+        ([1], "line 2: array, a JSON object is needed"),
         ({"text": "x", "prompt": "p", "seed": "one"}, "line 2: seed 'one' is no whole number"),
         ({"text": "x", "prompt": "p", "seed": -1}, "line 2: seed -1 is no whole number"),
     ],

@@ -39,6 +39,7 @@ COMMANDS = {
         "demo": "run the whole path: corpus to a spoken sentence",
         "keys": "make an API key for the endpoint",
         "validate-config": "check a Serve configuration strictly",
+        "clean-cache": "remove from this node's cache what has not been used for a while",
         "check-cluster": "check the cluster launcher's file without a network",
         "include-results": "write the results of release/ into the documents",
         "bench": "run a benchmark: valle bench NAME",

@@ -9,7 +9,6 @@ below the set's recordings; the reference is the speaker saying the text.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import dacite
 
 from valle.jobs.evaluation.metrics.words import normalize_transcript
+from valle.jobs.ingest.lines import parse_object, read_lines
 from valle.platform import dataset, storage
 
 SETS = Path(__file__).parent / "sets"
@@ -59,12 +59,14 @@ def load_items(name_or_uri: str) -> list[EvaluationItem]:
         names = ", ".join(sorted(path.stem for path in SETS.glob("*.jsonl")))
         raise ValueError(f"items: no {name_or_uri}; give a path to JSONL, or one of: {names}")
     items: list[EvaluationItem] = []
-    for number, line in enumerate(storage.read_bytes(uri).decode().splitlines(), start=1):
+    for number, line in read_lines(storage.read_bytes(uri)):
         try:
+            if isinstance(line, UnicodeDecodeError):
+                raise ValueError(f"not UTF-8 ({line})")
             items.append(
-                dacite.from_dict(EvaluationItem, json.loads(line), dacite.Config(strict=True))
+                dacite.from_dict(EvaluationItem, parse_object(line), dacite.Config(strict=True))
             )
-        except (json.JSONDecodeError, dacite.DaciteError) as error:
+        except (ValueError, dacite.DaciteError) as error:
             raise ValueError(f"{uri}:{number}: {error}") from error
     if len({item.id for item in items}) < len(items):
         raise ValueError(f"{uri}: two items have the same id")

@@ -1,182 +1,181 @@
-"""Sources of recordings with transcripts, and the layouts that `prepare` reads.
+"""The layouts that `prepare` reads: how recordings and transcripts lie under a source.
 
 Listing a source opens no recording; the workers of `prepare` read them. A line or path that does
 not fit the layout becomes a `Reject`.
 """
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
+from valle.jobs.ingest.lines import is_utf8, read_lines
+from valle.jobs.ingest.manifest import list_manifest, stamp
+from valle.jobs.ingest.source import Reject, Source, SourceItem, compile_speaker_pattern
 from valle.platform import storage
-from valle.platform.recipe import formerly, location
+from valle.platform.retries import Retrier
+from valle.platform.storage import FileEntry
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".aiff", ".aif", ".w64", ".au", ".ogg", ".oga", ".opus", ".m4a", ".mp4",
+    ".webm", ".aac", ".mp3", ".wma", ".amr", ".3gp",
+)  # fmt: skip
+"""Names of recordings, those that lose least first: of two formats the first one is used."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One root of recordings with transcripts."""
-
-    path: str = field(metadata=location())
-    """Folder or URI; for `manifest`, the JSONL file."""
-
-    layout: Literal["folder", "ljspeech", "libritts", "manifest"] = "folder"
-    """folder: audio files, each with a `.txt` of the same name beside it. ljspeech: metadata.csv
-    and wavs/. libritts: `{speaker}/{chapter}/{id}.wav` with `.normalized.txt`. manifest: one JSON
-    object per line with audio, text, speaker and, optionally, language and id."""
-
-    speaker_pattern: str = field(default="{speaker}/*", metadata=formerly("speaker"))
-    """folder: pattern of the end of a path. `{speaker}` marks a folder that is part of the
-    speaker's name (several are joined by `_`), `*` any other folder and, last, the file."""
-
-    language: str = "en-us"
-    """espeak voice name, for items without a language of their own."""
-
-    def __post_init__(self) -> None:
-        if self.layout == "folder":
-            compile_speaker_pattern(self.speaker_pattern)
+__all__ = ["Reject", "Source", "SourceItem", "compile_speaker_pattern", "list_items"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceItem:
-    """One recording with speaker, language and transcript, not opened yet."""
+def list_items(source: Source, retrier: Retrier | None = None) -> Iterator[SourceItem | Reject]:
+    """Yields all items of a source; no two files or lines yield the same item.
 
-    id: str
-    speaker: str
-    language: str
-    audio: str
-    """URI of the sound file."""
-    text: str | None
-    """The transcript, or None when it is in the file `text_uri`."""
-    text_uri: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reject:
-    """An input that was left out, with the reason."""
-
-    id: str
-    source: str
-    reason: str
-
-
-def compile_speaker_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles a path pattern such as `{speaker}/*` or `{speaker}/{speaker}/*`.
-
-    Raises ValueError for a pattern without a `{speaker}` folder, or with parts other than
-    `{speaker}` and `*`.
+    Raises FileNotFoundError when its path does not exist, and StorageError.
     """
-    parts = pattern.split("/")
-    if "{speaker}" not in parts[:-1] or not set(parts) <= {"{speaker}", "*"}:
-        raise ValueError(
-            f"speaker_pattern: {pattern!r} must be folders of `{{speaker}}` and `*` with the file "
-            "last, for instance `{speaker}/*` or `{speaker}/{speaker}/*`"
-        )
-    expression = "/".join("([^/]+)" if part == "{speaker}" else "[^/]+" for part in parts)
-    return re.compile(rf"(?:^|/){expression}$")
-
-
-def list_items(source: Source) -> Iterator[SourceItem | Reject]:
-    """Yields all items of a source. Raises FileNotFoundError when its path does not exist."""
-    root = source.path
-    if not storage.exists(root):
+    retrier = retrier or Retrier(0)
+    if not retrier.call(storage.exists, source.path):
         raise FileNotFoundError(f"prepare.sources: {source.path} does not exist")
-    readers = {
+    readers: dict[str, Callable[[Source, Retrier], Iterator[SourceItem | Reject]]] = {
         "folder": _folder,
         "ljspeech": _ljspeech,
         "libritts": _libritts,
-        "manifest": _manifest,
+        "manifest": list_manifest,
     }
-    yield from readers[source.layout](source, root)
+    yield from readers[source.layout](source, retrier)
 
 
-def _prefix(root: str) -> str:
-    """Name of the root, the first part of an id: it separates the ids of several roots."""
-    return root.rstrip("/").rsplit("/", 1)[-1]
+def _folder(source: Source, retrier: Retrier) -> Iterator[SourceItem | Reject]:
+    mismatch = f"path does not match the speaker pattern: {source.speaker_pattern}"
+    yield from _tree(source, retrier, source.speaker_pattern, mismatch, AUDIO_SUFFIXES, ".txt")
 
 
-def _folder(source: Source, root: str) -> Iterator[SourceItem | Reject]:
-    pattern = compile_speaker_pattern(source.speaker_pattern)
-    for path in storage.list_files(root, AUDIO_SUFFIXES):
-        stem = path.rsplit(".", 1)[0]
-        uri = storage.join(root, path)
-        identity = f"{_prefix(root)}/{stem}"
-        match = pattern.search(path)
+def _libritts(source: Source, retrier: Retrier) -> Iterator[SourceItem | Reject]:
+    mismatch = "path is not speaker/chapter/file"
+    yield from _tree(source, retrier, "{speaker}/*/*", mismatch, (".wav",), ".normalized.txt")
+
+
+def _tree(
+    source: Source,
+    retrier: Retrier,
+    speaker_pattern: str,
+    mismatch: str,
+    suffixes: Sequence[str],
+    text_suffix: str,
+) -> Iterator[SourceItem | Reject]:
+    """Recordings in folders, each with a transcript beside it. `mismatch` is the reason for a path
+    that the pattern does not fit."""
+    pattern = compile_speaker_pattern(speaker_pattern)
+    entries = retrier.call(storage.list_entries, source.path, (*suffixes, text_suffix))
+    recordings: dict[str, list[FileEntry]] = defaultdict(list)
+    texts: dict[str, FileEntry] = {}
+    for entry in entries:
+        if entry.path.lower().endswith(text_suffix):
+            texts[entry.path[: -len(text_suffix)]] = entry
+        else:
+            recordings[entry.path.rpartition(".")[0]].append(entry)
+    for stem, formats in recordings.items():
+        entry, *others = sorted(formats, key=lambda e: _preference(e.path, suffixes))
+        yield from _other_formats(source, source.path, others, entry.path)
+        identity, uri = f"{source.name}/{stem}", storage.join(source.path, entry.path)
+        match = pattern.search(entry.path)
         if match is None:
-            reason = f"path does not match the speaker pattern: {source.speaker_pattern}"
+            yield Reject(id=identity, source=uri, reason=mismatch)
+        elif problem := _problem(entry):
+            yield Reject(id=identity, source=uri, reason=problem)
+        elif stem not in texts:
+            missing = storage.join(source.path, f"{stem}{text_suffix}")
+            reason = f"no transcript beside the recording: {missing} does not exist"
             yield Reject(id=identity, source=uri, reason=reason)
-            continue
-        yield SourceItem(
-            id=identity,
-            speaker="_".join(match.groups()),
-            language=source.language,
-            audio=uri,
-            text=None,
-            text_uri=storage.join(root, f"{stem}.txt"),
-        )
+        else:
+            yield SourceItem(
+                id=identity,
+                speaker="_".join(match.groups()),
+                language=source.language,
+                audio=uri,
+                text=None,
+                text_uri=storage.join(source.path, texts[stem].path),
+                origin=uri,
+                stamp=stamp(entry, texts[stem]),
+            )
 
 
-def _ljspeech(source: Source, root: str) -> Iterator[SourceItem | Reject]:
-    content = storage.read_bytes(storage.join(root, "metadata.csv")).decode("utf-8-sig")
-    for number, line in enumerate(content.splitlines(), 1):
-        fields = line.split("|")
-        identity = f"{_prefix(root)}/{fields[0]}"
-        if len(fields) < 2:
-            source_line = f"{root}/metadata.csv:{number}"
-            yield Reject(id=identity, source=source_line, reason="metadata line without a text")
-            continue
-        yield SourceItem(
-            id=identity,
-            speaker=_prefix(root),
-            language=source.language,
-            audio=storage.join(root, "wavs", f"{fields[0]}.wav"),
-            text=fields[-1],  # the normalized text, where there are two
-            text_uri=None,
-        )
-
-
-def _libritts(source: Source, root: str) -> Iterator[SourceItem | Reject]:
-    pattern = compile_speaker_pattern("{speaker}/*/*")
-    for path in storage.list_files(root, (".wav",)):
-        stem = path.removesuffix(".wav")
-        uri, identity = storage.join(root, path), f"{_prefix(root)}/{stem}"
-        match = pattern.search(path)
-        if match is None:
-            yield Reject(id=identity, source=uri, reason="path is not speaker/chapter/file")
-            continue
-        yield SourceItem(
-            id=identity,
-            speaker=match[1],
-            language=source.language,
-            audio=uri,
-            text=None,
-            text_uri=storage.join(root, f"{stem}.normalized.txt"),
-        )
-
-
-def _manifest(source: Source, root: str) -> Iterator[SourceItem | Reject]:
-    folder = root.rsplit("/", 1)[0]
-    for number, line in enumerate(storage.read_bytes(root).decode().splitlines(), 1):
-        location = f"{root}:{number}"
-        if not line.strip():
-            continue
+def _ljspeech(source: Source, retrier: Retrier) -> Iterator[SourceItem | Reject]:
+    table = storage.join(source.path, "metadata.csv")
+    try:
+        lines = list(read_lines(retrier.call(storage.read_bytes, table)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"prepare.sources: {table} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table}: damaged UTF-16 ({error})") from error
+    folder = storage.join(source.path, "wavs")
+    recordings: dict[str, list[FileEntry]] = defaultdict(list)
+    for entry in retrier.call(storage.list_entries, folder, AUDIO_SUFFIXES):
+        for name in (entry.path, entry.path.rpartition(".")[0]):  # a line names either
+            recordings[name].append(entry)
+    for number, line in lines:
+        origin = f"{table}:{number}"
         try:
-            row = json.loads(line)
-            audio, text, speaker = str(row["audio"]), str(row["text"]), str(row["speaker"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            reason = f"bad manifest line: needs JSON with audio, text, speaker ({error})"
-            yield Reject(id=location, source=location, reason=reason)
+            name, text = _columns(line)
+        except ValueError as error:
+            yield Reject(id=origin, source=origin, reason=f"bad metadata line: {error}")
             continue
-        # A relative path starts at the manifest's folder.
-        is_relative = "://" not in audio and not audio.startswith("/")
+        identity = f"{source.name}/{name}"
+        formats = sorted(recordings[name], key=lambda e: _preference(e.path, AUDIO_SUFFIXES))
+        if not formats:
+            reason = f"no recording: {storage.join(folder, name)} does not exist, with no suffix"
+            yield Reject(id=identity, source=origin, reason=reason)
+            continue
+        entry, *others = formats
+        yield from _other_formats(source, folder, others, entry.path)
+        if problem := _problem(entry):
+            yield Reject(id=identity, source=origin, reason=problem)
+            continue
         yield SourceItem(
-            id=str(row.get("id", f"{_prefix(root)}/{number}")),
-            speaker=speaker,
-            language=str(row.get("language", source.language)),
-            audio=storage.join(folder, audio) if is_relative else audio,
+            id=identity,
+            speaker=source.name,
+            language=source.language,
+            audio=storage.join(folder, entry.path),
             text=text,
             text_uri=None,
+            origin=origin,
+            stamp=stamp(entry),
         )
+
+
+def _columns(line: str | UnicodeDecodeError) -> tuple[str, str]:
+    """Name and text of a line of metadata.csv: `name|text` or `name|text|normalized text`.
+
+    Raises ValueError.
+    """
+    if isinstance(line, UnicodeDecodeError):
+        raise ValueError(f"not UTF-8 ({line}); convert the file to UTF-8")
+    name, *texts = (column.strip() for column in line.split("|"))
+    if not name:
+        raise ValueError("the first column, the recording's name, is empty")
+    if len(texts) not in (1, 2):
+        raise ValueError(f"{len(texts) + 1} columns; name|text or name|text|normalized text")
+    text = texts[-1] or texts[0]  # the normalized text, where there are two
+    if not text:
+        raise ValueError("the text is empty")
+    if "\0" in line:
+        raise ValueError("holds a zero byte")
+    return name, text
+
+
+def _preference(path: str, suffixes: Sequence[str]) -> tuple[int, str]:
+    """Order among the formats of one recording."""
+    return next(n for n, suffix in enumerate(suffixes) if path.lower().endswith(suffix)), path
+
+
+def _other_formats(
+    source: Source, folder: str, others: Sequence[FileEntry], used: str
+) -> Iterator[Reject]:
+    for entry in others:
+        yield Reject(
+            id=f"{source.name}/{entry.path}",
+            source=storage.join(folder, entry.path),
+            reason=f"another format of a recording: {used} is used",
+        )
+
+
+def _problem(entry: FileEntry) -> str | None:
+    """Why a file in a listing cannot be an input."""
+    if entry.size is None:
+        return "not a file: a pipe, a device or a broken link"
+    return None if is_utf8(entry.path) else "file name is not UTF-8"

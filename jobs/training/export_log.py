@@ -15,7 +15,7 @@ def append_line(out: str, line: Mapping[str, Any]) -> None:
     Lines of the same or a later `step`, left by an interrupted or an earlier run, are dropped.
     """
     path = storage.join(out, FILE)
-    lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
-    lines = [text for text in lines if json.loads(text)["step"] < line["step"]]
+    lines = storage.read_bytes(path).decode().split("\n") if storage.exists(path) else []
+    lines = [text for text in lines if text and json.loads(text)["step"] < line["step"]]
     lines.append(json.dumps(line))
     storage.write_bytes(path, ("\n".join(lines) + "\n").encode())

@@ -1,5 +1,6 @@
 """Batches of utterances with prompts, from the plan of an epoch."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,9 +16,9 @@ from valle.platform.dataset import TokenDataset
 class Loader:
     """Reads the utterances of a planned batch and gives each a prompt by the same speaker.
 
-    About `validation_utterances` are held out. The longest prompt of a batch is drawn between
-    `min_prompt_seconds` and `prompt_seconds`; None: always `prompt_seconds`. An epoch has at most
-    `utterances_per_speaker` of each speaker; None: all.
+    About `validation_utterances` are held out, from training and as prompts. The longest prompt of
+    a batch is drawn between `min_prompt_seconds` and `prompt_seconds`; None: always
+    `prompt_seconds`. An epoch has at most `utterances_per_speaker` of each speaker; None: all.
     """
 
     def __init__(
@@ -37,17 +38,32 @@ class Loader:
         self.seed = seed
         self._speakers = dataset.speakers()
         self._utterances_per_speaker = utterances_per_speaker
-        self._prompts = PromptSampler(self._speakers)
         self.lengths = dataset.frames() + dataset.n_phonemes() + self.prompt_frames
         self.training, self.validation = self._split(validation_utterances)
+        # no prompt is a held-out utterance: the model would see its codes
+        self._prompts = PromptSampler(self._speakers, self.training)
 
     def _split(self, n_validation: int) -> tuple[np.ndarray, np.ndarray]:
         """Training and held-out indices: every n-th utterance is held out, so that each speaker is
-        in both."""
+        in both. Of fewer than ten one is held out, if there are two."""
         numbers = np.arange(len(self.dataset))
+        if len(numbers) == 1:
+            logging.getLogger(__name__).warning(
+                "the dataset has a single utterance: validation is on the one that is trained on, "
+                "and shows nothing but that it is learnt"
+            )
+            return numbers, numbers
         every = max(10, len(numbers) // max(1, n_validation))
         held_out = numbers % every == every - 1
+        if not held_out.any():
+            held_out[self._last_with_company()] = True
         return numbers[~held_out], numbers[held_out]
+
+    def _last_with_company(self) -> int:
+        """The last utterance whose speaker has another one; without such, the last."""
+        counts = np.bincount(self._speakers)[self._speakers]
+        together = np.flatnonzero(counts > 1)
+        return int(together[-1]) if len(together) else len(self._speakers) - 1
 
     def batch(self, utterances: np.ndarray, key: Sequence[int]) -> Batch:
         """The batch of some utterances; prompts and their cuts are a function of `key`."""

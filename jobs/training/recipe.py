@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from valle.jobs.training.optimizer import Optimization
 from valle.jobs.training.sampler import Batching
 from valle.jobs.training.validation import QuickCheck
+from valle.model.codec.loading import CODEC_NAMES
 from valle.model.config import SIZES, ARConfig, Kind, NARConfig
 from valle.platform import registry
 from valle.platform.recipe import formerly, location
@@ -151,7 +152,7 @@ class TrainRecipe:
     """Held-out sentences synthesised at each checkpoint. The data's codes take the place of the
     other model's."""
 
-    codec: str = "nano"
+    codec: str = field(default="nano", metadata=location(names=CODEC_NAMES))
     """Codec that decodes the samples; must be the dataset's."""
 
     quick_check: QuickCheck | None = None

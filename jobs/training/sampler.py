@@ -102,17 +102,23 @@ def cap_per_speaker(speakers: Indices, limit: int, *, seed: int, epoch: int) -> 
 
 
 class PromptSampler:
-    """Draws another utterance by the same speaker."""
+    """Draws another utterance by the same speaker, among those at `positions`."""
 
-    def __init__(self, speakers: Indices) -> None:
-        order = np.argsort(speakers, kind="stable")
+    def __init__(self, speakers: Indices, positions: Indices | None = None) -> None:
+        """`speakers` of all utterances; `positions`: those that may be prompts, None: all."""
+        candidates = np.arange(len(speakers)) if positions is None else np.sort(positions)
+        order = candidates[np.argsort(speakers[candidates], kind="stable")]
         starts = np.searchsorted(speakers[order], np.arange(int(speakers.max()) + 2))
         self._order, self._starts, self._speakers = order, starts, speakers
+        self._is_candidate = np.zeros(len(speakers), bool)
+        self._is_candidate[candidates] = True
 
     def draw(self, utterance: int, generator: np.random.Generator) -> int:
         """Index of the prompt's utterance; the utterance itself if its speaker has no other."""
         speaker = self._speakers[utterance]
         start, end = self._starts[speaker], self._starts[speaker + 1]
+        if not self._is_candidate[utterance]:
+            return int(self._order[generator.integers(start, end)]) if end > start else utterance
         if end - start == 1:
             return utterance
         prompt = int(self._order[generator.integers(start, end - 1)])
