@@ -8,6 +8,8 @@ and the champion stays what it is. A second run reuses the results that are pres
 
 import argparse
 import json
+import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -21,8 +23,9 @@ from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.recipes import load, recipe_names
 from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
-from valle.platform import audio, registry, settings, storage
+from valle.platform import audio, console, registry, settings, storage
 from valle.platform.cluster import connect
+from valle.platform.recipe import exit_on_error
 from valle.platform.spectrogram import spectrogram_png
 
 METRICS = {
@@ -38,12 +41,29 @@ ALIAS = "demo"
 MODEL = f"models:/{registry.MODEL_NAME}@{ALIAS}"
 
 
+SIGN_OF_LIFE_SECONDS = 30
+
+
 @contextmanager
 def stage(name: str, times: dict[str, float]) -> Iterator[None]:
-    """Prints the name of a stage and stores its seconds in `times`."""
+    """Prints the name of a stage, now and then that it still runs, and its result's seconds, which
+    are stored in `times`."""
+    stream, ended = console.terminal(), threading.Event()
+
+    def show_life() -> None:
+        while not ended.wait(SIGN_OF_LIFE_SECONDS):
+            elapsed = time.perf_counter() - started
+            print(f"    {name}: {elapsed:.0f} s so far", file=stream, flush=True)
+
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
-    yield
+    ticker = threading.Thread(target=show_life, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        ticker.join()
     times[name] = time.perf_counter() - started
 
 
@@ -71,8 +91,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--recipe", required=True, help=f"path to YAML, or one of: {', '.join(recipe_names())}"
     )
     parser.add_argument("--port", type=int, default=8000, help="port of the endpoint")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the log of Ray and its workers on the terminal"
+    )
     arguments = parser.parse_args(argv)
-    name = arguments.recipe
+    log = None
+    try:
+        with exit_on_error(), console.quiet("demo", verbose=arguments.verbose) as log:
+            if log is not None:
+                print(f"The log of Ray and its workers: {log} (--verbose shows it here)")
+            run(arguments.recipe, arguments.port)
+    except KeyboardInterrupt:
+        print("\nstopped; a second run reuses what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception:
+        if log is not None:
+            print(f"log: {log}", file=sys.stderr)
+        raise
+
+
+def run(name: str, port: int) -> None:
+    """The stages of a recipe, and what they have shown."""
     corpus_recipe = load(name, "corpus", corpus.CorpusRecipe)
     prepare_recipe = load(name, "prepare", prepare.PrepareRecipe)
     train_recipe = load(name, "train", TrainRecipe)
@@ -115,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with stage("serve and one request", times):
             out = settings.read().home / "data" / Path(name).stem / "speech"
             out.parent.mkdir(parents=True, exist_ok=True)
-            seconds = serve_and_request(publish_recipe.sample_prompt, arguments.port, out)
+            seconds = serve_and_request(publish_recipe.sample_prompt, port, out)
 
     print("\nstage                    seconds")
     for name, elapsed in {**times, "total": sum(times.values())}.items():

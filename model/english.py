@@ -20,6 +20,7 @@ MAX_CHARACTERS = 300
 
 _WORTH = re.compile(r"[\d&@%=+]|\b[IVX]{2,}\b|\w\.")
 """What wetext may turn into words; a text without it is left as it is."""
+_FIGURES = re.compile(r"\d+|[^\w\s]+")
 _FINAL_STOP = re.compile(r"(?<=\w)\.[\"')\]]*$")
 """The end of a sentence, of which wetext would make an abbreviation's."""
 _WORD = re.compile(r"\w*\d\w*|[^\W\d_]{2,}")
@@ -51,8 +52,8 @@ def spoken_english(sentence: str) -> str:
 def _pieces(sentence: str) -> list[str]:
     """The sentence in parts of bounded length, cut between words where there are any: the time of
     wetext grows faster than the length, most of all for figures."""
-    letters = sum(character.isalpha() or character.isspace() for character in sentence)
-    limit = MAX_CHARACTERS if letters > 0.6 * len(sentence) else MAX_CHARACTERS // 4
+    figures = len(_FIGURES.findall(sentence))
+    limit = MAX_CHARACTERS if figures * 12 < len(sentence) else MAX_CHARACTERS // 5
     pattern = rf"\S{{{limit}}}|\S.{{0,{limit - 2}}}(?:(?=\s)|$)|\S.{{0,{limit - 2}}}"
     return re.findall(pattern, sentence)
 

@@ -5,12 +5,12 @@ phonemes: numbers take few characters and many words.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from valle.model.languages import espeak_voice
+from valle.model.languages import check_script, espeak_voice
 from valle.model.normalize import speak, written_sentences
 from valle.model.text import spoken_ids
 from valle.model.tokens import SAMPLE_RATE
@@ -29,6 +29,9 @@ MAX_SECONDS = 20.0
 
 PAUSE = np.zeros(int(0.15 * SAMPLE_RATE), np.float32)
 """Silence between two sentences, in addition to what the models generate."""
+
+MAX_BLOCK = 16
+"""Sentences that are normalized at once while the speech before them is synthesized."""
 
 _CLAUSE_ENDS = re.compile(r"(?<=[,;:–—])\s+")
 
@@ -55,16 +58,35 @@ def sentence_phoneme_ids(text: str, language: str, budget: int | None = None) ->
     Raises ValueError if nothing can be pronounced, for a language that espeak lacks, for a script
     that its voice cannot read, and for a language with tones.
     """
+    return [ids for block in sentence_blocks(text, language, budget) for ids in block]
+
+
+def sentence_blocks(
+    text: str, language: str, budget: int | None = None
+) -> Iterator[list[list[int]]]:
+    """`sentence_phoneme_ids` in blocks of one sentence or more, each made when it is asked for: the
+    first one, of the first sentence, does not wait for the text.
+
+    Raises as `sentence_phoneme_ids` does; a script that the voice cannot read, wherever it is in
+    the text, before the first block.
+    """
     voice = espeak_voice(language)
     budget = phoneme_budget() if budget is None else budget
-    spoken = [speak(sentence, voice) for sentence in split_sentences(text, voice)]
-    sentences = []
-    for sentence, ids in zip(spoken, spoken_ids(spoken, voice), strict=True):
-        sentences += [ids] if len(ids) <= budget else _split_spoken(sentence, voice, budget)
-    sentences = [ids for ids in sentences if ids]
-    if not sentences:
+    written = split_sentences(text, voice)
+    for sentence in written:
+        check_script(sentence, voice)
+    n_blocks, start, size = 0, 0, 1
+    while start < len(written):
+        spoken = [speak(sentence, voice) for sentence in written[start : start + size]]
+        block = []
+        for sentence, ids in zip(spoken, spoken_ids(spoken, voice), strict=True):
+            block += [ids] if len(ids) <= budget else _split_spoken(sentence, voice, budget)
+        if block := [ids for ids in block if ids]:
+            yield block
+            n_blocks += 1
+        start, size = start + size, min(2 * size, MAX_BLOCK)
+    if not n_blocks:
         raise ValueError("text: nothing to say in it")
-    return sentences
 
 
 def _split_spoken(sentence: str, voice: str, budget: int) -> list[list[int]]:

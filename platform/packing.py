@@ -41,7 +41,7 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
             f"the AR checkpoint learnt text version {text_versions[0]}, the NAR checkpoint "
             f"{text_versions[1]}; train both on one dataset"
         )
-    warn_of_text_version("the model", text_versions[0])
+    warn_of_text_version(f"the model of {ar} and {nar}", text_versions[0])
     bundle = Bundle(
         codec=identity,
         official_codec=official,

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingPolicy
 
 from valle.platform import registry, settings, storage
@@ -61,14 +61,26 @@ def build_app(args: AppArgs) -> Application:
         max_ongoing_requests=MAX_BATCHED_REQUESTS,
     )
 
-    key_limits = serve.deployment(
+    ingress = _ingress(args, deployed)
+    if args.api_keys:
+        return ingress.bind(ar, nar, codec, _key_limits().bind())
+    return ingress.bind(ar, nar, codec)
+
+
+def _key_limits() -> Deployment:
+    """The replica that counts the requests of keys."""
+    return serve.deployment(
         KeyLimitsDeployment,
         name=KEY_LIMITS,
-        num_replicas=1,  # the one that counts
+        num_replicas=1,  # two would count separately
         max_ongoing_requests=1000,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": 0},
     )
+
+
+def _ingress(args: AppArgs, deployed: str) -> Deployment:
+    """The deployment that speaks HTTP."""
 
     # a builder, which Serve calls on each ingress replica; it does not accept a `partial`
     def build_api() -> FastAPI:
@@ -85,7 +97,7 @@ def build_app(args: AppArgs) -> Application:
         )
 
     min_replicas = args.ingress_replicas or default_ingress_replicas()
-    ingress = serve.deployment(
+    return serve.deployment(
         serve.ingress(build_api)(),
         name="Ingress",
         max_ongoing_requests=1000,  # they only wait; the AR deployment's queue is the limit
@@ -102,9 +114,6 @@ def build_app(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=args.max_real_time_factor * args.max_seconds,
         ray_actor_options={"num_cpus": 0.1},
     )
-    if args.api_keys:
-        return ingress.bind(ar, nar, codec, key_limits.bind())
-    return ingress.bind(ar, nar, codec)
 
 
 def _resolve_paths(args: AppArgs) -> AppArgs:

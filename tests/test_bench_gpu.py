@@ -23,6 +23,7 @@ from valle.platform import settings
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = (
     "ray", "mlflow", "soundfile", "soxr", "sentencex", "phonemizer", "num2words", "espeakng_loader",
+    "wetext", "langcodes", "fontTools", "markdown_it",
     "yaml", "docstring_parser", "fastapi", "librosa", "matplotlib", "boto3", "av", "torchaudio",
     "scipy", "sklearn",
 )  # fmt: skip

@@ -4,10 +4,12 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from valle.jobs import demo
 from valle.platform import console
 from valle.serve.ready import find_reason, ready_message
 
@@ -16,6 +18,7 @@ import logging, os, subprocess, sys, threading, warnings
 logging.basicConfig()
 library = logging.getLogger("ray.serve")
 library.addHandler(logging.StreamHandler())
+from valle.jobs import demo
 from valle.platform import console
 from valle.platform.progress import progress_bar
 with console.quiet("test", verbose="verbose" in sys.argv) as log:
@@ -137,3 +140,18 @@ def test_ready_message_says_how_to_use_it() -> None:
         "u", model="m", voices=[], voices_folder="/v", has_keys=False, seconds=1, log=None
     )
     assert "Bearer" not in keyless and "none yet" in keyless and "log" not in keyless
+
+
+def test_stage_shows_that_it_still_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SIGN_OF_LIFE_SECONDS", 0.01)
+    times: dict[str, float] = {}
+    with demo.stage("slow", times):
+        time.sleep(0.2)
+    captured = capsys.readouterr()
+    assert captured.out == "\n=== slow\n"
+    assert "slow: 0 s so far" in captured.err and times["slow"] >= 0.2
+    with pytest.raises(KeyError), demo.stage("failing", times):
+        raise KeyError
+    assert "failing" not in times

@@ -10,6 +10,7 @@ import pytest
 from helpers.token_datasets import random_rows, write_dataset
 
 from valle.model.codec.encodec import Encodec
+from valle.model.normalize import TEXT_VERSION
 from valle.platform import dataset, storage
 from valle.platform.dataset import SCHEMA, Statistics, TokenDataset
 
@@ -124,3 +125,17 @@ def test_token_dataset_opens_without_reading_rows(tmp_path: Path, tiny_codec: En
     assert pa.total_allocated_bytes() - allocated < 0.01 * copy.stat().st_size
     assert len(loaded.frames()) == len(loaded.speakers()) == count
     assert loaded[123_456].id == "123456"
+
+
+def test_text_version_of_a_dataset(tmp_path: Path, tiny_codec: Encodec) -> None:
+    """An older dataset does not say it and is version 1: nothing is added to it."""
+    path = str(tmp_path / "dataset.json")
+    dataset.write_manifest(str(tmp_path), tiny_codec.identity, [], dataset.Statistics())
+    values = storage.read_json(path)
+    assert values.pop("text_version") == TEXT_VERSION
+    storage.write_json(path, values)
+    version = dataset.read_manifest(str(tmp_path)).text_version
+    assert version == 1
+    with pytest.raises(ValueError, match="phonemes of text version 1, this code makes version 2"):
+        dataset.check_text_version(version, str(tmp_path))
+    dataset.check_text_version(TEXT_VERSION, str(tmp_path))

@@ -58,7 +58,7 @@ async def http(
 
 
 async def speak(http: httpx.AsyncClient, voice: str) -> httpx.Response:
-    body = {"input": "The train was late.", "voice": voice, "response_format": "pcm"}
+    body = {"input": "The train was late.", "voice": voice, "response_format": "pcm", "seed": 0}
     return await http.post(SPEECH, json=body)
 
 

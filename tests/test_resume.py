@@ -182,6 +182,16 @@ def test_what_the_weights_would_not_survive_is_refused_for_any_reason(
         start(replace(recipe, resume_anyway="because"), run)
 
 
+@pytest.mark.parametrize(("name", "value"), [("workers", 2), ("zero_stage", 2)])
+def test_deepspeed_resumes_with_its_own_layout_only(
+    recipe: TrainRecipe, run: Path, name: str, value: int
+) -> None:
+    edit(run, lambda content: content["recipe"].update(backend="deepspeed", **{name: value}))
+    present = LanguageModelTrainee(replace(recipe, backend="deepspeed"), "ar").metadata()
+    with pytest.raises(ResumeError, match=f"{name}: the checkpoint was written with {value}, this"):
+        resume.check(run, present, Worker())
+
+
 def test_a_nar_model_of_the_first_format_is_not_resumed(
     recipe: TrainRecipe, tmp_path: Path
 ) -> None:

@@ -117,7 +117,7 @@ async def test_create_speech_of_a_text_is_its_sentences_with_pauses(
     chunked: bool,
 ) -> None:
     response = await http.post(SPEECH, json=BODY | {"chunked": chunked})
-    assert response.status_code == 200 and "x-hit-limit" not in response.headers
+    assert response.status_code == 200 and response.headers["x-hit-limit"] == "unknown"
     expected = expected_wave(deployments, args, recording, chunked=chunked)
     assert response.content == pcm(expected)
     assert (deployments.count("decode_next") > 3) == chunked
@@ -155,6 +155,74 @@ async def test_create_speech_sends_events(
         },
         "hit_limit": False,
     }
+
+
+async def test_create_speech_says_when_the_limit_falls_between_sentences(
+    http: httpx.AsyncClient, deployments: FakeDeployments
+) -> None:
+    """The first sentence ends by itself at the limit, and the others are dropped."""
+    n_frames = deployments.frames_per_phoneme * len(sentence_phoneme_ids(TEXT, "en-us")[0])
+    for chunked in (False, True):
+        body = BODY | {"max_seconds": (n_frames + 0.5) / FRAME_RATE, "stream_format": "sse"}
+        deployments.ends_at_limit = True
+        response = await http.post(SPEECH, json=body | {"chunked": chunked})
+        done = json.loads(response.text.split("\n\n")[-2].removeprefix("data: "))
+        assert (done["hit_limit"], done["usage"]["output_tokens"]) == (True, n_frames)
+        whole = TEXT.split(".")[0] + "."
+        response = await http.post(SPEECH, json=body | {"input": whole, "chunked": chunked})
+        done = json.loads(response.text.split("\n\n")[-2].removeprefix("data: "))
+        assert done["hit_limit"] is False
+
+
+@pytest.mark.parametrize("language", ["en", "en-US", "EN_us", "en-us"])
+async def test_create_speech_takes_any_tag_of_an_allowed_language(
+    http: httpx.AsyncClient, language: str
+) -> None:
+    expected = (await http.post(SPEECH, json=BODY)).content
+    assert (await http.post(SPEECH, json=BODY | {"language": language})).content == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"language": "fr"}, "language: fr is not spoken here, only en-us"),
+        ({"language": "auto"}, "language: espeak has no voice named 'auto'"),
+        ({"input": "你好"}, "input: the voice en-us cannot read Chinese characters (你好)"),
+        ({"language": "zh", "input": "你好"}, "language: cmn has tones"),
+        ({"input": "---"}, "text: nothing to say in it"),
+    ],
+)
+async def test_create_speech_names_what_cannot_be_spoken(
+    http: httpx.AsyncClient, fields: dict[str, str], message: str
+) -> None:
+    response = await http.post(SPEECH, json=BODY | fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(message)
+
+
+async def test_create_speech_of_the_languages_that_are_set(
+    args: AppArgs, deployments: FakeDeployments
+) -> None:
+    api = create_api(args.model_copy(update={"languages": ("de-DE", "fr")}), deployments)
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        for language, status in (("de", 200), ("fr-FR", 200), ("en", 400)):
+            response = await http.post(SPEECH, json=BODY | {"language": language})
+            assert response.status_code == status
+    with pytest.raises(ValueError, match="language: espeak has no voice"):
+        AppArgs(languages=("xx",))
+
+
+async def test_create_speech_splits_what_numbers_make_long(
+    http: httpx.AsyncClient, deployments: FakeDeployments, args: AppArgs
+) -> None:
+    """Each part has time for a slow voice within the limit of a sentence."""
+    text = "They are " + ", ".join(str(1_234_567 + 1_111_111 * n) for n in range(13)) + "."
+    response = await http.post(SPEECH, json=BODY | {"input": text})
+    assert response.status_code == 200 and response.headers["x-hit-limit"] == "unknown"
+    requests = [call.request for call in deployments.calls if call.request is not None]
+    assert len(requests) > 3
+    assert all(len(r.phonemes) < args.max_sentence_seconds * 14 for r in requests)
 
 
 async def test_create_speech_stops_at_the_length_limit(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_models import TINY_CODEC
 from helpers.training import (
+    RecordingTracker,
     assert_equal_checkpoints,
     join_two_ranks,
     last_checkpoint,
@@ -193,6 +194,30 @@ def test_train_never_hands_over_a_checkpoint_with_a_bad_validation(
     with pytest.raises(loop.TrainingStoppedError, match="validation at step 12"):
         run_plain(trainee, tmp_path)
     assert last_checkpoint(tmp_path).name == "step_00000010"
+
+
+def test_train_never_hands_over_weights_that_are_not_finite(
+    recipe: TrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a trainee's validation does not notice."""
+    trainee = LanguageModelTrainee(recipe, "ar")
+    monkeypatch.setattr(trainee, "validate", lambda written: {})
+    trainee.steps = 1
+    backend, state = loop.start(trainee, Worker(), None)
+    backend.model.head.weight.data[0, 0] = torch.inf  # type: ignore[union-attr, operator]
+    update = backend.update
+
+    def take(learning_rate: float) -> Any:
+        return replace(update(learning_rate), taken=True)
+
+    monkeypatch.setattr(backend, "update", take)
+    handed: list[Path | None] = []
+    with pytest.raises(loop.TrainingStoppedError, match="step 1 is not finite, or a weight"):
+        loop.train(
+            trainee, backend, state, Worker(), RecordingTracker(),
+            lambda step, metrics, folder: handed.append(folder),
+        )  # fmt: skip
+    assert handed == [None]
 
 
 class Poisoned:

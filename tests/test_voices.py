@@ -2,8 +2,6 @@
 
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +9,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from botocore.config import Config
-from helpers import clusters
 from helpers.deployments import Call, FakeDeployments, recording_codes
+from helpers.s3 import running_bucket
 
 from valle.jobs.speakers import Joe
 from valle.model.codec.interface import Codes, Wave
@@ -45,26 +42,10 @@ def joe() -> Wave:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def bucket(tmp_path: Path) -> Iterator[str]:
     """URI of a bucket on an S3 server that runs for this test."""
-    import boto3
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    port = clusters.free_port()
-    with (tmp_path / "s3.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=log
-        )
-    try:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        client = boto3.client("s3", config=Config(retries={"max_attempts": 20}))
-        client.create_bucket(Bucket="valle")
-        yield "s3://valle"
-    finally:
-        server.terminate()
-        server.wait()
+    with running_bucket(tmp_path) as uri:
+        yield uri
 
 
 def voice_metadata(prompt: Codes, codec: str = "0123abcd") -> VoiceMetadata:

@@ -9,8 +9,8 @@ workers are the same. Saved are weights, optimizer and `TrainState`. All else fo
 batches and random draws from (seed, position, rank), the learning rate from the step.
 
 A batch whose loss or gradient is not finite is skipped on every rank: the next batch takes its
-step, as if the plan had not held the skipped one. A checkpoint whose validation is not finite is
-not handed over, so that the last good one stays.
+step, as if the plan had not held the skipped one. A checkpoint whose validation or weights are
+not finite is not handed over, so that the last good one stays.
 """
 
 import logging
@@ -162,8 +162,8 @@ def train(
             bad_validations = 0 if good else bad_validations + 1
             if bad_validations and (last or bad_validations == MAX_BAD_VALIDATIONS):
                 raise TrainingStoppedError(
-                    f"{trainee.name}: the validation at step {state.step} is not finite; the last "
-                    "checkpoint with a finite one is kept. Lower optimization.learning_rate or "
+                    f"{trainee.name}: the validation at step {state.step} is not finite, or a "
+                    "weight; the last good checkpoint is kept. Lower optimization.learning_rate or "
                     "look at the held-out data, and start a new run"
                 )
     bar.close()
@@ -234,11 +234,12 @@ def _save_checkpoint(
             metrics = trainee.validate(written)
             tracker.log_metrics(metrics, state.step)
             bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+            bad += [key for key, value in weights.items() if not value.isfinite().all()]
             good = not bad
             if bad:
                 logging.getLogger(__name__).warning(
-                    "%s: %s at step %d is %s: this checkpoint is not kept",
-                    trainee.name, bad[0], state.step, metrics[bad[0]],
+                    "%s: %s at step %d is not finite: this checkpoint is not kept",
+                    trainee.name, bad[0], state.step,
                 )  # fmt: skip
             else:
                 checkpoint.save_metrics(folder, metrics)

@@ -126,7 +126,7 @@ def _check_fixed(saved: dict[str, Any], now: dict[str, Any]) -> None:
             "inventory: the checkpoint was trained with other phonemes than this code has; "
             f"{OTHER_RUN}"
         )
-    for name in ("backend", "zero_stage"):
+    for name in ("backend", "zero_stage", "workers"):
         before, after = saved["recipe"].get(name), now["recipe"].get(name)
         matters = name == "backend" or now["recipe"].get("backend") == "deepspeed"
         if before is not None and before != after and matters:

@@ -19,6 +19,7 @@ from valle.model.codec.interface import Codes, Wave
 from valle.model.nar_decoding import NARRequest
 from valle.serve.deployments.backpressure import call_deployment, stream_deployment
 from valle.serve.deployments.interface import DecodedChunk
+from valle.serve.deployments.key_limits import KEY_LIMITS
 from valle.serve.engine.request import Request
 
 APP_NAME = "valle"
@@ -127,10 +128,11 @@ def _handle(deployment: str) -> DeploymentHandle:
 
 @cached(TTLCache(1, 1.0), lock=threading.Lock())  # unauthenticated, and the controller answers
 def _not_running(app_name: str) -> list[str]:
-    """Deployments of an application that have no running replica, the ingress included."""
+    """Deployments of an application that have no running replica, the ingress included; not the
+    one that counts for keys, without which requests are answered all the same."""
     app = serve.status().applications[app_name]
     return [
         name
         for name, deployment in app.deployments.items()
-        if not deployment.replica_states.get("RUNNING")
+        if name != KEY_LIMITS and not deployment.replica_states.get("RUNNING")
     ]

@@ -24,7 +24,7 @@ from fastapi.responses import StreamingResponse
 from valle.model.codec.interface import Codes
 from valle.model.languages import espeak_voice
 from valle.model.sampling import Sampling
-from valle.model.sentences import PAUSE, phoneme_budget, sentence_phoneme_ids
+from valle.model.sentences import PAUSE
 from valle.model.tokens import FRAME_RATE
 from valle.model.valle import Synthesis
 from valle.platform.registry import display_name
@@ -39,9 +39,10 @@ from valle.serve.web.prefetch import prefetch
 from valle.serve.web.prompts import PromptEncoder
 from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.sentence import AudioChunk, stream_sentence, synthesize_sentence
+from valle.serve.web.sentence_source import SentenceSource
 from valle.serve.web.stats import SpeechStats
 from valle.serve.web.streaming import audio_body, sse_body
-from valle.serve.web.threads import run_encoding, run_text
+from valle.serve.web.threads import run_encoding
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,14 +57,9 @@ class Utterance:
     request: SpeechRequest
     version: str
     """The model's, for all calls of the response."""
-    sentences: list[list[int]]
-    """Phoneme ids of each sentence."""
+    sentences: SentenceSource
     prompt: Codes
     """`[8, P]`"""
-
-    @property
-    def n_phonemes(self) -> int:
-        return sum(map(len, self.sentences))
 
 
 class SpeechService:
@@ -90,7 +86,7 @@ class SpeechService:
         stats = SpeechStats(
             len(request.input), time.perf_counter(), sender=_sender(request, caller)
         )
-        sentences = await run_text(_phonemize, request, self._args)
+        sentences = await SentenceSource.open(request, self._args)
         version = await self._watcher.version()
         await self._check_language(request, version)
         prompt = await self._prompts.for_request(request, version, caller)
@@ -101,10 +97,11 @@ class SpeechService:
         first = await anext(chunks)
         headers = {"X-Seed": str(request.seed), "X-Model": display_name(version)}
         if request.stream_format == "sse":
-            events = sse_body(first, chunks, request, utterance.n_phonemes, stats)
+            events = sse_body(first, chunks, request, sentences.n_phonemes, stats)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         media_type = MEDIA_TYPES[request.response_format]
-        if len(sentences) > 1 or not first.last:
+        if not first.last or await sentences.has(1):
+            headers["X-Hit-Limit"] = "unknown"  # sent before the end; SSE and the log say it there
             body = audio_body(first, chunks, request)
             return StreamingResponse(body, media_type=media_type, headers=headers)
         await chunks.aclose()
@@ -129,11 +126,11 @@ class SpeechService:
         max_seconds = min(request.max_seconds or args.max_seconds, args.max_seconds)
         remaining_frames = int(max_seconds * FRAME_RATE)
         chunked = args.chunked if request.chunked is None else request.chunked
-        for index in range(len(utterance.sentences)):
+        index = 0
+        while await utterance.sentences.has(index):
             engine_request = self._engine_request(utterance, index, remaining_frames)
             # only the first sentence may be refused: later ones belong to a response that runs
             retry = index > 0
-            last_sentence = index + 1 == len(utterance.sentences)
             if chunked:
                 chunks = stream_sentence(
                     self._deployments,
@@ -145,15 +142,16 @@ class SpeechService:
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         remaining_frames -= chunk.n_frames
-                        yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
+                        yield await _mark_cut(chunk, remaining_frames, utterance.sentences, index)
             else:
                 chunk = await synthesize_sentence(
                     self._deployments, utterance.version, engine_request, retry=retry
                 )
                 remaining_frames -= chunk.n_frames
-                yield _mark_cut(chunk, remaining_frames, last_sentence=last_sentence)
+                yield await _mark_cut(chunk, remaining_frames, utterance.sentences, index)
             if remaining_frames < 1:
                 return
+            index += 1
 
     def _engine_request(self, utterance: Utterance, index: int, remaining_frames: int) -> Request:
         """The AR request of a sentence."""
@@ -199,28 +197,10 @@ def _sender(request: SpeechRequest, caller: Caller) -> str:
     return f"{caller} voice={voice}"
 
 
-def _mark_cut(chunk: AudioChunk, remaining_frames: int, *, last_sentence: bool) -> AudioChunk:
-    """The chunk, marked as cut where a sentence ends exactly at the response's limit and others
-    would follow."""
-    cut = chunk.last and remaining_frames < 1 and not last_sentence
+async def _mark_cut(
+    chunk: AudioChunk, remaining_frames: int, sentences: SentenceSource, index: int
+) -> AudioChunk:
+    """The chunk of a sentence, marked as cut where the sentence ends exactly at the response's
+    limit and others would follow."""
+    cut = chunk.last and remaining_frames < 1 and await sentences.has(index + 1)
     return replace(chunk, hit_limit=chunk.hit_limit or cut)
-
-
-def _phonemize(request: SpeechRequest, args: AppArgs) -> list[list[int]]:
-    """Phoneme ids of each sentence. Raises ApiError for a text that cannot be spoken."""
-    try:
-        voice = espeak_voice(request.language)
-    except ValueError as error:
-        raise ApiError(400, str(error), "language") from error
-    if len(request.input) > args.max_characters:
-        message = f"input: {len(request.input)} characters, limit {args.max_characters}"
-        raise ApiError(400, message, "input")
-    budget = phoneme_budget(args.max_sentence_seconds, args.max_phonemes)
-    try:
-        return sentence_phoneme_ids(request.input, voice, budget)
-    except ValueError as error:
-        message = str(error)
-        field = "language" if message.startswith("language:") else "input"
-        if not message.startswith(("language:", "text:")):
-            message = f"input: {message}"
-        raise ApiError(400, message, field) from error

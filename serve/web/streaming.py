@@ -3,7 +3,7 @@
 import base64
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 from valle.serve.deployments.interface import OverloadedError, UnavailableError
@@ -34,7 +34,7 @@ async def sse_body(
     first: AudioChunk,
     chunks: AsyncGenerator[AudioChunk],
     request: SpeechRequest,
-    n_phonemes: int,
+    count_phonemes: Callable[[], Awaitable[int]],
     stats: SpeechStats,
 ) -> AsyncIterator[str]:
     """OpenAI's server-sent events; the last one has `hit_limit` in addition. An error becomes an
@@ -44,6 +44,7 @@ async def sse_body(
             async for data in _encode(first, chunks, request):
                 delta = base64.b64encode(data).decode()
                 yield _event({"type": "speech.audio.delta", "audio": delta})
+        n_phonemes = await count_phonemes()
         usage = {
             "input_tokens": n_phonemes,
             "output_tokens": stats.n_frames,

@@ -41,6 +41,9 @@ class FakeDeployments:
 
     frames_per_phoneme: int = 3
 
+    ends_at_limit: bool = False
+    """A sentence of just the length limit ends by itself."""
+
     missing: list[str] = field(default_factory=list)
     """What `not_running` returns."""
 
@@ -164,7 +167,10 @@ class FakeDeployments:
         """Frames by the number of phonemes, drawn by the seed; and whether the limit cut them."""
         n_frames = self.frames_per_phoneme * len(request.phonemes)
         codes = np.random.default_rng(request.seed).integers(0, CODEBOOK_SIZE, n_frames)
-        return codes.astype(np.int16)[: request.max_frames], n_frames >= request.max_frames
+        cut = (
+            n_frames > request.max_frames if self.ends_at_limit else n_frames >= request.max_frames
+        )
+        return codes.astype(np.int16)[: request.max_frames], cut
 
 
 def all_codebooks(request: NARRequest) -> Codes:
