@@ -24,6 +24,7 @@ from valle.serve.web.schema import ApiError, SpeechRequest
 from valle.serve.web.voices import VoiceStore
 
 SPEECH = speech(4)
+ANYBODY = Caller()
 
 
 READER = ReferenceReader()
