@@ -31,6 +31,11 @@ class RoutedStream(io.TextIOBase):
         self._log = log
         self._shows_prints = shows_prints
 
+    def release(self, stream: TextIO) -> None:
+        """From now on everything goes to `stream`, for libraries that keep this object until the
+        process ends."""
+        self.terminal = self._log = stream
+
     def write(self, text: str) -> int:
         return self._stream().write(text)
 
@@ -88,6 +93,9 @@ def quiet(name: str, *, verbose: bool = False) -> Iterator[Path | None]:
         try:
             yield path
         finally:
+            for routed, stream in zip((sys.stdout, sys.stderr), before, strict=True):
+                if isinstance(routed, RoutedStream):
+                    routed.release(stream)
             sys.stdout, sys.stderr = before
             logging.getLogger("valle").removeHandler(handler)
             for number, descriptor in enumerate(saved, start=1):

@@ -22,6 +22,7 @@ from valle.jobs import demo
 from valle.platform import console
 from valle.platform.progress import progress_bar
 with console.quiet("test", verbose="verbose" in sys.argv) as log:
+    kept = sys.stdout
     print("ready: the command's own words")
     library.warning("noise of a library")
     logging.getLogger("late").addHandler(logging.StreamHandler())
@@ -35,6 +36,8 @@ with console.quiet("test", verbose="verbose" in sys.argv) as log:
     progress_bar(total=3, label="bar", unit="step").close()
     if "raise" in sys.argv: raise ValueError("the command's own error")
 print("after")
+import atexit
+atexit.register(lambda: kept.isatty() or kept.write(""))
 """
 
 
