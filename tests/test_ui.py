@@ -1,6 +1,7 @@
 """The web page in Chromium, against an endpoint: speech, stop, voices, errors."""
 
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,8 @@ def _console_error(message: ConsoleMessage) -> str:
 def test_page_speaks_stops_and_shows_errors(page: Page, endpoint: str, tmp_path: Path) -> None:
     expect(page.get_by_label("Voice", exact=True)).to_have_value("ann")
     page.get_by_label("Text").fill("Hello there. Good bye.")
-    page.get_by_role("button", name="Speak").click()
+    with page.expect_response("**/v1/audio/speech") as answer:
+        page.get_by_role("button", name="Speak").click()
     link = page.get_by_role("link", name="Download wav")
     link.wait_for()
     with page.expect_download() as loaded:
@@ -73,12 +75,13 @@ def test_page_speaks_stops_and_shows_errors(page: Page, endpoint: str, tmp_path:
         "voice": "ann",
         "response_format": "wav",
         "chunked": True,
+        "seed": int(answer.value.headers["x-seed"]),
     }
     same = httpx.post(f"{endpoint}/v1/audio/speech", json=body, timeout=60)
     wave, _ = soundfile.read(io.BytesIO(same.content), dtype="int16")
     assert rate == 24_000 and np.abs(samples.astype(int) - wave).max() <= 1
     expect(page.locator("#duration")).to_have_text(f"{len(wave) / 24_000:.2f} s")
-    expect(page.locator("#model")).to_have_text("valle/1")
+    expect(page.locator("#model")).to_have_text(re.compile(r"valle/1#[0-9a-f]{8}"))
     pixel_values = page.evaluate(
         "() => new Set(document.querySelector('canvas').getContext('2d')"
         ".getImageData(0, 0, 1200, 320).data).size"
