@@ -170,6 +170,29 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(args: AppArgs) -> N
 
 
 @pytest.mark.anyio
+async def test_a_form_is_in_utf_8(http: httpx.AsyncClient) -> None:
+    """Its parser would take any of Python's codecs, punycode's in quadratic time among them."""
+    parts = [("name", b"bob"), ("consent", b"I am J\xc3\xb6rg."), ("audio_sample", None)]
+    data = b""
+    for name, value in parts:
+        file = b"" if value is not None else b'; filename="bob.wav"'
+        value = wav_bytes(speech(2)) if value is None else value
+        data += b'--x\r\nContent-Disposition: form-data; name="%b"%b' % (name.encode(), file)
+        data += b"\r\n\r\n%b\r\n" % value
+    data += b"--x--\r\n"
+    for charset, status in {
+        "; charset=punycode": 415,
+        "; Charset = utf-7": 415,
+        "; charset*=utf-8''punycode": 415,
+        "; charset=utf-8; charset=punycode": 415,
+        '; charset="UTF-8"': 200,
+    }.items():
+        headers = {"Content-Type": f"multipart/form-data; boundary=x{charset}"}
+        response = await http.post(VOICES, content=data, headers=headers)
+        assert response.status_code == status, (charset, response.text)
+
+
+@pytest.mark.anyio
 async def test_head_answers_as_get_without_a_body(http: httpx.AsyncClient) -> None:
     for path in ("/", "/health/live", "/health/ready", "/v1/models", "/v1/models/valle", "/docs"):
         head, get = await http.head(path), await http.get(path)
