@@ -16,10 +16,18 @@ from starlette.types import Message
 
 from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
-from valle.serve.deployments.interface import RefusedCallError
+from valle.serve.deployments.interface import OverloadedError, RefusedCallError
 from valle.serve.web.api import create_api
 from valle.serve.web.schema import SpeechRequest
-from valle.serve.web.threads import STORAGE_THREADS, run_encoding, run_storage, run_text
+from valle.serve.web.threads import (
+    DECODING_THREADS,
+    MAX_WAITING_RECORDINGS,
+    STORAGE_THREADS,
+    run_decoding,
+    run_encoding,
+    run_storage,
+    run_text,
+)
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
@@ -242,13 +250,19 @@ async def test_a_request_that_the_models_refuse_is_a_400(args: AppArgs) -> None:
 
 @pytest.mark.anyio
 async def test_slow_storage_takes_no_thread_from_encoding() -> None:
-    """Nor do texts: each kind of work has its own threads."""
+    """Nor do texts and recordings: each kind of work has its own threads."""
     gate = threading.Event()
     stuck = [asyncio.create_task(run_storage(gate.wait, 30)) for _ in range(2 * STORAGE_THREADS)]
     stuck += [asyncio.create_task(run_text(gate.wait, 30)) for _ in range(20)]
+    stuck += [
+        asyncio.create_task(run_decoding(gate.wait, 30))
+        for _ in range(DECODING_THREADS + MAX_WAITING_RECORDINGS)
+    ]
     try:
         async with asyncio.timeout(10):
             assert await run_encoding(lambda: "encoded") == "encoded"
+            with pytest.raises(OverloadedError):  # a queue without end is no service
+                await run_decoding(gate.wait, 30)
         assert not any(task.done() for task in stuck)
     finally:
         gate.set()
