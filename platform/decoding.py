@@ -47,6 +47,11 @@ _CODECS = frozenset((
 ))  # fmt: skip
 """FFmpeg's decoders that are used: those of speech and music, none of pictures."""
 
+_INSTEAD_OF = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
+"""FFmpeg's own AMR decoders refuse the frames that stand for silence (DTX)."""
+_AMR_PADDING = 0x83
+"""Bits of an AMR frame's first byte that are 0; the decoders take any."""
+
 _OPTIONS = {
     "codec_whitelist": ",".join(sorted(_CODECS)),
     "protocol_whitelist": "none",  # the bytes alone: a file cannot name another one
@@ -191,15 +196,24 @@ def read_with_ffmpeg(data: bytes, sound_format: SoundFormat) -> Iterator[tuple[S
         stream = container.streams.audio[0]
         if stream.codec_context is None or stream.codec_context.name not in _CODECS:
             raise ValueError("its codec is not one that is read")
-        stream.codec_context.thread_count = 1
-        damage: av.FFmpegError | None = None
+        decoder = stream.codec_context
+        if name := _INSTEAD_OF.get(decoder.name):
+            decoder = av.AudioCodecContext.create(name, "r")
+            decoder.sample_rate = stream.codec_context.sample_rate
+            decoder.layout = "mono"
+        decoder.thread_count = 1
+        damage: Exception | None = None
         n_decoded = n_damaged = 0
         for packet in container.demux(stream):
             try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
+                if name and packet.size and bytes(packet)[0] & _AMR_PADDING:
+                    raise ValueError("a frame has no header")
+                frames = decoder.decode(packet)
+            except (av.FFmpegError, ValueError) as error:
                 damage = damage or error
                 n_damaged += 1
+                if n_damaged > max(n_decoded, 100):  # millions of them would take minutes
+                    raise
                 continue
             n_decoded += 1
             for frame in frames:

@@ -201,6 +201,15 @@ async def test_a_form_is_in_utf_8(http: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_text_is_no_recording(http: httpx.AsyncClient) -> None:
+    form = {"name": "bob", "consent": "I am Bob.", "audio_sample": "bob.wav"}
+    response = await http.post(VOICES, data=form)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message == "audio_sample: must be a file, with a file name"
+
+
+@pytest.mark.anyio
 async def test_head_answers_as_get_without_a_body(http: httpx.AsyncClient) -> None:
     for path in ("/", "/health/live", "/health/ready", "/v1/models", "/v1/models/valle", "/docs"):
         head, get = await http.head(path), await http.get(path)

@@ -59,7 +59,7 @@ async def test_a_local_server_answers_to_local_names_only(
 @pytest.mark.anyio
 @pytest.mark.parametrize("method", ["POST", "DELETE", "PUT", "PATCH"])
 async def test_pages_of_other_origins_change_nothing(args: AppArgs, method: str) -> None:
-    allowed = args.model_copy(update={"allow_origins": ("https://chat.example.com/",)})
+    allowed = args.model_copy(update={"allow_origins": ("https://Chat.example.com/",)})
     path = f"{VOICES}/nobody" if method == "DELETE" else SPEECH
     async with asgi_client(create_api(allowed, FakeDeployments())) as http:
         for origin, passes in {

@@ -79,7 +79,7 @@ def test_read_takes_what_there_is_of_a_file_that_is_cut_off(
 def test_read_ignores_what_follows_a_file(files: dict[str, bytes], name: str) -> None:
     data = files[name]
     garbage = np.random.default_rng(0).bytes(1_000)
-    if name == "amr":  # frames without any structure around them: what follows is damage
+    if "amr" in name:  # frames without any structure around them: what follows is damage
         with pytest.raises(audio.AudioError, match="damaged or unusual amr file"):
             seconds(data + garbage)
         return
@@ -150,6 +150,17 @@ def test_read_takes_all_streams_of_a_joined_ogg_file(files: dict[str, bytes], na
     other = WRITERS["ogg opus" if "vorbis" in name else "ogg vorbis"](WAVE)
     with pytest.raises(audio.AudioError, match="damaged or unusual ogg file"):
         seconds(data + other)
+
+
+@pytest.mark.parametrize("container", ["amr", "3gp"])
+def test_read_takes_the_silent_frames_of_telephones(container: str) -> None:
+    """Pauses of a recording with DTX are frames without sound."""
+    wave = np.concatenate([WAVE, np.zeros(3 * SAMPLE_RATE, np.float32), WAVE])
+    write = ffmpeg_writer(container, "libopencore_amrnb", 8_000, codec_options={"dtx": "1"})
+    assert seconds(write(wave)) == pytest.approx(9, abs=0.1)
+    if container == "amr":  # there are such frames
+        assert len(write(wave)) < 0.8 * len(WRITERS["amr"](wave))
+    assert seconds(b"#!AMR-WB\n" + b"\x7c" * 100) == pytest.approx(2)
 
 
 def test_read_refuses_a_file_most_of_which_is_damage() -> None:

@@ -123,7 +123,7 @@ def cors(app: ASGIApp, allow_origins: Sequence[str]) -> CORSMiddleware:
     origins may read it. Nothing is sent with cookies: keys are headers that the script sets."""
     return CORSMiddleware(
         app,
-        allow_origins=[origin.rstrip("/") for origin in allow_origins],
+        allow_origins=[origin.lower().rstrip("/") for origin in allow_origins],
         allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
         allow_private_network=True,

@@ -36,7 +36,7 @@ def _libsndfile(container: str, subtype: str, rate: int) -> Callable[[Wave], byt
 
 def ffmpeg_writer(
     container: str, codec: str, rate: int, *, options: dict[str, str] | None = None,
-    pipe: bool = False, video: bool = False,
+    pipe: bool = False, video: bool = False, codec_options: dict[str, str] | None = None,
 ) -> Callable[[Wave], bytes]:  # fmt: skip
     def write(wave: Wave) -> bytes:
         buffer, unseekable = io.BytesIO(), _Pipe()
@@ -45,7 +45,7 @@ def ffmpeg_writer(
             if video:  # a phone's recording with a picture
                 picture = file.add_stream("mpeg4", rate=10)
                 picture.width, picture.height, picture.pix_fmt = 64, 64, "yuv420p"
-            stream = file.add_stream(codec, rate=rate)
+            stream = file.add_stream(codec, rate=rate, options=codec_options or {})
             stream.codec_context.layout = "mono"
             if codec == "wmav2":  # the only one without a usual bit rate
                 stream.codec_context.bit_rate = 64_000
@@ -118,6 +118,7 @@ WRITERS: dict[str, Callable[[Wave], bytes]] = {
     "mkv": ffmpeg_writer("matroska", "aac", 24_000),
     "aac": ffmpeg_writer("adts", "aac", 24_000),
     "amr": ffmpeg_writer("amr", "libopencore_amrnb", 8_000),
+    "amr dtx": ffmpeg_writer("amr", "libopencore_amrnb", 8_000, codec_options={"dtx": "1"}),
     "3gp": ffmpeg_writer("3gp", "libopencore_amrnb", 8_000),
     "wma": ffmpeg_writer("asf", "wmav2", 44_100),
 }  # fmt: skip
