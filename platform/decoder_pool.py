@@ -26,6 +26,9 @@ from valle.platform import settings
 from valle.platform.decoding import MAX_BYTES, MAX_SAMPLE_RATE, Samples
 from valle.platform.sound_formats import WAY_OUT, AudioError, detect
 
+START_SECONDS = 60.0
+"""Time of a process until it accepts requests; on a busy machine its imports take a while."""
+
 
 class DecoderBusyError(RuntimeError):
     """Every decoder was busy for as long as a caller waits."""
@@ -185,7 +188,12 @@ class _Decoder:
             ),
         )
         assert process.stdout is not None
-        if process.stdout.read(1) != protocol.READY:
+        timer = threading.Timer(START_SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        answer = process.stdout.read(1)
+        timer.cancel()
+        if answer != protocol.READY:
             self._process = process
             self.stop()
             raise RuntimeError(f"the decoder did not start: {' '.join(command)}")

@@ -13,7 +13,14 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from valle.platform.sound_formats import WAY_OUT, AudioError, SoundFormat, detect
+from valle.platform.sound_formats import (
+    OGG,
+    WAY_OUT,
+    AudioError,
+    SoundFormat,
+    detect,
+    is_chained_ogg,
+)
 from valle.platform.sound_lengths import mend_lengths
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
@@ -21,7 +28,7 @@ MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 MAX_CHANNELS = 8
 """More channels are no recording of one voice: 7.1 has eight."""
 MAX_BYTES = 256 * 2**20
-"""Size limit of a file: ten minutes of stereo at 48 kHz as float64 are smaller."""
+"""Size limit of a file: ten minutes of stereo at 48 kHz as float32 are smaller."""
 BLOCK_SAMPLES = 65_536
 """Samples per channel that are decoded at a time."""
 
@@ -39,6 +46,11 @@ _CODECS = frozenset((
     "wmavoice",
 ))  # fmt: skip
 """FFmpeg's decoders that are used: those of speech and music, none of pictures."""
+
+_INSTEAD_OF = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
+"""FFmpeg's own AMR decoders refuse the frames that stand for silence (DTX)."""
+_AMR_PADDING = 0x83
+"""Bits of an AMR frame's first byte that are 0; the decoders take any."""
 
 _OPTIONS = {
     "codec_whitelist": ",".join(sorted(_CODECS)),
@@ -69,7 +81,9 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
     if len(data) > MAX_BYTES:
         raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
     mended = mend_lengths(data, sound_format)
-    readers = [read_with_libsndfile] if sound_format.libsndfile else []
+    # libsndfile stops at the end of the first stream, and says nothing of the others
+    first_only = sound_format is OGG and is_chained_ogg(data)
+    readers = [read_with_libsndfile] if sound_format.libsndfile and not first_only else []
     readers += [read_with_ffmpeg] if sound_format.ffmpeg else []
     reason: Exception | None = None
     for reader in readers:
@@ -168,8 +182,8 @@ def _refuse_open(url: str, flags: int, options: dict[str, str]) -> None:
 
 
 def read_with_ffmpeg(data: bytes, sound_format: SoundFormat) -> Iterator[tuple[Samples, int]]:
-    """Yields blocks `[n, channels]`. Damage at the end cuts the recording, elsewhere it is an
-    error."""
+    """Yields blocks `[n, channels]`. Damage at the end cuts the recording; elsewhere, and where it
+    is the larger part, it is an error."""
     with av.open(
         _Bytes(data),
         format=sound_format.ffmpeg,
@@ -182,18 +196,32 @@ def read_with_ffmpeg(data: bytes, sound_format: SoundFormat) -> Iterator[tuple[S
         stream = container.streams.audio[0]
         if stream.codec_context is None or stream.codec_context.name not in _CODECS:
             raise ValueError("its codec is not one that is read")
-        stream.codec_context.thread_count = 1
-        damage: av.FFmpegError | None = None
+        decoder = stream.codec_context
+        if name := _INSTEAD_OF.get(decoder.name):
+            decoder = av.AudioCodecContext.create(name, "r")
+            decoder.sample_rate = stream.codec_context.sample_rate
+            decoder.layout = "mono"
+        decoder.thread_count = 1
+        damage: Exception | None = None
+        n_decoded = n_damaged = 0
         for packet in container.demux(stream):
             try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
+                if name and packet.size and bytes(packet)[0] & _AMR_PADDING:
+                    raise ValueError("a frame has no header")
+                frames = decoder.decode(packet)
+            except (av.FFmpegError, ValueError) as error:
                 damage = damage or error
+                n_damaged += 1
+                if n_damaged > max(n_decoded, 100):  # millions of them would take minutes
+                    raise
                 continue
+            n_decoded += 1
             for frame in frames:
                 if damage is not None:
                     raise damage
                 yield _frame_samples(frame), frame.sample_rate
+        if damage is not None and n_damaged > n_decoded:
+            raise damage
 
 
 def _frame_samples(frame: av.AudioFrame) -> NDArray[np.float32]:

@@ -110,3 +110,15 @@ def _detect_frames(header: bytes) -> SoundFormat | None:
         and header[2] & 0x0C != 0x0C  # sample rate
     )
     return MP3 if valid else None
+
+
+def is_chained_ogg(data: bytes) -> bool:
+    """Whether one ogg stream ends and another begins, as where files or broadcasts were joined."""
+    at, sound = 0, False
+    while (at := data.find(b"OggS", at)) >= 0 and at + 27 <= len(data):
+        begins, n_segments = bool(data[at + 5] & 2), data[at + 26]
+        if begins and sound:
+            return True
+        sound = sound or not begins
+        at += 27 + n_segments + sum(data[at + 27 : at + 27 + n_segments])
+    return False

@@ -165,9 +165,11 @@ def _mend_mp3(data: bytearray) -> None:
     length = _mp3_frame_length(data, start)
     found = [data.find(name, start, start + length) for name in (b"Xing", b"Info")]
     at = max(found)
-    if at < 0 or not data[at + 7] & 1:
+    if at < 0:
         return
-    (stated,) = struct.unpack_from(">I", data, at + 8)
+    flags, stated = struct.unpack_from(">II", data, at + 4)
+    if not flags & 1:
+        return
     frames = 0  # the first one holds the header and no sound
     while length and start + length < len(data):
         start += length

@@ -16,10 +16,18 @@ from starlette.types import Message
 
 from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
-from valle.serve.deployments.interface import RefusedCallError
+from valle.serve.deployments.interface import OverloadedError, RefusedCallError
 from valle.serve.web.api import create_api
 from valle.serve.web.schema import SpeechRequest
-from valle.serve.web.threads import STORAGE_THREADS, run_encoding, run_storage, run_text
+from valle.serve.web.threads import (
+    DECODING_THREADS,
+    MAX_WAITING_RECORDINGS,
+    STORAGE_THREADS,
+    run_decoding,
+    run_encoding,
+    run_storage,
+    run_text,
+)
 
 SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
 BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
@@ -170,6 +178,38 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(args: AppArgs) -> N
 
 
 @pytest.mark.anyio
+async def test_a_form_is_in_utf_8(http: httpx.AsyncClient) -> None:
+    """Its parser would take any of Python's codecs, punycode's in quadratic time among them."""
+    parts = [("name", b"bob"), ("consent", b"I am J\xc3\xb6rg."), ("audio_sample", None)]
+    data = b""
+    for name, value in parts:
+        file = b"" if value is not None else b'; filename="bob.wav"'
+        value = wav_bytes(speech(2)) if value is None else value
+        data += b'--x\r\nContent-Disposition: form-data; name="%b"%b' % (name.encode(), file)
+        data += b"\r\n\r\n%b\r\n" % value
+    data += b"--x--\r\n"
+    for charset, status in {
+        "; charset=punycode": 415,
+        "; Charset = utf-7": 415,
+        "; charset*=utf-8''punycode": 415,
+        "; charset=utf-8; charset=punycode": 415,
+        '; charset="UTF-8"': 200,
+    }.items():
+        headers = {"Content-Type": f"multipart/form-data; boundary=x{charset}"}
+        response = await http.post(VOICES, content=data, headers=headers)
+        assert response.status_code == status, (charset, response.text)
+
+
+@pytest.mark.anyio
+async def test_a_text_is_no_recording(http: httpx.AsyncClient) -> None:
+    form = {"name": "bob", "consent": "I am Bob.", "audio_sample": "bob.wav"}
+    response = await http.post(VOICES, data=form)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message == "audio_sample: must be a file, with a file name"
+
+
+@pytest.mark.anyio
 async def test_head_answers_as_get_without_a_body(http: httpx.AsyncClient) -> None:
     for path in ("/", "/health/live", "/health/ready", "/v1/models", "/v1/models/valle", "/docs"):
         head, get = await http.head(path), await http.get(path)
@@ -219,13 +259,19 @@ async def test_a_request_that_the_models_refuse_is_a_400(args: AppArgs) -> None:
 
 @pytest.mark.anyio
 async def test_slow_storage_takes_no_thread_from_encoding() -> None:
-    """Nor do texts: each kind of work has its own threads."""
+    """Nor do texts and recordings: each kind of work has its own threads."""
     gate = threading.Event()
     stuck = [asyncio.create_task(run_storage(gate.wait, 30)) for _ in range(2 * STORAGE_THREADS)]
     stuck += [asyncio.create_task(run_text(gate.wait, 30)) for _ in range(20)]
+    stuck += [
+        asyncio.create_task(run_decoding(gate.wait, 30))
+        for _ in range(DECODING_THREADS + MAX_WAITING_RECORDINGS)
+    ]
     try:
         async with asyncio.timeout(10):
             assert await run_encoding(lambda: "encoded") == "encoded"
+            with pytest.raises(OverloadedError):  # a queue without end is no service
+                await run_decoding(gate.wait, 30)
         assert not any(task.done() for task in stuck)
     finally:
         gate.set()

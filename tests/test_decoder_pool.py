@@ -15,7 +15,7 @@ import pytest
 from helpers.recordings import speech
 from helpers.sound_files import WRITERS
 
-from valle.platform import audio, decoder_process, decoding, settings
+from valle.platform import audio, decoder_pool, decoder_process, decoding, settings
 from valle.platform.audio import AudioError
 from valle.platform.decoder_pool import DecoderBusyError, DecoderPool
 
@@ -105,6 +105,23 @@ def test_pool_ends_a_decoder_that_hangs() -> None:
         with pytest.raises(AudioError, match=r"too slow to decode: more than 0.5 s"):
             pool.decode(WAV, 10)
         assert not Path(f"/proc/{pid}").exists()
+        assert len(pool.decode(WAV, 10)[0]) == 48_000
+
+
+def test_pool_does_not_wait_for_a_decoder_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(decoder_pool, "START_SECONDS", 0.2)
+    with DecoderPool() as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            with pytest.raises(RuntimeError, match="the decoder did not start"):
+                pool.decode(WAV, 10)
+            assert not pool.pids
+        monkeypatch.setattr(decoder_pool, "START_SECONDS", 60.0)
         assert len(pool.decode(WAV, 10)[0]) == 48_000
 
 

@@ -59,7 +59,7 @@ async def test_a_local_server_answers_to_local_names_only(
 @pytest.mark.anyio
 @pytest.mark.parametrize("method", ["POST", "DELETE", "PUT", "PATCH"])
 async def test_pages_of_other_origins_change_nothing(args: AppArgs, method: str) -> None:
-    allowed = args.model_copy(update={"allow_origins": ("https://chat.example.com/",)})
+    allowed = args.model_copy(update={"allow_origins": ("https://Chat.example.com/",)})
     path = f"{VOICES}/nobody" if method == "DELETE" else SPEECH
     async with asgi_client(create_api(allowed, FakeDeployments())) as http:
         for origin, passes in {
@@ -72,6 +72,10 @@ async def test_pages_of_other_origins_change_nothing(args: AppArgs, method: str)
             assert (response.status_code != 403) is passes, (origin, response.text)
             shown = response.headers.get("access-control-allow-origin")
             assert shown == (origin if origin == "https://chat.example.com" else None)
+        # a name that is none is not the same origin as no origin
+        headers = JSON | {"Origin": "null", "Host": "a!b.example"}
+        response = await http.request(method, path, content=b"{}", headers=headers)
+        assert response.status_code == 403
 
 
 @pytest.mark.anyio

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.recordings import speech
-from helpers.sound_files import WRITERS, set_lengths
+from helpers.sound_files import WRITERS, ffmpeg_writer, set_lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +79,7 @@ def test_read_takes_what_there_is_of_a_file_that_is_cut_off(
 def test_read_ignores_what_follows_a_file(files: dict[str, bytes], name: str) -> None:
     data = files[name]
     garbage = np.random.default_rng(0).bytes(1_000)
-    if name == "amr":  # frames without any structure around them: what follows is damage
+    if "amr" in name:  # frames without any structure around them: what follows is damage
         with pytest.raises(audio.AudioError, match="damaged or unusual amr file"):
             seconds(data + garbage)
         return
@@ -133,6 +133,40 @@ def test_read_keeps_to_the_frames_of_an_mp3_with_a_wrong_count() -> None:
     for count in (0, 3, 10**6, 2**32 - 1):
         struct.pack_into(">I", data, at + 8, count)
         assert seconds(bytes(data)) == pytest.approx(SECONDS, abs=0.06)
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 11])
+def test_read_refuses_an_mp3_that_ends_in_its_header(length: int) -> None:
+    data = WRITERS["mp3"](WAVE)
+    with pytest.raises(audio.AudioError, match="damaged or unusual mp3 file"):
+        seconds(data[: data.index(b"Xing") + length])
+
+
+@pytest.mark.parametrize("name", ["ogg vorbis", "ogg opus", "ogg flac"])
+def test_read_takes_all_streams_of_a_joined_ogg_file(files: dict[str, bytes], name: str) -> None:
+    data = files[name]
+    assert not sound_formats.is_chained_ogg(data)
+    assert seconds(data + data) == pytest.approx(2 * SECONDS, abs=0.1)
+    other = WRITERS["ogg opus" if "vorbis" in name else "ogg vorbis"](WAVE)
+    with pytest.raises(audio.AudioError, match="damaged or unusual ogg file"):
+        seconds(data + other)
+
+
+@pytest.mark.parametrize("container", ["amr", "3gp"])
+def test_read_takes_the_silent_frames_of_telephones(container: str) -> None:
+    """Pauses of a recording with DTX are frames without sound."""
+    wave = np.concatenate([WAVE, np.zeros(3 * SAMPLE_RATE, np.float32), WAVE])
+    write = ffmpeg_writer(container, "libopencore_amrnb", 8_000, codec_options={"dtx": "1"})
+    assert seconds(write(wave)) == pytest.approx(9, abs=0.1)
+    if container == "amr":  # there are such frames
+        assert len(write(wave)) < 0.8 * len(WRITERS["amr"](wave))
+    assert seconds(b"#!AMR-WB\n" + b"\x7c" * 100) == pytest.approx(2)
+
+
+def test_read_refuses_a_file_most_of_which_is_damage() -> None:
+    """FFmpeg's muxer writes such files, and its decoder reads the first of their packets only."""
+    with pytest.raises(audio.AudioError, match="damaged or unusual wav file"):
+        seconds(ffmpeg_writer("wav", "aac", 24_000)(WAVE))
 
 
 def test_read_keeps_chunks_out_of_the_samples() -> None:

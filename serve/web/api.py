@@ -50,7 +50,7 @@ from valle.serve.web.schema import (
     validation_error,
 )
 from valle.serve.web.service import SpeechService
-from valle.serve.web.threads import run_storage
+from valle.serve.web.threads import run_decoding, run_storage
 from valle.serve.web.voices import (
     VoiceError,
     VoiceMetadata,
@@ -342,7 +342,7 @@ def _add_voice_routes(
         caller.require("add")
         data = await audio_sample.read()
         try:
-            wave = await run_storage(store.validate_recording, name, data, caller)
+            wave = await run_decoding(store.validate_recording, name, data, caller)
             version = await watcher.version()
             metadata = VoiceMetadata(
                 seconds=round(len(wave) / SAMPLE_RATE, 2),

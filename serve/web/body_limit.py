@@ -1,12 +1,15 @@
 """Limits of request bodies: bytes by their declared length or as they are counted, and seconds."""
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from valle.serve.web.schema import ErrorDetail, error_response
+
+_UTF_8 = re.compile(r";\s*charset=\"?utf-?8\"?\s*(;|$)")
 
 
 class BodyRefusedError(Exception):
@@ -30,13 +33,14 @@ class BodyLimitMiddleware:
         self._app, self._limit, self._seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 400, 408 or 413."""
+        """Passes a request on, or answers 400, 408, 413 or 415."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         limit = self._limit(route_path(scope))
         try:
             check_declared_length(scope, limit)
+            check_form_charset(scope)
             await self._pass_on(scope, _CountedBody(receive, limit, self._seconds), send)
         except BodyRefusedError as error:
             # the client is still sending: the connection cannot be used again
@@ -120,3 +124,15 @@ def check_declared_length(scope: Scope, limit: int) -> None:
         if len(length.lstrip("0")) > len(str(limit)) or int(length.lstrip("0") or "0") > limit:
             message = f"the body has {length[:30]} bytes, limit {limit}"
             raise BodyRefusedError(413, ErrorDetail(message=message, code="request_too_large"))
+
+
+def check_form_charset(scope: Scope) -> None:
+    """Raises BodyRefusedError for a form that names another encoding than UTF-8: the form's parser
+    takes any of Python's, and some (punycode) take minutes for a megabyte."""
+    for value in Headers(scope=scope).getlist("content-type"):
+        kind = value.lower()
+        times = kind.count("charset") if "multipart" in kind else 0
+        if times > 1 or (times and not _UTF_8.search(kind)):
+            message = "a form must be in UTF-8: leave out its charset"
+            detail = ErrorDetail(message=message, code="unsupported_media_type")
+            raise BodyRefusedError(415, detail)

@@ -5,6 +5,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from valle.serve.web.body_limit import BodyRefusedError
+from valle.serve.web.json_body import shorten
 from valle.serve.web.schema import ErrorDetail, error_response
 
 logger = logging.getLogger("ray.serve")
@@ -36,7 +37,8 @@ class FailureMiddleware:
         except Exception:
             if started or scope["type"] != "http":
                 raise
-            logger.exception("a request failed: %s %s", scope["method"], scope["path"])
+            path = repr(shorten(scope["path"]))  # decoded, it may hold line ends
+            logger.exception("a request failed: %s %s", scope["method"], path)
             detail = ErrorDetail(message="the server failed", type="server_error")
             response = error_response(500, detail, {"Retry-After": "2"})
             await response(scope, receive, forward)

@@ -90,7 +90,8 @@ class HostMiddleware:
         if "*" in self._origins or origin.lower() in self._origins:
             return True
         # the page's own: TLS may end before this server, so the scheme says nothing here
-        return bool(host) and _host_and_port(origin) == _host_and_port(f"//{host}")
+        name_and_port = _host_and_port(origin)
+        return bool(name_and_port[0]) and name_and_port == _host_and_port(f"//{host}")
 
 
 def _host_and_port(url: str) -> tuple[str, int | None]:
@@ -122,7 +123,7 @@ def cors(app: ASGIApp, allow_origins: Sequence[str]) -> CORSMiddleware:
     origins may read it. Nothing is sent with cookies: keys are headers that the script sets."""
     return CORSMiddleware(
         app,
-        allow_origins=[origin.rstrip("/") for origin in allow_origins],
+        allow_origins=[origin.lower().rstrip("/") for origin in allow_origins],
         allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
         allow_private_network=True,

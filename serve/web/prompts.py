@@ -6,11 +6,9 @@ request needs them, and caches the codes for a while.
 
 import base64
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
-
-from anyio import CapacityLimiter, to_thread
+from typing import Literal, NamedTuple
 
 from valle.model.codec.interface import Codes, Wave
 from valle.model.tokens import HOP
@@ -20,10 +18,8 @@ from valle.serve.deployments.interface import PROMPT_FRAMES, Deployments
 from valle.serve.web.callers import Caller
 from valle.serve.web.prompt_cache import PromptCache
 from valle.serve.web.schema import ApiError, SpeechRequest
-from valle.serve.web.threads import run_storage
-from valle.serve.web.voices import DECODERS, VoiceError, VoiceMetadata, VoiceStore
-
-_T = TypeVar("_T")
+from valle.serve.web.threads import run_decoding, run_storage
+from valle.serve.web.voices import VoiceError, VoiceMetadata, VoiceStore
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class PromptEncoder:
     def __init__(self, store: VoiceStore, deployments: Deployments) -> None:
         self._store, self._deployments = store, deployments
         self._cache = PromptCache(self._stamp)
-        self._decoding_threads = CapacityLimiter(2 * DECODERS)
         self._codec_sha256: dict[str, str] = {}  # by version
 
     async def for_request(self, request: SpeechRequest, version: str, caller: Caller) -> Codes:
@@ -88,10 +83,10 @@ class PromptEncoder:
     async def _encode_recording(self, recording: Recording, version: str) -> Codes:
         metadata = None
         if recording.param == "voice":
-            metadata = await self._in_thread(self._store.read_metadata, recording.data)
+            metadata = await run_decoding(self._store.read_metadata, recording.data)
         if metadata is not None and await self._is_current(metadata, version):
             return metadata.prompt_codes()
-        wave = await self._in_thread(self._decode, recording, metadata is not None)
+        wave = await run_decoding(self._decode, recording, metadata is not None)
         return await self.encode(wave, version)
 
     async def encode(self, wave: Wave, version: str) -> Codes:
@@ -116,11 +111,6 @@ class PromptEncoder:
             return self._store.read_reference(recording.data)
         except AudioError as error:
             raise ApiError(400, f"{recording.param}: {error}", recording.param) from error
-
-    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Calls a function that waits for a decoder in a thread; only a few at a time, so that slow
-        recordings do not take the threads of all other requests."""
-        return await to_thread.run_sync(function, *arguments, limiter=self._decoding_threads)
 
     def _read_recording(self, request: SpeechRequest, caller: Caller) -> Recording:
         if request.ref_audio is not None:

@@ -116,7 +116,10 @@ def validation_error(errors: Sequence[Any]) -> "ApiError":
     """The first of pydantic's errors as an error of the API."""
     location = [str(part) for part in errors[0]["loc"] if part != "body"]
     param = shorten(".".join(location)) or None
-    return ApiError(400, f"{param or 'body'}: {shorten(errors[0]['msg'])}", param)
+    message = shorten(errors[0]["msg"])
+    if "UploadFile" in message:  # FastAPI names its own class
+        message = "must be a file, with a file name"
+    return ApiError(400, f"{param or 'body'}: {message}", param)
 
 
 def check_json_content_type(content_type: str) -> None:

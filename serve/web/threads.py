@@ -1,5 +1,5 @@
-"""Threads of an ingress replica, by the kind of work: slow storage or a flood of texts takes no
-thread from the encoders of streams that run."""
+"""Threads of an ingress replica, by the kind of work: slow storage, a flood of texts or of
+recordings takes no thread from the encoders of streams that run, nor from each other."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -7,17 +7,26 @@ from typing import ParamSpec, TypeVar
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 
+from valle.serve.deployments.interface import OverloadedError
+from valle.serve.web.voices import DECODERS
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 TEXT_THREADS = 2
 """espeak works on one text at a time."""
 STORAGE_THREADS = 16
+DECODING_THREADS = 2 * DECODERS
+"""A decoder that is free finds the next recording at hand."""
 ENCODING_THREADS = 16
+
+MAX_WAITING_RECORDINGS = 32
+"""Recordings that may wait for a thread: each of them may take its decoder many seconds."""
 
 # one for each event loop, as anyio keeps its own
 _TEXT: RunVar[CapacityLimiter] = RunVar("text")
 _STORAGE: RunVar[CapacityLimiter] = RunVar("storage")
+_DECODING: RunVar[CapacityLimiter] = RunVar("decoding")
 _ENCODING: RunVar[CapacityLimiter] = RunVar("encoding")
 
 
@@ -27,8 +36,16 @@ async def run_text(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
 
 
 async def run_storage(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs reading and writing of voices, and the decoding of recordings, in a thread."""
+    """Runs reading and writing of voices in a thread."""
     return await _run(_limiter(_STORAGE, STORAGE_THREADS), lambda: function(*args, **kwargs))
+
+
+async def run_decoding(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs what waits for a decoder in a thread. Raises OverloadedError where many wait already."""
+    limiter = _limiter(_DECODING, DECODING_THREADS)
+    if limiter.statistics().tasks_waiting >= MAX_WAITING_RECORDINGS:
+        raise OverloadedError("many recordings wait to be decoded")
+    return await _run(limiter, lambda: function(*args, **kwargs))
 
 
 async def run_encoding(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -34,9 +34,9 @@ def _libsndfile(container: str, subtype: str, rate: int) -> Callable[[Wave], byt
     return write
 
 
-def _ffmpeg(
+def ffmpeg_writer(
     container: str, codec: str, rate: int, *, options: dict[str, str] | None = None,
-    pipe: bool = False, video: bool = False,
+    pipe: bool = False, video: bool = False, codec_options: dict[str, str] | None = None,
 ) -> Callable[[Wave], bytes]:  # fmt: skip
     def write(wave: Wave) -> bytes:
         buffer, unseekable = io.BytesIO(), _Pipe()
@@ -45,7 +45,7 @@ def _ffmpeg(
             if video:  # a phone's recording with a picture
                 picture = file.add_stream("mpeg4", rate=10)
                 picture.width, picture.height, picture.pix_fmt = 64, 64, "yuv420p"
-            stream = file.add_stream(codec, rate=rate)
+            stream = file.add_stream(codec, rate=rate, options=codec_options or {})
             stream.codec_context.layout = "mono"
             if codec == "wmav2":  # the only one without a usual bit rate
                 stream.codec_context.bit_rate = 64_000
@@ -85,8 +85,8 @@ WRITERS: dict[str, Callable[[Wave], bytes]] = {
     "wav g721": _libsndfile("WAV", "G721_32", 8_000),
     "wav nms 16": _libsndfile("WAV", "NMS_ADPCM_16", 8_000),
     "wav nms 32": _libsndfile("WAV", "NMS_ADPCM_32", 8_000),
-    "wav g726": _ffmpeg("wav", "g726", 8_000),
-    "wav mp3": _ffmpeg("wav", "libmp3lame", 24_000),
+    "wav g726": ffmpeg_writer("wav", "g726", 8_000),
+    "wav mp3": ffmpeg_writer("wav", "libmp3lame", 24_000),
     "w64": _libsndfile("W64", "PCM_16", 24_000),
     "w64 gsm": _libsndfile("W64", "GSM610", 8_000),
     "aiff": _libsndfile("AIFF", "PCM_16", 24_000),
@@ -99,27 +99,28 @@ WRITERS: dict[str, Callable[[Wave], bytes]] = {
     "caf alac": _libsndfile("CAF", "ALAC_16", 24_000),
     "nist": _libsndfile("NIST", "PCM_16", 16_000),
     "flac": _libsndfile("FLAC", "PCM_16", 24_000),
-    "flac piped": _ffmpeg("flac", "flac", 24_000, pipe=True),
+    "flac piped": ffmpeg_writer("flac", "flac", 24_000, pipe=True),
     "ogg vorbis": _libsndfile("OGG", "VORBIS", 24_000),
     "ogg opus": _libsndfile("OGG", "OPUS", 48_000),
-    "ogg flac": _ffmpeg("ogg", "flac", 24_000),
+    "ogg flac": ffmpeg_writer("ogg", "flac", 24_000),
     "mp3": _libsndfile("MP3", "MPEG_LAYER_III", 24_000),
-    "mp3 44.1 kHz": _ffmpeg("mp3", "libmp3lame", 44_100),
-    "mp3 piped": _ffmpeg("mp3", "libmp3lame", 24_000, pipe=True),
-    "m4a": _ffmpeg("ipod", "aac", 44_100),
-    "m4a alac": _ffmpeg("ipod", "alac", 24_000),
-    "mp4 fragmented": _ffmpeg(
+    "mp3 44.1 kHz": ffmpeg_writer("mp3", "libmp3lame", 44_100),
+    "mp3 piped": ffmpeg_writer("mp3", "libmp3lame", 24_000, pipe=True),
+    "m4a": ffmpeg_writer("ipod", "aac", 44_100),
+    "m4a alac": ffmpeg_writer("ipod", "alac", 24_000),
+    "mp4 fragmented": ffmpeg_writer(
         "mp4", "aac", 48_000, pipe=True, options={"movflags": "frag_keyframe+empty_moov"}
     ),
-    "mp4 video": _ffmpeg("mp4", "aac", 44_100, video=True),
-    "mov": _ffmpeg("mov", "pcm_s16le", 48_000),
-    "webm": _ffmpeg("webm", "libopus", 48_000),
-    "webm piped": _ffmpeg("webm", "libopus", 48_000, pipe=True),
-    "mkv": _ffmpeg("matroska", "aac", 24_000),
-    "aac": _ffmpeg("adts", "aac", 24_000),
-    "amr": _ffmpeg("amr", "libopencore_amrnb", 8_000),
-    "3gp": _ffmpeg("3gp", "libopencore_amrnb", 8_000),
-    "wma": _ffmpeg("asf", "wmav2", 44_100),
+    "mp4 video": ffmpeg_writer("mp4", "aac", 44_100, video=True),
+    "mov": ffmpeg_writer("mov", "pcm_s16le", 48_000),
+    "webm": ffmpeg_writer("webm", "libopus", 48_000),
+    "webm piped": ffmpeg_writer("webm", "libopus", 48_000, pipe=True),
+    "mkv": ffmpeg_writer("matroska", "aac", 24_000),
+    "aac": ffmpeg_writer("adts", "aac", 24_000),
+    "amr": ffmpeg_writer("amr", "libopencore_amrnb", 8_000),
+    "amr dtx": ffmpeg_writer("amr", "libopencore_amrnb", 8_000, codec_options={"dtx": "1"}),
+    "3gp": ffmpeg_writer("3gp", "libopencore_amrnb", 8_000),
+    "wma": ffmpeg_writer("asf", "wmav2", 44_100),
 }  # fmt: skip
 """A function for each format that makes a file of a mono wave at 24 kHz."""
 
