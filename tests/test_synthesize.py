@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
+from valle.jobs.synthesize import SynthesizeRecipe, _is_same_model, read_lines, synthesize
 from valle.model.sentences import join_waves
 from valle.model.text import phoneme_ids
 from valle.model.valle import Synthesis, SynthesisResult, Synthesizer
@@ -128,6 +128,7 @@ def test_synthesize_second_run_does_missing_and_changed_lines(
         ([1], "line 2: array, a JSON object is needed"),
         ({"text": "x", "prompt": "p", "seed": "one"}, "line 2: seed 'one' is no whole number"),
         ({"text": "x", "prompt": "p", "seed": -1}, "line 2: seed -1 is no whole number"),
+        ({"text": "x", "prompt": "p", "language": 5}, "line 2: language 5 is no string"),
     ],
 )
 def test_read_lines_invalid_line_raises(home: Path, line: object, reason: str) -> None:
@@ -143,3 +144,16 @@ def test_read_lines_invalid_json_names_the_line(home: Path) -> None:
     reason = "manifest: line 3: not JSON"
     with pytest.raises(ValueError, match=reason):
         read_lines(SynthesizeRecipe(manifest=str(path), out="out"))
+
+
+def test_rows_of_earlier_versions_are_of_the_pinned_model() -> None:
+    """So that a synthesis that was begun before names held the content goes on."""
+    version, folder = "models:/valle/3#m-" + "a" * 32 + "/1a2b3c4d", "/data/nano#" + "b" * 64
+    for former in (version, "models:/valle/3"):
+        assert _is_same_model(former, version)
+    for former in (folder, "/data/nano", "/moved/nano#" + "b" * 64):
+        assert _is_same_model(former, folder)
+    for former in (folder, "models:/valle/30", version.replace("a", "c")):
+        assert not _is_same_model(former, version)
+    for former in (version, "/data/nano2", "/data/nano#" + "c" * 64):
+        assert not _is_same_model(former, folder)
