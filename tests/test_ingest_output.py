@@ -91,6 +91,20 @@ def test_compare_notices_limits_that_leave_out_what_exists(
     assert 0 < len(changed) < 20
 
 
+@pytest.mark.parametrize("former", ["file:///corpus/{}", "/corpus/./{}", "/corpus/text/../{}"])
+def test_compare_takes_another_spelling_of_a_path_for_the_same(
+    tmp_path: Path, tiny_codec: Encodec, recipe: PrepareRecipe, former: str
+) -> None:
+    """Earlier rows hold the paths as their manifests say them."""
+    rows = rows_of()
+    items = items_of(rows, has_own_id=True)
+    for row in rows:
+        row["source"] = former.format(Path(row["source"]).name)
+    write(str(tmp_path), "one", rows)
+    state = scan_output(str(tmp_path), tiny_codec.identity, RETRIER)
+    assert compare(items, state, recipe, 75).n_unchanged == 6 and not state.obsolete
+
+
 def test_compare_keep_leaves_changed_ones(tmp_path: Path, tiny_codec: Encodec) -> None:
     rows = rows_of()
     write(str(tmp_path), "one", rows)
