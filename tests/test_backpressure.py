@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from valle.serve.deployments import backpressure
@@ -26,6 +26,7 @@ DEATHS = [
     ActorDiedError(),
     ActorUnavailableError("no connection", b"0" * 16),
     ReplicaUnavailableError("it drains"),
+    ObjectLostError("0" * 56, None, "handle"),
     failed_in_replica(RuntimeError("no room")),
     failed_in_replica(TimeoutError("its store")),
 ]

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -34,6 +34,7 @@ _FAILURES = (
     BackPressureError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
+    ObjectLostError,  # the replica's node has gone with its answer
     RayActorError,
     RayTaskError,
 )
