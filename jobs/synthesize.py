@@ -38,7 +38,12 @@ from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.reference import ReferenceReader
 from valle.platform.resources import Allocation, Placement
-from valle.platform.retries import Retrier, StorageError, storage_errors_of_workers
+from valle.platform.retries import (
+    Retrier,
+    StorageError,
+    is_forbidden_file,
+    storage_errors_of_workers,
+)
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
 from valle.serve.web.audio_formats import AudioFormat, encode_audio
@@ -240,7 +245,12 @@ class SynthesizeShard:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
             uri = storage.join(self._recipe.recordings, name)
-            data = self._retrier.call(storage.read_bytes, uri)
+            try:
+                data = self._retrier.call(storage.read_bytes, uri)
+            except StorageError as error:  # one file's own mode ends its lines, not the run
+                if error.__cause__ is not None and is_forbidden_file(uri, error.__cause__):
+                    raise ValueError(f"prompt: no permission for {uri}") from error
+                raise
             wave = self._references.read(data)
             codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
@@ -297,7 +307,7 @@ def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
         valid = [
             row for row in rows if not _is_stale(row, current.get(row["id"]), recipe.retry_errors)
         ]
-        others = {row["model"] for row in valid if not _is_same_model(row["model"], recipe.model)}
+        others = {row["model"] for row in valid if not registry.is_same(row["model"], recipe.model)}
         if others:
             raise ValueError(
                 f"out: {recipe.out} has speech of {others.pop()}, not of {recipe.model}: "
@@ -307,17 +317,6 @@ def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
         if len(valid) < len(rows):
             _write_shard(recipe.out, name, valid)
     return completed
-
-
-def _is_same_model(former: str, present: str) -> bool:
-    """Whether a row was spoken by the pinned model `present`. Rows of earlier versions name it
-    without the identity of its content; a folder that has moved is the same model."""
-    name, _, content = present.rpartition("#")
-    former_name, _, former_content = former.rpartition("#")
-    in_registry = present.startswith(registry.REGISTRY_PREFIX)
-    return former in (present, name) or (
-        not in_registry and bool(former_name) and former_content == content
-    )
 
 
 def _is_stale(row: Line, line: Line | None, retry_errors: bool) -> bool:

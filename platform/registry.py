@@ -139,6 +139,17 @@ def resolve(model_uri: str, tracking_uri: str | None = None, *, allow_cached: bo
     return _resolve_folder(Path(match[1]), match[2])
 
 
+def is_same(former: str, pinned: str) -> bool:
+    """Whether a name that was stored with results is of the model `pinned`.
+
+    Earlier code stored names without the identity of the content, which count as those of the
+    same version or folder. A folder that has moved is the same model.
+    """
+    name, _, content = pinned.rpartition("#")
+    moved = _PINNED_FOLDER.fullmatch(former)
+    return former in (pinned, name) or (moved is not None and moved[2] == content)
+
+
 def display_name(model_uri: str) -> str:
     """A model's name for people and headers: `models:/valle/3#1a2b3c4d`, or for a folder
     `bundle#1a2b3c4d`, without the folders above it. The digits are of the hash of `bundle.json`."""
