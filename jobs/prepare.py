@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from valle.jobs.ingest import output
+from valle.jobs.ingest import crashes, output
 from valle.jobs.ingest.listing import add_stamps, list_sources
 from valle.jobs.ingest.output import DatasetState
 from valle.jobs.ingest.pipeline import allocation_for, pipeline, shard_items
@@ -128,6 +128,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
 def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     recipe, retrier, out = run.recipe, run.retrier, run.recipe.out
     storage.sweep_parts(out, older_than_seconds=STALE_PART_SECONDS)
+    crashes.sweep(out, retrier)
     # Compare the inputs with what earlier runs have written.
     items, unlisted = list_sources(recipe.sources, retrier)
     items = add_stamps(items, retrier)

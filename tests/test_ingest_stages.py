@@ -12,7 +12,7 @@ import pytest
 from test_prepare import put, sound
 
 from valle.jobs.ingest import stages
-from valle.jobs.ingest.crashes import MAX_ATTEMPTS, attempt
+from valle.jobs.ingest.crashes import MAX_ATTEMPTS, attempt, sweep
 from valle.jobs.ingest.pipeline import shard_items
 from valle.jobs.ingest.recipe import PrepareRecipe
 from valle.jobs.ingest.source import Source, SourceItem
@@ -214,6 +214,16 @@ def test_attempt_is_bounded_and_forgets_other_runs(tmp_path: Path) -> None:
         attempt(out, "decode", "s", "new", retrier),
     ):
         raise AssertionError("a seventeenth attempt")
+
+
+def test_notes_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    out, retrier = str(tmp_path), Retrier(0)
+    sweep(out, retrier)  # there are none yet
+    with attempt(out, "decode", "shard", "run", retrier):
+        left = next((tmp_path / "in-flight").iterdir()).read_bytes()
+    (tmp_path / "in-flight/shard-decode.json").write_bytes(left)
+    sweep(out, retrier)
+    assert not any((tmp_path / "in-flight").iterdir())
 
 
 def test_storage_error_is_found_in_what_ray_wraps_around_it() -> None:
