@@ -35,6 +35,7 @@ with console.quiet("test", verbose="verbose" in sys.argv) as log:
     logging.getLogger("valle.some.module").warning("a fault that matters")
     progress_bar(total=3, label="bar", unit="step").close()
     if "raise" in sys.argv: raise ValueError("the command's own error")
+    print("a line without its end", end=" ")
 print("after")
 import atexit
 atexit.register(lambda: kept.isatty() or kept.write(""))

@@ -13,6 +13,7 @@ from valle.model.chunks import Chunking, CodesChunk
 from valle.model.nar_decoding import NARRequest
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments import ar as ar_module
+from valle.serve.deployments import handles
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.interface import Deployments
 from valle.serve.deployments.nar import NARDeployment
@@ -111,3 +112,22 @@ def test_fake_has_the_methods_of_the_protocol() -> None:
     for name in vars(Deployments):
         if not name.startswith("_"):
             assert callable(getattr(FakeDeployments(), name)), name
+
+
+async def test_preload_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is stuck in it would keep all others at the old version."""
+
+    class StuckHandle:
+        def broadcast(self, method: str, version: str) -> "StuckHandle":
+            assert (method, version) == ("preload", "a")
+            return self
+
+        async def results_async(self, *, timeout_s: float) -> list[None]:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.Event().wait()
+            return []
+
+    monkeypatch.setattr(handles, "PRELOAD_SECONDS", 0.01)
+    monkeypatch.setattr(handles, "_handle", lambda name: StuckHandle())
+    with pytest.raises(TimeoutError):
+        await handles.ServeDeployments(10.0).preload("a")

@@ -31,6 +31,11 @@ AR, NAR, CODEC = "AR", "NAR", "Codec"
 FORGET_SECONDS = 30.0
 """Upper bound of the time in which all replicas of a deployment forget prompts."""
 
+PRELOAD_SECONDS = 1800.0
+"""Upper bound of the time in which all replicas of a deployment load a version, its download and
+the wait for room included: one that is stuck must not keep all others at the old version for
+ever."""
+
 
 class ServeDeployments:
     """`interface.Deployments` within a replica of the application."""
@@ -93,7 +98,7 @@ class ServeDeployments:
 
     async def preload(self, version: str) -> None:
         for handle in (self._ar, self._nar, self._codec):
-            await handle.broadcast("preload", version).results_async()
+            await handle.broadcast("preload", version).results_async(timeout_s=PRELOAD_SECONDS)
 
     async def forget_prompts(self) -> None:
         for handle in (self._ar, self._nar):
