@@ -29,7 +29,7 @@ from valle.platform.cluster import connect
 from valle.platform.dataset import Manifest, Shard
 from valle.platform.lease import Lease, LeaseError, lease
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, resolve_paths
+from valle.platform.recipe import RecipeError, exit_on_error, resolve_paths
 from valle.platform.resources import Allocation
 from valle.platform.retries import Retrier, StorageError
 
@@ -136,7 +136,10 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     former = output.former_rejects(out, retrier)
     comparison = output.compare(items, state, recipe, run.identity.frame_rate)
     if comparison.to_prepare:
-        dataset.check_text_version(state.text_version, out)
+        try:
+            dataset.check_text_version(state.text_version, out)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     if comparison.changed:
         fate = "are prepared again" if recipe.on_change == "prepare" else "stay as they are"
         print(
@@ -145,6 +148,7 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
             file=sys.stderr,
         )
     # From here on the dataset is what is listed below; changed and doubled rows are gone.
+    held.check()  # the comparison may have taken long
     run.reject("listing", unlisted)
     retrier.call(output.write_rejects, out, "listing", unlisted)
     removed = output.remove_obsolete(out, state, retrier)
