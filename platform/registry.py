@@ -266,8 +266,9 @@ def _resolve_folder(folder: Path, digest: str) -> Path:
 
     def fill(part: Path) -> Path:
         source = folder
-        if not source.exists() and bundles.verify(SHIPPED_BUNDLE) == digest:
-            source = SHIPPED_BUNDLE  # Ray may unpack the code to another path on each node
+        # Ray may unpack the code to another path on each node
+        if not source.exists() and SHIPPED_BUNDLE.exists():
+            source = SHIPPED_BUNDLE if bundles.verify(SHIPPED_BUNDLE) == digest else source
         found = bundles.verify(source)
         if found != digest:
             raise BundleError(
@@ -277,7 +278,7 @@ def _resolve_folder(folder: Path, digest: str) -> Path:
         node_cache.link_or_copy(source, part / "bundle")
         return part / "bundle"
 
-    copy = node_cache.fetch(digest, fill)
+    copy = node_cache.find(digest) or node_cache.fetch(digest, fill)
     _check(copy, digest)
     return copy
 
