@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.deployments import FakeDeployments
 from helpers.engines import generate_alone, request, short_ar
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from valle.model.chunks import Chunking, CodesChunk
 from valle.model.nar_decoding import NARRequest
@@ -131,3 +132,26 @@ async def test_preload_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(handles, "_handle", lambda name: StuckHandle())
     with pytest.raises(TimeoutError):
         await handles.ServeDeployments(10.0).preload("a")
+
+
+async def test_a_replica_that_has_ended_has_forgotten_its_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Handle:
+        result: Exception = ActorDiedError()
+
+        def broadcast(self, method: str) -> "Handle":
+            assert method == "forget_prompts"
+            return self
+
+        async def results_async(self, **_: object) -> list[Exception | None]:
+            return [None, self.result]
+
+    monkeypatch.setattr(handles, "_handle", lambda name: Handle())
+    deployments = handles.ServeDeployments(10.0)
+    for error in (ActorDiedError(), OutOfMemoryError("the node was low on memory")):
+        monkeypatch.setattr(Handle, "result", error)
+        await deployments.forget_prompts()
+    monkeypatch.setattr(Handle, "result", RuntimeError("no answer"))
+    with pytest.raises(RuntimeError, match="no answer"):
+        await deployments.forget_prompts()

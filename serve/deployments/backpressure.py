@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -35,6 +35,7 @@ _FAILURES = (
     DeploymentUnavailableError,
     ReplicaUnavailableError,
     ObjectLostError,  # the replica's node has gone with its answer
+    OutOfMemoryError,  # Ray has ended the replica, for want of memory on its node
     RayActorError,
     RayTaskError,
 )

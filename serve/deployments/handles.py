@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 from cachetools import TTLCache, cached
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from valle.model.chunks import Chunking, CodesChunk
@@ -106,7 +106,7 @@ class ServeDeployments:
             for result in await responses.results_async(
                 timeout_s=FORGET_SECONDS, return_exceptions=True
             ):
-                if isinstance(result, RayActorError):
+                if isinstance(result, RayActorError | OutOfMemoryError):
                     continue  # with its process, its memory has gone
                 if isinstance(result, BaseException):
                     raise result
