@@ -25,7 +25,9 @@ from valle.jobs.training.recipe import TrainRecipe
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import audio, console, registry, settings, storage
 from valle.platform.cluster import connect
+from valle.platform.lease import LeaseError
 from valle.platform.recipe import exit_on_error
+from valle.platform.retries import StorageError
 from valle.platform.spectrogram import spectrogram_png
 
 METRICS = {
@@ -104,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; a second run reuses what is finished", file=sys.stderr)
         raise SystemExit(130) from None
+    except (LeaseError, StorageError) as error:
+        print(f"error: {error}" + (f"\nlog: {log}" if log else ""), file=sys.stderr)
+        raise SystemExit(1) from error
     except Exception:
         if log is not None:
             print(f"log: {log}", file=sys.stderr)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from valle.jobs.ingest import output
+from valle.jobs.ingest import crashes, output
 from valle.jobs.ingest.listing import add_stamps, list_sources
 from valle.jobs.ingest.output import DatasetState
 from valle.jobs.ingest.pipeline import allocation_for, pipeline, shard_items
@@ -29,7 +29,7 @@ from valle.platform.cluster import connect
 from valle.platform.dataset import Manifest, Shard
 from valle.platform.lease import Lease, LeaseError, lease
 from valle.platform.progress import progress_bar
-from valle.platform.recipe import exit_on_error, resolve_paths
+from valle.platform.recipe import RecipeError, exit_on_error, resolve_paths
 from valle.platform.resources import Allocation
 from valle.platform.retries import Retrier, StorageError
 
@@ -128,6 +128,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
 def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     recipe, retrier, out = run.recipe, run.retrier, run.recipe.out
     storage.sweep_parts(out, older_than_seconds=STALE_PART_SECONDS)
+    crashes.sweep(out, retrier)
     # Compare the inputs with what earlier runs have written.
     items, unlisted = list_sources(recipe.sources, retrier)
     items = add_stamps(items, retrier)
@@ -135,7 +136,10 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
     former = output.former_rejects(out, retrier)
     comparison = output.compare(items, state, recipe, run.identity.frame_rate)
     if comparison.to_prepare:
-        dataset.check_text_version(state.text_version, out)
+        try:
+            dataset.check_text_version(state.text_version, out)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     if comparison.changed:
         fate = "are prepared again" if recipe.on_change == "prepare" else "stay as they are"
         print(
@@ -144,6 +148,7 @@ def _prepare(run: _Run, allocation: Allocation, held: Lease) -> dict[str, Any]:
             file=sys.stderr,
         )
     # From here on the dataset is what is listed below; changed and doubled rows are gone.
+    held.check()  # the comparison may have taken long
     run.reject("listing", unlisted)
     retrier.call(output.write_rejects, out, "listing", unlisted)
     removed = output.remove_obsolete(out, state, retrier)

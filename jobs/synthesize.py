@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,12 @@ from valle.platform.progress import progress_bar
 from valle.platform.recipe import exit_on_error, formerly, location, resolve_paths
 from valle.platform.reference import ReferenceReader
 from valle.platform.resources import Allocation, Placement
-from valle.platform.retries import Retrier, StorageError
+from valle.platform.retries import (
+    Retrier,
+    StorageError,
+    is_forbidden_file,
+    storage_errors_of_workers,
+)
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
 from valle.serve.web.audio_formats import AudioFormat, encode_audio
@@ -134,6 +140,8 @@ def read_lines(recipe: SynthesizeRecipe) -> list[Line]:
             "language": row.get("language") or recipe.language,
             "seed": recipe.synthesis.seed if row.get("seed") is None else row["seed"],
         }
+        if not isinstance(line["language"], str):
+            raise ValueError(f"{location}: language {line['language']!r} is no string")
         if not isinstance(line["seed"], int) or not 0 <= line["seed"] < 2**63:
             raise ValueError(
                 f"{location}: seed {line['seed']!r} is no whole number from 0 to 2**63"
@@ -237,7 +245,12 @@ class SynthesizeShard:
             if len(self._prompts) > 1000:
                 self._prompts.clear()
             uri = storage.join(self._recipe.recordings, name)
-            data = self._retrier.call(storage.read_bytes, uri)
+            try:
+                data = self._retrier.call(storage.read_bytes, uri)
+            except StorageError as error:  # one file's own mode ends its lines, not the run
+                if error.__cause__ is not None and is_forbidden_file(uri, error.__cause__):
+                    raise ValueError(f"prompt: no permission for {uri}") from error
+                raise
             wave = self._references.read(data)
             codes = self._offline.synthesizer.encode_prompt(wave, self._recipe.synthesis)
             self._prompts[name] = codes
@@ -294,7 +307,8 @@ def _completed_ids(recipe: SynthesizeRecipe, lines: Sequence[Line]) -> set[str]:
         valid = [
             row for row in rows if not _is_stale(row, current.get(row["id"]), recipe.retry_errors)
         ]
-        if others := {row["model"] for row in valid} - {recipe.model}:
+        others = {row["model"] for row in valid if not registry.is_same(row["model"], recipe.model)}
+        if others:
             raise ValueError(
                 f"out: {recipe.out} has speech of {others.pop()}, not of {recipe.model}: "
                 "name another folder, or that model"
@@ -320,7 +334,8 @@ def allocation_for(recipe: SynthesizeRecipe, cluster: Cluster | None = None) -> 
 def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
     """Synthesizes the missing lines on the connected cluster; returns the report (`report.json`).
 
-    Raises ValueError before any work starts when the cluster cannot hold the actors.
+    Raises ValueError before any work starts when the cluster cannot hold the actors, and
+    StorageError.
     """
     import ray
 
@@ -345,10 +360,11 @@ def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
                 recipe.workers,
                 len(shards),
             )
-            for row in results.iter_rows():
-                result = json.loads(row["result"])
-                totals = {key: totals[key] + result[key] for key in totals}
-                bar.update(result["lines"])
+            with storage_errors_of_workers():
+                for row in results.iter_rows():
+                    result = json.loads(row["result"])
+                    totals = {key: totals[key] + result[key] for key in totals}
+                    bar.update(result["lines"])
     wall = time.perf_counter() - started
     report = {
         "out": recipe.out,
@@ -368,8 +384,12 @@ def synthesize(recipe: SynthesizeRecipe) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: `python -m valle.jobs.synthesize --recipe demo manifest=lines.jsonl`."""
     recipe = parse_arguments(argv, "synthesize", SynthesizeRecipe, __doc__ or "")
-    with exit_on_error(), connect():
-        report = synthesize(recipe)
+    try:
+        with exit_on_error(), connect():
+            report = synthesize(recipe)
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     print(json.dumps(report, indent=2, ensure_ascii=False))
 
 

@@ -98,6 +98,8 @@ def quiet(name: str, *, verbose: bool = False) -> Iterator[Path | None]:
                     routed.release(stream)
             sys.stdout, sys.stderr = before
             logging.getLogger("valle").removeHandler(handler)
+            for stream in (out, errors):  # what has no line end yet; their descriptors close below
+                stream.flush()
             for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)

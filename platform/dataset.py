@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,8 @@ class TokenDataset:
             with FileLock(f"{path}.lock"):  # one process per node builds the copy
                 if not path.exists():
                     self._build(shard, path)
-        os.utime(path)  # `valle clean-cache` removes copies by the time of their last use
+        with suppress(OSError):  # another user's cache is read all the same
+            os.utime(path)  # `valle clean-cache` removes copies by the time of their last use
         # `_build` writes one chunk, so that a row is found without a search
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

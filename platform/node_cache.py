@@ -11,6 +11,7 @@ deleted while no endpoint runs.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -20,6 +21,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from valle.platform import settings
+
+logger = logging.getLogger(__name__)
 
 
 def find(key: str) -> Path | None:
@@ -69,14 +72,21 @@ def _link(source: str, target: str) -> None:
 
 
 def remember(address: str, model_uri: str, version: str) -> None:
-    """Keeps the version that the registry at `address` gave for a model URI."""
+    """Keeps the version that the registry at `address` gave for a model URI; a cache that cannot
+    be written costs that only."""
     if last_version(address, model_uri) == version:
         return
     path = _alias_file(address, model_uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(json.dumps({"model": model_uri, "version": version}))
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"model": model_uri, "version": version}))
+        os.replace(part, path)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): while the registry is down, %s is not known here",
+            path, error, model_uri,
+        )  # fmt: skip
 
 
 def last_version(address: str, model_uri: str) -> str | None:

@@ -139,6 +139,17 @@ def resolve(model_uri: str, tracking_uri: str | None = None, *, allow_cached: bo
     return _resolve_folder(Path(match[1]), match[2])
 
 
+def is_same(former: str, pinned: str) -> bool:
+    """Whether a name that was stored with results is of the model `pinned`.
+
+    Earlier code stored names without the identity of the content, which count as those of the
+    same version or folder. A folder that has moved is the same model.
+    """
+    name, _, content = pinned.rpartition("#")
+    moved = _PINNED_FOLDER.fullmatch(former)
+    return former in (pinned, name) or (moved is not None and moved[2] == content)
+
+
 def display_name(model_uri: str) -> str:
     """A model's name for people and headers: `models:/valle/3#1a2b3c4d`, or for a folder
     `bundle#1a2b3c4d`, without the folders above it. The digits are of the hash of `bundle.json`."""
@@ -255,8 +266,9 @@ def _resolve_folder(folder: Path, digest: str) -> Path:
 
     def fill(part: Path) -> Path:
         source = folder
-        if not source.exists() and bundles.verify(SHIPPED_BUNDLE) == digest:
-            source = SHIPPED_BUNDLE  # Ray may unpack the code to another path on each node
+        # Ray may unpack the code to another path on each node
+        if not source.exists() and SHIPPED_BUNDLE.exists():
+            source = SHIPPED_BUNDLE if bundles.verify(SHIPPED_BUNDLE) == digest else source
         found = bundles.verify(source)
         if found != digest:
             raise BundleError(
@@ -266,7 +278,7 @@ def _resolve_folder(folder: Path, digest: str) -> Path:
         node_cache.link_or_copy(source, part / "bundle")
         return part / "bundle"
 
-    copy = node_cache.fetch(digest, fill)
+    copy = node_cache.find(digest) or node_cache.fetch(digest, fill)
     _check(copy, digest)
     return copy
 

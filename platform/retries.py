@@ -8,7 +8,8 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import tenacity
@@ -107,3 +108,29 @@ def is_forbidden_file(uri: str, error: BaseException) -> bool:
         return False
     folder = os.path.dirname(storage.absolute(uri))
     return os.access(folder, os.R_OK | os.X_OK)
+
+
+@contextmanager
+def storage_errors_of_workers() -> Iterator[None]:
+    """Raises the StorageError of a worker for the errors that Ray wraps around it."""
+    try:
+        yield
+    except Exception as error:
+        if (cause := find_storage_error(error)) is not None:
+            raise StorageError(str(cause)) from error
+        raise
+
+
+def find_storage_error(error: BaseException | None) -> StorageError | None:
+    """The StorageError that has led to an error."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, StorageError):
+            return current
+        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+    return None

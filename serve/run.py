@@ -147,11 +147,9 @@ def _serve(args: AppArgs, host: str, port: int, *, verbose: bool) -> int:
 
 
 def _describe_model(model: str) -> str:
-    """The model's URI, and of an alias the version that it is now."""
+    """The model's URI, and the version that it is now, as `X-Model` names it."""
     pinned = registry.pin(model, allow_cached=True, announce=False)
-    name, _, digest = pinned.partition("#")
-    short = f"{name}#{digest[:12]}" if digest else name
-    return model if pinned == model else f"{model} (now {short})"
+    return model if pinned == model else f"{model} (now {registry.display_name(pinned)})"
 
 
 def _voice_names(voices: str) -> list[str]:

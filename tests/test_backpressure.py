@@ -5,7 +5,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+)
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from valle.serve.deployments import backpressure
@@ -26,6 +32,8 @@ DEATHS = [
     ActorDiedError(),
     ActorUnavailableError("no connection", b"0" * 16),
     ReplicaUnavailableError("it drains"),
+    ObjectLostError("0" * 56, None, "handle"),
+    OutOfMemoryError("the node was low on memory"),
     failed_in_replica(RuntimeError("no room")),
     failed_in_replica(TimeoutError("its store")),
 ]

@@ -12,7 +12,7 @@ import pytest
 from helpers.tiny_bundles import pack_bundle
 
 from valle.model.codec.encodec import Encodec
-from valle.platform import bundle, node_cache, registry
+from valle.platform import bundle, node_cache, registry, settings
 from valle.platform.bundle import BundleError, FileEntry
 
 
@@ -199,4 +199,16 @@ def test_last_version_of_a_damaged_record_is_unknown(home: Path, text: str) -> N
     assert node_cache.last_version("http://b", "models:/valle@champion") is None
     [record] = (home / "cache/aliases").iterdir()
     record.write_text(text)
+    assert node_cache.last_version("http://a", "models:/valle@champion") is None
+
+
+def test_an_answer_that_cannot_be_kept_is_a_warning(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache that is part of a read-only image serves what it holds."""
+    aliases = settings.read().cache / "aliases"
+    aliases.parent.mkdir(parents=True, exist_ok=True)
+    aliases.write_text("no folder")
+    node_cache.remember("http://a", "models:/valle@champion", "models:/valle/1")
+    assert "models:/valle@champion is not known here" in caplog.text
     assert node_cache.last_version("http://a", "models:/valle@champion") is None

@@ -11,6 +11,7 @@ import pytest
 
 from valle.jobs import demo
 from valle.platform import console
+from valle.platform.lease import LeaseError
 from valle.serve.ready import find_reason, ready_message
 
 TALKATIVE = """
@@ -35,6 +36,7 @@ with console.quiet("test", verbose="verbose" in sys.argv) as log:
     logging.getLogger("valle.some.module").warning("a fault that matters")
     progress_bar(total=3, label="bar", unit="step").close()
     if "raise" in sys.argv: raise ValueError("the command's own error")
+    print("a line without its end", end=" ")
 print("after")
 import atexit
 atexit.register(lambda: kept.isatty() or kept.write(""))
@@ -96,6 +98,19 @@ def test_a_terminal_is_recognised_as_one(home: Path) -> None:
     os.close(child)
     assert os.read(parent, 1000).decode().split() == ["True", "False", "True"]
     os.close(parent)
+
+
+def test_demo_that_runs_twice_is_a_message(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_twice(name: str, port: int) -> None:
+        raise LeaseError("another run is writing there")
+
+    monkeypatch.setattr(demo, "run", run_twice)
+    with pytest.raises(SystemExit) as exit:
+        demo.main(["--recipe", "demo", "--verbose"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == "error: another run is writing there\n"
 
 
 def test_terminal_outside_is_stderr() -> None:

@@ -64,7 +64,9 @@ def test_token_dataset_refuses_a_changed_shard(tmp_path: Path, tiny_codec: Encod
         TokenDataset(str(tmp_path), tmp_path / "cache")
 
 
-def test_token_dataset_builds_its_cache_once(tmp_path: Path, tiny_codec: Encodec) -> None:
+def test_token_dataset_builds_its_cache_once(
+    tmp_path: Path, tiny_codec: Encodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(tmp_path / "tokens")
     write_dataset(uri, tiny_codec)
     TokenDataset(uri, tmp_path / "cache")
@@ -72,6 +74,12 @@ def test_token_dataset_builds_its_cache_once(tmp_path: Path, tiny_codec: Encodec
     assert len(files) == 3
     for path in (tmp_path / "tokens/shards").glob("*.parquet"):
         path.unlink()  # a second opening needs the cache only
+    assert len(TokenDataset(uri, tmp_path / "cache")) == 60
+
+    def refuse(path: Path) -> None:
+        raise PermissionError("another user's cache")
+
+    monkeypatch.setattr(dataset.os, "utime", refuse)
     assert len(TokenDataset(uri, tmp_path / "cache")) == 60
 
 

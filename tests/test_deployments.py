@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from helpers.deployments import FakeDeployments
 from helpers.engines import generate_alone, request, short_ar
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from valle.model.chunks import Chunking, CodesChunk
 from valle.model.nar_decoding import NARRequest
 from valle.serve.app_args import AppArgs
 from valle.serve.deployments import ar as ar_module
+from valle.serve.deployments import handles
 from valle.serve.deployments.ar import ARDeployment
 from valle.serve.deployments.interface import Deployments
 from valle.serve.deployments.nar import NARDeployment
@@ -111,3 +113,45 @@ def test_fake_has_the_methods_of_the_protocol() -> None:
     for name in vars(Deployments):
         if not name.startswith("_"):
             assert callable(getattr(FakeDeployments(), name)), name
+
+
+async def test_preload_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is stuck in it would keep all others at the old version."""
+
+    class StuckHandle:
+        def broadcast(self, method: str, version: str) -> "StuckHandle":
+            assert (method, version) == ("preload", "a")
+            return self
+
+        async def results_async(self, *, timeout_s: float) -> list[None]:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.Event().wait()
+            return []
+
+    monkeypatch.setattr(handles, "PRELOAD_SECONDS", 0.01)
+    monkeypatch.setattr(handles, "_handle", lambda name: StuckHandle())
+    with pytest.raises(TimeoutError):
+        await handles.ServeDeployments(10.0).preload("a")
+
+
+async def test_a_replica_that_has_ended_has_forgotten_its_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Handle:
+        result: Exception = ActorDiedError()
+
+        def broadcast(self, method: str) -> "Handle":
+            assert method == "forget_prompts"
+            return self
+
+        async def results_async(self, **_: object) -> list[Exception | None]:
+            return [None, self.result]
+
+    monkeypatch.setattr(handles, "_handle", lambda name: Handle())
+    deployments = handles.ServeDeployments(10.0)
+    for error in (ActorDiedError(), OutOfMemoryError("the node was low on memory")):
+        monkeypatch.setattr(Handle, "result", error)
+        await deployments.forget_prompts()
+    monkeypatch.setattr(Handle, "result", RuntimeError("no answer"))
+    with pytest.raises(RuntimeError, match="no answer"):
+        await deployments.forget_prompts()

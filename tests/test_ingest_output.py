@@ -11,9 +11,11 @@ from valle.jobs.ingest.output import compare, remove_obsolete, scan_output
 from valle.jobs.ingest.recipe import PrepareRecipe
 from valle.jobs.ingest.source import Reject, Source, SourceItem
 from valle.model.codec.encodec import Encodec
+from valle.model.normalize import TEXT_VERSION
 from valle.platform import dataset, storage
-from valle.platform.dataset import Statistics, TokenDataset
+from valle.platform.dataset import Shard, Statistics, TokenDataset
 from valle.platform.lease import LeaseError
+from valle.platform.recipe import RecipeError
 from valle.platform.retries import Retrier, StorageError
 
 RETRIER = Retrier(0)
@@ -89,6 +91,20 @@ def test_compare_notices_limits_that_leave_out_what_exists(
     recipe = PrepareRecipe(out="o", sources=(Source(path="x"),), **values)
     changed = compare(items_of(rows), state, recipe, 75).changed
     assert 0 < len(changed) < 20
+
+
+@pytest.mark.parametrize("former", ["file:///corpus/{}", "/corpus/./{}", "/corpus/text/../{}"])
+def test_compare_takes_another_spelling_of_a_path_for_the_same(
+    tmp_path: Path, tiny_codec: Encodec, recipe: PrepareRecipe, former: str
+) -> None:
+    """Earlier rows hold the paths as their manifests say them."""
+    rows = rows_of()
+    items = items_of(rows, has_own_id=True)
+    for row in rows:
+        row["source"] = former.format(Path(row["source"]).name)
+    write(str(tmp_path), "one", rows)
+    state = scan_output(str(tmp_path), tiny_codec.identity, RETRIER)
+    assert compare(items, state, recipe, 75).n_unchanged == 6 and not state.obsolete
 
 
 def test_compare_keep_leaves_changed_ones(tmp_path: Path, tiny_codec: Encodec) -> None:
@@ -172,6 +188,39 @@ def test_rejects_with_any_text_are_written_and_read(tmp_path: Path) -> None:
 
 
 REPORT = {"out": "o", "inputs": 2, "utterances": 0, "rejected": {"too short": 2}}
+
+
+class LostLease:
+    """Another run has taken the output over meanwhile."""
+
+    def check(self) -> None:
+        raise LeaseError("lost")
+
+
+@pytest.mark.parametrize(
+    ("text_version", "error"), [(TEXT_VERSION, LeaseError), (TEXT_VERSION - 1, RecipeError)]
+)
+def test_prepare_that_must_not_write_removes_nothing(
+    tmp_path: Path, tiny_codec: Encodec, text_version: int, error: type[Exception]
+) -> None:
+    """Rows have changed, but the lease is lost, or the dataset is of another text version."""
+    out, speaker = str(tmp_path / "out"), tmp_path / "corpus/ann"
+    speaker.mkdir(parents=True)
+    for name in ("a.wav", "a.txt"):
+        (speaker / name).write_text("x")
+    rows = [{**rows_of(1)[0], "id": "corpus/ann/a", "speaker": "another"}]
+    write(out, "one", rows)
+    statistics = Statistics()
+    statistics.text_version = text_version
+    shards = [Shard(name="one", sha256="0" * 64, utterances=1, frames=rows[0]["frames"])]
+    dataset.write_manifest(out, tiny_codec.identity, shards, statistics)
+    source = Source(path=str(tmp_path / "corpus"))
+    recipe = PrepareRecipe(out=out, sources=(source,), min_seconds=0.1)
+    run = prepare_module._Run(recipe, tiny_codec.identity, RETRIER)
+    with pytest.raises(error):
+        prepare_module._prepare(run, None, LostLease())  # type: ignore[arg-type]
+    left = dataset.read_columns(out, "one", ["id"]).column("id").to_pylist()
+    assert left == ["corpus/ann/a"]
 
 
 @pytest.mark.parametrize(

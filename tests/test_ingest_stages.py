@@ -12,13 +12,13 @@ import pytest
 from test_prepare import put, sound
 
 from valle.jobs.ingest import stages
-from valle.jobs.ingest.crashes import MAX_ATTEMPTS, attempt
-from valle.jobs.ingest.pipeline import _storage_error, shard_items
+from valle.jobs.ingest.crashes import MAX_ATTEMPTS, attempt, sweep
+from valle.jobs.ingest.pipeline import shard_items
 from valle.jobs.ingest.recipe import PrepareRecipe
 from valle.jobs.ingest.source import Source, SourceItem
 from valle.jobs.ingest.stages import DecodeAudio, Phonemize
 from valle.platform import storage
-from valle.platform.retries import Retrier, StorageError
+from valle.platform.retries import Retrier, StorageError, find_storage_error
 
 
 @pytest.fixture
@@ -216,6 +216,16 @@ def test_attempt_is_bounded_and_forgets_other_runs(tmp_path: Path) -> None:
         raise AssertionError("a seventeenth attempt")
 
 
+def test_notes_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    out, retrier = str(tmp_path), Retrier(0)
+    sweep(out, retrier)  # there are none yet
+    with attempt(out, "decode", "shard", "run", retrier):
+        left = next((tmp_path / "in-flight").iterdir()).read_bytes()
+    (tmp_path / "in-flight/shard-decode.json").write_bytes(left)
+    sweep(out, retrier)
+    assert not any((tmp_path / "in-flight").iterdir())
+
+
 def test_storage_error_is_found_in_what_ray_wraps_around_it() -> None:
     class TaskError(Exception):
         cause: Exception | None = None
@@ -224,8 +234,8 @@ def test_storage_error_is_found_in_what_ray_wraps_around_it() -> None:
     outer.cause = inner
     wrapped = RuntimeError("x")
     wrapped.__cause__ = outer
-    assert _storage_error(wrapped) is inner
-    assert _storage_error(RuntimeError("x")) is None
+    assert find_storage_error(wrapped) is inner
+    assert find_storage_error(RuntimeError("x")) is None
 
 
 def test_recipe_bounds_shards_in_seconds(recipe: PrepareRecipe) -> None:

@@ -26,7 +26,7 @@ from valle.jobs.training.recipe import TrainRecipe
 from valle.jobs.training.resume import ResumeError
 from valle.jobs.training.trainee import Worker
 from valle.model.codec.encodec import Encodec
-from valle.platform import checkpoint
+from valle.platform import checkpoint, storage
 
 
 @pytest.fixture
@@ -213,11 +213,18 @@ def test_text_of_another_version_is_refused(recipe: TrainRecipe, run: Path) -> N
 def test_a_checkpoint_that_does_not_say_resumes_with_one_warning(
     recipe: TrainRecipe, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """On data of its time: what it does not say of the text is version 1."""
+
     def earlier(content: dict[str, Any]) -> None:
         del content["dataset"], content["text_version"]
         del content["recipe"]["truncated_share"], content["recipe"]["resume_anyway"]
 
     edit(run, earlier)
+    with pytest.raises(ResumeError, match="text_version: 1 -> 2"):
+        start(recipe, run)
+    manifest = storage.read_json(storage.join(recipe.data, "dataset.json"))
+    storage.write_json(storage.join(recipe.data, "dataset.json"), manifest | {"text_version": 1})
+    caplog.clear()
     start(recipe, run)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING

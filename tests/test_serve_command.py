@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from valle.platform import registry
+from valle.serve import run
+
 SERVE = """
 import os, signal, sys, threading, time
 from contextlib import contextmanager
@@ -74,3 +77,10 @@ def test_serve_says_what_happens(home: Path, moment: str, status: int, last: str
         assert "error: the endpoint did not start: ValueError: no weights" in shown
     (log,) = (home / "logs").iterdir()
     assert "noise of Ray" in log.read_text()
+
+
+def test_serve_names_the_version_as_responses_do(home: Path) -> None:
+    name = run._describe_model(registry.CHAMPION)
+    pinned = registry.pin(registry.CHAMPION)
+    assert name == f"models:/valle@champion (now {registry.display_name(pinned)})"
+    assert run._describe_model(pinned) == pinned

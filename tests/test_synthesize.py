@@ -1,5 +1,6 @@
 """Offline synthesis of a manifest: equality with the slow twin, errors, and resuming."""
 
+import errno
 import io
 import json
 from dataclasses import replace
@@ -12,12 +13,13 @@ import pytest
 import soundfile
 
 from valle.jobs.publish import PublishRecipe, publish
-from valle.jobs.synthesize import SynthesizeRecipe, read_lines, synthesize
+from valle.jobs.synthesize import SynthesizeRecipe, SynthesizeShard, read_lines, synthesize
 from valle.model.sentences import join_waves
 from valle.model.text import phoneme_ids
 from valle.model.valle import Synthesis, SynthesisResult, Synthesizer
 from valle.platform import audio, registry, storage
 from valle.platform.resources import Placement
+from valle.platform.retries import Retrier, StorageError
 from valle.serve.engine.offline import OfflineSynthesizer
 from valle.serve.engine.request import Request
 from valle.serve.web.audio_formats import encode_audio
@@ -128,6 +130,7 @@ def test_synthesize_second_run_does_missing_and_changed_lines(
         ([1], "line 2: array, a JSON object is needed"),
         ({"text": "x", "prompt": "p", "seed": "one"}, "line 2: seed 'one' is no whole number"),
         ({"text": "x", "prompt": "p", "seed": -1}, "line 2: seed -1 is no whole number"),
+        ({"text": "x", "prompt": "p", "language": 5}, "line 2: language 5 is no string"),
     ],
 )
 def test_read_lines_invalid_line_raises(home: Path, line: object, reason: str) -> None:
@@ -143,3 +146,35 @@ def test_read_lines_invalid_json_names_the_line(home: Path) -> None:
     reason = "manifest: line 3: not JSON"
     with pytest.raises(ValueError, match=reason):
         read_lines(SynthesizeRecipe(manifest=str(path), out="out"))
+
+
+def test_rows_of_earlier_versions_are_of_the_pinned_model() -> None:
+    """So that a synthesis that was begun before names held the content goes on."""
+    version, folder = "models:/valle/3#m-" + "a" * 32 + "/1a2b3c4d", "/data/nano#" + "b" * 64
+    for former in (version, "models:/valle/3"):
+        assert registry.is_same(former, version)
+    for former in (folder, "/data/nano", "/moved/nano#" + "b" * 64):
+        assert registry.is_same(former, folder)
+    for former in (folder, "models:/valle/30", version.replace("a", "c")):
+        assert not registry.is_same(former, version)
+    for former in (version, "/data/nano2", "/data/nano#" + "c" * 64):
+        assert not registry.is_same(former, folder)
+
+
+def test_a_prompt_that_may_not_be_read_is_an_error_of_its_lines(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole store that refuses ends the run."""
+
+    def refuse(uri: str) -> bytes:
+        raise PermissionError(errno.EACCES, "no", uri)
+
+    shard = SynthesizeShard.__new__(SynthesizeShard)
+    shard._recipe = SynthesizeRecipe(manifest="m", out="out", recordings=str(home))
+    shard._retrier, shard._prompts = Retrier(0), {}
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"prompt: no permission for .*ann\.wav"):
+        shard._prompt("ann.wav")
+    monkeypatch.setattr(storage, "is_local", lambda uri: False)
+    with pytest.raises(StorageError):
+        shard._prompt("ann.wav")

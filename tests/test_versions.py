@@ -76,9 +76,10 @@ async def test_lease_of_a_loaded_version_does_not_wait_for_another_load() -> Non
 
 @pytest.mark.anyio
 async def test_preload_raises_the_error_of_the_load() -> None:
+    """But no ValueError: the call would count as wrong, and not be made elsewhere."""
     deployment = FakeLoader().deployment()
     for _ in range(2):
-        with pytest.raises(ValueError, match="no such weights"):
+        with pytest.raises(RuntimeError, match="bad cannot be loaded: no such weights"):
             await deployment.preload("bad")
     assert deployment.models == ["A"]
 
@@ -134,6 +135,22 @@ async def test_a_gpu_never_holds_three_versions() -> None:
         loader.may_close.set()
         await third
         assert loader.closed == ["A"] and sorted(deployment.models) == ["B", "C"]
+
+
+@pytest.mark.anyio
+async def test_a_gpu_never_loads_two_versions_beside_a_third() -> None:
+    """As when two ingress replicas follow an alias that moves twice."""
+    loader = FakeLoader()
+    deployment = loader.deployment(on_gpu=True)
+    loader.may_load.clear()
+    preloads = [asyncio.create_task(deployment.preload(name)) for name in ("b", "c", "d")]
+    await asyncio.sleep(0.05)
+    assert loader.loads == ["a", "b"]
+    loader.may_load.set()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*preloads)
+    assert deployment.models == ["C", "D"]
+    await until(lambda: loader.closed == ["A", "B"])
 
 
 @pytest.mark.anyio

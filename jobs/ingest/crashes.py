@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from valle.platform import storage
 from valle.platform.retries import Retrier
 
+NOTES = "in-flight"
+"""Folder of the notes, below the output."""
+
 MAX_ATTEMPTS = 16
 """Attempts on one stage of one shard."""
 
@@ -55,7 +58,7 @@ def attempt(out: str, stage: str, shard: str, run: str, retrier: Retrier) -> Ite
 
     Raises RuntimeError after `MAX_ATTEMPTS` crashes.
     """
-    uri = storage.join(out, "in-flight", f"{shard}-{stage}.json")
+    uri = storage.join(out, NOTES, f"{shard}-{stage}.json")
     present = Attempt(uri, run, retrier)
     try:
         former = retrier.call(storage.read_json, uri)
@@ -74,3 +77,10 @@ def attempt(out: str, stage: str, shard: str, run: str, retrier: Retrier) -> Ite
         yield present
     finally:
         retrier.call(storage.delete, uri)
+
+
+def sweep(out: str, retrier: Retrier) -> None:
+    """Removes the notes of a run that was killed; no other run may be writing."""
+    folder = storage.join(out, NOTES)
+    for name in retrier.call(lambda: list(storage.list_files(folder))):
+        retrier.call(storage.delete, storage.join(folder, name))

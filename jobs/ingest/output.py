@@ -125,14 +125,14 @@ def compare(
     """Compares the inputs with the utterances; notes in `state` the rows that become obsolete."""
     result = Comparison()
     by_source = {
-        posixpath.normpath(row.source): identity
+        _place(row.source): identity
         for identity, row in state.rows.items()
         if _LINE_ID.search(identity)
     }
     for item in items:
         identity = item.id
         if identity not in state.rows and not item.has_own_id:
-            former = by_source.get(posixpath.normpath(item.audio), "")
+            former = by_source.get(_place(item.audio), "")
             if item.text is not None and former.rpartition("/")[0] == item.id.partition("/")[0]:
                 identity = former  # an id of the time when lines were numbered
         row = state.rows.get(identity)
@@ -156,12 +156,18 @@ def _has_changed(item: SourceItem, row: Prepared, recipe: PrepareRecipe, frame_r
         item.speaker != row.speaker
         or row.language not in (item.language, _voice(item.language))
         or (item.text is not None and item.text.strip() != row.text)
-        or (item.has_own_id and item.audio != row.source)
+        or (item.has_own_id and _place(item.audio) != _place(row.source))
         or bool(item.stamp and row.stamp and item.stamp != row.stamp)
         or (row.frames - 1) / frame_rate > recipe.max_seconds
         or (row.frames + 1) / frame_rate < recipe.min_seconds
         or not recipe.min_phonemes <= row.n_phonemes <= recipe.max_phonemes
     )
+
+
+def _place(uri: str) -> str:
+    """A recording's path or URI in one form: earlier rows hold what their manifests say, with
+    `file://`, `./` and `../`."""
+    return posixpath.normpath(uri.removeprefix("file://"))
 
 
 @lru_cache(maxsize=1000)

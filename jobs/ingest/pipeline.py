@@ -14,7 +14,7 @@ from valle.jobs.ingest.stages import DecodeAudio, EncodeShard, Phonemize, schema
 from valle.platform import resources
 from valle.platform.capacity import Cluster
 from valle.platform.resources import Allocation
-from valle.platform.retries import StorageError
+from valle.platform.retries import storage_errors_of_workers
 
 _DECODE_CPUS, _PHONEMIZE_CPUS = 0.5, 0.25
 """CPUs that Ray reserves for a decoding task, and for a phonemizing actor."""
@@ -63,25 +63,6 @@ def pipeline(
     )
     decoded = phonemized.map_batches(DecodeAudio(recipe), **blocks, num_cpus=_DECODE_CPUS)
     shards = allocation.map_blocks(decoded, EncodeShard, (recipe,), recipe.workers, len(tables))
-    try:
+    with storage_errors_of_workers():
         for row in shards.iter_rows():
             yield json.loads(row["result"])
-    except Exception as error:
-        if (cause := _storage_error(error)) is not None:
-            raise StorageError(str(cause)) from error
-        raise
-
-
-def _storage_error(error: BaseException | None) -> StorageError | None:
-    """The StorageError of a worker, in the errors that Ray wraps around it."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, StorageError):
-            return current
-        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-    return None

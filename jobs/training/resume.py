@@ -59,6 +59,8 @@ def check(folder: Path, present: Metadata, worker: Worker) -> tuple[str, ...]:
         raise ResumeError(f"{path} is not readable: {error}") from error
     now = json.loads(json.dumps(asdict(present)))
     _check_fixed(saved, now)
+    if now.get("text_version"):
+        saved["text_version"] = saved.get("text_version") or 1  # no earlier code had another
     kind = now["kind"]
     before, after = dict(_flatten(saved["recipe"], kind)), dict(_flatten(now["recipe"], kind))
     step = checkpoint.load_state(folder).step
@@ -143,9 +145,7 @@ def _say_what_is_unknown(
     after: Mapping[str, Any],
 ) -> None:
     """One warning for a checkpoint that does not say everything that is compared."""
-    missing = [
-        name for name in ("dataset", "text_version") if now.get(name) and not saved.get(name)
-    ]
+    missing = ["dataset"] if now.get("dataset") and not saved.get("dataset") else []
     missing += [
         name for name in after if name not in before and name.split(".")[0] not in FREE | FIXED
     ]

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -34,6 +34,8 @@ _FAILURES = (
     BackPressureError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
+    ObjectLostError,  # the replica's node has gone with its answer
+    OutOfMemoryError,  # Ray has ended the replica, for want of memory on its node
     RayActorError,
     RayTaskError,
 )

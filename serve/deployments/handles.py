@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 from cachetools import TTLCache, cached
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from valle.model.chunks import Chunking, CodesChunk
@@ -30,6 +30,11 @@ AR, NAR, CODEC = "AR", "NAR", "Codec"
 
 FORGET_SECONDS = 30.0
 """Upper bound of the time in which all replicas of a deployment forget prompts."""
+
+PRELOAD_SECONDS = 1800.0
+"""Upper bound of the time in which all replicas of a deployment load a version, its download and
+the wait for room included: one that is stuck must not keep all others at the old version for
+ever."""
 
 
 class ServeDeployments:
@@ -93,7 +98,7 @@ class ServeDeployments:
 
     async def preload(self, version: str) -> None:
         for handle in (self._ar, self._nar, self._codec):
-            await handle.broadcast("preload", version).results_async()
+            await handle.broadcast("preload", version).results_async(timeout_s=PRELOAD_SECONDS)
 
     async def forget_prompts(self) -> None:
         for handle in (self._ar, self._nar):
@@ -101,7 +106,7 @@ class ServeDeployments:
             for result in await responses.results_async(
                 timeout_s=FORGET_SECONDS, return_exceptions=True
             ):
-                if isinstance(result, RayActorError):
+                if isinstance(result, RayActorError | OutOfMemoryError):
                     continue  # with its process, its memory has gone
                 if isinstance(result, BaseException):
                     raise result

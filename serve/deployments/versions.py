@@ -71,13 +71,16 @@ class MultiVersionDeployment(Generic[Model]):
         # in the order of their last use
         self._versions = {initial_version: _Loaded(load(initial_version))}
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._n_loading = 0
+        """Versions on their way into the memory: loads that do not wait for room any more."""
         self._closing: set[asyncio.Task[None]] = set()
         """Versions that are about to leave the memory."""
         self._changed = asyncio.Event()
-        """Set when a call has ended or a version has left; cleared by those who wait for it."""
+        """Set when a call or a load has ended or a version has left; cleared by those who wait."""
 
     async def preload(self, version: str) -> None:
-        """Loads a version; raises whatever error `load` raises."""
+        """Loads a version. Raises RuntimeError where `load` raises ValueError, which would say that
+        the call is wrong, and whatever else it raises."""
         async with self.lease(version):
             pass
 
@@ -124,9 +127,15 @@ class MultiVersionDeployment(Generic[Model]):
             if self._on_gpu:
                 await self._make_room()
             logger.info("loading version=%s", version)
-            self._versions[version] = _Loaded(
-                await asyncio.to_thread(self._load, version), idle_since=time.monotonic()
-            )
+            self._n_loading += 1
+            try:
+                model = await asyncio.to_thread(self._load, version)
+                self._versions[version] = _Loaded(model, idle_since=time.monotonic())
+            finally:
+                self._n_loading -= 1
+                self._changed.set()
+        except ValueError as error:  # a damaged bundle: another replica may have a sound copy
+            raise RuntimeError(f"{version} cannot be loaded: {error}") from error
         finally:
             del self._loads[version]
 
@@ -135,7 +144,8 @@ class MultiVersionDeployment(Generic[Model]):
         while True:
             self._changed.clear()
             self._evict(len(self._versions) - MAX_CACHED_VERSIONS + 1)
-            if len(self._versions) + len(self._closing) < MAX_CACHED_VERSIONS:
+            n_held = len(self._versions) + len(self._closing) + self._n_loading
+            if n_held < MAX_CACHED_VERSIONS:
                 return
             await self._changed.wait()
 
