@@ -8,6 +8,7 @@ espeak reads.
 import logging
 import re
 import sys
+import unicodedata
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,9 @@ def _report() -> None:
 
 def spoken_english(sentence: str) -> str:
     """One sentence with numbers, abbreviations and symbols in words. Never raises."""
+    sentence = "".join(
+        str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in sentence
+    )
     for pattern, replacement in RULES:
         sentence = pattern.sub(replacement, sentence)
     sentence = " ".join(sentence.split())

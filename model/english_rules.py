@@ -18,13 +18,16 @@ from valle.model.english_tables import (
     BEFORE_NUMBER,
     CURRENCIES,
     DAYS,
+    FILE_SUFFIXES,
     ISO,
+    MONTHS,
     NATIONS,
+    PER,
     PLURALS,
     SCALES,
     UNITS,
-    WEB_SIGNS,
 )
+from valle.model.english_web import WEB, web_words
 
 Match = re.Match[str]
 Rule = tuple[re.Pattern[str], str | Callable[[Match], str]]
@@ -34,36 +37,10 @@ _START = r"(?<![\w.,/:$€£¥₹])"
 """Before a number that is not part of a longer expression."""
 
 _SIGN = "[" + "".join(CURRENCIES) + "]"
-_SCALE = r"(?P<scale>\s?(?:thousand|million|billion|trillion)|(?:k|mio|mn|mm|m|bn|b|tn|t))"
-
-_TLD = (
-    "com|org|net|edu|gov|mil|int|info|io|ai|app|dev|biz|me|tv|co|uk|us|de|fr|es|it|nl|eu|ch|at|be|"
-    "ca|au|nz|jp|cn|in|br|ru|pl|se|no|dk|fi|ie|xyz|cloud|tech|online|site|blog|shop"
+_CURRENCY = "|".join({name for names in CURRENCIES.values() for name in names[:2]})
+_SCALE = (
+    r"(?P<scale>\s?(?:thousand|million|billion|trillion|lakh|crore)|(?:k|mio|mn|mm|m|bn|b|tn|t))"
 )
-_PATH = r"(?:[/?#][^\s<>\"')\]]*[^\s<>\"')\].,;:!?])?/?"
-_WEB = re.compile(
-    rf"\b(?:https?|ftp)://[^\s<>\"]*[^\s<>\"')\].,;:!?]|\bwww\.[\w-]+(?:\.[\w-]+)+{_PATH}"
-    rf"|\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\b(?:[\w-]+\.)+(?:{_TLD})\b(?!\.\w|@){_PATH}",
-    re.ASCII | re.IGNORECASE,
-)
-
-
-def _web(match: Match) -> str:
-    """An address of the web or of mail in words."""
-    address = re.sub(r"^\w+://", "", match[0]).rstrip("/")
-    if re.search(r"\.[A-Z]", address) and "/" not in address and "@" not in address:
-        return match[0]  # "left.In": a space is missing, no address
-    words = []
-    for part in re.findall(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]", address):
-        if part.isdigit():
-            words.append(digits(part) if part[0] == "0" or len(part) > 4 else cardinal(part))
-        elif part in WEB_SIGNS:
-            words.append(WEB_SIGNS[part])
-        elif words and words[-1] == "dot" and len(part) == 2 and part not in ("co", "me", "us"):
-            words.append(letters(part))  # a country's domain: "uk"
-        else:
-            words.append("WWW" if part.lower() == "www" else part)
-    return " ".join(words)
 
 
 def _clock(match: Match) -> str:
@@ -75,6 +52,20 @@ def _clock(match: Match) -> str:
     # "5 p.m." closes a sentence where none of it follows
     closes = match["dot"] and not match.string[match.end() :].strip(" \"')]")
     return f"{words} {half}-M{'.' if closes else ''}"
+
+
+def _short_date(match: Match) -> str:
+    """A date with a year of two figures, with four: wetext knows those."""
+    low, high = sorted((int(match[1]), int(match[2])))
+    if not (0 < low <= 12 and high <= 31):
+        return match[0]
+    return f"{match[1]}/{match[2]}/{'20' if match[3] < '50' else '19'}{match[3]}"
+
+
+def _duration(match: Match) -> str:
+    hours, minutes, seconds = match.groups()
+    parts = ((hours, "hour"), (minutes, "minute"), (seconds, "second"))
+    return " ".join(f"{cardinal(n)} {unit}{'s' * (n != '1')}" for n, unit in parts if n)
 
 
 def _decade(match: Match) -> str:
@@ -102,9 +93,9 @@ def _money(match: Match) -> str:
     if scale:
         return f"{cardinal(amount)} {SCALES.get(scale.lower(), scale.lower())} {many}"
     whole, _, part = amount.partition(".")
-    whole = whole or "0"
+    whole = whole.lstrip("0") or "0"
     if len(part) == 2:
-        words = [f"{cardinal(whole)} {one if int(whole) == 1 else many}"] if int(whole) else []
+        words = [f"{cardinal(whole)} {one if whole == '1' else many}"] if whole != "0" else []
         if int(part):
             words.append(f"{cardinal(part)} {cent if int(part) == 1 else cents}")
         return " and ".join(words) or f"zero {many}"
@@ -123,6 +114,8 @@ def _unit(match: Match) -> str:
     first, *rest = UNITS[match["unit"]].split(" per ")
     if match["amount"] != "1":
         first = PLURALS.get(first, first if first.endswith("hertz") else f"{first}s")
+    if match["per"]:
+        rest.append(UNITS[match["per"]])
     return f"{match['amount']} {' per '.join([first, *rest])}"
 
 
@@ -145,6 +138,11 @@ def _phone(match: Match) -> str:
     groups = re.findall(r"\d+", match[0])
     words = ", ".join(digits(group) for group in groups)
     return f"plus {words}" if match[0].startswith("+") else words
+
+
+def _over(match: Match) -> str:
+    """A blood pressure, "120/80", which is no fraction."""
+    return f"{match[1]} over {match[2]}" if int(match[1]) > int(match[2]) else match[0]
 
 
 def _short_phone(match: Match) -> str:
@@ -188,6 +186,8 @@ def _rule(pattern: str, replacement: str | Callable[[Match], str], flags: int = 
 _I = re.IGNORECASE
 _NAMES = "|".join(AFTER_NAME)
 _UNIT_NAMES = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
+_PER_UNIT = rf"(?:/(?P<per>{_UNIT_NAMES}))?"
+_PER_NAMES = "|".join(re.escape(unit) for unit in sorted(PER, key=len, reverse=True))
 _RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)\s?-\s?(\d{1,4}(?:\.\d+)?)"
 
 RULES: Final[list[Rule]] = [
@@ -204,11 +204,15 @@ RULES: Final[list[Rule]] = [
     ),
     _rule(r"(?<=€)\s?(\d+),(\d\d)(?!\d)", r"\1.\2"),
     _rule(r"\b(\d+),(\d\d)(?=\s?€)", r"\1.\2"),
+    _rule(r"(?<![\w.,])\d{1,2}(?:,\d\d)+,\d{3}(?![\d,])", lambda m: m[0].replace(",", "")),
     _rule(r"\bRs\.?\s?(?=\d)", "₹"),
-    (_WEB, _web),
+    _rule(r"\bR\$\s?(?=\d)", "₢"),
+    _rule(r"(?<=\d):\s+(?=\d)", ", "),  # wetext takes it for a ratio
+    (WEB, web_words),
     _rule(r"(?<![\w@])@(?=\w)", "at "),
     _rule(r"(?<=\bat )(\w+)_(?=\w)", r"\1 underscore "),
     _rule(r"\b([A-GJ])#(?!\w)", r"\1 sharp"),
+    _rule(r"(?<=\w)#(?=\d)", " number "),
     _rule(r"#\s?(?=\d)", "number "),
     _rule(r"#(?=\w)", "hashtag "),
     _rule(r"#", " hash "),
@@ -216,7 +220,9 @@ RULES: Final[list[Rule]] = [
     _rule(r"\bAT&T\b", "A-T and T"),
     _rule(r"\b(and)/(or)\b", r"\1 \2", _I),
     _rule(r"\b24/7\b", "twenty four seven"),
+    _rule(rf"(?<=\w)\.(?=(?:{FILE_SUFFIXES})\b)|(?<!\w)\.(?=NET\b)", " dot "),
     # times
+    _rule(r"(?<=\d)(\s?[ap]\.?m\.?)\s?[-–]\s?(?=\d)", r"\1 to ", _I),
     _rule(
         r"(?<![\d:.])(\d{1,2}(?::\d\d)?)\s?[-–]\s?(?=\d{1,2}(?::\d\d)?\s?[ap]\.?\s?m\b)",
         r"\1 to ",
@@ -234,7 +240,8 @@ RULES: Final[list[Rule]] = [
     ),
     _rule(r"(?<=\d)T(?=\d\d:\d\d)", " at "),
     _rule(r"(\b\d\d:\d\d):\d\d(?:\.\d+)?Z\b", r"\1"),
-    # years and decades
+    # dates, years and decades
+    _rule(r"(?<![\w./-])(\d\d?)/(\d\d?)/(\d\d)(?![\w/-])", _short_date),
     _rule(r"(?<![\w.,])'?(?P<century>1\d|20)(?P<tens>\d)0'?s\b", _decade),
     _rule(r"(?<![\w.,])'?(?P<century>)(?P<tens>[2-9])0's\b", _decade),
     _rule(r"(?<![\w.,])'(?P<century>)(?P<tens>[1-9])0s\b", _decade),
@@ -248,14 +255,16 @@ RULES: Final[list[Rule]] = [
     ),
     # money, before the minus sign and the units
     _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\d)", "minus "),
+    _rule(rf"({_SIGN})\s?[-−](?=\d)", r"minus \1"),
     _rule(
         rf"(?P<sign>{_SIGN})\s?(?P<low>{_NUMBER})\s?-\s?{_SIGN}?(?P<high>{_NUMBER}){_SCALE}?(?![\w.]*\d)\b",
         _money_range,
         _I,
     ),
     _rule(
-        rf"(?:\b(?P<nation>US|CA|C|AU|A|NZ|HK|S))?(?P<sign>{_SIGN})\s?(?P<amount>{_NUMBER})(?:{_SCALE}\b)?",
-        _money,
+        rf"(?:\b(?P<nation>(?-i:US|CA|C|AU|A|NZ|HK|S)))?(?P<sign>{_SIGN})\s?(?P<amount>{_NUMBER})"
+        rf"(?:{_SCALE}\b)?(?:\s(?:{_CURRENCY})\b)?",
+        lambda m: f" {_money(m)}" if m.string[m.start() - 1 : m.start()].isalnum() else _money(m),
         _I,
     ),
     _rule(rf"{_START}(?P<amount>{_NUMBER})(?:{_SCALE})?\s?(?P<sign>{_SIGN})", _money, _I),
@@ -263,7 +272,8 @@ RULES: Final[list[Rule]] = [
     _rule(rf"\b(?P<sign>{'|'.join(ISO)})\s?(?P<amount>{_NUMBER})(?:{_SCALE}\b)?", _money),
     _rule(rf"{_START}({_NUMBER})\s?¢", lambda m: f"{cardinal(m[1])} cent{'s' * (m[1] != '1')}"),
     _rule(
-        r"(?<=s)\s?/\s?(?=(?:second|minute|hour|day|week|month|year|person|user|mo|yr)\b)", " per "
+        rf"\b(cents?|{_CURRENCY})\s?/\s?({_PER_NAMES})(?!\w)",
+        lambda m: f"{m[1]} per {PER.get(m[2], m[2])}",
     ),
     # numbers that are read digit by digit
     _rule(r"\+\d{1,3}[\s.(-]*\(?\d[\d\s().-]{5,17}\d", _phone),
@@ -294,11 +304,12 @@ RULES: Final[list[Rule]] = [
     _rule(r"\bw/o\b", "without"),
     _rule(r"\bw/(?=\s?[a-z])", "with "),
     _rule(
-        rf"(?<![\w'])({'|'.join(BEFORE_NUMBER)})\.\s?(?=\d|(?-i:[IVX]{(2,)}|[VX])\b)",
+        rf"(?<![\w'])({'|'.join(BEFORE_NUMBER)})\.\s?(?=\d|\(\d|(?-i:[IVX]{{2,}}|[VX])\b)",
         _before_number,
         _I,
     ),
     _rule("№\\s?", "number "),
+    _rule(r"(?<!\d)(?<!\d\s)\bmin\.(?=\s[a-z\d])", "minimum"),
     _rule(rf"(?P<name>\b\d+\w*(?:\s[A-Z][\w']+){{1,3}}\s)(?P<short>{_NAMES})\.", _named),
     _rule(rf"\b({'|'.join(BEFORE_NAME)})\.\s+(?=[A-Z])", lambda m: f"{BEFORE_NAME[m[1]]} "),
     _rule(r"\b(Dr|Mr|Mrs|Ms|Prof) (?=[A-Z])", lambda m: f"{BEFORE_NAME[m[1]]} "),
@@ -306,10 +317,22 @@ RULES: Final[list[Rule]] = [
     _rule(r"\b(?:[A-Za-z]\.\s?)+[A-Za-z]\.(?!\w)", _initials),
     _rule(r"((?:^|\b[A-Z][a-z]+ )[A-Z])\.(?= [A-Z][a-z])", r"\1"),
     _rule(r"\b(Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun)\.(?=,|\s[a-z\d])", lambda m: DAYS[m[1][:3]]),
+    _rule(r"\b(Jan|Feb|Apr|Aug|Sept?|Oct|Nov|Dec)\.(?=,|\s[a-z])", lambda m: MONTHS[m[1][:3]]),
     # units, signs and ranges
-    _rule(r"\b401\(k\)", "four oh one k"),
+    _rule(r"\b(\d+)\s?h\s?(\d\d?)\s?m(?:in)?\b(?:\s?(\d\d?)\s?s\b)?", _duration),
+    _rule(r"\b()(\d\d?)\s?m(?:in)?\s?(\d\d?)\s?s\b", _duration),
+    # "in" is a preposition in "1 in 5"
+    _rule(
+        rf"{_START}({_NUMBER})(?:in\b|\sin(?=\.(?:\s*$|\s[a-z\d])))(?:\.(?=\s[a-z\d]))?",
+        lambda m: f"{cardinal(m[1])} inch{'es' * (m[1] != '1')}",
+    ),
+    _rule(r"(\d\s?ft\.? \d\d?) in\b", r"\1 inches"),
+    _rule(r"(?<=\d) \* (?=\d|\w\b)|(?<=\b\w) \* (?=\d|\w\b)", " times "),
+    _rule(r"\b401\(?k\b\)?", "four oh one k"),
     _rule(r"\b9/11\b", "nine eleven"),
-    _rule(r"(?<![\d/])(\d+)/\1(?![\d/])", r"\1 \1"),
+    _rule(r"(?<![\d/.])(\d+)/\1(?![\d/])", r"\1 \1"),
+    _rule(r"(?<![\w/.])(\d+\.\d+)/(?=\d+(?![\w/]))", r"\1 out of "),
+    _rule(r"(?<![\w/.,])(\d{2,3})/(\d\d)(?![\w/])", _over),
     _rule(r"(?<!\w)'0(?=\d\b)", "oh "),
     _rule(r"(?<=\d(?:st|nd|rd|th))-(?=\w)", " "),
     _rule(r"(?<!\w)\+(?=\d)", "plus "),
@@ -320,14 +343,14 @@ RULES: Final[list[Rule]] = [
     _rule(rf"{_START}({_NUMBER})k\b", r"\1 thousand"),
     _rule(r"(?<=\d)%\s?-\s?(?=\d)", "% to "),
     _rule(rf"{_START}({_NUMBER})\s?M\b", r"\1 million"),
-    _rule(r"(?<=\d)\s-\s(?=\d+(?:\.\d+)?\s*=)", " minus "),
+    _rule(r"(?<=\d)\s?-\s?(?=\d+(?:\.\d+)?\s*=)", " minus "),
     _rule(rf"{_RANGE}(?![\d/-])", r"\1 to \2"),
     _rule(
-        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES})(?![\w/²³])\.?(?=\s*$)",
+        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES}){_PER_UNIT}(?![\w/²³])\.?(?=\s*$)",
         _last_unit,
     ),
     _rule(
-        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES})(?![\w/²³])"
+        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES}){_PER_UNIT}(?![\w/²³])"
         r"(?:\.(?=\s+[a-z\d]))?",
         _unit,
     ),
@@ -335,7 +358,7 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<=\d)(\s?[a-z]{1,2})³", r"\g<1>3"),
     _rule("²", " squared "),
     _rule("³", " cubed "),
-    _rule(r"(?<![\w)\]%])[-−](?=\.?\d)", "minus "),
+    _rule(r"(?<![\w)\]%])[-−–](?=\.?\d)", "minus "),
     _rule(r"(?<=\d)\s?[×xX]\s?(?=\d)", " times "),
     _rule("×", " times "),
     _rule("÷", " divided by "),
@@ -350,14 +373,21 @@ RULES: Final[list[Rule]] = [
     _rule(r"~\s?(?=\d)", "about "),
     _rule(r"(?<=[\w)])\^[-−](?=\w)", " to the power of minus "),
     _rule(r"(?<=[\w)])\^(?=\w)", " to the power of "),
+    _rule("={4,}", " "),
+    _rule("={2,3}", "="),
     _rule(r"\s?--+\s?", " — "),
     _rule(r"[*_`|~^]", " "),
     _rule(r"\\", " backslash "),
     # numbers that wetext reads oddly: "thousand two hundred", "ten hundred", "nineteen zero five"
-    _rule(r"(?<![\w.,/:$€£-])(1[1-9]0[1-9])(?![\w/]|[.,:]\d)", lambda m: year(m[1])),
+    _rule(r"(?<![\w.,/:$€£-])([12][1-9]0[1-9])(?![\w/]|[.,:]\d)", lambda m: year(m[1])),
+    _rule(r"(?<![\w.,/:-])100[1-9](?![\w/]|[.,:]\d)", lambda m: cardinal(m[0])),
+    # decimals beside a letter, of which wetext leaves the point: "Qwen2.5", "1.5B"
+    _rule(r"(?<=[A-Za-z])\d+\.\d+(?![\d.])", lambda m: f" {cardinal(m[0])} "),
+    _rule(rf"{_START}\d+\.\d+(?=[A-WYZa-wyz])", lambda m: f"{cardinal(m[0])} "),
     _rule(r"(?<![\w.,])1,?000(?![\w,.]\d|[stnr]|\d)", "one thousand"),
     _rule(r"(?<![\w.,])1,\d{3}(?:\.\d+)?(?![\d,]|st|nd|rd|th)", lambda m: cardinal(m[0])),
     _rule(r"(?<=[a-z])\s?%", " percent"),
+    _rule("‰", " per mille"),
     _rule(r"(?<=[a-z])\s?°\s?C\b", " degrees Celsius"),
     _rule(r"(?<=[a-z])\s?°\s?F\b", " degrees Fahrenheit"),
     _rule(r"(?<=[a-z])\s?°", " degrees"),

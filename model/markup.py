@@ -30,6 +30,9 @@ _DEEP = re.compile(r"^(?:[ \t]*+(?:[>*+-]|\d{1,9}[.)](?=[ \t]))){9,}+", re.MULTI
 _INDENT = re.compile(r"^[ \t]{16,}", re.MULTILINE)
 _PRODUCT = re.compile(r"(?<=\d)\*(?=\w)|(?<=\w)\*(?=\d)|(?<=\b\w)\*(?=\w\b)")
 """A star that multiplies, which Markdown would take for emphasis: `2*3*4`."""
+_UNDERLINE = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
+"""The line below a heading."""
+_SHRUG = re.compile(r"¯\\*_*\(ツ\)_*/¯")
 _CLOSED = re.compile(r"[.?!…:;,。！？।؟]['\")\]”’»]*$")
 _EMOJI = r"[\p{Extended_Pictographic}--[©®™‼⁉\u2190-\u21ff\u2122\u2139\u3030\u303d]]"
 
@@ -51,6 +54,8 @@ def plain_lines(text: str) -> list[str]:
     Of several lines, each ends with a punctuation mark: a line end is at least a pause.
     """
     text = _LINE_END.sub("\n", text)
+    text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)  # a power
+    text = _SHRUG.sub(" ", _UNDERLINE.sub("", text))
     text = _TAG.sub(lambda match: "\n" if _BREAKING_TAG.match(match[0]) else "", text)
     text = "\n".join(_BULLET.sub("- ", line) for line in text.split("\n"))
     text = _PRODUCT.sub("×", _INDENT.sub(" " * 16, _DEEP.sub("- ", _without_emoji(text))))
