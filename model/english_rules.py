@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from valle.model.english_dates import clock, decade, duration, month_of_year, short_date
 from valle.model.english_numbers import cardinal, digits, letters, year
 from valle.model.english_tables import (
     AFTER_NAME,
@@ -41,45 +42,6 @@ _CURRENCY = "|".join({name for names in CURRENCIES.values() for name in names[:2
 _SCALE = (
     r"(?P<scale>\s?(?:thousand|million|billion|trillion|lakh|crore)|(?:k|mio|mn|mm|m|bn|b|tn|t))"
 )
-
-
-def _clock(match: Match) -> str:
-    """Hour, minutes and half of the day; espeak reads AM as a word."""
-    hour, minutes, half = match["hour"], match["minutes"], match["half"].upper()
-    words = cardinal(str(int(hour)))
-    if minutes and int(minutes):
-        words += f" {cardinal(minutes) if minutes[0] != '0' else f'oh {cardinal(minutes[1])}'}"
-    # "5 p.m." closes a sentence where none of it follows
-    closes = match["dot"] and not match.string[match.end() :].strip(" \"')]")
-    return f"{words} {half}-M{'.' if closes else ''}"
-
-
-def _short_date(match: Match) -> str:
-    """A date with a year of two figures, with four: wetext knows those."""
-    low, high = sorted((int(match[1]), int(match[2])))
-    if not (0 < low <= 12 and high <= 31):
-        return match[0]
-    return f"{match[1]}/{match[2]}/{'20' if match[3] < '50' else '19'}{match[3]}"
-
-
-def _duration(match: Match) -> str:
-    hours, minutes, seconds = match.groups()
-    parts = ((hours, "hour"), (minutes, "minute"), (seconds, "second"))
-    return " ".join(f"{cardinal(n)} {unit}{'s' * (n != '1')}" for n, unit in parts if n)
-
-
-def _decade(match: Match) -> str:
-    century, tens = match["century"], match["tens"]
-    names = {
-        "1": "tens", "2": "twenties", "3": "thirties", "4": "forties", "5": "fifties", "6":
-        "sixties", "7": "seventies", "8": "eighties", "9": "nineties",
-    }  # fmt: skip
-    if not century:
-        return names[tens]
-    if tens == "0":
-        whole = f"{cardinal(century[0])} thousand" if century[1] == "0" else cardinal(century)
-        return f"{whole}s" if century[1] == "0" else f"{whole} hundreds"
-    return f"{cardinal(century)} {names[tens]}"
 
 
 def _money(match: Match) -> str:
@@ -164,8 +126,7 @@ def _abbreviation(words: str) -> Callable[[Match], str]:
 
 def _before_number(match: Match) -> str:
     """An abbreviation before a number. After "said", "no." is an answer that ends a sentence."""
-    before = match.string[: match.start()].split()
-    if match[1] == "no" and before and before[-1].lower() in BEFORE_ANSWER:
+    if match[1] == "no" and BEFORE_ANSWER.search(match.string[: match.start()]):
         return match[0]
     return f"{BEFORE_NUMBER[match[1].lower()]} "
 
@@ -188,7 +149,7 @@ _NAMES = "|".join(AFTER_NAME)
 _UNIT_NAMES = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
 _PER_UNIT = rf"(?:/(?P<per>{_UNIT_NAMES}))?"
 _PER_NAMES = "|".join(re.escape(unit) for unit in sorted(PER, key=len, reverse=True))
-_RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)\s?-\s?(\d{1,4}(?:\.\d+)?)"
+_RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)(?:-\s?|\s-\s)(\d{1,4}(?:\.\d+)?)"
 
 RULES: Final[list[Rule]] = [
     # signs that wetext asserts on or spells
@@ -213,6 +174,8 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<=\bat )(\w+)_(?=\w)", r"\1 underscore "),
     _rule(r"\b([A-GJ])#(?!\w)", r"\1 sharp"),
     _rule(r"(?<=\w)#(?=\d)", " number "),
+    _rule(r"#(?=[A-Z]{1,3}-?\d)", "number "),
+    _rule(r"(?<=\b(?:UTC|GMT))[-−](?=\d)", " minus "),
     _rule(r"#\s?(?=\d)", "number "),
     _rule(r"#(?=\w)", "hashtag "),
     _rule(r"#", " hash "),
@@ -235,16 +198,17 @@ RULES: Final[list[Rule]] = [
     ),
     _rule(
         r"(?<![\d:.])(?P<hour>\d{1,2})(?:[:.](?P<minutes>\d\d))?\s?(?P<half>[ap])(?:m\b|\.\s?m\b(?P<dot>\.)?)",
-        _clock,
+        clock,
         _I,
     ),
     _rule(r"(?<=\d)T(?=\d\d:\d\d)", " at "),
     _rule(r"(\b\d\d:\d\d):\d\d(?:\.\d+)?Z\b", r"\1"),
     # dates, years and decades
-    _rule(r"(?<![\w./-])(\d\d?)/(\d\d?)/(\d\d)(?![\w/-])", _short_date),
-    _rule(r"(?<![\w.,])'?(?P<century>1\d|20)(?P<tens>\d)0'?s\b", _decade),
-    _rule(r"(?<![\w.,])'?(?P<century>)(?P<tens>[2-9])0's\b", _decade),
-    _rule(r"(?<![\w.,])'(?P<century>)(?P<tens>[1-9])0s\b", _decade),
+    _rule(r"(?<![\w./-])(0?[1-9]|1[0-2])/((?:19|20)\d\d)(?![\w/-])", month_of_year),
+    _rule(r"(?<![\w./-])(\d\d?)/(\d\d?)/(\d\d)(?![\w/-])", short_date),
+    _rule(r"(?<![\w.,])'?(?P<century>1\d|20)(?P<tens>\d)0'?s\b", decade),
+    _rule(r"(?<![\w.,])'?(?P<century>)(?P<tens>[2-9])0's\b", decade),
+    _rule(r"(?<![\w.,])'(?P<century>)(?P<tens>[1-9])0s\b", decade),
     _rule(
         r"(?<![\w.,/-])(1[1-9]\d\d|20\d\d)\s?-\s?(1[1-9]\d\d|20\d\d)(?![\w/-])",
         lambda m: f"{year(m[1])} to {year(m[2])}",
@@ -254,7 +218,10 @@ RULES: Final[list[Rule]] = [
         lambda m: f"{year(m[1])} {cardinal(str(int(m[2])))}",
     ),
     # money, before the minus sign and the units
-    _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\d)", "minus "),
+    _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\.?\d)", "minus "),
+    # the sign or unit stands at both ends of a range: "$1m-2m", "5k-10k", "5kg-10kg"
+    _rule(rf"(({_SIGN})\s?[\d.,]+{_SCALE})\s?-\s?{_SIGN}?(?=\d)", r"\1 to \2", _I),
+    _rule(r"(?<=\d)(\s?[A-Za-z°%]{1,4})\s?-\s?(?=\d[\d.,]*\1(?!\w))", r"\1 to "),
     _rule(rf"({_SIGN})\s?[-−](?=\d)", r"minus \1"),
     _rule(
         rf"(?P<sign>{_SIGN})\s?(?P<low>{_NUMBER})\s?-\s?{_SIGN}?(?P<high>{_NUMBER}){_SCALE}?(?![\w.]*\d)\b",
@@ -319,8 +286,8 @@ RULES: Final[list[Rule]] = [
     _rule(r"\b(Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun)\.(?=,|\s[a-z\d])", lambda m: DAYS[m[1][:3]]),
     _rule(r"\b(Jan|Feb|Apr|Aug|Sept?|Oct|Nov|Dec)\.(?=,|\s[a-z])", lambda m: MONTHS[m[1][:3]]),
     # units, signs and ranges
-    _rule(r"\b(\d+)\s?h\s?(\d\d?)\s?m(?:in)?\b(?:\s?(\d\d?)\s?s\b)?", _duration),
-    _rule(r"\b()(\d\d?)\s?m(?:in)?\s?(\d\d?)\s?s\b", _duration),
+    _rule(r"\b(\d+)\s?h\s?(\d\d?)\s?m(?:in)?\b(?:\s?(\d\d?)\s?s\b)?", duration),
+    _rule(r"\b()(\d\d?)\s?m(?:in)?\s?(\d\d?)\s?s\b", duration),
     # "in" is a preposition in "1 in 5"
     _rule(
         rf"{_START}({_NUMBER})(?:in\b|\sin(?=\.(?:\s*$|\s[a-z\d])))(?:\.(?=\s[a-z\d]))?",
@@ -341,6 +308,7 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<![\w.])(\d{1,2})'\s?(\d{1,2})(?:\"|''|(?!\w))", r"\1 feet \2 inches"),
     _rule(r"(?<=\d)[eE]-(?=\d)", " times ten to the minus "),
     _rule(rf"{_START}({_NUMBER})k\b", r"\1 thousand"),
+    _rule(rf"{_START}({_NUMBER})\s?(mn|bn|tn)\b", lambda m: f"{m[1]} {SCALES[m[2]]}"),
     _rule(r"(?<=\d)%\s?-\s?(?=\d)", "% to "),
     _rule(rf"{_START}({_NUMBER})\s?M\b", r"\1 million"),
     _rule(r"(?<=\d)\s?-\s?(?=\d+(?:\.\d+)?\s*=)", " minus "),
@@ -383,7 +351,7 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<![\w.,/:-])100[1-9](?![\w/]|[.,:]\d)", lambda m: cardinal(m[0])),
     # decimals beside a letter, of which wetext leaves the point: "Qwen2.5", "1.5B"
     _rule(r"(?<=[A-Za-z])\d+\.\d+(?![\d.])", lambda m: f" {cardinal(m[0])} "),
-    _rule(rf"{_START}\d+\.\d+(?=[A-WYZa-wyz])", lambda m: f"{cardinal(m[0])} "),
+    _rule(rf"{_START}\d+\.\d+(?=[A-WYZ]\b)", lambda m: f"{cardinal(m[0])} "),
     _rule(r"(?<![\w.,])1,?000(?![\w,.]\d|[stnr]|\d)", "one thousand"),
     _rule(r"(?<![\w.,])1,\d{3}(?:\.\d+)?(?![\d,]|st|nd|rd|th)", lambda m: cardinal(m[0])),
     _rule(r"(?<=[a-z])\s?%", " percent"),

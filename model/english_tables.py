@@ -1,5 +1,6 @@
 """Tables of `english_rules`: currencies, units, abbreviations and signs, with their words."""
 
+import re
 from typing import Final
 
 CURRENCIES: Final = {
@@ -132,5 +133,9 @@ DAYS: Final = {
     "Sat": "Saturday", "Sun": "Sunday",
 }  # fmt: skip
 
-BEFORE_ANSWER = ("said", "say", "says", "saying", "answered", "replied", "is", "was", "or", "a",
-    "him", "her", "them", "me", "us")  # fmt: skip
+BEFORE_ANSWER: Final = re.compile(
+    r"\b(?:said|says?|saying|answer(?:s|ed)?|repl(?:y|ies|ied)|yes or|tell \w+|told \w+|"
+    r"(?:answer|reply|response|vote) (?:is|was))\s$",
+    re.IGNORECASE,
+)
+"""What makes of "no." an answer, even before a number. "She is no. 1" is a number."""
