@@ -25,7 +25,7 @@ def web_words(match: re.Match[str]) -> str:
         return match[0]  # "left.In": a space is missing, no address
     words = []
     for part in re.findall(r"[^\W\d_]+|\d+|[^\w\s]|_", address):
-        if part.isdigit():
+        if part.isdecimal():
             words.append(digits(part) if part[0] == "0" or len(part) > 4 else cardinal(part))
         elif part in WEB_SIGNS:
             words.append(WEB_SIGNS[part])

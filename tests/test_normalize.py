@@ -76,3 +76,17 @@ def test_normalize_when_wetext_fails(
     assert len(caplog.records) == 1
     monkeypatch.setattr(Failing, "normalize", lambda self, text: "")
     assert normalize("I have 3 cats.") == "I have 3 cats."
+
+
+def test_normalize_when_a_rule_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other rules and wetext still run, and the failure is logged."""
+
+    def fail(match: re.Match[str]) -> str:
+        raise KeyError(match[0])
+
+    english._report.cache_clear()
+    monkeypatch.setattr(english, "RULES", [(re.compile("cats"), fail), *english.RULES])
+    assert normalize("I have 3 cats for $5.") == "I have three cats for five dollars."
+    assert len(caplog.records) == 1
