@@ -338,7 +338,7 @@ RULES: Final[list[Rule]] = [
     _rule(r"<?(?:-+|=+)>|[→⇒←]", ", "),
     _rule("<", " less than "),
     _rule(">", " greater than "),
-    _rule(r"~\s?(?=\d)", "about "),
+    _rule(r"(?<!\w)~\s?(?=\d)", "about "),
     _rule(r"(?<=[\w)])\^[-−](?=\w)", " to the power of minus "),
     _rule(r"(?<=[\w)])\^(?=\w)", " to the power of "),
     _rule("={4,}", " "),

@@ -41,12 +41,20 @@ _ABBREVIATIONS: Final[dict[str, dict[str, str]]] = {
            "ca.": "zirka", "u.a.": "unter anderem"},
 }  # fmt: skip
 _SYMBOLS: Final[dict[str, dict[str, str]]] = {
-    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase"},
-    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba"},
+    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase", "№": "numéro"},
+    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba", "№": "número"},
     "de": {"&": "und", "%": "Prozent", "+": "plus", "=": "gleich", "@": "at"},
 }
 _FOLDED: Final = str.maketrans("‘’‛`´′“”„[]{}", "''''''\"\"\"()()")
-_KEPT: Final = {"…": "\ue000", "²": "\ue001", "³": "\ue002", "µ": "\ue003", "™": "", "®": ""}
+_KEPT: Final = {
+    "…": "\ue000",
+    "²": "\ue001",
+    "³": "\ue002",
+    "µ": "\ue003",
+    "№": "\ue004",
+    "™": "",
+    "®": "",
+}
 """Characters that NFKC would take apart."""
 _NUMERAL: Final = re.compile(r"(?<!\w)(vols?|ch|chap|sec|art|pt|fig|op|ed|bk)\.$", re.IGNORECASE)
 """Abbreviations after which a Roman numeral continues the sentence."""
@@ -119,6 +127,7 @@ def speak(sentence: str, voice: str) -> str:
             rf"(?<!\w){re.escape(short)}(?!\w)", _keep_stop(words), sentence, flags=re.I
         )
     for symbol, words in _SYMBOLS.get(base, {}).items():
+        sentence = re.sub(rf"{re.escape(symbol)}(?=[.,;:!?)])", f" {words}", sentence)
         sentence = sentence.replace(symbol, f" {words} ")
     if _MINUS.search(sentence):
         sentence = _MINUS.sub(_minus(voice), sentence)
