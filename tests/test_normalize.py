@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from valle.model import english
+from valle.model.english_rules import RULES
 from valle.model.normalize import normalize
 
 TABLE = Path(__file__).parent / "text_table.tsv"
@@ -90,6 +91,6 @@ def test_normalize_when_a_rule_fails(
         raise KeyError(match[0])
 
     english._report.cache_clear()
-    monkeypatch.setattr(english, "RULES", [(re.compile("cats"), fail), *english.RULES])
+    monkeypatch.setattr(english, "RULES", [(re.compile("cats"), fail), *RULES])
     assert normalize("I have 3 cats for $5.") == "I have three cats for five dollars."
     assert len(caplog.records) == 1
