@@ -8,6 +8,7 @@ espeak reads.
 import logging
 import re
 import sys
+import unicodedata
 from functools import lru_cache
 from typing import Any
 
@@ -38,17 +39,29 @@ def _normalizer() -> Any:
 def _report() -> None:
     """Logs the exception being handled, in the first call of this process."""
     error = sys.exception()
-    logger.warning("wetext failed (%r); espeak reads such text as it is written", error)
+    logger.warning("reading English failed (%r); espeak reads such text as it is written", error)
 
 
 def spoken_english(sentence: str) -> str:
     """One sentence with numbers, abbreviations and symbols in words. Never raises."""
-    for pattern, replacement in RULES:
-        sentence = pattern.sub(replacement, sentence)
-    sentence = " ".join(sentence.split())
+    sentence = "".join(
+        str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in sentence
+    )
+    sentence = " ".join(_by_rules(sentence).split())
     sentence, stop = _FINAL_STOP.sub("", sentence), _FINAL_STOP.search(sentence)
     spoken = " ".join(_by_grammar(piece) for piece in _pieces(sentence))
     return re.sub(r" +(?=[.,;:!?](?:[\s\"')\]]|$))", "", spoken) + (stop[0] if stop else "")
+
+
+def _by_rules(sentence: str) -> str:
+    """The sentence after the rules; without one that fails on it."""
+    for pattern, replacement in RULES:
+        try:
+            sentence = pattern.sub(replacement, sentence)
+        # one wrong rule must not end a request or a job
+        except Exception:
+            _report()
+    return sentence
 
 
 def _pieces(sentence: str) -> list[str]:

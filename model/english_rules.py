@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from valle.model.english_dates import clock, decade, duration, month_of_year, short_date
 from valle.model.english_numbers import cardinal, digits, letters, year
 from valle.model.english_tables import (
     AFTER_NAME,
@@ -18,13 +19,16 @@ from valle.model.english_tables import (
     BEFORE_NUMBER,
     CURRENCIES,
     DAYS,
+    FILE_SUFFIXES,
     ISO,
+    MONTHS,
     NATIONS,
+    PER,
     PLURALS,
     SCALES,
     UNITS,
-    WEB_SIGNS,
 )
+from valle.model.english_web import WEB, web_words
 
 Match = re.Match[str]
 Rule = tuple[re.Pattern[str], str | Callable[[Match], str]]
@@ -34,61 +38,10 @@ _START = r"(?<![\w.,/:$€£¥₹])"
 """Before a number that is not part of a longer expression."""
 
 _SIGN = "[" + "".join(CURRENCIES) + "]"
-_SCALE = r"(?P<scale>\s?(?:thousand|million|billion|trillion)|(?:k|mio|mn|mm|m|bn|b|tn|t))"
-
-_TLD = (
-    "com|org|net|edu|gov|mil|int|info|io|ai|app|dev|biz|me|tv|co|uk|us|de|fr|es|it|nl|eu|ch|at|be|"
-    "ca|au|nz|jp|cn|in|br|ru|pl|se|no|dk|fi|ie|xyz|cloud|tech|online|site|blog|shop"
+_CURRENCY = "|".join({name for names in CURRENCIES.values() for name in names[:2]})
+_SCALE = (
+    r"(?P<scale>\s?(?:thousand|million|billion|trillion|lakh|crore)|(?:k|mio|mn|mm|m|bn|b|tn|t))"
 )
-_PATH = r"(?:[/?#][^\s<>\"')\]]*[^\s<>\"')\].,;:!?])?/?"
-_WEB = re.compile(
-    rf"\b(?:https?|ftp)://[^\s<>\"]*[^\s<>\"')\].,;:!?]|\bwww\.[\w-]+(?:\.[\w-]+)+{_PATH}"
-    rf"|\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\b(?:[\w-]+\.)+(?:{_TLD})\b(?!\.\w|@){_PATH}",
-    re.ASCII | re.IGNORECASE,
-)
-
-
-def _web(match: Match) -> str:
-    """An address of the web or of mail in words."""
-    address = re.sub(r"^\w+://", "", match[0]).rstrip("/")
-    if re.search(r"\.[A-Z]", address) and "/" not in address and "@" not in address:
-        return match[0]  # "left.In": a space is missing, no address
-    words = []
-    for part in re.findall(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]", address):
-        if part.isdigit():
-            words.append(digits(part) if part[0] == "0" or len(part) > 4 else cardinal(part))
-        elif part in WEB_SIGNS:
-            words.append(WEB_SIGNS[part])
-        elif words and words[-1] == "dot" and len(part) == 2 and part not in ("co", "me", "us"):
-            words.append(letters(part))  # a country's domain: "uk"
-        else:
-            words.append("WWW" if part.lower() == "www" else part)
-    return " ".join(words)
-
-
-def _clock(match: Match) -> str:
-    """Hour, minutes and half of the day; espeak reads AM as a word."""
-    hour, minutes, half = match["hour"], match["minutes"], match["half"].upper()
-    words = cardinal(str(int(hour)))
-    if minutes and int(minutes):
-        words += f" {cardinal(minutes) if minutes[0] != '0' else f'oh {cardinal(minutes[1])}'}"
-    # "5 p.m." closes a sentence where none of it follows
-    closes = match["dot"] and not match.string[match.end() :].strip(" \"')]")
-    return f"{words} {half}-M{'.' if closes else ''}"
-
-
-def _decade(match: Match) -> str:
-    century, tens = match["century"], match["tens"]
-    names = {
-        "1": "tens", "2": "twenties", "3": "thirties", "4": "forties", "5": "fifties", "6":
-        "sixties", "7": "seventies", "8": "eighties", "9": "nineties",
-    }  # fmt: skip
-    if not century:
-        return names[tens]
-    if tens == "0":
-        whole = f"{cardinal(century[0])} thousand" if century[1] == "0" else cardinal(century)
-        return f"{whole}s" if century[1] == "0" else f"{whole} hundreds"
-    return f"{cardinal(century)} {names[tens]}"
 
 
 def _money(match: Match) -> str:
@@ -102,9 +55,9 @@ def _money(match: Match) -> str:
     if scale:
         return f"{cardinal(amount)} {SCALES.get(scale.lower(), scale.lower())} {many}"
     whole, _, part = amount.partition(".")
-    whole = whole or "0"
+    whole = whole.lstrip("0") or "0"
     if len(part) == 2:
-        words = [f"{cardinal(whole)} {one if int(whole) == 1 else many}"] if int(whole) else []
+        words = [f"{cardinal(whole)} {one if whole == '1' else many}"] if whole != "0" else []
         if int(part):
             words.append(f"{cardinal(part)} {cent if int(part) == 1 else cents}")
         return " and ".join(words) or f"zero {many}"
@@ -123,6 +76,8 @@ def _unit(match: Match) -> str:
     first, *rest = UNITS[match["unit"]].split(" per ")
     if match["amount"] != "1":
         first = PLURALS.get(first, first if first.endswith("hertz") else f"{first}s")
+    if match["per"]:
+        rest.append(UNITS[match["per"]])
     return f"{match['amount']} {' per '.join([first, *rest])}"
 
 
@@ -147,6 +102,11 @@ def _phone(match: Match) -> str:
     return f"plus {words}" if match[0].startswith("+") else words
 
 
+def _over(match: Match) -> str:
+    """A blood pressure, "120/80", which is no fraction."""
+    return f"{match[1]} over {match[2]}" if int(match[1]) > int(match[2]) else match[0]
+
+
 def _short_phone(match: Match) -> str:
     low, high = match["low"], match["high"]
     round_numbers = low[-1] == high[-1] == "0"
@@ -166,8 +126,7 @@ def _abbreviation(words: str) -> Callable[[Match], str]:
 
 def _before_number(match: Match) -> str:
     """An abbreviation before a number. After "said", "no." is an answer that ends a sentence."""
-    before = match.string[: match.start()].split()
-    if match[1] == "no" and before and before[-1].lower() in BEFORE_ANSWER:
+    if match[1] == "no" and BEFORE_ANSWER.search(match.string[: match.start()]):
         return match[0]
     return f"{BEFORE_NUMBER[match[1].lower()]} "
 
@@ -188,7 +147,9 @@ def _rule(pattern: str, replacement: str | Callable[[Match], str], flags: int = 
 _I = re.IGNORECASE
 _NAMES = "|".join(AFTER_NAME)
 _UNIT_NAMES = "|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True))
-_RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)\s?-\s?(\d{1,4}(?:\.\d+)?)"
+_PER_UNIT = rf"(?:/(?P<per>{_UNIT_NAMES}))?"
+_PER_NAMES = "|".join(re.escape(unit) for unit in sorted(PER, key=len, reverse=True))
+_RANGE = r"(?<![\w.,/:+-])(\d{1,4}(?:\.\d+)?)(?:-\s?|\s-\s)(\d{1,4}(?:\.\d+)?)"
 
 RULES: Final[list[Rule]] = [
     # signs that wetext asserts on or spells
@@ -204,11 +165,17 @@ RULES: Final[list[Rule]] = [
     ),
     _rule(r"(?<=€)\s?(\d+),(\d\d)(?!\d)", r"\1.\2"),
     _rule(r"\b(\d+),(\d\d)(?=\s?€)", r"\1.\2"),
+    _rule(r"(?<![\w.,])\d{1,2}(?:,\d\d)+,\d{3}(?![\d,])", lambda m: m[0].replace(",", "")),
     _rule(r"\bRs\.?\s?(?=\d)", "₹"),
-    (_WEB, _web),
+    _rule(r"\bR\$\s?(?=\d)", "₢"),
+    _rule(r"(?<=\d):\s+(?=\d)", ", "),  # wetext takes it for a ratio
+    (WEB, web_words),
     _rule(r"(?<![\w@])@(?=\w)", "at "),
     _rule(r"(?<=\bat )(\w+)_(?=\w)", r"\1 underscore "),
     _rule(r"\b([A-GJ])#(?!\w)", r"\1 sharp"),
+    _rule(r"(?<=\w)#(?=\d)", " number "),
+    _rule(r"#(?=[A-Z]{1,3}-?\d)", "number "),
+    _rule(r"(?<=\b(?:UTC|GMT))[-−](?=\d)", " minus "),
     _rule(r"#\s?(?=\d)", "number "),
     _rule(r"#(?=\w)", "hashtag "),
     _rule(r"#", " hash "),
@@ -216,7 +183,9 @@ RULES: Final[list[Rule]] = [
     _rule(r"\bAT&T\b", "A-T and T"),
     _rule(r"\b(and)/(or)\b", r"\1 \2", _I),
     _rule(r"\b24/7\b", "twenty four seven"),
+    _rule(rf"(?<=\w)\.(?=(?:{FILE_SUFFIXES})\b)|(?<!\w)\.(?=NET\b)", " dot "),
     # times
+    _rule(r"(?<=\d)(\s?[ap]\.?m\.?)\s?[-–]\s?(?=\d)", r"\1 to ", _I),
     _rule(
         r"(?<![\d:.])(\d{1,2}(?::\d\d)?)\s?[-–]\s?(?=\d{1,2}(?::\d\d)?\s?[ap]\.?\s?m\b)",
         r"\1 to ",
@@ -229,15 +198,17 @@ RULES: Final[list[Rule]] = [
     ),
     _rule(
         r"(?<![\d:.])(?P<hour>\d{1,2})(?:[:.](?P<minutes>\d\d))?\s?(?P<half>[ap])(?:m\b|\.\s?m\b(?P<dot>\.)?)",
-        _clock,
+        clock,
         _I,
     ),
     _rule(r"(?<=\d)T(?=\d\d:\d\d)", " at "),
     _rule(r"(\b\d\d:\d\d):\d\d(?:\.\d+)?Z\b", r"\1"),
-    # years and decades
-    _rule(r"(?<![\w.,])'?(?P<century>1\d|20)(?P<tens>\d)0'?s\b", _decade),
-    _rule(r"(?<![\w.,])'?(?P<century>)(?P<tens>[2-9])0's\b", _decade),
-    _rule(r"(?<![\w.,])'(?P<century>)(?P<tens>[1-9])0s\b", _decade),
+    # dates, years and decades
+    _rule(r"(?<![\w./-])(0?[1-9]|1[0-2])/((?:19|20)\d\d)(?![\w/-])", month_of_year),
+    _rule(r"(?<![\w./-])(\d\d?)/(\d\d?)/(\d\d)(?![\w/-])", short_date),
+    _rule(r"(?<![\w.,])'?(?P<century>1\d|20)(?P<tens>\d)0'?s\b", decade),
+    _rule(r"(?<![\w.,])'?(?P<century>)(?P<tens>[2-9])0's\b", decade),
+    _rule(r"(?<![\w.,])'(?P<century>)(?P<tens>[1-9])0s\b", decade),
     _rule(
         r"(?<![\w.,/-])(1[1-9]\d\d|20\d\d)\s?-\s?(1[1-9]\d\d|20\d\d)(?![\w/-])",
         lambda m: f"{year(m[1])} to {year(m[2])}",
@@ -247,15 +218,20 @@ RULES: Final[list[Rule]] = [
         lambda m: f"{year(m[1])} {cardinal(str(int(m[2])))}",
     ),
     # money, before the minus sign and the units
-    _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\d)", "minus "),
+    _rule(rf"(?<!\w)[-−](?=\s?{_SIGN}\s?\.?\d)", "minus "),
+    # the sign or unit stands at both ends of a range: "$1m-2m", "5k-10k", "5kg-10kg"
+    _rule(rf"(({_SIGN})\s?[\d.,]+{_SCALE})\s?-\s?{_SIGN}?(?=\d)", r"\1 to \2", _I),
+    _rule(r"(?<=\d)(\s?[A-Za-z°%]{1,4})\s?-\s?(?=\d[\d.,]*\1(?!\w))", r"\1 to "),
+    _rule(rf"({_SIGN})\s?[-−](?=\d)", r"minus \1"),
     _rule(
         rf"(?P<sign>{_SIGN})\s?(?P<low>{_NUMBER})\s?-\s?{_SIGN}?(?P<high>{_NUMBER}){_SCALE}?(?![\w.]*\d)\b",
         _money_range,
         _I,
     ),
     _rule(
-        rf"(?:\b(?P<nation>US|CA|C|AU|A|NZ|HK|S))?(?P<sign>{_SIGN})\s?(?P<amount>{_NUMBER})(?:{_SCALE}\b)?",
-        _money,
+        rf"(?:\b(?P<nation>(?-i:US|CA|C|AU|A|NZ|HK|S)))?(?P<sign>{_SIGN})\s?(?P<amount>{_NUMBER})"
+        rf"(?:{_SCALE}\b)?(?:\s(?:{_CURRENCY})\b)?",
+        lambda m: f" {_money(m)}" if m.string[m.start() - 1 : m.start()].isalnum() else _money(m),
         _I,
     ),
     _rule(rf"{_START}(?P<amount>{_NUMBER})(?:{_SCALE})?\s?(?P<sign>{_SIGN})", _money, _I),
@@ -263,7 +239,8 @@ RULES: Final[list[Rule]] = [
     _rule(rf"\b(?P<sign>{'|'.join(ISO)})\s?(?P<amount>{_NUMBER})(?:{_SCALE}\b)?", _money),
     _rule(rf"{_START}({_NUMBER})\s?¢", lambda m: f"{cardinal(m[1])} cent{'s' * (m[1] != '1')}"),
     _rule(
-        r"(?<=s)\s?/\s?(?=(?:second|minute|hour|day|week|month|year|person|user|mo|yr)\b)", " per "
+        rf"\b(cents?|{_CURRENCY})\s?/\s?({_PER_NAMES})(?!\w)",
+        lambda m: f"{m[1]} per {PER.get(m[2], m[2])}",
     ),
     # numbers that are read digit by digit
     _rule(r"\+\d{1,3}[\s.(-]*\(?\d[\d\s().-]{5,17}\d", _phone),
@@ -294,11 +271,12 @@ RULES: Final[list[Rule]] = [
     _rule(r"\bw/o\b", "without"),
     _rule(r"\bw/(?=\s?[a-z])", "with "),
     _rule(
-        rf"(?<![\w'])({'|'.join(BEFORE_NUMBER)})\.\s?(?=\d|(?-i:[IVX]{(2,)}|[VX])\b)",
+        rf"(?<![\w'])({'|'.join(BEFORE_NUMBER)})\.\s?(?=\d|\(\d|(?-i:[IVX]{{2,}}|[VX])\b)",
         _before_number,
         _I,
     ),
     _rule("№\\s?", "number "),
+    _rule(r"(?<!\d)(?<!\d\s)\bmin\.(?=\s[a-z\d])", "minimum"),
     _rule(rf"(?P<name>\b\d+\w*(?:\s[A-Z][\w']+){{1,3}}\s)(?P<short>{_NAMES})\.", _named),
     _rule(rf"\b({'|'.join(BEFORE_NAME)})\.\s+(?=[A-Z])", lambda m: f"{BEFORE_NAME[m[1]]} "),
     _rule(r"\b(Dr|Mr|Mrs|Ms|Prof) (?=[A-Z])", lambda m: f"{BEFORE_NAME[m[1]]} "),
@@ -306,10 +284,22 @@ RULES: Final[list[Rule]] = [
     _rule(r"\b(?:[A-Za-z]\.\s?)+[A-Za-z]\.(?!\w)", _initials),
     _rule(r"((?:^|\b[A-Z][a-z]+ )[A-Z])\.(?= [A-Z][a-z])", r"\1"),
     _rule(r"\b(Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun)\.(?=,|\s[a-z\d])", lambda m: DAYS[m[1][:3]]),
+    _rule(r"\b(Jan|Feb|Apr|Aug|Sept?|Oct|Nov|Dec)\.(?=,|\s[a-z])", lambda m: MONTHS[m[1][:3]]),
     # units, signs and ranges
-    _rule(r"\b401\(k\)", "four oh one k"),
+    _rule(r"\b(\d+)\s?h\s?(\d\d?)\s?m(?:in)?\b(?:\s?(\d\d?)\s?s\b)?", duration),
+    _rule(r"\b()(\d\d?)\s?m(?:in)?\s?(\d\d?)\s?s\b", duration),
+    # "in" is a preposition in "1 in 5"
+    _rule(
+        rf"{_START}({_NUMBER})(?:in\b|\sin(?=\.(?:\s*$|\s[a-z\d])))(?:\.(?=\s[a-z\d]))?",
+        lambda m: f"{cardinal(m[1])} inch{'es' * (m[1] != '1')}",
+    ),
+    _rule(r"(\d\s?ft\.? \d\d?) in\b", r"\1 inches"),
+    _rule(r"(?<=\d) \* (?=\d|\w\b)|(?<=\b\w) \* (?=\d|\w\b)", " times "),
+    _rule(r"\b401\(?k\b\)?", "four oh one k"),
     _rule(r"\b9/11\b", "nine eleven"),
-    _rule(r"(?<![\d/])(\d+)/\1(?![\d/])", r"\1 \1"),
+    _rule(r"(?<![\d/.])(\d+)/\1(?![\d/])", r"\1 \1"),
+    _rule(r"(?<![\w/.])(\d+\.\d+)/(?=\d+(?![\w/]))", r"\1 out of "),
+    _rule(r"(?<![\w/.,])(\d{2,3})/(\d\d)(?![\w/])", _over),
     _rule(r"(?<!\w)'0(?=\d\b)", "oh "),
     _rule(r"(?<=\d(?:st|nd|rd|th))-(?=\w)", " "),
     _rule(r"(?<!\w)\+(?=\d)", "plus "),
@@ -318,16 +308,17 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<![\w.])(\d{1,2})'\s?(\d{1,2})(?:\"|''|(?!\w))", r"\1 feet \2 inches"),
     _rule(r"(?<=\d)[eE]-(?=\d)", " times ten to the minus "),
     _rule(rf"{_START}({_NUMBER})k\b", r"\1 thousand"),
+    _rule(rf"{_START}({_NUMBER})\s?(mn|bn|tn)\b", lambda m: f"{m[1]} {SCALES[m[2]]}"),
     _rule(r"(?<=\d)%\s?-\s?(?=\d)", "% to "),
     _rule(rf"{_START}({_NUMBER})\s?M\b", r"\1 million"),
-    _rule(r"(?<=\d)\s-\s(?=\d+(?:\.\d+)?\s*=)", " minus "),
+    _rule(r"(?<=\d)\s?-\s?(?=\d+(?:\.\d+)?\s*=)", " minus "),
     _rule(rf"{_RANGE}(?![\d/-])", r"\1 to \2"),
     _rule(
-        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES})(?![\w/²³])\.?(?=\s*$)",
+        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES}){_PER_UNIT}(?![\w/²³])\.?(?=\s*$)",
         _last_unit,
     ),
     _rule(
-        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES})(?![\w/²³])"
+        rf"{_START}(?P<amount>{_NUMBER})\s?(?P<unit>{_UNIT_NAMES}){_PER_UNIT}(?![\w/²³])"
         r"(?:\.(?=\s+[a-z\d]))?",
         _unit,
     ),
@@ -335,7 +326,7 @@ RULES: Final[list[Rule]] = [
     _rule(r"(?<=\d)(\s?[a-z]{1,2})³", r"\g<1>3"),
     _rule("²", " squared "),
     _rule("³", " cubed "),
-    _rule(r"(?<![\w)\]%])[-−](?=\.?\d)", "minus "),
+    _rule(r"(?<![\w)\]%])[-−–](?=\.?\d)", "minus "),
     _rule(r"(?<=\d)\s?[×xX]\s?(?=\d)", " times "),
     _rule("×", " times "),
     _rule("÷", " divided by "),
@@ -347,17 +338,24 @@ RULES: Final[list[Rule]] = [
     _rule(r"<?(?:-+|=+)>|[→⇒←]", ", "),
     _rule("<", " less than "),
     _rule(">", " greater than "),
-    _rule(r"~\s?(?=\d)", "about "),
+    _rule(r"(?<!\w)~\s?(?=\d)", "about "),
     _rule(r"(?<=[\w)])\^[-−](?=\w)", " to the power of minus "),
     _rule(r"(?<=[\w)])\^(?=\w)", " to the power of "),
+    _rule("={4,}", " "),
+    _rule("={2,3}", "="),
     _rule(r"\s?--+\s?", " — "),
     _rule(r"[*_`|~^]", " "),
     _rule(r"\\", " backslash "),
     # numbers that wetext reads oddly: "thousand two hundred", "ten hundred", "nineteen zero five"
-    _rule(r"(?<![\w.,/:$€£-])(1[1-9]0[1-9])(?![\w/]|[.,:]\d)", lambda m: year(m[1])),
+    _rule(r"(?<![\w.,/:$€£-])([12][1-9]0[1-9])(?![\w/]|[.,:]\d)", lambda m: year(m[1])),
+    _rule(r"(?<![\w.,/:-])100[1-9](?![\w/]|[.,:]\d)", lambda m: cardinal(m[0])),
+    # decimals beside a letter, of which wetext leaves the point: "Qwen2.5", "1.5B"
+    _rule(r"(?<=[A-Za-z])\d+\.\d+(?![\d.])", lambda m: f" {cardinal(m[0])} "),
+    _rule(rf"{_START}\d+\.\d+(?=[A-WYZ]\b)", lambda m: f"{cardinal(m[0])} "),
     _rule(r"(?<![\w.,])1,?000(?![\w,.]\d|[stnr]|\d)", "one thousand"),
     _rule(r"(?<![\w.,])1,\d{3}(?:\.\d+)?(?![\d,]|st|nd|rd|th)", lambda m: cardinal(m[0])),
     _rule(r"(?<=[a-z])\s?%", " percent"),
+    _rule("‰", " per mille"),
     _rule(r"(?<=[a-z])\s?°\s?C\b", " degrees Celsius"),
     _rule(r"(?<=[a-z])\s?°\s?F\b", " degrees Fahrenheit"),
     _rule(r"(?<=[a-z])\s?°", " degrees"),

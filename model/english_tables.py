@@ -1,5 +1,6 @@
 """Tables of `english_rules`: currencies, units, abbreviations and signs, with their words."""
 
+import re
 from typing import Final
 
 CURRENCIES: Final = {
@@ -11,6 +12,9 @@ CURRENCIES: Final = {
     "₪": ("shekel", "shekels", "agora", "agorot"),
     "₫": ("dong", "dong", "hao", "hao"), "₱": ("peso", "pesos", "centavo", "centavos"),
     "₦": ("naira", "naira", "kobo", "kobo"), "฿": ("baht", "baht", "satang", "satang"),
+    "₢": ("real", "reais", "centavo", "centavos"),
+    "₣": ("Swiss franc", "Swiss francs", "centime", "centimes"),
+    "元": ("yuan", "yuan", "fen", "fen"),
     "₿": ("bitcoin", "bitcoins", "satoshi", "satoshis"),
 }  # fmt: skip
 """Name and part of a currency, one and several."""
@@ -18,6 +22,7 @@ CURRENCIES: Final = {
 ISO: Final = {
     "USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "RUB": "₽", "KRW": "₩", "TRY": "₺",
     "UAH": "₴", "ILS": "₪", "VND": "₫", "PHP": "₱", "NGN": "₦", "THB": "฿", "BTC": "₿",
+    "BRL": "₢", "CHF": "₣", "CNY": "元", "RMB": "元",
 }  # fmt: skip
 
 NATIONS: Final = {
@@ -39,7 +44,7 @@ BASE_UNITS: Final = {
 
 PREFIXES: Final = {
     "k": "kilo", "M": "mega", "G": "giga", "T": "tera", "m": "milli", "µ": "micro", "μ": "micro",
-    "n": "nano", "c": "centi", "h": "hecto",
+    "n": "nano", "c": "centi", "d": "deci", "h": "hecto",
 }  # fmt: skip
 
 ALONE = ("Hz", "W", "V", "J", "Pa", "Wh", "g", "m", "L", "l", "Ω", "eV")
@@ -56,11 +61,26 @@ UNITS: Final = {
     "m/s²": "meter per second squared", "km/s": "kilometer per second", "km/h":
     "kilometer per hour", "kmh": "kilometer per hour", "kph": "kilometer per hour", "mph":
     "mile per hour", "fps": "frame per second", "dpi": "dot per inch", "psi":
-    "pound per square inch", "in": "inch", "ft": "foot", "yd": "yard", "mi": "mile", "oz": "ounce",
-    "lb": "pound", "lbs": "pound", "fl oz": "fluid ounce", "pcs": "piece", "px": "pixel",
+    "pound per square inch", "ft": "foot", "yd": "yard", "mi": "mile", "oz": "ounce",
+    "lb": "pound", "lbs": "pound", "fl oz": "fluid ounce", "fl. oz": "fluid ounce",
+    "pcs": "piece", "px": "pixel",
     "dB": "decibel", "mpg": "mile per gallon",
 }  # fmt: skip
 """Units that wetext does not know, or, like m, takes for others."""
+
+PER: Final = {
+    **UNITS,
+    **{word: word for word in ("second", "minute", "hour", "day", "week", "month", "quarter",
+       "year", "person", "user", "night", "piece", "unit", "item", "share", "token")},
+    "d": "day", "wk": "week", "mo": "month", "yr": "year", "s": "second",
+}  # fmt: skip
+"""What a price may be for: "$5/kg"."""
+
+FILE_SUFFIXES: Final = (
+    "js|ts|py|txt|md|json|jsonl|csv|tsv|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|svg|mp[34]|wav|flac|"
+    "zip|tar|gz|html?|css|xml|ya?ml|toml|exe|cpp|java|rs|NET"
+)
+"""Suffixes of names of files and programs, whose full stop is "dot"."""
 
 ALWAYS: Final = {
     "e.g.": "for example", "i.e.": "that is", "vs.": "versus", "approx.": "approximately",
@@ -76,7 +96,8 @@ ALWAYS: Final = {
 BEFORE_NUMBER: Final = {
     "no": "number", "nos": "numbers", "nr": "number", "p": "page", "pp": "pages", "ch": "chapter",
     "sec": "section", "eq": "equation", "art": "article", "op": "opus", "ed": "edition",
-    "rm": "room", "pt": "part", "ver": "version", "pg": "page", "vol": "volume", "fig": "figure",
+    "rm": "room", "pt": "part", "ver": "version", "hwy": "highway", "rte": "route", "ste": "suite",
+    "ca": "circa", "pg": "page", "vol": "volume", "fig": "figure",
 }  # fmt: skip
 
 BEFORE_NAME: Final = {
@@ -102,9 +123,19 @@ WEB_SIGNS: Final = {
 
 PLURALS: Final = {"inch": "inches", "foot": "feet"}
 
+MONTHS: Final = {
+    "Jan": "January", "Feb": "February", "Apr": "April", "Aug": "August", "Sep": "September",
+    "Oct": "October", "Nov": "November", "Dec": "December",
+}  # fmt: skip
+
 DAYS: Final = {
     "Mon": "Monday", "Tue": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday", "Fri": "Friday",
     "Sat": "Saturday", "Sun": "Sunday",
 }  # fmt: skip
 
-BEFORE_ANSWER = ("said", "say", "says", "saying", "answered", "replied", "is", "was", "or", "a")
+BEFORE_ANSWER: Final = re.compile(
+    r"\b(?:said|says?|saying|answer(?:s|ed)?|repl(?:y|ies|ied)|yes or|tell \w+|told \w+|"
+    r"(?:answer|reply|response|vote) (?:is|was))\s$",
+    re.IGNORECASE,
+)
+"""What makes of "no." an answer, even before a number. "She is no. 1" is a number."""

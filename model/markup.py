@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 _LINE_END = re.compile(r"\r\n?|[\n\v\f\x1c-\x1e\x85\u2028\u2029]")
 _TAG = re.compile(
     r"</?(?:a|abbr|b|big|blockquote|body|br|center|code|dd|del|details|div|dl|dt|em|font|h[1-6]|hr|"
-    r"html|i|img|ins|kbd|li|mark|ol|p|pre|q|s|samp|small|span|strike|strong|sub|summary|sup|"
+    r"html|i|img|ins|kbd|li|mark|ol|p|pre|q|s|samp|small|span|strike|strong|sub|summary|sup|think|"
     r"table|tbody|td|th|thead|tr|tt|u|ul|var)(?:\s[^<>]{0,500})?/?>",
     re.IGNORECASE,
 )
 """Tags of HTML that chat programs and web pages send; SSML and `x<y` are not among them."""
+_COMMENT = re.compile(r"<!--(?:(?!-->).){0,4000}-->", re.DOTALL)
 _BREAKING_TAG = re.compile(
-    r"</?(?:blockquote|br|dd|div|dt|h[1-6]|hr|li|ol|p|pre|table|td|th|tr|ul)\b", re.IGNORECASE
+    r"</?(?:think|blockquote|br|dd|div|dt|h[1-6]|hr|li|ol|p|pre|table|td|th|tr|ul)\b", re.IGNORECASE
 )
 _BULLET = re.compile(r"^[ \t]*[•◦▪‣⁃●○■□–—][ \t]+")
 _TASK = re.compile(r"^\[[ xX]\]\s+")
@@ -30,6 +31,9 @@ _DEEP = re.compile(r"^(?:[ \t]*+(?:[>*+-]|\d{1,9}[.)](?=[ \t]))){9,}+", re.MULTI
 _INDENT = re.compile(r"^[ \t]{16,}", re.MULTILINE)
 _PRODUCT = re.compile(r"(?<=\d)\*(?=\w)|(?<=\w)\*(?=\d)|(?<=\b\w)\*(?=\w\b)")
 """A star that multiplies, which Markdown would take for emphasis: `2*3*4`."""
+_UNDERLINE = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
+"""The line below a heading."""
+_SHRUG = re.compile(r"¯\\*_*\(ツ\)_*/¯")
 _CLOSED = re.compile(r"[.?!…:;,。！？।؟]['\")\]”’»]*$")
 _EMOJI = r"[\p{Extended_Pictographic}--[©®™‼⁉\u2190-\u21ff\u2122\u2139\u3030\u303d]]"
 
@@ -51,6 +55,8 @@ def plain_lines(text: str) -> list[str]:
     Of several lines, each ends with a punctuation mark: a line end is at least a pause.
     """
     text = _LINE_END.sub("\n", text)
+    text = re.sub(r"(?<=\d)\*\*(?=\d)", "^", text)  # a power
+    text = _COMMENT.sub(" ", _SHRUG.sub(" ", _UNDERLINE.sub("", text)))
     text = _TAG.sub(lambda match: "\n" if _BREAKING_TAG.match(match[0]) else "", text)
     text = "\n".join(_BULLET.sub("- ", line) for line in text.split("\n"))
     text = _PRODUCT.sub("×", _INDENT.sub(" " * 16, _DEEP.sub("- ", _without_emoji(text))))

@@ -41,20 +41,34 @@ _ABBREVIATIONS: Final[dict[str, dict[str, str]]] = {
            "ca.": "zirka", "u.a.": "unter anderem"},
 }  # fmt: skip
 _SYMBOLS: Final[dict[str, dict[str, str]]] = {
-    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase"},
-    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba"},
+    "fr": {"&": "et", "%": "pour cent", "+": "plus", "=": "égale", "@": "arobase", "№": "numéro"},
+    "es": {"&": "y", "%": "por ciento", "+": "más", "=": "igual a", "@": "arroba", "№": "número"},
     "de": {"&": "und", "%": "Prozent", "+": "plus", "=": "gleich", "@": "at"},
 }
-_FOLDED: Final = str.maketrans("‘’‛`´“”„[]{}", "'''''\"\"\"()()")
-_KEPT: Final = {"…": "\ue000", "²": "\ue001", "³": "\ue002", "µ": "\ue003", "™": "", "®": ""}
+_FOLDED: Final = str.maketrans("‘’‛`´′“”„[]{}", "''''''\"\"\"()()")
+_KEPT: Final = {
+    "…": "\ue000",
+    "²": "\ue001",
+    "³": "\ue002",
+    "µ": "\ue003",
+    "№": "\ue004",
+    "™": "",
+    "®": "",
+}
 """Characters that NFKC would take apart."""
+_NUMERAL: Final = re.compile(r"(?<!\w)(vols?|ch|chap|sec|art|pt|fig|op|ed|bk)\.$", re.IGNORECASE)
+"""Abbreviations after which a Roman numeral continues the sentence."""
+_TITLE: Final = re.compile(r"(?:^|[\s\"'(])(?:Mr|Mrs|Ms|Prof)\.$|(?:^|[a-z,]\s)Dr\.$")
+"""English abbreviations after which a name continues the sentence, be it Who."""
 _OPEN_END: Final = re.compile(
-    r"(?<!\w)(approx|vols?|pp?|figs?|nos|nr|ca|vs|chap|ch|sec|eq|art|ext|apt|tel|min|max|avg|"
+    r"(?<!\w)(approx|temp|misc|govt|assn|corp|bros|jr|sr|blvd|rd|ln|hwy|rte|ste|rm|ed|op|pg|pt|ver|"
+    r"mon|tues?|wed|thurs?|fri|sat|sun|vols?|pp?|figs?|nos|nr|ca|vs|chap|ch|sec|eq|art|ext|apt|tel|min|max|avg|"
     r"e\.g|i\.e|cf|st|ave|dr|mr|mrs|z\. ?B|d\. ?h|bzw|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|"
     r"dec|inc|ltd|al|dept|est|lbs?|oz|ft|in|hrs?|mins?|secs?|yrs?|[ap]\.m)\.$",
     re.IGNORECASE,
 )
 """Abbreviations after which a figure or a small letter continues the sentence."""
+_MINUS: Final = re.compile(r"(?<![\w)\]%])[-−–](?=[.,]?\d)")
 _MAX_NAME = 12
 """Symbols of a letter's name; more are a description."""
 _EXPONENT: Final = re.compile(r"(?<=[\w)])⁻[⁰¹²³⁴-⁹]+|(?<=[\w)])[⁰¹²³⁴-⁹]{2,}|(?<=[\w)])[⁴-⁹]")
@@ -91,7 +105,9 @@ def written_sentences(text: str, voice: str) -> list[str]:
 
 def _is_split_abbreviation(sentence: str, rest: str, base: str) -> bool:
     """True if sentencex took an abbreviation for the end of a sentence: "approx." before "5"."""
-    if sentence.split()[-1] in _TITLES.get(base, {}):
+    if sentence.split()[-1] in _TITLES.get(base, {}) or (base == "en" and _TITLE.search(sentence)):
+        return True
+    if _NUMERAL.search(sentence) and re.match(r"[IVXLC]+\b", rest):
         return True
     return bool(_OPEN_END.search(sentence) and re.match(r"[\da-z(]", rest))
 
@@ -111,9 +127,25 @@ def speak(sentence: str, voice: str) -> str:
             rf"(?<!\w){re.escape(short)}(?!\w)", _keep_stop(words), sentence, flags=re.I
         )
     for symbol, words in _SYMBOLS.get(base, {}).items():
+        sentence = re.sub(rf"{re.escape(symbol)}(?=[.,;:!?)])", f" {words}", sentence)
         sentence = sentence.replace(symbol, f" {words} ")
+    if _MINUS.search(sentence):
+        sentence = _MINUS.sub(_minus(voice), sentence)
     sentence = re.sub(r"[*_#|`~^\\]+", " ", sentence)
     return " ".join(sentence.split())
+
+
+@lru_cache(maxsize=256)
+def _minus(voice: str) -> str:
+    """How the sign of a negative number is written for a voice that speaks it: half of espeak's
+    leave out a hyphen, and take U+2212 for the English word."""
+    from num2words import CONVERTER_CLASSES
+
+    positive, negative = phonemize_spoken(["5", "-5"], voice)
+    if positive != negative:
+        return "-"
+    word = str(getattr(CONVERTER_CLASSES.get(voice.split("-")[0]), "negword", "")).strip()
+    return f"{word} " if word and re.search(r"\w", word) else "−"
 
 
 def _keep_stop(words: str) -> Callable[[re.Match[str]], str]:
@@ -122,7 +154,8 @@ def _keep_stop(words: str) -> Callable[[re.Match[str]], str]:
 
 
 def _known_letters(sentence: str, voice: str) -> str:
-    """Letters that espeak would describe in this voice ("letter 1EA1") lose their marks."""
+    """Letters that espeak would describe in this voice ("letter 1EA1") lose their marks; so do
+    words, of small letters that are marks themselves, as in "Bannāʾ"."""
     return "".join(_known_letter(c, voice) if c >= "\u0180" else c for c in sentence)
 
 
@@ -130,10 +163,14 @@ def _known_letters(sentence: str, voice: str) -> str:
 def _known_letter(character: str, voice: str) -> str:
     parts = unicodedata.normalize("NFD", character)
     base = parts[0]
-    if len(parts) == 1 or not base.isascii():
+    if not character.isalpha() or (base != character and not base.isascii()):
+        return character  # "≠" without its mark would be "="
+    if base == character and unicodedata.category(character) != "Lm":
         return character
     (name,) = phonemize_spoken([character], voice)
-    return base if len(name) > _MAX_NAME else character
+    if len(name) <= _MAX_NAME:
+        return character
+    return base if base.isascii() else ""
 
 
 def _compose(text: str) -> str:

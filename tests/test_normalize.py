@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from valle.model import english
+from valle.model.english_rules import RULES
 from valle.model.normalize import normalize
 
 TABLE = Path(__file__).parent / "text_table.tsv"
@@ -29,7 +30,7 @@ def fold(spoken: str) -> str:
 
 
 def test_table_is_large() -> None:
-    assert len(list(rows())) >= 240
+    assert len(list(rows())) >= 290
 
 
 @pytest.mark.parametrize(("written", "readings"), list(rows()))
@@ -47,6 +48,14 @@ def test_normalize_reads_the_table(written: str, readings: list[str]) -> None:
         ("Das kostet 3,5 €, z.B. heute", "de-DE", "Das kostet 3,5 €, zum Beispiel heute"),
         ("Sieh Nr. 5, Dr. Maier & Co", "de", "Sieh Nummer 5, Doktor Maier und Co"),
         ("Это стоит 5 £ и #1 **да**", "ru", "Это стоит 5 £ и 1 да"),
+        ("C'est 10%. Tom & Jo (5 %)", "fr", "C'est 10 pour cent. Tom et Jo (5 pour cent)"),
+        ("Дом № 5", "ru", "Дом № 5"),
+        ("Le № 5", "fr", "Le numéro 5"),
+        ("Il fait -5, de 1-3 à (−2)", "fr", "Il fait moins 5, de 1-3 à (moins 2)"),
+        ("Hace -3,5 grados", "es-MX", "Hace menos 3,5 grados"),
+        ("Сейчас -5", "ru", "Сейчас минус 5"),
+        ("Es sind −5 Grad", "de", "Es sind -5 Grad"),
+        ("Nas -5", "ga", "Nas −5"),
         ("“Hi”  —\u00a0she’s ﬁne…", "en-us", '"Hi" — she\'s fine…'),
         ("Tiếng Việt, naïve", "en-us", "Tieng Viet, naïve"),
     ],
@@ -71,3 +80,17 @@ def test_normalize_when_wetext_fails(
     assert len(caplog.records) == 1
     monkeypatch.setattr(Failing, "normalize", lambda self, text: "")
     assert normalize("I have 3 cats.") == "I have 3 cats."
+
+
+def test_normalize_when_a_rule_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other rules and wetext still run, and the failure is logged."""
+
+    def fail(match: re.Match[str]) -> str:
+        raise KeyError(match[0])
+
+    english._report.cache_clear()
+    monkeypatch.setattr(english, "RULES", [(re.compile("cats"), fail), *RULES])
+    assert normalize("I have 3 cats for $5.") == "I have three cats for five dollars."
+    assert len(caplog.records) == 1

@@ -88,7 +88,10 @@ class SpeechService:
         )
         sentences = await SentenceSource.open(request, self._args)
         version = await self._watcher.version()
-        await self._check_language(request, version)
+        voice = await self._choose_voice(request, version)
+        if voice != espeak_voice(request.language):
+            request = request.model_copy(update={"language": voice})
+            sentences = await SentenceSource.open(request, self._args)
         prompt = await self._prompts.for_request(request, version, caller)
         utterance = Utterance(request, version, sentences, prompt)
 
@@ -109,16 +112,25 @@ class SpeechService:
         headers["X-Hit-Limit"] = str(first.hit_limit).lower()
         return Response(data, media_type=media_type, headers=headers)
 
-    async def _check_language(self, request: SpeechRequest, version: str) -> None:
-        """Raises ApiError unless the language is one of `AppArgs.languages`, or, without those, of
-        the model's."""
+    async def _choose_voice(self, request: SpeechRequest, version: str) -> str:
+        """espeak's voice for the request's language: one of `AppArgs.languages`, or, without those,
+        of the model's. Of a language's dialects, one stands for another: en-US for en-GB.
+
+        Raises ApiError where there is none.
+        """
         names = self._args.languages or self._languages.get(version)
         if names is None:
             names = self._languages[version] = await self._deployments.languages(version)
         allowed = sorted(set(map(espeak_voice, names)))
-        if espeak_voice(request.language) not in allowed:
+        voice = espeak_voice(request.language)
+        if voice in allowed:
+            return voice
+        base = voice.split("-")[0]
+        dialect = next((name for name in allowed if name.split("-")[0] == base), None)
+        if dialect is None:
             message = f"language: {request.language} is not spoken here, only {', '.join(allowed)}"
             raise ApiError(400, message, "language")
+        return dialect
 
     async def _synthesize(self, utterance: Utterance) -> AsyncGenerator[AudioChunk]:
         """The chunks of all sentences, up to the length limit of the response."""
