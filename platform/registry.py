@@ -80,7 +80,7 @@ def pin(
         last = node_cache.last_version(address, model_uri) if allow_cached else None
         if last is None:
             raise
-        logger.warning("%s; going on with %s, its last answer here", error, display_name(last))
+        logger.warning("%s; using %s, its last answer to this node", error, display_name(last))
         return last
     if pinned is None:
         logger.log(
@@ -110,7 +110,7 @@ def current_version(
         except RegistryUnavailableError as error:
             if deployed is None:
                 raise
-            logger.warning("%s; going on with %s, as deployed", error, display_name(deployed))
+            logger.warning("%s; using %s, the version at deployment", error, display_name(deployed))
             return deployed
     pinned = pin(model_uri, tracking_uri, announce=False)
     if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
@@ -287,7 +287,7 @@ def _resolve_version(pinned: re.Match[str], address: str) -> Path:
                 raise MissingModelError(_missing(version_uri, "", [], address)) from error
             if _cache_key(version.source) != key:
                 raise MissingModelError(
-                    f"the registry at {strip_credentials(address)} has begun anew: "
+                    f"the registry at {strip_credentials(address)} has been replaced: "
                     f"its {version_uri} is another model than the one deployed"
                 )
             location = artifact_location(client, version.source)

@@ -92,7 +92,7 @@ class Retrier:
             tried = time.monotonic() - started
             raise StorageError(
                 f"storage failed {self._attempts(retrying)} times in {tried:.0f} s: {error}. "
-                "Nothing was left out for it: run the job again when storage answers"
+                "No input was rejected because of it; run the job again when storage answers"
             ) from error
 
     @staticmethod

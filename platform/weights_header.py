@@ -65,7 +65,7 @@ def check_shapes(path: Path, config: ARConfig | NARConfig) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{path}: {name} has the shape {found.get(name, 'of no tensor')}, expected "
+                f"{path}: {name} has the shape {found.get(name, 'none')}, expected "
                 f"{expected.get(name, 'none')}"
             )
 

@@ -133,9 +133,9 @@ async def stream_deployment(
                     given.append(item)
                     yield item
                 elif not same(given[n_received - 1], item):
-                    raise UnavailableError("a stream that began again gave something else")
+                    raise UnavailableError("a stream that was started again gave other items")
             if n_received < len(given):
-                raise UnavailableError("a stream that began again ended too early")
+                raise UnavailableError("a stream that was started again ended too early")
             return
         except (asyncio.CancelledError, GeneratorExit, UnavailableError):
             response.cancel()

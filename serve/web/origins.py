@@ -64,8 +64,8 @@ class HostMiddleware:
         host = headers.get("host", "")
         if not self._is_allowed_host(host):
             message = (
-                f"this server is not {shorten(host) or 'without a name'}: use one of its names, or "
-                "add this one to allowed_hosts"
+                f"Host: {shorten(host) or 'missing'} is not a name of this server; use one of its "
+                "names, or add this one to allowed_hosts"
             )
             await refuse(421, message, "unknown_host", scope, receive, send)
             return
