@@ -1,8 +1,8 @@
-"""Calls of deployments: full queues, dead replicas, callers that leave, and a bound of the time.
+"""Calls of deployments: full queues, dead replicas, cancelled callers, and time limits.
 
-A call is a function of its arguments (speech is drawn by a seed), so that the answer of another
-replica is the same. A call whose replica dies is therefore made again, but only once: a request
-that kills every replica which takes it must not walk through all of them.
+The result of a call depends on its arguments only (speech is drawn by a seed), so every replica
+gives the same one. A call whose replica dies is therefore made again, but only once: a request that
+ends each replica that runs it must not end all of them.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class _Attempts:
         return asyncio.timeout(max(0.0, self._deadline - time.monotonic()))
 
     def restart(self) -> None:
-        """A stream has given an item: the time begins anew."""
+        """Starts the time limit again, after a stream has yielded an item."""
         self._deadline = time.monotonic() + self._max_seconds
 
     def expired(self) -> UnavailableError:
@@ -112,8 +112,8 @@ async def stream_deployment(
     """The items of a streaming call; closing this generator cancels the call.
 
     Full queues and dead replicas are handled as by `call_deployment`; `max_seconds` bounds the time
-    to each item. A stream that begins again must repeat what it has given, which `same` compares;
-    the caller gets what follows.
+    to each item. A stream that is started again must repeat the items that it has yielded, which
+    `same` compares; the caller gets only those that follow.
     """
     attempts = _Attempts(retry, max_seconds)
     given: list[Any] = []

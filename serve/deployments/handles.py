@@ -111,8 +111,8 @@ class ServeDeployments:
 
 
 def _with_new_id(request: Request) -> Request:
-    """The same request under an id of its own: a replica that was out of reach may still run the
-    one before it. Codes do not depend on the id."""
+    """The same request with a new id: a replica that could not be reached may still run the
+    previous attempt. Codes do not depend on the id."""
     return replace(request, id=uuid.uuid4().hex)
 
 
@@ -128,8 +128,8 @@ def _handle(deployment: str) -> DeploymentHandle:
 
 @cached(TTLCache(1, 1.0), lock=threading.Lock())  # unauthenticated, and the controller answers
 def _not_running(app_name: str) -> list[str]:
-    """Deployments of an application that have no running replica, the ingress included; not the
-    one that counts for keys, without which requests are answered all the same."""
+    """Deployments of an application that have no running replica, the ingress included. KeyLimits
+    is left out, because requests are answered without it too."""
     app = serve.status().applications[app_name]
     return [
         name

@@ -1,5 +1,5 @@
-"""Threads of an ingress replica, by the kind of work: slow storage or a flood of texts takes no
-thread from the encoders of streams that run."""
+"""Threads of an ingress replica, in a pool for each kind of work: slow storage or many texts take
+no thread from the encoders of streams."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
