@@ -1,11 +1,12 @@
-"""Decodes sound files from strangers in processes of their own.
+"""Decodes sound files that may be hostile, in processes of their own.
 
-libsndfile and FFmpeg are native code: a crafted file may crash them, keep them busy or have them
-allocate without end, and in a thread nothing could stop that. So each decoder is a small process
-(numpy, soundfile, av: 0.3 s to start) that is kept for the next recording. A crash, too much
-memory or too much time end that process and are the recording's error; the next recording gets a
-new one. Two decoders let a request pass a slow one. A process per recording would cost its start
-each time; multiprocessing's pools hang when a worker is killed.
+libsndfile and FFmpeg are native code: a crafted file may crash them, keep them busy or make them
+allocate memory without end. In a thread, nothing could stop that. So each decoder is a small
+process (numpy, soundfile, av: 0.3 s to start), which is kept for the next recording. A crash, too
+much memory or too much time ends the process and becomes the recording's error; the next recording
+gets a new process. With two decoders, a slow recording does not hold up the next one. A new process
+for each recording would cost its start each time; the pools of multiprocessing hang when a worker
+is killed.
 """
 
 import os
@@ -28,11 +29,11 @@ from valle.platform.sound_formats import WAY_OUT, AudioError, detect
 
 
 class DecoderBusyError(RuntimeError):
-    """Every decoder was busy for as long as a caller waits."""
+    """No decoder became free within the time that a caller waits."""
 
 
 class DecoderPool:
-    """Decoder processes, started when they are needed; for calls from any thread.
+    """Decoder processes, each started at its first recording; for calls from any thread.
 
     A context manager; a pool that is no longer referenced ends its processes too.
     """
@@ -75,7 +76,10 @@ class DecoderPool:
         return [pid for decoder in self._decoders if (pid := decoder.pid) is not None]
 
     def decode(self, data: bytes, max_seconds: float) -> tuple[Samples, int]:
-        """What `decoding.decode` returns and raises; DecoderBusyError when no decoder is free."""
+        """Mono samples and sample rate, as `decoding.decode`.
+
+        Raises AudioError, also for a crash or too much time, and DecoderBusyError.
+        """
         detect(data)  # nothing unknown is handed on
         if len(data) > MAX_BYTES:
             raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
@@ -84,7 +88,7 @@ class DecoderPool:
         return np.frombuffer(result, np.float32), rate
 
     def read_comment(self, data: bytes) -> str:
-        """What `decoding.read_comment` returns and raises; DecoderBusyError as above."""
+        """The comment in a sound file's header, as `decoding.read_comment`. Raises as `decode`."""
         detect(data)
         result, _ = self._ask(protocol.COMMENT, 0.0, data, len(data))
         return result.decode(errors="replace")

@@ -1,8 +1,7 @@
 """Sound files to samples, in this process: libsndfile first, FFmpeg (PyAV) for the rest.
 
-`decoder_pool` runs the same function in processes of its own, for files from strangers; this one
-is its slow twin. The module imports neither torch nor the rest of the project, so that such a
-process is small.
+`decoder_pool` runs the same functions in processes of its own, for files that may be hostile. This
+module imports neither torch nor the rest of the project, so that those processes are small.
 """
 
 import io
@@ -224,7 +223,7 @@ def read_comment(data: bytes) -> str:
 
 
 def _words(error: Exception | None) -> str:
-    """What a library says is wrong, without the objects that it names."""
+    """The message of a library's error, without names of Python objects."""
     if isinstance(error, soundfile.LibsndfileError):
         return error.error_string.rstrip(".")
     if isinstance(error, av.FFmpegError):

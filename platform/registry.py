@@ -99,10 +99,10 @@ def current_version(
 ) -> str:
     """The pinned name of the model that an endpoint's new requests get.
 
-    The first time (`current` is None), a registry that does not answer is replaced by its last
-    answer on this node, or by `deployed`. After that an error is raised, so that the caller stays
-    with `current`; and a registry that has lost its versions raises MissingModelError, where `pin`
-    would go back to the shipped model.
+    The first time (`current` is None), if the registry does not answer, the result is its last
+    answer to this node, or `deployed`. Later calls raise RegistryUnavailableError, so that the
+    caller keeps `current`. They raise MissingModelError for a registry that has lost its versions,
+    for which `pin` would return the shipped model.
     """
     if current is None:
         try:
@@ -158,7 +158,7 @@ def registry_address(tracking_uri: str | None = None) -> str:
 
 
 def artifact_location(client: Any, source: str) -> str:
-    """Where MLflow keeps the files of a version with this `source`."""
+    """The address at which MLflow keeps the files of a version with this `source`."""
     if source.startswith(f"{REGISTRY_PREFIX}m-"):
         location: str = client.get_logged_model(
             source.removeprefix(REGISTRY_PREFIX)

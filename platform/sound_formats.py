@@ -2,7 +2,7 @@
 
 Pure Python: bytes that are no listed format are refused before a native decoder sees them. What
 FFmpeg could open besides (playlists, concatenations, subtitles, devices) is not listed and thus
-never reached.
+never opened.
 """
 
 from dataclasses import dataclass
