@@ -25,7 +25,8 @@ class Violation:
 
 
 def differences(report: EvaluationReport, champion: EvaluationReport) -> Iterator[Violation]:
-    """Everything that makes two reports incomparable, with how to measure the champion again."""
+    """Yields each difference that makes two reports incomparable. The last one also says how to
+    evaluate the champion again."""
     reasons = [*_conditions(report, champion), *_items(report, champion)]
     if not reasons:
         reasons = [*_missing_metrics(report, champion)]
@@ -115,7 +116,7 @@ def _missing_metrics(
 def empty_outputs(
     report: EvaluationReport, champion: EvaluationReport, name: ComparedField
 ) -> list[str]:
-    """Items for which `name` cannot be compared, because an output is empty."""
+    """Ids of the items whose `name` cannot be compared, because an output is empty."""
     ours, theirs = (_by_item(r) for r in (report, champion))
     return [
         item

@@ -73,7 +73,7 @@ def pipeline(
 
 
 def _storage_error(error: BaseException | None) -> StorageError | None:
-    """The StorageError of a worker, in the errors that Ray wraps around it."""
+    """The StorageError of a worker, found in the errors that Ray wraps around it; else None."""
     seen: set[int] = set()
     pending = [error]
     while pending:

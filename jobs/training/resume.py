@@ -1,8 +1,8 @@
-"""What has to be the same when a run resumes, and what may change.
+"""Which settings and data must be the same when a run resumes, and which may change.
 
-A run resumes by its name. Its checkpoint says in `config.json` what it was trained with; `check`
-compares this with what the run would go on with. Compared are facts, not paths: a dataset that was
-moved is the same dataset.
+A run resumes by its name. The `config.json` of its checkpoint holds the settings and data that it
+was trained with; `check` compares them with the present ones. A dataset is compared by its hash,
+not by its path, so a dataset that was moved is the same one.
 """
 
 import json
@@ -49,8 +49,8 @@ class ResumeError(ValueError):
 def check(folder: Path, present: Metadata, worker: Worker) -> tuple[str, ...]:
     """Compares the checkpoint in `folder` with the metadata that this run would write.
 
-    Returns the changes that the recipe's `resume_anyway` has let through, with its reason. Raises
-    ResumeError for all others.
+    Returns the changes that the recipe's `resume_anyway` has permitted, each with the reason.
+    Raises ResumeError for a change that is not permitted.
     """
     path = folder / checkpoint.CONFIG
     try:
@@ -142,7 +142,7 @@ def _say_what_is_unknown(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> None:
-    """One warning for a checkpoint that does not say everything that is compared."""
+    """Logs one warning if the checkpoint lacks some of the values that are compared."""
     missing = [
         name for name in ("dataset", "text_version") if now.get(name) and not saved.get(name)
     ]
@@ -159,7 +159,7 @@ def _say_what_is_unknown(
 def _say_what_has_changed(
     before: Mapping[str, Any], after: Mapping[str, Any], worker: Worker, step: int
 ) -> None:
-    """Warnings of permitted changes that are not without effect."""
+    """Logs a warning for each permitted change that has an effect on the training."""
     steps, earlier_steps = after.get("steps"), before.get("steps")
     if earlier_steps is not None and earlier_steps != steps:
         _log().warning(
