@@ -104,7 +104,11 @@ class Lease:
             try:
                 present = _read(self._uri)
                 if present is None or present.owner != self._holder.owner:
-                    self._lost = f"{self._uri}: lost to {present or 'whoever removed it'}"
+                    self._lost = (
+                        f"lease {self._uri}: taken over by {present}"
+                        if present
+                        else f"lease {self._uri}: removed"
+                    )
                     return
                 self._renewals += 1
                 _write(self._uri, _Holder(**{**asdict(self._holder), "renewals": self._renewals}))
