@@ -50,14 +50,14 @@ def stage(name: str, times: dict[str, float]) -> Iterator[None]:
     which are stored in `times`."""
     stream, ended = console.terminal(), threading.Event()
 
-    def show_life() -> None:
+    def show_progress() -> None:
         while not ended.wait(SIGN_OF_LIFE_SECONDS):
             elapsed = time.perf_counter() - started
             print(f"    {name}: {elapsed:.0f} s so far", file=stream, flush=True)
 
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
-    ticker = threading.Thread(target=show_life, daemon=True)
+    ticker = threading.Thread(target=show_progress, daemon=True)
     ticker.start()
     try:
         yield

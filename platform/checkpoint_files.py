@@ -109,7 +109,7 @@ def finish(filesystem: fs.FileSystem, path: str, files: Files) -> None:
     if not _renames(filesystem):
         return
     _sync(Path(target, COMPLETE))
-    if os.path.isdir(path):  # of an attempt that ended before anybody heard of it
+    if os.path.isdir(path):  # left by an attempt that ended before it reported
         shutil.rmtree(path)
     os.rename(target, path)
     _sync(Path(path).parent)

@@ -25,7 +25,7 @@ import numpy as np
 from valle.platform import decoder_process as protocol
 from valle.platform import settings
 from valle.platform.decoding import MAX_BYTES, MAX_SAMPLE_RATE, Samples
-from valle.platform.sound_formats import WAY_OUT, AudioError, detect
+from valle.platform.sound_formats import CONVERSION_HINT, AudioError, detect
 
 
 class DecoderBusyError(RuntimeError):
@@ -80,7 +80,7 @@ class DecoderPool:
 
         Raises AudioError, also for a crash or too much time, and DecoderBusyError.
         """
-        detect(data)  # nothing unknown is handed on
+        detect(data)  # unknown formats never reach a decoder
         if len(data) > MAX_BYTES:
             raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
         limit = int(max_seconds * MAX_SAMPLE_RATE) * 4
@@ -105,11 +105,11 @@ class DecoderPool:
                 try:
                     return decoder.ask(operation, max_seconds, data, limit)
                 except _CrashError as error:
-                    # once more: something else may have ended the process, such as a full machine
+                    # once more: the machine may have ended the process for lack of memory
                     if attempt:
                         raise AudioError(
                             f"unreadable audio: its decoder crashed ({error}): the file is "
-                            f"damaged, or needs too much memory; {WAY_OUT}"
+                            f"damaged, or needs too much memory; {CONVERSION_HINT}"
                         ) from error
             raise AssertionError("unreachable: the second crash is raised")
         finally:
@@ -156,7 +156,7 @@ class _Decoder:
         except (OSError, EOFError, ValueError) as error:
             self.stop()
             if expired.is_set() or process.returncode == -signal.SIGALRM:
-                message = f"too slow to decode: more than {self._time_limit:g} s; {WAY_OUT}"
+                message = f"too slow to decode: more than {self._time_limit:g} s; {CONVERSION_HINT}"
                 raise AudioError(message) from error
             raise _CrashError(f"exit status {process.returncode}") from error
         finally:

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from valle.platform.sound_formats import WAY_OUT, AudioError, SoundFormat, detect
+from valle.platform.sound_formats import CONVERSION_HINT, AudioError, SoundFormat, detect
 from valle.platform.sound_lengths import mend_lengths
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
@@ -87,7 +87,7 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
             raise AudioError("empty audio: 0 samples")
     raise AudioError(
         f"unreadable audio: damaged or unusual {sound_format.name} file ({_words(reason)}); "
-        f"{WAY_OUT}"
+        f"{CONVERSION_HINT}"
     ) from reason
 
 
@@ -101,7 +101,9 @@ class _Mono:
     def add(self, block: NDArray[np.float32], rate: int) -> None:
         """Adds samples `[n, channels]`."""
         if self.rate and rate != self.rate:
-            raise AudioError(f"its sample rate changes from {self.rate} to {rate} Hz; {WAY_OUT}")
+            raise AudioError(
+                f"its sample rate changes from {self.rate} to {rate} Hz; {CONVERSION_HINT}"
+            )
         check_header(rate, block.shape[1])
         self.rate = rate
         self._count += len(block)
@@ -218,7 +220,7 @@ def read_comment(data: bytes) -> str:
     except _NATIVE_ERRORS as error:
         raise AudioError(
             f"unreadable audio: damaged or unusual {sound_format.name} file ({_words(error)}); "
-            f"{WAY_OUT}"
+            f"{CONVERSION_HINT}"
         ) from error
 
 

@@ -163,7 +163,7 @@ def _acquire(uri: str, holder: _Holder) -> None:
                 "name another folder"
             )
         if present.is_dead or time.monotonic() > deadline:
-            if _read(uri) == present:  # nobody was faster
+            if _read(uri) == present:  # no other run has taken it over
                 storage.delete(uri)  # `_create` decides who is next
             first, deadline = None, time.monotonic() + STALE_SECONDS
             continue

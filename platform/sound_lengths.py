@@ -152,7 +152,7 @@ def _mend_au(data: bytearray) -> None:
     start, size = struct.unpack_from(f"{order}II", data, 4)
     rest = len(data) - start
     if not rest // 2 < size <= rest:  # more than half of the file is not behind its samples
-        struct.pack_into(f"{order}I", data, 8, 0xFFFFFFFF)  # Sun's word for unknown
+        struct.pack_into(f"{order}I", data, 8, 0xFFFFFFFF)  # means an unknown length in an au file
 
 
 _MPEG1_KBPS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)

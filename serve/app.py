@@ -75,7 +75,7 @@ def _key_limits() -> Deployment:
     return serve.deployment(
         KeyLimitsDeployment,
         name=KEY_LIMITS,
-        num_replicas=1,  # two would count separately
+        num_replicas=1,  # two replicas would count separately
         max_ongoing_requests=1000,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": 0},

@@ -21,15 +21,15 @@ Metadata = CheckpointMetadata | CodecCheckpointMetadata
 
 FREE: Final = frozenset(
     {
-        # where things are; what they hold is compared by hash or identity
+        # paths: their contents are compared by hash or identity
         "data", "corpora", "codec", "out", "run", "storage_path",
-        # what is looked at and kept, and how often
+        # logging, samples and checkpoints
         "log_every", "checkpoint_every", "keep_checkpoints", "samples", "quick_check",
-        # when the run gives up
+        # limits after which the run ends
         "max_failures", "max_skipped_in_row", "resume_anyway",
-        # on what it computes; of another number of workers the position is converted
+        # hardware: for another number of workers the position is converted
         "workers", "threads", "placement", "compile",
-        # how long, which `check` says
+        # length of the run: `check` warns of a change
         "steps", "models",
     }
 )  # fmt: skip
@@ -62,8 +62,8 @@ def check(folder: Path, present: Metadata, worker: Worker) -> tuple[str, ...]:
     kind = now["kind"]
     before, after = dict(_flatten(saved["recipe"], kind)), dict(_flatten(now["recipe"], kind))
     step = checkpoint.load_state(folder).step
-    _say_what_is_unknown(saved, now, before, after)
-    _say_what_has_changed(before, after, worker, step)
+    _warn_of_missing_values(saved, now, before, after)
+    _warn_of_changes(before, after, worker, step)
     differences = [
         f"{name}: {saved[name]!r} -> {now[name]!r}"
         for name in ("dataset", "text_version")
@@ -136,7 +136,7 @@ def _check_fixed(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _say_what_is_unknown(
+def _warn_of_missing_values(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
     before: Mapping[str, Any],
@@ -156,7 +156,7 @@ def _say_what_is_unknown(
         )
 
 
-def _say_what_has_changed(
+def _warn_of_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], worker: Worker, step: int
 ) -> None:
     """Logs a warning for each permitted change that has an effect on the training."""

@@ -67,7 +67,7 @@ class _Attempts:
                 raise self.expired() from error
             await asyncio.sleep(RETRY_SECONDS)
             return
-        # what the call itself was wrong about, another replica would say too
+        # another replica would refuse the same arguments
         if isinstance(error, RayTaskError) and isinstance(error, ValueError):
             raise RefusedCallError(str(getattr(error, "cause", error))) from error
         self._n_failed += 1
@@ -97,7 +97,7 @@ async def call_deployment(
             response.cancel()
             if timeout.expired():
                 raise attempts.expired() from error
-            await attempts.after(error)  # it was the replica's own
+            await attempts.after(error)  # the replica's fault, not the call's
         except _FAILURES as error:
             await attempts.after(error)
 

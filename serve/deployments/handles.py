@@ -102,7 +102,7 @@ class ServeDeployments:
                 timeout_s=FORGET_SECONDS, return_exceptions=True
             ):
                 if isinstance(result, RayActorError):
-                    continue  # with its process, its memory has gone
+                    continue  # the process has ended, and its memory with it
                 if isinstance(result, BaseException):
                     raise result
 
