@@ -13,7 +13,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from valle.platform.sound_formats import CONVERSION_HINT, AudioError, SoundFormat, detect
-from valle.platform.sound_lengths import mend_lengths
+from valle.platform.sound_lengths import repair_lengths
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 """Accepted sample rates of a file, in Hz."""
@@ -67,14 +67,14 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
     sound_format = detect(data)
     if len(data) > MAX_BYTES:
         raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
-    mended = mend_lengths(data, sound_format)
+    repaired = repair_lengths(data, sound_format)
     readers = [read_with_libsndfile] if sound_format.libsndfile else []
     readers += [read_with_ffmpeg] if sound_format.ffmpeg else []
     reason: Exception | None = None
     for reader in readers:
         mono = _Mono(max_seconds)
         try:
-            for block, rate in reader(mended, sound_format):
+            for block, rate in reader(repaired, sound_format):
                 mono.add(block, rate)
         except AudioError:
             raise
