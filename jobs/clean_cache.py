@@ -2,10 +2,11 @@
 
     valle clean-cache --unused-days 30 --max-gb 100
 
-The cache (`VALLE_CACHE`) holds memory-mapped copies of token datasets and, with --bundles, copies
-of models; both are made again when they are needed. Copies that are unused for longer go, then
-those unused for longest until the rest fits. A running training keeps what it has opened. Copies of
-models belong to endpoints, which start from them while the registry is down.
+The cache (`VALLE_CACHE`) holds memory-mapped copies of token datasets, and copies of models
+(bundles). Both are made again when they are needed. First, copies that were not used for
+--unused-days are removed. Then the least recently used ones are removed until the rest fits into
+--max-gb. A training that runs keeps the copies that it has opened. Copies of models are removed
+with --bundles only, because endpoints start from them while the registry is down.
 """
 
 import argparse
@@ -23,7 +24,7 @@ LEFTOVER_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True)
 class Copy:
-    """One thing in the cache."""
+    """One copy in the cache: of a dataset's shard, or of a bundle."""
 
     path: Path
     size: int
@@ -89,14 +90,24 @@ def clean(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: see above."""
+    """Command line: `valle clean-cache`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--unused-days", type=float, default=30, help="(%(default)s)")
-    parser.add_argument("--max-gb", type=float, default=float("inf"), help="no limit by default")
-    parser.add_argument("--bundles", action="store_true", help="copies of models too")
-    parser.add_argument("--dry-run", action="store_true", help="name what would be removed")
+    parser.add_argument(
+        "--unused-days",
+        type=float,
+        default=30,
+        help="remove copies that were unused for longer (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-gb",
+        type=float,
+        default=float("inf"),
+        help="size of the copies that may stay (default: no limit)",
+    )
+    parser.add_argument("--bundles", action="store_true", help="remove copies of models too")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     arguments = parser.parse_args(argv)
     cache = settings.read().cache
     removed = clean(cache, **vars(arguments))

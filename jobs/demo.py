@@ -48,18 +48,18 @@ SIGN_OF_LIFE_SECONDS = 30
 
 @contextmanager
 def stage(name: str, times: dict[str, float]) -> Iterator[None]:
-    """Prints the name of a stage, now and then that it still runs, and its result's seconds, which
-    are stored in `times`."""
+    """Prints the name of a stage, every so often its seconds so far, and at its end its seconds,
+    which are stored in `times`."""
     stream, ended = console.terminal(), threading.Event()
 
-    def show_life() -> None:
+    def show_progress() -> None:
         while not ended.wait(SIGN_OF_LIFE_SECONDS):
             elapsed = time.perf_counter() - started
             print(f"    {name}: {elapsed:.0f} s so far", file=stream, flush=True)
 
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
-    ticker = threading.Thread(target=show_life, daemon=True)
+    ticker = threading.Thread(target=show_progress, daemon=True)
     ticker.start()
     try:
         yield
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, port: int) -> None:
-    """The stages of a recipe, and what they have shown."""
+    """Runs the stages of a recipe and prints their results."""
     corpus_recipe = load(name, "corpus", corpus.CorpusRecipe)
     prepare_recipe = load(name, "prepare", prepare.PrepareRecipe)
     train_recipe = load(name, "train", TrainRecipe)
@@ -186,11 +186,11 @@ def compare(reports: dict[str, EvaluationReport]) -> str:
 
 
 def verdict(reports: dict[str, EvaluationReport]) -> str:
-    """What the demonstration has shown, in words: the path, and how the model has changed."""
+    """The result in words: that all stages work, and how the word error rate has changed."""
     lines = ["The whole path works. A few minutes of training show the path, not a better model:"]
     if "before" in reports:
         before, after = (reports[name].systems["cross"].wer.value for name in ("before", "after"))
-        change = "rose" if after > before else "fell" if after < before else "stayed"
+        change = "rose" if after > before else "fell" if after < before else "did not change:"
         lines.append(
             f"its word error rate {change} from {before:.1%} to {after:.1%} on sentences held out."
         )

@@ -41,9 +41,9 @@ class ExportRecipe:
 def export(recipe: ExportRecipe) -> Path:
     """Writes the bundle; returns its folder.
 
-    The bundle is built beside `out` and renamed; `out` is unchanged when it cannot be loaded.
-    Endpoints that serve the folder switch to the new bundle as they follow an alias. Raises
-    ValueError for an `out` that holds something else, and what `registry.resolve` raises.
+    The bundle is built beside `out`, loaded as a check, and renamed to `out`. Endpoints that serve
+    the folder switch to the new bundle, as they do when an alias moves. Raises ValueError for an
+    `out` that holds other files than an export, and the errors of `registry.resolve`.
     """
     source, out = registry.resolve(recipe.model), Path(recipe.out)
     _restore(out)
@@ -91,7 +91,7 @@ OF_A_BUNDLE = ("ar", "nar", "codec", BUNDLE, REPORT, "sample.wav", "sample.png")
 
 
 def _check_target(out: Path) -> None:
-    """Raises ValueError for a folder that holds something else than an export."""
+    """Raises ValueError for a folder that holds other files than an export."""
     if not out.exists() or (out / BUNDLE).is_file():
         return
     others = sorted(

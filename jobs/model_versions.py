@@ -1,9 +1,9 @@
-"""Manages the versions in the model registry: history, promotion without the gate, rollback.
+"""Manages the versions in the model registry: history, promotion, rollback, reports.
 
-python -m valle.jobs.model_versions history
-python -m valle.jobs.model_versions promote 3 --reason "passes on the cluster's larger set"
-python -m valle.jobs.model_versions rollback --reason "clicks in long sentences"
-python -m valle.jobs.model_versions attach-report 3 data/evaluation/report.json
+valle model-versions history
+valle model-versions promote 3 --reason "passes on the cluster's larger set"
+valle model-versions rollback --reason "clicks in long sentences"
+valle model-versions attach-report 3 data/evaluation/report.json
 """
 
 import argparse

@@ -3,8 +3,8 @@
 Texts become phonemes; recordings are decoded, resampled to 24 kHz mono and checked; the codec
 encodes the waves, batched by duration. Unusable inputs are left out and listed under `rejects/`
 with the reason; the next run tries them again. A second run processes the missing and the changed
-inputs. A killed run leaves a valid dataset of the finished shards. Storage that fails is tried
-again, then ends the run.
+inputs. A killed run leaves a valid dataset of the finished shards. A failed read or write of
+storage is repeated; if it keeps failing, the run ends.
 """
 
 import json
@@ -43,7 +43,7 @@ STALE_PART_SECONDS = 3600.0
 
 
 class _Run:
-    """One run over one output: what it has counted, and the means by which it writes."""
+    """One run on one output: its counts, and the objects by which it writes."""
 
     def __init__(self, recipe: PrepareRecipe, identity: CodecIdentity, retrier: Retrier) -> None:
         self.recipe, self.identity, self.retrier = recipe, identity, retrier

@@ -95,7 +95,7 @@ class GateError(RuntimeError):
 
 @dataclass(frozen=True)
 class Published:
-    """A registered version, and the alias that it got beside `candidate`."""
+    """A registered version, and the alias that it got in addition to `candidate`, if any."""
 
     version: int
     alias: str | None
@@ -203,7 +203,7 @@ def publish(recipe: PublishRecipe) -> Published:
 def _judge(
     version: int, report: EvaluationReport, recipe: PublishRecipe, champion: int | None
 ) -> str:
-    """The reason to promote a version. Raises GateError when the gate refuses it."""
+    """The reason for a promotion, as the history holds it. Raises GateError if the gate refuses."""
     try:
         baseline = None if champion is None else champion_report(champion)
         verdict = decide(report, recipe.gate, baseline)

@@ -55,10 +55,10 @@ def load_synthesizer(arguments: argparse.Namespace) -> Synthesizer:
 
 
 def read_reference(paths: str, seconds: float) -> Wave:
-    """The recording at a path; of several, `a.wav;b.wav`, their beginnings one after the other.
+    """The recording at a path; for several paths, `a.wav;b.wav`, their beginnings in sequence.
 
     Each of several contributes an equal share of `seconds`, so that a prompt of that length holds
-    all of them. Raises ValueError, with the path, for a recording that cannot serve.
+    all of them. Raises ValueError, with the path, for an unusable recording.
     """
     reader = ReferenceReader()
     waves = []

@@ -89,7 +89,7 @@ class SynthesizeRecipe:
     """Sentences that one actor generates at the same time."""
 
     max_phonemes: int = 1000
-    """Limit of a sentence; a longer one is spoken in parts."""
+    """Most phonemes of a sentence; a longer one is synthesized in parts."""
 
     lines_per_shard: int = field(default=64, metadata=formerly("lines_per_part"))
     """Lines per unit of work; their rows are written together."""

@@ -99,12 +99,12 @@ class CodecRecipe:
     """Lost workers after which the run resumes; one more ends it."""
 
     max_skipped_in_row: int = 10
-    """Batches in a row that are skipped because their loss or gradient is not finite; one more
-    stops the run. What they consist of is in `skipped/` of the run's folder."""
+    """Most batches in a row that may be skipped because their loss or gradient is not finite; one
+    more stops the run. `skipped/` in the run's folder lists their items."""
 
     resume_anyway: str | None = None
-    """A reason to resume although settings or data have changed that make another run of this one.
-    The checkpoints record it with the changes. None: refuse."""
+    """A reason to resume although settings or data have changed in a way that is otherwise refused.
+    Later checkpoints record the reason with the changes. None: refuse."""
 
     workers: int = 1
     """Data-parallel workers."""

@@ -1,8 +1,8 @@
 """English in spoken form: `english_rules`, then the grammars of wetext.
 
 wetext (Apache-2.0, 20 MB of grammars in its wheel) is loaded by the first call, in 0.7 s. It may
-raise or return nothing for what its grammars do not cover; what then stays as it is written,
-espeak reads.
+raise, or return nothing, for text that its grammars do not cover. Such text stays as it is written,
+and espeak reads it.
 """
 
 import logging
@@ -74,7 +74,7 @@ def _pieces(sentence: str) -> list[str]:
 
 
 def _by_grammar(text: str) -> str:
-    """wetext's reading; where it fails for the whole, that of each half, down to single words."""
+    """wetext's spoken form; where it fails for the whole text, that of each half, down to words."""
     if not _WORTH.search(text):
         return text
     spoken = _try_grammar(text)
@@ -88,7 +88,7 @@ def _by_grammar(text: str) -> str:
 
 
 def _try_grammar(text: str) -> str | None:
-    """wetext's reading, or None where it raises or loses words."""
+    """wetext's spoken form, or None where wetext raises or loses words."""
     try:
         spoken = _normalizer().normalize(text)
     # wetext asserts, and its libraries raise, what its grammars do not cover

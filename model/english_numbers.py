@@ -1,4 +1,4 @@
-"""English words of numbers, where the words of wetext do not do: digits, years, amounts."""
+"""Numbers in English words, for digits, years and amounts, which wetext reads otherwise."""
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _MAX_CARDINAL = 15

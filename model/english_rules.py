@@ -1,8 +1,8 @@
-"""What wetext gets wrong or does not know in English: rules that run before it.
+"""Rules for English text that wetext reads wrongly or does not know. They run before wetext.
 
-Each rule is a pattern and what it becomes: words, or a form that wetext reads rightly. They run in
-order, so that a telephone number is no longer a range when ranges are looked for. Why a rule is
-there: `tests/text_table.tsv` has its inputs.
+Each rule is a pattern and its replacement: words, or a form that wetext reads rightly. Rules run in
+order: a telephone number, for example, is replaced before ranges are looked for.
+`tests/text_table.tsv` has the inputs for which each rule was made.
 """
 
 import re

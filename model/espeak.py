@@ -29,7 +29,7 @@ def voices() -> frozenset[str]:
 
 
 def _quiet() -> logging.Logger:
-    """A logger without phonemizer's notes that a line has a word of another language."""
+    """A logger that hides phonemizer's warnings of words of another language."""
     logger = logging.getLogger(f"{__name__}.phonemizer")
     logger.setLevel(logging.ERROR)
     return logger

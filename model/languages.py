@@ -1,7 +1,8 @@
 """Languages by their BCP 47 tags: the espeak voice of each, and the scripts that it can read.
 
-`espeak_voice` maps a tag, in any case, to a voice. What a language is written in is Unicode's
-likely script; what espeak reads besides was found by asking it (`tests/test_languages.py`).
+`espeak_voice` maps a tag, in any case, to a voice. The script of a language is the one that
+Unicode calls likely; the further scripts that espeak reads were found by trying them
+(`tests/test_languages.py`).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Text as it is written to text as it is spoken: what training, batch jobs and the endpoint share.
+"""Written text to spoken form, by the same steps in training, batch jobs and the endpoint.
 
     written text → lines without markup → sentences → spoken form of each
 
@@ -154,8 +154,8 @@ def _keep_stop(words: str) -> Callable[[re.Match[str]], str]:
 
 
 def _known_letters(sentence: str, voice: str) -> str:
-    """Letters that espeak would describe in this voice ("letter 1EA1") lose their marks; so do
-    words, of small letters that are marks themselves, as in "Bannāʾ"."""
+    """Removes the marks of letters that espeak would only describe in this voice ("letter 1EA1"),
+    and from words the small letters that are marks themselves, as in "Bannāʾ"."""
     return "".join(_known_letter(c, voice) if c >= "\u0180" else c for c in sentence)
 
 

@@ -1,6 +1,6 @@
-"""Checks of values that come from outside: each error names the field, what it is and its bounds.
+"""Checks of values that come from outside. Each error names the field, the value and its bounds.
 
-Everything that a request holds is checked here before it reaches a device. On a GPU, an index out
+Every value of a request is checked here before it reaches a device. On a GPU, an index out
 of range is an assertion inside a kernel, after which no call of the process succeeds any more.
 """
 

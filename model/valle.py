@@ -51,7 +51,7 @@ class Synthesis:
     """Length of the prompt, taken from the start of the recording."""
 
     language: str = "en-us"
-    """espeak voice name of the text."""
+    """Language of the text: a BCP 47 tag, or an espeak voice."""
 
     seed: int = 0
     """Same seed, same speech; 0 to 2**63 - 1."""

@@ -14,7 +14,7 @@ from valle.model.codec.interface import Wave
 from valle.model.tokens import SAMPLE_RATE
 from valle.platform import decoding, storage
 from valle.platform.decoding import Samples
-from valle.platform.sound_formats import WAY_OUT as WAY_OUT
+from valle.platform.sound_formats import CONVERSION_HINT as CONVERSION_HINT
 from valle.platform.sound_formats import AudioError as AudioError
 
 MAX_PEAK = 16.0

@@ -54,8 +54,8 @@ def write(folder: Path, filesystem: fs.FileSystem, path: str) -> None:
 
 
 def begin(filesystem: fs.FileSystem, path: str) -> None:
-    """Makes the place of a checkpoint that several ranks write: `begin` by one of them, `copy` by
-    each, `finish` by one."""
+    """Prepares the folder of a checkpoint that several ranks write. One rank calls `begin`, each
+    calls `copy`, then one calls `finish`."""
     if _renames(filesystem):
         shutil.rmtree(path + _PART, ignore_errors=True)
         os.makedirs(path + _PART)
@@ -67,7 +67,8 @@ def begin(filesystem: fs.FileSystem, path: str) -> None:
 
 
 def copy(folder: Path, filesystem: fs.FileSystem, path: str) -> dict[str, WrittenFile]:
-    """Copies the files of a local folder to their place; returns what `finish` needs of them."""
+    """Copies the files of a local folder to the prepared one; returns their entries for
+    `finish`."""
     target = path + _PART if _renames(filesystem) else path
     files = {}
     for source in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -91,7 +92,8 @@ def copy(folder: Path, filesystem: fs.FileSystem, path: str) -> dict[str, Writte
 def finish(filesystem: fs.FileSystem, path: str, files: Files) -> None:
     """Writes `COMPLETE` for the files of all ranks and makes the checkpoint visible.
 
-    Raises BrokenCheckpointError if storage has not kept what was written (a full disk).
+    Raises BrokenCheckpointError if a stored file has another size than the written one (a full
+    disk).
     """
     target = path + _PART if _renames(filesystem) else path
     sizes = _sizes(filesystem, target)
@@ -107,7 +109,7 @@ def finish(filesystem: fs.FileSystem, path: str, files: Files) -> None:
     if not _renames(filesystem):
         return
     _sync(Path(target, COMPLETE))
-    if os.path.isdir(path):  # of an attempt that ended before anybody heard of it
+    if os.path.isdir(path):  # left by an attempt that ended before it reported
         shutil.rmtree(path)
     os.rename(target, path)
     _sync(Path(path).parent)
@@ -131,7 +133,7 @@ def is_sealed(uri: str) -> bool:
 
 
 def find_fault(uri: str, *, hashes: bool = False) -> str | None:
-    """Why the checkpoint at a path or URI is not whole; None if it is.
+    """The reason why the checkpoint at a path or URI is not whole; None if it is whole.
 
     With `hashes`, every file is read; otherwise only sizes are compared.
     """

@@ -1,8 +1,8 @@
-"""What a command shows on the terminal, while libraries write to a log file.
+"""Separates a command's own lines, on the terminal, from the output of libraries, in a log file.
 
-Ray, Ray Serve and MLflow log dozens of lines at a start, in which the command's own are lost.
+Ray, Ray Serve and MLflow log dozens of lines at a start, among which the command's own are lost.
 Inside `quiet` the terminal shows what the main thread prints, progress bars, and the project's
-warnings; all else is in the log file, the output of Ray's workers included.
+warnings. Everything else goes to the log file, the output of Ray's workers included.
 """
 
 import io
@@ -32,8 +32,8 @@ class RoutedStream(io.TextIOBase):
         self._shows_prints = shows_prints
 
     def release(self, stream: TextIO) -> None:
-        """From now on everything goes to `stream`, for libraries that keep this object until the
-        process ends."""
+        """Sends everything to `stream` from now on, for libraries that keep this object after the
+        block."""
         self.terminal = self._log = stream
 
     def write(self, text: str) -> int:
@@ -49,7 +49,7 @@ class RoutedStream(io.TextIOBase):
         return True
 
     def fileno(self) -> int:
-        """Of the log: what a library writes to it directly is not for the terminal."""
+        """Descriptor of the log file, to which a library may write directly."""
         return self._log.fileno()
 
     def _stream(self) -> TextIO:
@@ -58,7 +58,7 @@ class RoutedStream(io.TextIOBase):
 
 
 def terminal() -> TextIO:
-    """The stream for progress and warnings: stderr, or inside `quiet` what it was before."""
+    """The stream for progress and warnings: stderr; inside `quiet`, the stderr from before."""
     stream: TextIO = sys.stderr
     return stream.terminal if isinstance(stream, RoutedStream) else stream
 

@@ -1,11 +1,12 @@
-"""Decodes sound files from strangers in processes of their own.
+"""Decodes sound files that may be hostile, in processes of their own.
 
-libsndfile and FFmpeg are native code: a crafted file may crash them, keep them busy or have them
-allocate without end, and in a thread nothing could stop that. So each decoder is a small process
-(numpy, soundfile, av: 0.3 s to start) that is kept for the next recording. A crash, too much
-memory or too much time end that process and are the recording's error; the next recording gets a
-new one. Two decoders let a request pass a slow one. A process per recording would cost its start
-each time; multiprocessing's pools hang when a worker is killed.
+libsndfile and FFmpeg are native code: a crafted file may crash them, keep them busy or make them
+allocate memory without end. In a thread, nothing could stop that. So each decoder is a small
+process (numpy, soundfile, av: 0.3 s to start), which is kept for the next recording. A crash, too
+much memory or too much time ends the process and becomes the recording's error; the next recording
+gets a new process. With two decoders, a slow recording does not hold up the next one. A new process
+for each recording would cost its start each time; the pools of multiprocessing hang when a worker
+is killed.
 """
 
 import os
@@ -24,18 +25,18 @@ import numpy as np
 from valle.platform import decoder_process as protocol
 from valle.platform import settings
 from valle.platform.decoding import MAX_BYTES, MAX_SAMPLE_RATE, Samples
-from valle.platform.sound_formats import WAY_OUT, AudioError, detect
+from valle.platform.sound_formats import CONVERSION_HINT, AudioError, detect
 
 START_SECONDS = 60.0
 """Time of a process until it accepts requests; on a busy machine its imports take a while."""
 
 
 class DecoderBusyError(RuntimeError):
-    """Every decoder was busy for as long as a caller waits."""
+    """No decoder became free within the time that a caller waits."""
 
 
 class DecoderPool:
-    """Decoder processes, started when they are needed; for calls from any thread.
+    """Decoder processes, each started at its first recording; for calls from any thread.
 
     A context manager; a pool that is no longer referenced ends its processes too.
     """
@@ -78,8 +79,11 @@ class DecoderPool:
         return [pid for decoder in self._decoders if (pid := decoder.pid) is not None]
 
     def decode(self, data: bytes, max_seconds: float) -> tuple[Samples, int]:
-        """What `decoding.decode` returns and raises; DecoderBusyError when no decoder is free."""
-        detect(data)  # nothing unknown is handed on
+        """Mono samples and sample rate, as `decoding.decode`.
+
+        Raises AudioError, also for a crash or too much time, and DecoderBusyError.
+        """
+        detect(data)  # unknown formats never reach a decoder
         if len(data) > MAX_BYTES:
             raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
         limit = int(max_seconds * MAX_SAMPLE_RATE) * 4
@@ -87,7 +91,7 @@ class DecoderPool:
         return np.frombuffer(result, np.float32), rate
 
     def read_comment(self, data: bytes) -> str:
-        """What `decoding.read_comment` returns and raises; DecoderBusyError as above."""
+        """The comment in a sound file's header, as `decoding.read_comment`. Raises as `decode`."""
         detect(data)
         result, _ = self._ask(protocol.COMMENT, 0.0, data, len(data))
         return result.decode(errors="replace")
@@ -104,11 +108,11 @@ class DecoderPool:
                 try:
                     return decoder.ask(operation, max_seconds, data, limit)
                 except _CrashError as error:
-                    # once more: something else may have ended the process, such as a full machine
+                    # once more: the machine may have ended the process for lack of memory
                     if attempt:
                         raise AudioError(
                             f"unreadable audio: its decoder crashed ({error}): the file is "
-                            f"damaged, or needs too much memory; {WAY_OUT}"
+                            f"damaged, or needs too much memory; {CONVERSION_HINT}"
                         ) from error
             raise AssertionError("unreachable: the second crash is raised")
         finally:
@@ -155,7 +159,7 @@ class _Decoder:
         except (OSError, EOFError, ValueError) as error:
             self.stop()
             if expired.is_set() or process.returncode == -signal.SIGALRM:
-                message = f"too slow to decode: more than {self._time_limit:g} s; {WAY_OUT}"
+                message = f"too slow to decode: more than {self._time_limit:g} s; {CONVERSION_HINT}"
                 raise AudioError(message) from error
             raise _CrashError(f"exit status {process.returncode}") from error
         finally:

@@ -1,9 +1,10 @@
 """The process in which a `DecoderPool` decodes: `python -m valle.platform.decoder_process`.
 
 It reads requests from its standard input and answers on its standard output until the input ends.
-Before the first request it gives up what a decoder does not need: it can open no file and no
-socket, write no file, and use no more than a given amount of memory; a timer ends it in the midst
-of a recording that takes too long, whatever its owner does. Arguments: memory in bytes, seconds.
+Before the first request it gives up the rights that a decoder does not need: it can then open no
+file and no socket, write no file, and use only a given amount of memory. A timer ends the process
+during a recording that takes too long, whatever its owner does. Arguments: memory in bytes,
+seconds.
 """
 
 import io
@@ -97,7 +98,8 @@ def _wait(requests: IO[bytes], owner: int) -> bool:
 
 
 def _warm_up() -> None:
-    """Loads what the libraries load at their first use: later no file can be opened."""
+    """Makes the libraries load what they load at their first use, since later no file can be
+    opened."""
     for format_name in ("WAV", "OGG"):
         buffer = io.BytesIO()
         soundfile.write(buffer, np.zeros(4_000), 8_000, format=format_name)

@@ -1,8 +1,7 @@
 """Sound files to samples, in this process: libsndfile first, FFmpeg (PyAV) for the rest.
 
-`decoder_pool` runs the same function in processes of its own, for files from strangers; this one
-is its slow twin. The module imports neither torch nor the rest of the project, so that such a
-process is small.
+`decoder_pool` runs the same functions in processes of its own, for files that may be hostile. This
+module imports neither torch nor the rest of the project, so that those processes are small.
 """
 
 import io
@@ -14,14 +13,14 @@ import soundfile
 from numpy.typing import NDArray
 
 from valle.platform.sound_formats import (
+    CONVERSION_HINT,
     OGG,
-    WAY_OUT,
     AudioError,
     SoundFormat,
     detect,
     is_chained_ogg,
 )
-from valle.platform.sound_lengths import mend_lengths
+from valle.platform.sound_lengths import repair_lengths
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 192_000
 """Accepted sample rates of a file, in Hz."""
@@ -80,7 +79,7 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
     sound_format = detect(data)
     if len(data) > MAX_BYTES:
         raise AudioError(f"too large: {len(data) >> 20} MB, limit {MAX_BYTES >> 20} MB")
-    mended = mend_lengths(data, sound_format)
+    repaired = repair_lengths(data, sound_format)
     # libsndfile stops at the end of the first stream, and says nothing of the others
     first_only = sound_format is OGG and is_chained_ogg(data)
     readers = [read_with_libsndfile] if sound_format.libsndfile and not first_only else []
@@ -89,7 +88,7 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
     for reader in readers:
         mono = _Mono(max_seconds)
         try:
-            for block, rate in reader(mended, sound_format):
+            for block, rate in reader(repaired, sound_format):
                 mono.add(block, rate)
         except AudioError:
             raise
@@ -102,7 +101,7 @@ def decode(data: bytes, max_seconds: float) -> tuple[Samples, int]:
             raise AudioError("empty audio: 0 samples")
     raise AudioError(
         f"unreadable audio: damaged or unusual {sound_format.name} file ({_words(reason)}); "
-        f"{WAY_OUT}"
+        f"{CONVERSION_HINT}"
     ) from reason
 
 
@@ -116,7 +115,9 @@ class _Mono:
     def add(self, block: NDArray[np.float32], rate: int) -> None:
         """Adds samples `[n, channels]`."""
         if self.rate and rate != self.rate:
-            raise AudioError(f"its sample rate changes from {self.rate} to {rate} Hz; {WAY_OUT}")
+            raise AudioError(
+                f"its sample rate changes from {self.rate} to {rate} Hz; {CONVERSION_HINT}"
+            )
         check_header(rate, block.shape[1])
         self.rate = rate
         self._count += len(block)
@@ -247,12 +248,12 @@ def read_comment(data: bytes) -> str:
     except _NATIVE_ERRORS as error:
         raise AudioError(
             f"unreadable audio: damaged or unusual {sound_format.name} file ({_words(error)}); "
-            f"{WAY_OUT}"
+            f"{CONVERSION_HINT}"
         ) from error
 
 
 def _words(error: Exception | None) -> str:
-    """What a library says is wrong, without the objects that it names."""
+    """The message of a library's error, without names of Python objects."""
     if isinstance(error, soundfile.LibsndfileError):
         return error.error_string.rstrip(".")
     if isinstance(error, av.FFmpegError):

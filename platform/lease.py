@@ -1,10 +1,10 @@
 """The right to write below a URI: one run at a time holds it.
 
-The lease is a small file that its holder renews. Whoever finds one watches it: a lease that changes
-belongs to a run that lives, one that does not change for `STALE_SECONDS` to a run that was killed.
-No clocks of two machines are compared. Files are created so that one of two creators fails: with
-a hard link on a disk, with a conditional PUT on S3. On servers without it and on other storage, the
-last of two simultaneous writers wins, and the other one notices.
+The lease is a small file that its holder renews. A run that finds a lease watches it: if the lease
+changes, its holder is alive; if it does not change for `STALE_SECONDS`, its holder was killed.
+Clocks of two machines are never compared. The file is created so that one of two simultaneous
+creators fails: with a hard link on a disk, with a conditional PUT on S3. On storage without either,
+the last of two simultaneous writers gets the lease, and the other one notices that.
 """
 
 import json
@@ -89,7 +89,7 @@ class Lease:
             raise LeaseError(self._lost)
 
     def release(self) -> None:
-        """Gives the lease back."""
+        """Deletes the lease file, if the lease is still held."""
         self._stopped.set()
         self._thread.join()
         try:
@@ -104,7 +104,11 @@ class Lease:
             try:
                 present = _read(self._uri)
                 if present is None or present.owner != self._holder.owner:
-                    self._lost = f"{self._uri}: lost to {present or 'whoever removed it'}"
+                    self._lost = (
+                        f"lease {self._uri}: taken over by {present}"
+                        if present
+                        else f"lease {self._uri}: removed"
+                    )
                     return
                 self._renewals += 1
                 _write(self._uri, _Holder(**{**asdict(self._holder), "renewals": self._renewals}))
@@ -159,7 +163,7 @@ def _acquire(uri: str, holder: _Holder) -> None:
                 "name another folder"
             )
         if present.is_dead or time.monotonic() > deadline:
-            if _read(uri) == present:  # nobody was faster
+            if _read(uri) == present:  # no other run has taken it over
                 storage.delete(uri)  # `_create` decides who is next
             first, deadline = None, time.monotonic() + STALE_SECONDS
             continue

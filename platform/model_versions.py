@@ -27,7 +27,7 @@ REPORT_TAG = "report_sha256"
 
 
 class LostRaceError(RuntimeError):
-    """Another process moved the alias in between."""
+    """Another process has moved the alias since it was read."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def publish(folder: Path, tags: dict[str, str]) -> int:
 
 
 def attach_report(version: int, folder: Path) -> None:
-    """Adds `report.json` and what else a local folder holds to a version, and tags the hash."""
+    """Adds the files of a local folder, `report.json` among them, to a version; stores the report's
+    hash as a tag."""
     with registry_client(registry_address(), f"version {version}", bounded=False) as client:
         source: str = client.get_model_version(MODEL_NAME, str(version)).source
         client.log_model_artifacts(source.removeprefix("models:/"), str(folder))
@@ -80,7 +81,7 @@ def attach_report(version: int, folder: Path) -> None:
 
 
 def read_report(version: int) -> bytes | None:
-    """The `report.json` of a version as the registry holds it now, not as a node has cached it.
+    """The `report.json` of a version, read from the registry and not from the node's cache.
 
     None for a version without a report. Raises ValueError for a report that is not the one that
     was attached.

@@ -3,10 +3,10 @@
     bundles/{key}        a bundle: downloaded, or a link to where a local store keeps it
     aliases/{hash}.json  the last answer of a registry about one model URI
 
-A key is the identity of a bundle's content, so a registry that begins anew under the same address
-never gets the copies of the old one. A copy is renamed when it is complete: an interrupted download
-is never used, and the next one deletes what it left. Nothing else deletes copies; all may be
-deleted while no endpoint runs.
+A key is the identity of a bundle's content, so a registry that was replaced by another one under
+the same address never gets the copies of the old one. A copy is renamed when it is complete: an
+interrupted download is never used, and the next one deletes its files. `valle clean-cache
+--bundles` deletes copies; all of them may be deleted while no endpoint runs.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ def find(key: str) -> Path | None:
 
 
 def fetch(key: str, fill: Callable[[Path], Path]) -> Path:
-    """The folder of the bundle `key`, made by the first caller.
+    """The folder of the bundle `key`. The first caller makes it.
 
     `fill` gets an empty folder and returns the folder that holds the bundle: one inside it, which
-    becomes the copy, or one elsewhere on this machine, which is linked. An error of `fill` leaves
-    nothing behind.
+    becomes the copy, or one elsewhere on this machine, which is linked. After an error of `fill`
+    no files are left.
     """
     target = _target(key)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def pack(ar: str, nar: str, codec: str, folder: Path) -> Bundle:
 
 @lru_cache(maxsize=64)
 def warn_of_text_version(name: str, version: int) -> None:
-    """Logs, once in a process, that a model learnt from text in another spoken form."""
+    """Logs, once in a process, that a model was trained on another text version."""
     if version != TEXT_VERSION:
         logger.warning(
             "%s was trained with text version %d, this code reads text as version %d: numbers and "

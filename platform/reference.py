@@ -1,7 +1,7 @@
-"""What a recording must be to speak from: one rule for uploads, `ref_audio`, voices put into the
-folder by hand, the command line and `synthesize`.
+"""The rule for reference recordings: uploads, `ref_audio`, voices put into the folder by hand, the
+command line and `synthesize`.
 
-A prompt is the first seconds of the recording, so what comes before the speech is cut off.
+A prompt is the first seconds of the recording, so silence before the speech is cut off.
 """
 
 import threading
@@ -15,7 +15,7 @@ from valle.platform.audio import AudioError, Decode
 from valle.platform.vad import SpeechDetector
 
 MIN_REFERENCE_SECONDS, MAX_REFERENCE_SECONDS = 1.0, 60.0
-"""Bounds of a recording: of what is left of it, and of the file."""
+"""Least length of the speech that is left, and greatest length of the file, in seconds."""
 MIN_RMS_DBFS = -45.0
 """Lower bound of a recording's level, in dB of full scale: below it there is mostly noise."""
 MIN_SPEECH_FRACTION = 0.4
@@ -31,7 +31,7 @@ class ReferenceReader:
     """Reads reference recordings, for calls from any thread."""
 
     def __init__(self, decode: Decode = decoding.decode) -> None:
-        """`decode`: that of a `DecoderPool` for recordings from strangers."""
+        """`decode`: for recordings that may be hostile, the one of a `DecoderPool`."""
         self._decode = decode
         self._detector: SpeechDetector | None = None
         self._lock = threading.Lock()

@@ -80,7 +80,7 @@ def pin(
         last = node_cache.last_version(address, model_uri) if allow_cached else None
         if last is None:
             raise
-        logger.warning("%s; going on with %s, its last answer here", error, display_name(last))
+        logger.warning("%s; using %s, its last answer to this node", error, display_name(last))
         return last
     if pinned is None:
         logger.log(
@@ -99,10 +99,10 @@ def current_version(
 ) -> str:
     """The pinned name of the model that an endpoint's new requests get.
 
-    The first time (`current` is None), a registry that does not answer is replaced by its last
-    answer on this node, or by `deployed`. After that an error is raised, so that the caller stays
-    with `current`; and a registry that has lost its versions raises MissingModelError, where `pin`
-    would go back to the shipped model.
+    The first time (`current` is None), if the registry does not answer, the result is its last
+    answer to this node, or `deployed`. Later calls raise RegistryUnavailableError, so that the
+    caller keeps `current`. They raise MissingModelError for a registry that has lost its versions,
+    for which `pin` would return the shipped model.
     """
     if current is None:
         try:
@@ -110,7 +110,7 @@ def current_version(
         except RegistryUnavailableError as error:
             if deployed is None:
                 raise
-            logger.warning("%s; going on with %s, as deployed", error, display_name(deployed))
+            logger.warning("%s; using %s, the version at deployment", error, display_name(deployed))
             return deployed
     pinned = pin(model_uri, tracking_uri, announce=False)
     if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
@@ -169,7 +169,7 @@ def registry_address(tracking_uri: str | None = None) -> str:
 
 
 def artifact_location(client: Any, source: str) -> str:
-    """Where MLflow keeps the files of a version with this `source`."""
+    """The address at which MLflow keeps the files of a version with this `source`."""
     if source.startswith(f"{REGISTRY_PREFIX}m-"):
         location: str = client.get_logged_model(
             source.removeprefix(REGISTRY_PREFIX)
@@ -299,7 +299,7 @@ def _resolve_version(pinned: re.Match[str], address: str) -> Path:
                 raise MissingModelError(_missing(version_uri, "", [], address)) from error
             if _cache_key(version.source) != key:
                 raise MissingModelError(
-                    f"the registry at {strip_credentials(address)} has begun anew: "
+                    f"the registry at {strip_credentials(address)} has been replaced: "
                     f"its {version_uri} is another model than the one deployed"
                 )
             location = artifact_location(client, version.source)

@@ -1,4 +1,4 @@
-"""Requests to the model registry: bounded in time, with errors that tell absence from an outage.
+"""Requests to the model registry, bounded in time. A missing model and an outage are two errors.
 
 A registry that answers "there is no such model" is a MissingModelError. One that refuses the
 connection, refuses access, fails or answers something else is a RegistryUnavailableError.
@@ -22,7 +22,7 @@ class MissingModelError(FileNotFoundError):
 
 
 class RegistryUnavailableError(ConnectionError):
-    """The registry did not answer: whether it has the model is not known."""
+    """The registry did not answer, so it is not known whether it has the model."""
 
 
 def is_missing(error: Exception) -> bool:
@@ -35,7 +35,7 @@ def is_missing(error: Exception) -> bool:
 
 
 def is_missing_database(address: str) -> bool:
-    """True for a local store that nothing has written to yet: opening it would create it."""
+    """True for a local sqlite store that does not exist yet. Opening it would create it."""
     path = address.removeprefix("sqlite:///")
     return path != address and not Path(path).exists()
 

@@ -1,7 +1,7 @@
-"""Storage that fails for a while: batch jobs try again with growing pauses, then stop.
+"""Storage that fails for a while: batch jobs repeat the call with growing pauses, then stop.
 
-What is wrong with one file (missing, a folder, a name too long) is not storage's fault and is
-raised at once.
+An error of one file (missing, a folder, a name too long) is not a fault of storage. It is raised at
+once.
 """
 
 import errno
@@ -32,7 +32,7 @@ REFUSAL_ATTEMPTS = 3
 
 
 class StorageError(OSError):
-    """Storage that failed or refused for as long as it was tried; no file is to blame."""
+    """Storage has failed or refused all tries. The cause is not a single file."""
 
 
 def is_storage_fault(error: BaseException) -> bool:
@@ -61,7 +61,7 @@ class Retrier:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:
-        """The result of `function`, which must do no harm when it is called twice.
+        """The result of `function`, which may be called several times, so it must be repeatable.
 
         Raises StorageError when storage still fails after `seconds`, and errors of the file or the
         arguments at once.
@@ -93,7 +93,7 @@ class Retrier:
             tried = time.monotonic() - started
             raise StorageError(
                 f"storage failed {self._attempts(retrying)} times in {tried:.0f} s: {error}. "
-                "Nothing was left out for it: run the job again when storage answers"
+                "No input was rejected because of it; run the job again when storage answers"
             ) from error
 
     @staticmethod

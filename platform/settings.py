@@ -62,7 +62,7 @@ def read() -> Settings:
 
 
 def storage_variables() -> tuple[tuple[str, str], ...]:
-    """The variables that decide which server storage reaches, and as whom."""
+    """The variables that decide which storage server is used, with which credentials."""
     return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
 
 
@@ -72,8 +72,8 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 def bare_environment(**changes: str) -> dict[str, str]:
-    """The environment of a child process that is to know no credential and no address: where
-    libraries are, and `changes`."""
+    """The environment of a child process that must not know credentials or addresses: the
+    variables by which libraries are found, and `changes`."""
     names = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "HOME", "TMPDIR", "SYSTEMROOT")
     return {name: os.environ[name] for name in names if name in os.environ} | changes
 

@@ -2,12 +2,12 @@
 
 Pure Python: bytes that are no listed format are refused before a native decoder sees them. What
 FFmpeg could open besides (playlists, concatenations, subtitles, devices) is not listed and thus
-never reached.
+never opened.
 """
 
 from dataclasses import dataclass
 
-WAY_OUT = "convert it with `ffmpeg -i FILE out.wav`"
+CONVERSION_HINT = "convert it with `ffmpeg -i FILE out.wav`"
 """What to do with a file that cannot be read; part of the messages."""
 
 
@@ -63,7 +63,9 @@ def detect(data: bytes) -> SoundFormat:
     found = _detect(data)
     if found is None:
         names = ", ".join(sound_format.name for sound_format in FORMATS)
-        raise AudioError(f"unreadable audio: not a format that is read ({names}); {WAY_OUT}")
+        raise AudioError(
+            f"unreadable audio: not a format that is read ({names}); {CONVERSION_HINT}"
+        )
     return found
 
 

@@ -12,34 +12,35 @@ from valle.platform.sound_formats import AIFF, AU, CAF, FLAC, MP3, W64, WAV, Sou
 _W64_DATA = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 
 
-def mend_lengths(data: bytes, sound_format: SoundFormat) -> bytes:
-    """`data` with lengths in its header that let the decoder read to the end of the samples.
+def repair_lengths(data: bytes, sound_format: SoundFormat) -> bytes:
+    """`data` with its header's lengths corrected, so that a decoder reads to the end of the
+    samples.
 
     Programs that write to a pipe, or are ended early, leave 0 or the largest number as length.
     A length that fits the file stays, so that chunks or bytes behind the samples are not read.
     """
     if sound_format is FLAC:
-        return _mend_flac(data)
-    mended = bytearray(data)
+        return _repair_flac(data)
+    repaired = bytearray(data)
     try:
         if sound_format is WAV:
-            _mend_wav(mended)
+            _repair_wav(repaired)
         elif sound_format is W64:
-            _mend_w64(mended)
+            _repair_w64(repaired)
         elif sound_format is MP3:
-            _mend_mp3(mended)
+            _repair_mp3(repaired)
         elif sound_format is AIFF:
-            _mend_aiff(mended)
+            _repair_aiff(repaired)
         elif sound_format is CAF:
-            _mend_caf(mended)
+            _repair_caf(repaired)
         elif sound_format is AU:
-            _mend_au(mended)
+            _repair_au(repaired)
     except struct.error:  # the header itself is cut off: the decoder says so
         return data
-    return bytes(mended)
+    return bytes(repaired)
 
 
-def _mend_flac(data: bytes) -> bytes:
+def _repair_flac(data: bytes) -> bytes:
     """Makes the total unknown, whatever the header says: the decoder reads until the frames end."""
     start = id3_length(data)
     if len(data) < start + 26 or data[start + 4] & 0x7F:  # the first block must be STREAMINFO
@@ -56,7 +57,7 @@ def _chunks(data: bytearray, order: str, start: int = 12) -> Iterator[tuple[byte
         start += 8 + size + size % 2
 
 
-def _mend_wav(data: bytearray) -> None:
+def _repair_wav(data: bytearray) -> None:
     order = ">" if data[:4] == b"RIFX" else "<"
     ds64 = None
     for name, start, size in _chunks(data, order):
@@ -97,7 +98,7 @@ def _is_wrong(data: bytearray, order: str, start: int, size: int, riff_size: int
     return follow == 0
 
 
-def _mend_aiff(data: bytearray) -> None:
+def _repair_aiff(data: bytearray) -> None:
     comm = None
     for name, start, size in _chunks(data, ">"):
         if name == b"COMM":
@@ -115,7 +116,7 @@ def _mend_aiff(data: bytearray) -> None:
         return
 
 
-def _mend_w64(data: bytearray) -> None:
+def _repair_w64(data: bytearray) -> None:
     start = 40
     while start + 24 <= len(data):
         (size,) = struct.unpack_from("<Q", data, start + 16)
@@ -133,7 +134,7 @@ def _mend_w64(data: bytearray) -> None:
         start += size + -size % 8
 
 
-def _mend_caf(data: bytearray) -> None:
+def _repair_caf(data: bytearray) -> None:
     start = 8
     while start + 12 <= len(data):
         name, size = struct.unpack_from(">4sQ", data, start)
@@ -147,19 +148,19 @@ def _mend_caf(data: bytearray) -> None:
         start += 12 + size
 
 
-def _mend_au(data: bytearray) -> None:
+def _repair_au(data: bytearray) -> None:
     order = ">" if data[:4] == b".snd" else "<"
     start, size = struct.unpack_from(f"{order}II", data, 4)
     rest = len(data) - start
     if not rest // 2 < size <= rest:  # more than half of the file is not behind its samples
-        struct.pack_into(f"{order}I", data, 8, 0xFFFFFFFF)  # Sun's word for unknown
+        struct.pack_into(f"{order}I", data, 8, 0xFFFFFFFF)  # means an unknown length in an au file
 
 
 _MPEG1_KBPS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _MPEG2_KBPS = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
-def _mend_mp3(data: bytearray) -> None:
+def _repair_mp3(data: bytearray) -> None:
     """Raises the number of frames in the Xing header, if there is one, to that of the file."""
     start = id3_length(bytes(data[: 2**20]))
     length = _mp3_frame_length(data, start)

@@ -5,7 +5,7 @@ the key, and everything after `file://` the path, as they are: blanks, umlauts, 
 stand for themselves. A relative path starts at `VALLE_HOME`. pyarrow reads S3 endpoints and
 credentials from the AWS_* variables; a URI holds none.
 
-A function fails at once where storage does; `platform/retries.py` tries again.
+A function raises the first error of storage; `platform/retries.py` repeats calls.
 """
 
 import json
@@ -130,7 +130,7 @@ def is_local(uri: str) -> bool:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What changes when a file is replaced, known without reading it."""
+    """Path, time and size of a file: they change when the file is replaced."""
 
     path: str
     modified_ns: int | None
@@ -226,8 +226,8 @@ def list_files(uri: str, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
 def list_entries(
     uri: str, suffixes: tuple[str, ...] = (), *, recursive: bool = True
 ) -> list[FileEntry]:
-    """The files below `uri` as `list_files` names them, with size and time, and also what looks
-    like a file and cannot be read.
+    """The files below `uri`, named as by `list_files`, with size and time. Pipes, devices and
+    broken links are listed too.
 
     Raises OSError for a local folder that cannot be read.
     """
@@ -281,9 +281,9 @@ def _walk(root: str, recursive: bool) -> Iterator[FileEntry]:
 
 
 def sweep_parts(uri: str, *, older_than_seconds: float) -> int:
-    """Removes what killed writers have left below a local folder; returns the number of files.
+    """Removes unfinished files of killed writers below a local folder; returns their number.
 
-    On S3 nothing is visible of an unfinished write: a lifecycle rule of the bucket removes it.
+    On S3 an unfinished write is not visible; a lifecycle rule of the bucket removes it.
     """
     if not is_local(uri):
         return 0

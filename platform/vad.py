@@ -11,7 +11,7 @@ _RATE = 16_000
 
 
 class SpeechDetector:
-    """Where in a recording is speech; for calls from any thread."""
+    """Finds the speech in recordings; for calls from any thread."""
 
     def __init__(self) -> None:
         from silero_vad import load_silero_vad

@@ -1,7 +1,7 @@
-"""The header of a safetensors file against the model that its metadata describes.
+"""Compares the header of a safetensors file with the model that the metadata describes.
 
-The metadata says how large a model to build. A file that lies about it must not make this process
-allocate memory, so that the names and shapes in the header, which is small, are compared first.
+The metadata states the size of the model to build. Forged metadata must not make this process
+allocate memory. So the names and shapes in the file's header, which is small, are compared first.
 """
 
 import json
@@ -23,7 +23,7 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor by its name, as the loaded weights have it: without int8 scales.
+    """Shape of each tensor by name, as in the loaded weights, which have no int8 scales.
 
     Raises ValueError for a file that is no safetensors file, or whose tensors do not fill it.
     """
@@ -65,7 +65,7 @@ def check_shapes(path: Path, config: ARConfig | NARConfig) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{path}: {name} has the shape {found.get(name, 'of no tensor')}, expected "
+                f"{path}: {name} has the shape {found.get(name, 'none')}, expected "
                 f"{expected.get(name, 'none')}"
             )
 

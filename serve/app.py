@@ -34,8 +34,11 @@ MAX_BATCHED_REQUESTS = 32
 
 
 def build_app(args: AppArgs) -> Application:
-    """The application; Serve validates `args` before anything starts. Raises ValueError for one
-    that would let everybody in."""
+    """The application; Serve validates `args` before anything starts.
+
+    Raises ValueError for an address beyond this machine without keys (`refuse_exposure`), and what
+    `registry.pin` raises for a missing or damaged model.
+    """
     args = _resolve_paths(args)
     refuse_exposure(listening_host(), args)
     # a missing or damaged model fails here, before anything starts
@@ -68,11 +71,11 @@ def build_app(args: AppArgs) -> Application:
 
 
 def _key_limits() -> Deployment:
-    """The replica that counts the requests of keys."""
+    """The deployment, of one replica, that counts the requests of API keys."""
     return serve.deployment(
         KeyLimitsDeployment,
         name=KEY_LIMITS,
-        num_replicas=1,  # two would count separately
+        num_replicas=1,  # two replicas would count separately
         max_ongoing_requests=1000,
         health_check_period_s=2,
         ray_actor_options={"num_cpus": 0},
@@ -80,7 +83,7 @@ def _key_limits() -> Deployment:
 
 
 def _ingress(args: AppArgs, deployed: str) -> Deployment:
-    """The deployment that speaks HTTP."""
+    """The deployment that answers HTTP requests."""
 
     # a builder, which Serve calls on each ingress replica; it does not accept a `partial`
     def build_api() -> FastAPI:

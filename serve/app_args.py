@@ -44,19 +44,21 @@ class AppArgs(BaseModel):
     on a loopback address only."""
 
     api_keys_poll_seconds: float = Field(10.0, gt=0)
-    """Seconds after which a key that is added to the file, or taken out, counts."""
+    """Seconds between two readings of the key file. Added and removed keys take effect at the next
+    reading."""
 
     open: bool = False
-    """Let everybody who reaches the server use it without a key, beyond this machine too: speak,
-    add and delete voices."""
+    """Permit an endpoint without keys on an address that other machines reach. Everybody may then
+    speak, and add and delete voices."""
 
     allowed_hosts: tuple[str, ...] = ()
-    """Names that requests may give the server (`Host`), without ports: `tts.example.com`,
-    `*.example.com`. Empty: localhost on a loopback address, any name elsewhere."""
+    """Host names by which clients may reach the server (`Host` header), without ports:
+    `tts.example.com`, `*.example.com`. Empty: only localhost on a loopback address, any name on
+    another address."""
 
     allow_origins: tuple[str, ...] = ()
     """Other web origins whose pages may use the server (CORS), as `https://chat.example.com`; `*`:
-    every page that a user of it opens."""
+    the pages of every origin."""
 
     inline: bool = True
     """Accept recordings in requests (`ref_audio`). False: only stored voices, each with a stated
@@ -106,16 +108,16 @@ class AppArgs(BaseModel):
     paper's size."""
 
     nar_prompt_cache_seconds: float = Field(600.0, gt=0)
-    """Lifetime of a prompt in that cache. Deleting a voice empties the caches at once; this bounds
-    what a response that still runs puts back."""
+    """Lifetime of a prompt in that cache. Deleting a voice empties the cache at once. A response
+    that has begun may add the prompt again, for this time at most."""
 
     batch_seconds: float = Field(40.0, gt=0)
     """Upper bound of the padded speech in a batch, in seconds, for NAR and codec replicas. Guidance
     doubles the NAR model's batch; the codec splits its own into parts of ten seconds."""
 
     chunked: bool = False
-    """Send the beginning of a sentence before its end is synthesized (`model/chunks.py`), where a
-    request does not say."""
+    """Send the beginning of a sentence before its end is synthesized (`model/chunks.py`), if the
+    request has no `chunked` of its own."""
 
     first_chunk: int = Field(15, ge=8)
     """Frames (1/75 s) of a sentence's first chunk."""
@@ -148,17 +150,17 @@ class AppArgs(BaseModel):
     and computing a sentence. Then the request is answered with 503, or its stream ends."""
 
     max_step_seconds: float = Field(300.0, gt=0)
-    """Upper bound of a step of the AR engine and of a NAR or codec batch: a replica in which one
-    takes longer is stuck, ends itself and is replaced. The first step of a `compiled` model takes
-    minutes."""
+    """Upper bound, in seconds, of a step of the AR engine and of a NAR or codec batch. A replica
+    in which one takes longer counts as stuck: it ends itself, and Serve replaces it. The first step
+    of a `compiled` model takes minutes."""
 
     max_real_time_factor: float = Field(5.0, ge=1)
-    """Seconds that a second of speech takes at most, on a loaded machine. Replicas that stop have
-    so much longer than the length limits to finish what they have begun."""
+    """Upper bound of the seconds that a second of speech takes on a loaded machine. A replica that
+    Serve stops may take this factor times the length limit to finish its calls."""
 
     max_body_bytes: int = Field(10_000_000, ge=1_000)
-    """Size limit of a request body: of an upload as it is, of a speech request at most what its
-    fields can take."""
+    """Size limit of an uploaded recording with its form. A speech request has the same limit, or
+    the size of its largest fields together if that is less."""
 
     max_body_seconds: float = Field(60.0, gt=0)
     """Seconds within which a request body must have arrived."""

@@ -19,7 +19,8 @@ dead, and they are too."""
 
 
 class KeyLimits(Protocol):
-    """Counts for all ingress replicas. Methods return seconds to wait, 0 for "allowed, counted"."""
+    """Counts for all ingress replicas. Methods return the seconds to wait; 0: allowed, and
+    counted."""
 
     async def start_request(
         self, replica: str, key: str, running: int, per_minute: int, concurrent: int

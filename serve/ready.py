@@ -1,4 +1,4 @@
-"""What `valle serve` says: how to use the endpoint that is ready, or why it did not start."""
+"""Messages of `valle serve`: how to use the endpoint when it is ready, or why it did not start."""
 
 import json
 import re
@@ -37,8 +37,10 @@ def ready_message(
 
 
 def find_reason(text: str) -> str:
-    """The cause in a message of Ray Serve that holds a replica's traceback: its last error that is
-    not only Ray's wrapper; without one the last line."""
+    """The cause in a message of Ray Serve that holds a replica's traceback.
+
+    It is the last error in the text that is not a wrapper of Ray's; else the last line.
+    """
     found = [match.groups() for line in text.splitlines() if (match := _ERROR.match(line))]
     causes = [(kind, reason) for kind, reason in found if reason and kind not in _WRAPPERS]
     if causes or found:

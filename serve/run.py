@@ -1,4 +1,7 @@
-"""`make serve`: an embedded Ray, the endpoint on a port, until Ctrl-C."""
+"""Serves a model over HTTP until Ctrl-C, on a Ray of its own or on the cluster at `RAY_ADDRESS`.
+
+The model is the registry's champion, another model of the registry, or a bundle folder.
+"""
 
 import argparse
 import logging
@@ -58,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--voices", default="data/voices", help="folder of reference recordings")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("--api-keys", help="file of API keys, for every --host but this machine")
+    parser.add_argument(
+        "--api-keys", help="file of API keys; without it or --open, only a loopback --host"
+    )
     parser.add_argument(
         "--open",
         action="store_true",
-        help="listen beyond this machine without keys: everybody may add, use and delete voices",
+        help="allow any --host without keys: everybody may add, use and delete voices",
     )
     parser.add_argument(
         "--allow-origin",
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--allow-host",
         action="append",
         default=[],
-        help="name that requests may give the server; repeatable",
+        help="host name by which clients reach the endpoint (`Host`); repeatable",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="show the log of Ray and Ray Serve on the terminal"
@@ -97,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"error: {error}\n")
     if not any(True for _ in storage.list_files(args.voices, (".wav", ".flac"))):
         logging.warning(
-            "no voices in %s: put a wav there, or `valle.jobs.starter_voices`", args.voices
+            "no voices in %s: put a wav there, or run `valle starter-voices`", args.voices
         )
 
     return _serve(args, arguments.host, arguments.port, verbose=arguments.verbose)
@@ -147,13 +152,13 @@ def _serve(args: AppArgs, host: str, port: int, *, verbose: bool) -> int:
 
 
 def _describe_model(model: str) -> str:
-    """The model's URI, and the version that it is now, as `X-Model` names it."""
+    """The model's URI; for an alias, also the version that it points to, as `X-Model` has it."""
     pinned = registry.pin(model, allow_cached=True, announce=False)
     return model if pinned == model else f"{model} (now {registry.display_name(pinned)})"
 
 
 def _voice_names(voices: str) -> list[str]:
-    """Names of the shared voices: those of keys are their own."""
+    """Names of the shared voices. Voices that belong to a key are not shown."""
     return VoiceStore(voices).ids(Caller(all_voices=False))
 
 

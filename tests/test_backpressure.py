@@ -188,7 +188,7 @@ async def test_a_stream_continues_where_its_replica_died(n_given: int) -> None:
 async def test_a_stream_that_begins_again_otherwise_is_not_continued(again: tuple[int]) -> None:
     method = FakeMethod(FakeResponse(0, 1, 2, ActorDiedError()), FakeResponse(*again))
     given = []
-    with pytest.raises(UnavailableError, match="a stream that began again"):
+    with pytest.raises(UnavailableError, match="a stream that was started again"):
         async for item in stream_deployment(method, max_seconds=SECONDS, same=int.__eq__):
             given.append(item)
     assert given == [0, 1, 2]

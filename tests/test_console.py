@@ -1,4 +1,4 @@
-"""What a command shows: its own words on the terminal, libraries in a log file."""
+"""Output of a command: its own lines on the terminal, that of libraries in a log file."""
 
 import os
 import pty

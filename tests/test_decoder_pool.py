@@ -1,4 +1,4 @@
-"""Decoder processes: they agree with the decoder in this process, and end alone."""
+"""Decoder processes: they agree with the decoder in this process, and a crash ends only one."""
 
 import os
 import signal

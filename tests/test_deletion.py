@@ -1,4 +1,4 @@
-"""Deleting a voice deletes it everywhere; and requests while the voice store is away."""
+"""Deletion of a voice from all memory, and requests while the voice store does not answer."""
 
 import asyncio
 import os

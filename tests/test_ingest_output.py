@@ -1,4 +1,4 @@
-"""What earlier runs have written: compared with the inputs, mended, never doubled."""
+"""Results of earlier runs: compared with the inputs, repaired, and never listed twice."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""JSON bodies of requests: hostile, wrong, and any that hypothesis thinks of."""
+"""JSON bodies of requests: hostile ones, wrong ones, and those that hypothesis generates."""
 
 import asyncio
 import json

@@ -71,7 +71,7 @@ def test_lease_that_another_takes_is_noticed(tmp_path: Path) -> None:
     with lease.lease(uri, "prepare") as held:
         storage.write_json(uri, {**storage.read_json(uri), "owner": "another"})
         held._thread.join(10)
-        with pytest.raises(LeaseError, match="lost to prepare on"):
+        with pytest.raises(LeaseError, match="taken over by prepare on"):
             held.check()
     assert storage.exists(uri)  # the other's
 

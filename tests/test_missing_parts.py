@@ -1,4 +1,4 @@
-"""The truth behind `/health/ready`: each part that may be away, and parts that do not answer."""
+"""`/health/ready`: each part that may be missing, and parts that do not answer."""
 
 import asyncio
 import threading

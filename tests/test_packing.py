@@ -1,4 +1,4 @@
-"""What a bundle says of the text that its models learnt."""
+"""The text version that a bundle records."""
 
 import json
 from pathlib import Path

@@ -134,7 +134,7 @@ def test_prepare_mixed_inputs_encodes_or_rejects(
     assert again["rejected"] == report["rejected"]
     assert (again["rejects_tried_again"], again["rejects_cured"], again["changed"]) == (9, 0, 0)
 
-    # A third run processes a new file, mended ones and changed ones.
+    # A third run processes a new file, repaired ones and changed ones.
     put(corpus / "speaker9" / "new.wav", sound(1.0))
     (corpus / "bad/no text.txt").write_text("a transcript")
     (corpus / "bad/latin1.txt").write_text("café", encoding="utf-8")

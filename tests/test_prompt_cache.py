@@ -1,4 +1,4 @@
-"""Prompts in memory: made once, gone with their voice, and usable while the store is away."""
+"""Prompts in memory: made once, removed with their voice, usable while the store is down."""
 
 import asyncio
 from collections.abc import Hashable

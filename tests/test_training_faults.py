@@ -1,4 +1,4 @@
-"""What training does with batches, checkpoints and recipes that would spoil a run, without Ray."""
+"""Bad batches, damaged checkpoints and wrong recipes in a training run, without Ray."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Requests that hold anything: a ValueError for the request alone, and an engine that goes on."""
+"""Requests with wrong values: a ValueError for that request alone; the engine continues."""
 
 import math
 from dataclasses import fields

@@ -91,7 +91,7 @@ def test_check_shapes_names_the_tensor(folder: Path) -> None:
     config = checkpoint.read_metadata(folder / "model").model
     path = folder / "model/model.safetensors"
     check_shapes(path, config)
-    with pytest.raises(ValueError, match=r"transformer.blocks.\d.* has the shape of no tensor"):
+    with pytest.raises(ValueError, match=r"transformer.blocks.\d.* has the shape none"):
         check_shapes(path, replace(config, n_layers=config.n_layers + 1))
 
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 
 COMMANDS = {
     "speech": {
-        "speak": "speak one text in the voice of a recording, without a server",
-        "serve": "start the HTTP endpoint with the registry's champion",
+        "speak": "speak a text in the voice of a recording, without a server",
+        "serve": "start the HTTP endpoint, by default with the registry's champion",
         "starter-voices": "record two voices for an endpoint that has none",
         "synthesize": "speak the texts of a manifest, on Ray Data",
     },
@@ -31,12 +31,12 @@ COMMANDS = {
     "evaluation and registry": {
         "evaluate": "measure a model's word error rate, speaker similarity and quality",
         "evaluate-codec": "measure what a codec does to held-out recordings",
-        "publish": "register two checkpoints as a version, and promote it past the gate",
-        "model-versions": "list the registry's versions, promote one, roll back",
+        "publish": "register two checkpoints as a version; promote it if the gate passes it",
+        "model-versions": "list the registry's versions, promote one, roll back, add a report",
         "export": "write a version as a folder that can be shipped",
     },
     "operation": {
-        "demo": "run the whole path: corpus to a spoken sentence",
+        "demo": "run all jobs on a small corpus, and speak a sentence",
         "keys": "make an API key for the endpoint",
         "validate-config": "check a Serve configuration strictly",
         "clean-cache": "remove from this node's cache what has not been used for a while",

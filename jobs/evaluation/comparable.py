@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from valle.jobs.evaluation.results import EvaluationReport, ItemResult
 from valle.jobs.evaluation.scores import ComparedField
+from valle.platform.tracking import flatten
 
 REMEDY = (
-    "evaluate the champion under the candidate's conditions (`valle evaluate model=models:/valle/N "
-    "...`) and attach the report (`valle model-versions attach-report N report.json`)"
+    "evaluate the champion under the candidate's conditions (`valle evaluate --recipe ... "
+    "model=models:/valle/N`) and attach the report (`valle model-versions attach-report N "
+    "report.json`)"
 )
 
 
@@ -25,7 +27,8 @@ class Violation:
 
 
 def differences(report: EvaluationReport, champion: EvaluationReport) -> Iterator[Violation]:
-    """Everything that makes two reports incomparable, with how to measure the champion again."""
+    """Yields each difference that makes two reports incomparable. The last one also says how to
+    evaluate the champion again."""
     reasons = [*_conditions(report, champion), *_items(report, champion)]
     if not reasons:
         reasons = [*_missing_metrics(report, champion)]
@@ -45,7 +48,7 @@ def _conditions(report: EvaluationReport, champion: EvaluationReport) -> Iterato
         "precision": (report.precision, champion.precision),
         "text_version": (report.text_version, champion.text_version),
     }
-    ours, theirs = (dict(_flatten(r.synthesis)) for r in (report, champion))
+    ours, theirs = (_comparable_settings(r) for r in (report, champion))
     for key in sorted(ours.keys() | theirs.keys()):
         pairs[f"synthesis.{key}"] = (ours.get(key), theirs.get(key))
     for name, (own, other) in pairs.items():
@@ -53,12 +56,12 @@ def _conditions(report: EvaluationReport, champion: EvaluationReport) -> Iterato
             yield name, f"is {own}, but {other} in the champion's report"
 
 
-def _flatten(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+def _comparable_settings(report: EvaluationReport) -> dict[str, object]:
+    """The synthesis settings by name; tuples as lists, which is how a report read back has them."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(report.synthesis)
+    }
 
 
 def _items(report: EvaluationReport, champion: EvaluationReport) -> Iterator[tuple[str, str]]:
@@ -115,7 +118,7 @@ def _missing_metrics(
 def empty_outputs(
     report: EvaluationReport, champion: EvaluationReport, name: ComparedField
 ) -> list[str]:
-    """Items for which `name` cannot be compared, because an output is empty."""
+    """Ids of the items whose `name` cannot be compared, because an output is empty."""
     ours, theirs = (_by_item(r) for r in (report, champion))
     return [
         item

@@ -73,8 +73,8 @@ def decide(
     """Whether the model of `report` may become champion: measured on the whole set, within all
     bounds, and no regression.
 
-    A champion whose report was made under other conditions is not compared: that is a violation
-    which names them, and how to measure the champion again.
+    A champion's report that was made under other conditions is not compared. That is a violation,
+    which names the difference and says how to evaluate the champion again.
     """
     violations = [*_out_of_bounds(report, bounds)]
     if report.limit:

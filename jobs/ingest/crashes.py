@@ -1,7 +1,7 @@
-"""Rows that end the process of a worker: by a fault of native code, or by memory.
+"""Rows that end the process of a worker, by a crash of native code or for lack of memory.
 
-Ray starts the work on a shard again. From the second attempt on each row is noted before it is
-touched, so that the third attempt knows the row that was in flight when the second one ended, and
+Ray then starts the work on the shard again. From the second attempt on, each row is noted before it
+is processed. The third attempt therefore knows the row during which the second one ended, and
 leaves it out. So every attempt gets further, and the number of attempts is bounded.
 """
 
@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 16
 
 
 class RowFaultError(ValueError):
-    """Something is wrong with one row; the message is the reason of its reject."""
+    """A fault of one row, which becomes a reject; the message is its reason."""
 
 
 @dataclass
@@ -40,21 +40,22 @@ class Attempt:
         return self.number > 1
 
     def enter(self, row: str) -> None:
-        """Notes a row in flight. Raises RowFaultError for a row that has ended workers."""
+        """Notes that a row is being processed. Raises RowFaultError for a row that has ended
+        workers."""
         if row in self.crashed:
             raise RowFaultError("ends the worker: its process ended twice while at this input")
         if self.is_careful:
             self.save(row)
 
     def save(self, row: str | None) -> None:
-        """Writes the state that the next attempt finds if this one ends."""
+        """Writes the state that the next attempt reads if this one crashes."""
         state = {"run": self.run, "number": self.number, "crashed": self.crashed, "row": row}
         self.retrier.call(storage.write_json, self.uri, state)
 
 
 @contextmanager
 def attempt(out: str, stage: str, shard: str, run: str, retrier: Retrier) -> Iterator[Attempt]:
-    """An attempt of a stage on a shard, within the block; `run` tells this run from a former one.
+    """An attempt of a stage on a shard, during the block. `run` identifies the present run.
 
     Raises RuntimeError after `MAX_ATTEMPTS` crashes.
     """

@@ -1,4 +1,4 @@
-"""Lines of text files as people have them: BOMs, CRLF, UTF-16, bytes that are not UTF-8.
+"""Lines of text files with BOMs, CRLF, UTF-16 or bytes that are not UTF-8.
 
 Lines end at `\\n` only. `str.splitlines` also splits at U+2028, U+0085 and others, which JSON
 strings and texts may hold.

@@ -1,4 +1,4 @@
-"""All inputs of a run: the items of its sources, and what is no item."""
+"""All inputs of a run: the items of its sources, and the rejects of their listing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from valle.platform.retries import Retrier, StorageError, is_refusal
 def list_sources(
     sources: Sequence[Source], retrier: Retrier
 ) -> tuple[list[SourceItem], list[Reject]]:
-    """Items and rejects of all sources. The second item of an id is a reject.
+    """Items and rejects of all sources. The second item with the same id becomes a reject.
 
     Raises RecipeError when two roots of the same name hold the same paths.
     """

@@ -45,7 +45,8 @@ def _parse(line: str, source: Source, origin: str) -> SourceItem:
 def locate(audio: str, folder: str) -> str:
     """The absolute path or URI of `audio`; a relative one starts at the manifest's folder.
 
-    Raises ValueError for a URI that storage cannot read, and for a path out of its bucket.
+    Raises ValueError for a URI that storage cannot read, and for a path that leads out of the
+    bucket.
     """
     try:
         if "://" in audio or audio.startswith(("/", "~/")):
@@ -63,5 +64,5 @@ def locate(audio: str, folder: str) -> str:
 
 
 def stamp(*entries: storage.FileEntry) -> str:
-    """A text that changes with the files of an item."""
+    """A text of sizes and times, which changes when a file of the item changes."""
     return " ".join(f"{entry.size}@{entry.modified_ns}" for entry in entries)

@@ -1,4 +1,4 @@
-"""What earlier runs have written, compared with the inputs of this one."""
+"""The results of earlier runs, compared with the inputs of this one."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _LINE_ID = re.compile(r"/\d+$")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What is known of an utterance that exists."""
+    """The columns of an existing utterance that are compared with its input."""
 
     shard: str
     speaker: str
@@ -73,7 +73,8 @@ class DatasetState:
 
 
 def scan_output(out: str, codec: CodecIdentity, retrier: Retrier) -> DatasetState:
-    """Reads what is done, shards that a killed run has not listed in the manifest included."""
+    """Reads the finished utterances, also those of shards that no manifest lists (of killed
+    runs)."""
     listed: dict[str, Shard] = {}
     if retrier.call(storage.exists, storage.join(out, "dataset.json")):
         manifest = retrier.call(dataset.read_manifest, out)
@@ -110,7 +111,7 @@ def _adopt(out: str, name: str, rows: pa.Table, retrier: Retrier) -> Shard:
 
 @dataclass
 class Comparison:
-    """The items of a run, by what is to be done."""
+    """The items of a run, grouped by what has to be done."""
 
     to_prepare: list[SourceItem] = field(default_factory=list)
     """New ones, rejected ones and changed ones."""
@@ -172,7 +173,7 @@ def _place(uri: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _voice(language: str) -> str | None:
-    """The voice by which rows name a language; None for one that nothing is prepared in."""
+    """The espeak voice that rows hold for a language; None for an unknown language."""
     try:
         return espeak_voice(language)
     except ValueError:

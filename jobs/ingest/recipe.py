@@ -48,18 +48,18 @@ class PrepareRecipe:
     keep: it stays, for a corpus that was copied without its times."""
 
     utterances_per_shard: int = 512
-    """Most recordings per unit of work and Parquet file; a file lacks the rejected ones."""
+    """Most recordings per unit of work (shard), rejected ones included."""
 
     seconds_per_shard: float = 3600.0
-    """Most seconds of speech per unit of work, which a worker holds in memory (96 kB a second): at
-    most this, divided by `max_seconds`, recordings."""
+    """Most seconds of speech per unit of work, which a worker holds in memory (96 kB a second). A
+    unit has at most `seconds_per_shard / max_seconds` recordings."""
 
     batch_seconds: float | None = None
     """Padded seconds per batch of the codec; default: 10 on a CPU, where larger batches exceed the
     cache (60 is half as fast), 120 on a GPU."""
 
     storage_retry_seconds: float = 120.0
-    """How long a read or write that storage fails is tried again before the run stops."""
+    """Seconds for which a failed read or write is tried again; then the run stops."""
 
     workers: int | None = None
     """Limit on codec actors; None: as many as the cluster can hold, nodes that join later included

@@ -24,7 +24,7 @@ class Source:
     speaker's name (several are joined by `_`), `*` any other folder and, last, the file."""
 
     language: str = "en-us"
-    """espeak voice name, for items without a language of their own."""
+    """BCP 47 tag, or an espeak voice, for items without a language of their own."""
 
     def __post_init__(self) -> None:
         if self.layout == "folder":

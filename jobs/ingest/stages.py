@@ -1,7 +1,7 @@
 """The stages of `prepare`: Arrow tables in and out, one table for each shard, without Ray.
 
-A step raises RowFaultError for what is wrong with its row, which becomes a reject. All other errors
-end the run: StorageError, and errors of this program.
+A stage raises RowFaultError for a fault of a row, which becomes a reject. All other errors end the
+run: StorageError, and errors of this program.
 """
 
 import json
@@ -64,7 +64,8 @@ def map_rows(
     stage: str,
     drop: Sequence[str] = (),
 ) -> pa.Table:
-    """Merges `function(row)` into each row without a `reason`; a RowFaultError becomes it."""
+    """Merges `function(row)` into each row without a `reason`. The message of a RowFaultError
+    becomes the row's `reason`."""
     mapped = []
     items = rows.to_pylist()
     with attempt(recipe.out, stage, items[0]["shard"], items[0]["run"], retrier) as present:
@@ -82,7 +83,8 @@ def map_rows(
 
 
 def read_input(retrier: Retrier, uri: str, what: str, max_bytes: int) -> bytes:
-    """The content of a row's file. Raises RowFaultError where the file is at fault."""
+    """The content of a row's file. Raises RowFaultError for a fault of the file, and
+    StorageError."""
     try:
         return retrier.call(storage.read_bytes, uri, max_bytes=max_bytes)
     except FileNotFoundError as error:

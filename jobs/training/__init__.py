@@ -10,5 +10,5 @@ validation.py       held-out loss, samples, word error rate
 recipe.py           the recipe's section `train`
 resume.py           what must be the same when a run resumes
 ray_train.py        the loop on a Ray cluster, tracked in MLflow
-run_folder.py       a run's checkpoints and Ray's list of them, mended before Ray reads them
+run_folder.py       a run's checkpoints and Ray's list of them, repaired before Ray reads them
 """

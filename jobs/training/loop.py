@@ -53,7 +53,7 @@ MAX_BAD_VALIDATIONS = 2
 
 
 class TrainingStoppedError(RuntimeError):
-    """A run that cannot go on: another attempt would end in the same way."""
+    """A run that has to end, because another attempt would fail in the same way."""
 
 
 def log_skipped(skipped: SkippedBatch) -> None:

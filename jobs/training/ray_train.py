@@ -128,8 +128,8 @@ def fit(
 def train_worker(make_trainee: Callable[[], Trainee[Any]], worker_settings: WorkerSettings) -> None:
     """Runs the loop as one worker of Ray Train, from the run's last checkpoint if there is one.
 
-    A run that cannot go on, or must not resume, ends here on every rank, and says why in `STOPPED`:
-    Ray would start a worker that raises again, to the same end.
+    A run that has to end, or must not resume, ends here on every rank without an error and writes
+    the reason to the file `STOPPED`. Ray would restart a worker that raises, only to fail again.
     """
     import ray.train
 

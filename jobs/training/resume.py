@@ -1,8 +1,8 @@
-"""What has to be the same when a run resumes, and what may change.
+"""Which settings and data must be the same when a run resumes, and which may change.
 
-A run resumes by its name. Its checkpoint says in `config.json` what it was trained with; `check`
-compares this with what the run would go on with. Compared are facts, not paths: a dataset that was
-moved is the same dataset.
+A run resumes by its name. The `config.json` of its checkpoint holds the settings and data that it
+was trained with; `check` compares them with the present ones. A dataset is compared by its hash,
+not by its path, so a dataset that was moved is the same one.
 """
 
 import json
@@ -21,15 +21,15 @@ Metadata = CheckpointMetadata | CodecCheckpointMetadata
 
 FREE: Final = frozenset(
     {
-        # where things are; what they hold is compared by hash or identity
+        # paths: their contents are compared by hash or identity
         "data", "corpora", "codec", "out", "run", "storage_path",
-        # what is looked at and kept, and how often
+        # logging, samples and checkpoints
         "log_every", "checkpoint_every", "keep_checkpoints", "samples", "quick_check",
-        # when the run gives up
+        # limits after which the run ends
         "max_failures", "max_skipped_in_row", "resume_anyway",
-        # on what it computes; of another number of workers the position is converted
+        # hardware: for another number of workers the position is converted
         "workers", "threads", "placement", "compile",
-        # how long, which `check` says
+        # length of the run: `check` warns of a change
         "steps", "models",
     }
 )  # fmt: skip
@@ -49,8 +49,8 @@ class ResumeError(ValueError):
 def check(folder: Path, present: Metadata, worker: Worker) -> tuple[str, ...]:
     """Compares the checkpoint in `folder` with the metadata that this run would write.
 
-    Returns the changes that the recipe's `resume_anyway` has let through, with its reason. Raises
-    ResumeError for all others.
+    Returns the changes that the recipe's `resume_anyway` has permitted, each with the reason.
+    Raises ResumeError for a change that is not permitted.
     """
     path = folder / checkpoint.CONFIG
     try:
@@ -64,8 +64,8 @@ def check(folder: Path, present: Metadata, worker: Worker) -> tuple[str, ...]:
     kind = now["kind"]
     before, after = dict(_flatten(saved["recipe"], kind)), dict(_flatten(now["recipe"], kind))
     step = checkpoint.load_state(folder).step
-    _say_what_is_unknown(saved, now, before, after)
-    _say_what_has_changed(before, after, worker, step)
+    _warn_of_missing_values(saved, now, before, after)
+    _warn_of_changes(before, after, worker, step)
     differences = [
         f"{name}: {saved[name]!r} -> {now[name]!r}"
         for name in ("dataset", "text_version")
@@ -138,13 +138,13 @@ def _check_fixed(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _say_what_is_unknown(
+def _warn_of_missing_values(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> None:
-    """One warning for a checkpoint that does not say everything that is compared."""
+    """Logs one warning if the checkpoint lacks some of the values that are compared."""
     missing = ["dataset"] if now.get("dataset") and not saved.get("dataset") else []
     missing += [
         name for name in after if name not in before and name.split(".")[0] not in FREE | FIXED
@@ -156,10 +156,10 @@ def _say_what_is_unknown(
         )
 
 
-def _say_what_has_changed(
+def _warn_of_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], worker: Worker, step: int
 ) -> None:
-    """Warnings of permitted changes that are not without effect."""
+    """Logs a warning for each permitted change that has an effect on the training."""
     steps, earlier_steps = after.get("steps"), before.get("steps")
     if earlier_steps is not None and earlier_steps != steps:
         _log().warning(

@@ -1,8 +1,8 @@
-"""The folder of a run before Ray Train reads it: only whole checkpoints, and Ray's list of them.
+"""Repairs the folder of a run before Ray Train reads it: its checkpoints and Ray's list of them.
 
-Ray keeps the list in `checkpoint_manager_snapshot.json`, which it writes in place: a run that is
-killed meanwhile leaves half a file, and Ray refuses to start. Checkpoints themselves are stored
-whole or not at all, but disks lose bits. `repair` makes the folder and the list agree.
+Ray keeps the list in `checkpoint_manager_snapshot.json`, which it writes in place. A run that is
+killed during the write leaves half a file, and Ray then refuses to start. Checkpoints are stored
+whole or not at all, but a disk may damage them later. `repair` makes the folder and the list agree.
 """
 
 import logging
@@ -27,8 +27,8 @@ and keeps it as JSON, which has no NaN."""
 def repair(uri: str, score: str | None) -> None:
     """Sets broken checkpoints of the run at `uri` aside, with a warning, and corrects Ray's list.
 
-    The newest whole checkpoint is read and compared with its hashes, older ones as far as one of
-    them is whole; of the others the sizes are compared. Nothing happens to a sound run.
+    The newest checkpoint is read and compared with its hashes; if it is broken, the next older one,
+    and so on. Only the sizes of the others are compared. A run without faults is not changed.
     """
     steps = checkpoint.list_steps(uri)
     listed = _read_snapshot(uri)
@@ -131,7 +131,7 @@ def _set_aside(uri: str, step: str, fault: str) -> None:
 
 
 def _remove_parts(uri: str) -> None:
-    """Removes what interrupted writers have left."""
+    """Removes the unfinished folders of interrupted writers."""
     filesystem, path = storage.filesystem(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         for part in Path(path).glob("step_*.part"):

@@ -88,8 +88,8 @@ class ARDeployment(MultiVersionDeployment[EngineWorker]):
                 yield output
 
     async def forget_prompts(self) -> None:
-        """Erases what ended requests have left in key-value caches, and later what running ones
-        leave: the voice of one of them has been deleted."""
+        """Overwrites the keys and values of ended requests at once, and those of running requests
+        when they end. Called when a voice has been deleted."""
         for worker in self.models:
             worker.forget_prompts()
 

@@ -1,8 +1,8 @@
-"""Calls of deployments: full queues, dead replicas, callers that leave, and a bound of the time.
+"""Calls of deployments: full queues, dead replicas, cancelled callers, and time limits.
 
-A call is a function of its arguments (speech is drawn by a seed), so that the answer of another
-replica is the same. A call whose replica dies is therefore made again, but only once: a request
-that kills every replica which takes it must not walk through all of them.
+The result of a call depends on its arguments only (speech is drawn by a seed), so every replica
+gives the same one. A call whose replica dies is therefore made again, but only once: a request that
+ends each replica that runs it must not end all of them.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class _Attempts:
         return asyncio.timeout(max(0.0, self._deadline - time.monotonic()))
 
     def restart(self) -> None:
-        """A stream has given an item: the time begins anew."""
+        """Starts the time limit again, after a stream has yielded an item."""
         self._deadline = time.monotonic() + self._max_seconds
 
     def expired(self) -> UnavailableError:
@@ -69,7 +69,7 @@ class _Attempts:
                 raise self.expired() from error
             await asyncio.sleep(RETRY_SECONDS)
             return
-        # what the call itself was wrong about, another replica would say too
+        # another replica would refuse the same arguments
         if isinstance(error, RayTaskError) and isinstance(error, ValueError):
             raise RefusedCallError(str(getattr(error, "cause", error))) from error
         self._n_failed += 1
@@ -99,7 +99,7 @@ async def call_deployment(
             response.cancel()
             if timeout.expired():
                 raise attempts.expired() from error
-            await attempts.after(error)  # it was the replica's own
+            await attempts.after(error)  # the replica's fault, not the call's
         except _FAILURES as error:
             await attempts.after(error)
 
@@ -114,8 +114,8 @@ async def stream_deployment(
     """The items of a streaming call; closing this generator cancels the call.
 
     Full queues and dead replicas are handled as by `call_deployment`; `max_seconds` bounds the time
-    to each item. A stream that begins again must repeat what it has given, which `same` compares;
-    the caller gets what follows.
+    to each item. A stream that is started again must repeat the items that it has yielded, which
+    `same` compares; the caller gets only those that follow.
     """
     attempts = _Attempts(retry, max_seconds)
     given: list[Any] = []
@@ -135,9 +135,9 @@ async def stream_deployment(
                     given.append(item)
                     yield item
                 elif not same(given[n_received - 1], item):
-                    raise UnavailableError("a stream that began again gave something else")
+                    raise UnavailableError("a stream that was started again gave other items")
             if n_received < len(given):
-                raise UnavailableError("a stream that began again ended too early")
+                raise UnavailableError("a stream that was started again ended too early")
             return
         except (asyncio.CancelledError, GeneratorExit, UnavailableError):
             response.cancel()

@@ -107,7 +107,7 @@ class ServeDeployments:
                 timeout_s=FORGET_SECONDS, return_exceptions=True
             ):
                 if isinstance(result, RayActorError | OutOfMemoryError):
-                    continue  # with its process, its memory has gone
+                    continue  # the process has ended, and its memory with it
                 if isinstance(result, BaseException):
                     raise result
 
@@ -116,8 +116,8 @@ class ServeDeployments:
 
 
 def _with_new_id(request: Request) -> Request:
-    """The same request under an id of its own: a replica that was out of reach may still run the
-    one before it. Codes do not depend on the id."""
+    """The same request with a new id: a replica that could not be reached may still run the
+    previous attempt. Codes do not depend on the id."""
     return replace(request, id=uuid.uuid4().hex)
 
 
@@ -133,8 +133,8 @@ def _handle(deployment: str) -> DeploymentHandle:
 
 @cached(TTLCache(1, 1.0), lock=threading.Lock())  # unauthenticated, and the controller answers
 def _not_running(app_name: str) -> list[str]:
-    """Deployments of an application that have no running replica, the ingress included; not the
-    one that counts for keys, without which requests are answered all the same."""
+    """Deployments of an application that have no running replica, the ingress included. KeyLimits
+    is left out, because requests are answered without it too."""
     app = serve.status().applications[app_name]
     return [
         name

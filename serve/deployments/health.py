@@ -1,9 +1,9 @@
-"""When a replica ends itself: a process whose model does not work any more must not attract calls.
+"""When a replica ends itself: a process whose model no longer works must not get further calls.
 
-Serve notices within a health check that a process has ended, and callers at once: their calls fail
-and are made again elsewhere (`backpressure`). A process that lives on and only fails its health
-checks keeps its place for three of them. As it answers faster than all others, it is then the one
-that gets most calls.
+Serve notices at its next health check that a process has ended. Callers notice at once: their calls
+fail and are made again on another replica (`backpressure`). A process that stays alive and only
+fails its health checks gets calls until the third failure. As it fails faster than the others
+answer, it would get most of the calls.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ _DEVICE_ERROR = re.compile(r"\bCUDA\b|\bcuDNN\b|CUDNN_|CUBLAS_|cuBLAS|\bHIP erro
 
 
 def is_device_error(error: BaseException | None) -> bool:
-    """True for an error, or one that has led to it, after which no call to the device succeeds.
+    """True for an error, also as the cause of another, after which no call to the device succeeds.
 
-    Memory that is missing is none of these: later calls succeed once some is free.
+    Out of memory is not such an error: later calls succeed once memory is free.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,8 +1,8 @@
 """What the web layer needs of the models: `Deployments`, without Ray Serve.
 
 `handles.ServeDeployments` implements it over Serve's handles; tests inject a fake that runs in
-their own process. A `version` is a registry URI that does not move, or the folder of a bundle
-(`registry.pin`); all calls for one response name the same version.
+their own process. A `version` is a pinned name (`registry.pin`); all calls for one response name
+the same version.
 """
 
 from collections.abc import AsyncGenerator
@@ -88,7 +88,8 @@ class Deployments(Protocol):
         """Loads a version in every replica. Raises the error of a replica that cannot load it."""
 
     async def forget_prompts(self) -> None:
-        """Erases the prompts of ended requests in every replica: a voice has been deleted."""
+        """Removes the prompts of ended requests from the memory of every replica. Called when a
+        voice has been deleted."""
 
     async def not_running(self) -> list[str]:
-        """Names of the deployments that have no running replica; a second old at most."""
+        """Names of the deployments that have no running replica, as of a second ago at most."""

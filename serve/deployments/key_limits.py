@@ -25,13 +25,13 @@ logger = logging.getLogger("ray.serve")
 
 
 class KeyLimitsDeployment(LocalKeyLimits):
-    """`LocalKeyLimits` in a replica; what it has counted is lost with it, and a minute later right
-    again."""
+    """`LocalKeyLimits` in a replica. When the replica dies, its counts are lost; a minute later the
+    new replica's counts are right."""
 
 
 class ServeKeyLimits:
-    """`serve.key_limits.KeyLimits` over the deployment. While that gives no answer, each ingress
-    replica counts its own requests: nobody is shut out, and nobody gets in without limits."""
+    """`serve.key_limits.KeyLimits` over the deployment. While the deployment does not answer, each
+    ingress replica counts its own requests, so that keys still work and still have limits."""
 
     def __init__(self) -> None:
         self._local = LocalKeyLimits()

@@ -1,4 +1,4 @@
-"""What the application has to know of the cluster that it is built for."""
+"""The address that the cluster's Serve listens on, and how many ingress replicas it needs."""
 
 import ray
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -12,7 +12,7 @@ def listening_host() -> str | None:
     """Address that Serve's proxies listen on, or will; None for no HTTP.
 
     Before Serve runs this is the address at which `serve run` starts it. Ray's public interface has
-    no way to ask, so this uses a name of its inside.
+    no way to ask for it, so this function uses an internal name of Ray.
     """
     client = _get_global_client(raise_if_no_controller_running=False) if _connected() else None
     options = client.http_config if client is not None else HTTPOptions()
@@ -20,7 +20,7 @@ def listening_host() -> str | None:
 
 
 def default_ingress_replicas() -> int:
-    """Two where one may fail without taking the endpoint along, else one."""
+    """Two on several nodes or many CPUs, where one may fail while the other answers; else one."""
     if not _connected():
         return 1
     nodes = [node for node in ray.nodes() if node["Alive"]]

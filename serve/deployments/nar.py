@@ -73,7 +73,7 @@ class NARDeployment(MultiVersionDeployment[BatchedNAR]):
                 self._schedule_expiry()
 
     async def forget_prompts(self) -> None:
-        """Empties the caches of prompts: the voice of one of them has been deleted."""
+        """Empties the caches of prompts. Called when a voice has been deleted."""
         for nar in self.models:
             nar.decoder.forget_prompts()
 

@@ -85,7 +85,7 @@ class MultiVersionDeployment(Generic[Model]):
             pass
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds; a replica that is broken ends itself here."""
+        """Called by Serve every few seconds. Ends the replica if it is broken."""
         self.health.check()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

@@ -46,8 +46,8 @@ class Engine:
             self._remove(request_id)
 
     def forget_prompts(self) -> None:
-        """Erases what ended requests have left in the caches, and what those of now will leave when
-        they end. Their voices may have been deleted."""
+        """Overwrites the cached keys and values of ended requests at once, and those of the present
+        requests when they end. Called when a voice has been deleted."""
         self._to_erase = self._scheduler.request_ids()
         self._runner.erase_free(prefill=self._scheduler.prefilling is None)
 

@@ -25,7 +25,7 @@ class EngineError(RuntimeError):
 
 
 class _Forget:
-    """Mail: erase what ended requests have left."""
+    """Message to the thread: call `Engine.forget_prompts`."""
 
 
 _Mail = Request | str | _Forget | None
@@ -97,11 +97,12 @@ class EngineWorker:
             raise self._error
 
     def forget_prompts(self) -> None:
-        """Erases what ended requests have left in memory, and later what running ones leave."""
+        """Overwrites the keys and values of ended requests, and of running ones when they end."""
         self._mailbox.put(_Forget())
 
     def close(self) -> None:
-        """Ends the thread after its current step and waits for that: not for an event loop."""
+        """Ends the thread after its current step and waits for it. It blocks, so it must not be
+        called in an event loop."""
         self._mailbox.put(None)
         self._thread.join()
 

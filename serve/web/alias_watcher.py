@@ -19,7 +19,7 @@ FIRST_RETRY_SECONDS = 2.0
 
 
 class NoVersionError(Exception):
-    """No version of the model is known yet: the registry has never answered this replica."""
+    """No model version is known yet, because the registry has never answered this replica."""
 
 
 class AliasWatcher:
@@ -33,8 +33,9 @@ class AliasWatcher:
         poll_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`resolve` gets the current version, None at first, asks the registry for the alias's and
-        may block; `preload` returns when every replica has loaded a version, or raises."""
+        """`resolve` gets the current version (None at first), returns the version that the alias
+        points to, and may block. `preload` returns when every replica has loaded a version, or
+        raises the error of one that cannot."""
         self._resolve, self._preload = resolve, preload
         self._poll_seconds, self._clock = poll_seconds, clock
         self._version: str | None = None

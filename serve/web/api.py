@@ -230,32 +230,20 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(UnavailableError)
     async def unavailable(request: Request, error: UnavailableError) -> Response:
         logger.error("no replica has answered: %s", error, exc_info=error)
-        detail = ErrorDetail(
-            message="the models are not available; try again in a moment",
-            type="server_error",
-            code="unavailable",
-        )
-        return error_response(503, detail, {"Retry-After": "5"})
+        message = "the models are not available; try again in a moment"
+        return _unavailable(message, "unavailable", retry_seconds=5)
 
     @api.exception_handler(VoiceStoreError)
     async def no_voice_store(request: Request, error: VoiceStoreError) -> Response:
         logger.error("the voice store does not answer: %s", error)
-        detail = ErrorDetail(
-            message="the store of the voices does not answer; try again in a moment",
-            type="server_error",
-            code="voice_store_unavailable",
-        )
-        return error_response(503, detail, {"Retry-After": "10"})
+        message = "the store of the voices does not answer; try again in a moment"
+        return _unavailable(message, "voice_store_unavailable", retry_seconds=10)
 
     @api.exception_handler(NoVersionError)
     async def no_version(request: Request, error: NoVersionError) -> Response:
         logger.warning("refused: %s", error)
-        detail = ErrorDetail(
-            message="the model's version is not known yet: the registry does not answer",
-            type="server_error",
-            code="model_unavailable",
-        )
-        return error_response(503, detail, {"Retry-After": "2"})
+        message = "the model's version is not known yet: the registry does not answer"
+        return _unavailable(message, "model_unavailable", retry_seconds=2)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -273,6 +261,12 @@ def _add_error_handlers(api: FastAPI) -> None:
         """An error of a middleware; `FailureMiddleware` answers those of the application."""
         detail = ErrorDetail(message="the server failed", type="server_error")
         return error_response(500, detail, {"Retry-After": "2"})
+
+
+def _unavailable(message: str, code: str, *, retry_seconds: int) -> Response:
+    """A 503 that says when to try again."""
+    detail = ErrorDetail(message=message, type="server_error", code=code)
+    return error_response(503, detail, {"Retry-After": str(retry_seconds)})
 
 
 def _add_status_routes(

@@ -48,7 +48,7 @@ class ApiKeyMiddleware:
         limits: KeyLimits,
         count_refusal: Callable[[str], None],
     ) -> None:
-        """`count_refusal` is told the reason of each 401: missing or unknown."""
+        """`count_refusal` is called with the reason of each 401: `missing` or `unknown`."""
         self._app, self._keys, self._limits = app, keys, limits
         self._count_refusal = count_refusal
         self._replica = uuid.uuid4().hex
@@ -59,7 +59,7 @@ class ApiKeyMiddleware:
         self._next_log = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on an allowed request, which counts as running until its last byte is sent or its
+        """Passes on an allowed request. It counts as running until its last byte is sent or its
         client disconnects."""
         path = route_path(scope)
         public = scope["type"] == "http" and PUBLIC_PATHS.fullmatch(path)

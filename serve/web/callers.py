@@ -1,4 +1,4 @@
-"""Who sends a request: the key that it came with, and what that key may do."""
+"""The sender of a request: its API key and what that key may do."""
 
 import re
 import uuid
@@ -21,7 +21,7 @@ REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """The sender of a request, as the log names it."""
+    """The sender of a request: an API key with its permissions, or nobody in particular."""
 
     key: str = ""
     """Name of the key; empty where the server asks for none."""
@@ -41,7 +41,7 @@ class Caller:
     """The `X-Request-ID` of the response."""
 
     def require(self, permission: Permission) -> None:
-        """Raises ApiError without the permission."""
+        """Raises ApiError (403) if the caller lacks the permission."""
         if permission not in self.permissions:
             message = f"key {self.key} may not {permission}: see `may` in the file of keys"
             raise ApiError(403, message, code="not_permitted")
@@ -57,6 +57,6 @@ def request_id(headers: Headers) -> str:
 
 
 def caller_of(request: Request) -> Caller:
-    """The caller that `ApiKeyMiddleware` has found; without keys, one that may do everything."""
+    """The caller that `ApiKeyMiddleware` has set; without keys, a caller with all permissions."""
     caller = request.scope.get("state", {}).get("caller")
     return caller or Caller(request_id=request_id(request.headers))

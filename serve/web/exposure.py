@@ -1,6 +1,6 @@
-"""Whom a server lets in: nobody beyond its own machine without keys, unless it is told to.
+"""The rule against exposed endpoints: other machines need API keys, unless `open` is set.
 
-The check of a Serve configuration, `valle serve` and the application itself share this rule.
+`validate-config`, `valle serve` and the application itself apply this rule.
 """
 
 import re
@@ -32,7 +32,7 @@ def refuse_exposure(host: str | None, args: AppArgs) -> None:
 
 
 def key_file_error(args: AppArgs) -> str | None:
-    """What is wrong with the file of keys; None for none, or for one that can be used."""
+    """The error of the key file; None if no file is set, or if it can be used."""
     if not args.api_keys:
         return None
     try:
@@ -45,8 +45,8 @@ def key_file_error(args: AppArgs) -> str | None:
 
 
 def node_local_fields(args: AppArgs) -> Iterator[str]:
-    """Fields that name files of one machine: on several, each replica would see those of its own
-    node, and a voice added on one would be missing on the next."""
+    """Names of the fields that hold paths of one machine. On several nodes, each replica would read
+    the files of its own node, and a voice added on one node would be missing on the others."""
     paths = {"voices": args.voices, "api_keys": args.api_keys, "model": args.model}
     for name, value in paths.items():
         if value and (value.startswith("file:") or not _SCHEME.match(value)):

@@ -1,4 +1,4 @@
-"""Errors that nobody expected, answered where the outer middlewares still see the answer."""
+"""Unexpected errors, answered inside the other middlewares, so that these handle the answer too."""
 
 import logging
 
@@ -12,8 +12,8 @@ logger = logging.getLogger("ray.serve")
 
 
 class FailureMiddleware:
-    """ASGI middleware, the innermost: answers 500 to an error of the application and logs it. A
-    response that has begun is broken off, so that no client takes a part for the whole.
+    """ASGI middleware, the innermost: answers 500 to an error of the application and logs it. If
+    the response has begun, the connection is closed, so that no client takes a part for the whole.
 
     Starlette's own handler is outside of all middlewares: its answers have no CORS headers, and
     a page of another origin would see no error but a network's.

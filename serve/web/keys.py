@@ -1,18 +1,18 @@
 """API keys: what each may do, and its limits.
 
-    python -m valle.serve.web.keys web    # creates a key, prints it once with its entry in the file
+    valle keys web    # creates a key; prints it once, with its entry for the file
 
 The file (`api_keys` of `AppArgs`) is a YAML list. It holds the SHA-256 of each key, from which the
 key cannot be recovered. Without a file, requests need no key.
 
-    - name: web                 # names the key in logs; voices that it adds belong to this name
+    - name: web                 # in logs, and as the owner of the voices that the key adds
       sha256: 0123...
       may: [speak, add]         # default: speak, add, delete, inline
       voices: all               # default: own, and the shared ones that have no owner
-      requests_per_minute: 60
+      requests_per_minute: 60        # the default
       characters_per_minute: 20000   # default: no limit
-      concurrent: 8
-      max_voices: 100
+      concurrent: 8                  # the default
+      max_voices: 100                # the default
 """
 
 import argparse
@@ -47,7 +47,7 @@ class ApiKey:
     """One entry of the file."""
 
     name: str
-    """Name of the key in messages and logs, and of the owner of the voices that it adds."""
+    """Name of the key in messages and logs; also the owner of the voices that the key adds."""
 
     sha256: str
     """SHA-256 of the key, in hexadecimal."""
@@ -56,7 +56,8 @@ class ApiKey:
     """What the key may do: speak, add and delete voices, inline (speak with `ref_audio`)."""
 
     voices: Literal["own", "all"] = "own"
-    """Voices that it may use and delete: its own, and use the shared ones; or everybody's."""
+    """own: the key may use its own and the shared voices, and delete its own. all: it may use and
+    delete every voice."""
 
     requests_per_minute: int = 60
     """Requests in any 60 seconds; more are refused with 429."""
@@ -68,7 +69,7 @@ class ApiKey:
     """Requests at the same time; more are refused with 429."""
 
     max_voices: int = 100
-    """Voices that it may have stored; more are refused with 507."""
+    """Most voices that the key may store; more are refused with 507."""
 
     def __post_init__(self) -> None:
         if not KEY_NAME_PATTERN.fullmatch(self.name):
@@ -92,7 +93,7 @@ class ApiKey:
 
 
 def read_keys(uri: str) -> list[ApiKey]:
-    """The keys of a file. Raises ValueError for a file with errors, OSError for none."""
+    """The keys of a file. Raises ValueError for a file with errors, OSError for a missing one."""
     return parse_keys(uri, storage.read_bytes(uri))
 
 
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="name of the key's owner: a-z, A-Z, 0-9, _ and -")
+    parser.add_argument("name", help="name of the key, of a-z, A-Z, 0-9, _ and -")
     arguments = parser.parse_args(argv)
     if not KEY_NAME_PATTERN.fullmatch(arguments.name):
         parser.error(f"name: {arguments.name!r} is not 1 to 64 of a-z, A-Z, 0-9, _ and -")

@@ -1,7 +1,7 @@
 """Prometheus metrics of an ingress replica (`/metrics`).
 
-Each replica counts its own responses, and a request for the metrics reaches any of them; so every
-sample is labelled with its replica, and a query sums over the label. Ray exports queues and
+Each replica counts its own responses, and a request for the metrics reaches one replica, whichever
+it is. So every sample has the label `replica`, and a query sums over it. Ray exports queues and
 latencies of all deployments at its metrics port.
 """
 

@@ -1,7 +1,7 @@
-"""What a server lacks to answer speech requests: the truth behind `/health/ready`.
+"""The parts that a server lacks to answer speech requests, for `/health/ready`.
 
-Each part is asked on its own, all at the same time, and gets a second. A part that does not answer
-is missing; its question goes on, and the next probe waits for the same one instead of asking again.
+All parts are asked at the same time, with one second each. A part that does not answer counts as
+missing. Its question continues, and the next probe waits for it instead of asking again.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class MissingParts:
         self._store = _Question(lambda: run_in_threadpool(store.check_reachable))
 
     async def names(self) -> list[str]:
-        """Names of what is missing, deployments without a running replica among them; empty where
+        """Names of the missing parts and of the deployments without a running replica; empty if
         speech requests can be answered."""
         questions = (self._not_running, self._version, self._store)
         answers: list[Any] = await asyncio.gather(

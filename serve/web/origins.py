@@ -2,8 +2,8 @@
 
 A browser sends the requests of any page, with the user's access to the network: a page may post to
 a server on localhost, and with a name of its own that resolves to 127.0.0.1 (DNS rebinding) it may
-read the answers too. So the `Host` that a request names is checked, and the `Origin` of those that
-change something. Programs that are no browsers send no `Origin`.
+read the answers too. So the `Host` of every request is checked, and the `Origin` of requests that
+change something. Programs other than browsers send no `Origin`.
 """
 
 import ipaddress
@@ -64,8 +64,8 @@ class HostMiddleware:
         host = headers.get("host", "")
         if not self._is_allowed_host(host):
             message = (
-                f"this server is not {shorten(host) or 'without a name'}: use one of its names, or "
-                "add this one to allowed_hosts"
+                f"Host: {shorten(host) or 'missing'} is not a name of this server; use one of its "
+                "names, or add this one to allowed_hosts"
             )
             await refuse(421, message, "unknown_host", scope, receive, send)
             return
@@ -95,8 +95,11 @@ class HostMiddleware:
 
 
 def _host_and_port(url: str) -> tuple[str, int | None]:
-    """Host in lower case, and port unless it is a scheme's default; ("", None) for no URL, and for
-    one with more than those: `//evil@localhost` names localhost."""
+    """Host in lower case, and port unless it is the scheme's default.
+
+    ("", None) for a text that is no URL, and for a URL with other parts, such as a user: the host
+    of `//evil@localhost` is localhost.
+    """
     if not _HOST_ONLY.fullmatch(url):
         return "", None
     try:
@@ -119,8 +122,9 @@ async def refuse(
 
 
 def cors(app: ASGIApp, allow_origins: Sequence[str]) -> CORSMiddleware:
-    """Answers preflights, and says in every response, errors included, whether scripts of other
-    origins may read it. Nothing is sent with cookies: keys are headers that the script sets."""
+    """A middleware that answers preflights, and adds to every response, errors included, the
+    headers that permit scripts of other origins to read it. Cookies play no part: a script sends
+    its key in a header."""
     return CORSMiddleware(
         app,
         allow_origins=[origin.lower().rstrip("/") for origin in allow_origins],
@@ -132,8 +136,8 @@ def cors(app: ASGIApp, allow_origins: Sequence[str]) -> CORSMiddleware:
 
 
 class ResponseMiddleware:
-    """ASGI middleware: answers HEAD as GET without the body, and forbids browsers to guess the kind
-    of a response."""
+    """ASGI middleware: answers HEAD as GET without the body, and forbids browsers to guess a
+    response's content type."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

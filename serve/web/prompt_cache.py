@@ -2,10 +2,10 @@
 
 Each request asks the store for the stamp of the voice's file (path, time, size), so that a voice
 that was replaced or deleted is not spoken by its old codes; the file itself is read and encoded
-once. Codes leave the memory when the store says that the voice has gone, and in any case after
-`PROMPT_CACHE_SECONDS`: a timer asks for all of them while no request comes.
+once. Codes are removed when the store has no such voice any more, and in any case after
+`PROMPT_CACHE_SECONDS`. A timer checks all of them, for times without requests.
 
-While the store does not answer, voices that it has confirmed a moment ago go on.
+While the store does not answer, voices that it has confirmed recently can still be used.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ class PromptCache:
         read_stamp: Callable[[Hashable], Awaitable[FileStamp]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`read_stamp` raises VoiceError for an unknown voice, VoiceStoreError for a store that is
-        away."""
+        """`read_stamp` raises VoiceError for an unknown voice, and VoiceStoreError if the store
+        does not answer."""
         self._read_stamp, self._clock = read_stamp, clock
         self._stamps: LRUCache[Hashable, tuple[FileStamp, float]] = LRUCache(PROMPT_CACHE_SIZE)
         """Of each voice, and when the store has confirmed it."""
@@ -72,7 +72,8 @@ class PromptCache:
     async def of_content(
         self, sha256: bytes, version: str, make: Callable[[], Awaitable[Codes]]
     ) -> Codes:
-        """The codes of a recording with that hash; `make` encodes it. Raises what `make` raises."""
+        """Codes `[8, P]` of the recording with that hash. `make` encodes it, and its errors are
+        raised."""
         key = (sha256, version)
         codes = self._contents.get(key)
         if codes is None:
@@ -86,8 +87,8 @@ class PromptCache:
     async def of_voice(
         self, voice: Hashable, version: str, make: Callable[[], Awaitable[Codes]]
     ) -> Codes:
-        """The codes of a voice; `make` reads and encodes it. Raises what `read_stamp` and `make`
-        raise."""
+        """Codes `[8, P]` of a voice. `make` reads and encodes it. Errors of `read_stamp` and `make`
+        are raised."""
         stamp = await self._current_stamp(voice)
         n_removals = self._n_removals
         key = (voice, stamp, version)
@@ -109,7 +110,7 @@ class PromptCache:
         return len(self._codes) + len(self._contents)
 
     async def sweep(self) -> None:
-        """Removes the codes of voices that have gone, and those that the store has not confirmed in
+        """Removes the codes of deleted voices, and those that the store has not confirmed in
         time."""
         for voice in list(self._stamps):
             try:
@@ -125,7 +126,7 @@ class PromptCache:
         return await self._flights.run(("stamp", voice), lambda: self._stamp(voice))
 
     async def _stamp(self, voice: Hashable) -> FileStamp:
-        """The store's stamp of a voice, or the one before while the store is away."""
+        """The store's stamp of a voice; while the store does not answer, the previous one."""
         now = self._clock()
         known, confirmed_at = self._stamps.get(voice, (None, 0.0))
         fresh = known if now - confirmed_at <= STALE_SECONDS else None

@@ -63,8 +63,8 @@ class PromptEncoder:
             raise ApiError(404, str(error), "voice", error.code) from error
 
     async def forget(self) -> None:
-        """Removes what is in memory of all prompts, here and in the models' replicas: a voice has
-        been deleted. Other ingress replicas notice that within seconds."""
+        """Removes all prompts from memory, here and in the replicas of the models. Called when a
+        voice has been deleted. Other ingress replicas notice the deletion within half a minute."""
         self._cache.forget()
         await self._deployments.forget_prompts()
 
@@ -104,7 +104,8 @@ class PromptEncoder:
         return bool(metadata.prompt) and metadata.codec == await self.codec_sha256(version)
 
     def _decode(self, recording: Recording, uploaded: bool) -> Wave:
-        """The recording to make a prompt of. Raises ApiError for one that cannot serve."""
+        """The recording to make a prompt of. Raises ApiError for one that breaks a rule of
+        `reference`."""
         try:
             if uploaded:
                 return self._store.read_uploaded(recording.data)

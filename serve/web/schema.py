@@ -97,8 +97,10 @@ def max_speech_body_bytes(max_characters: int) -> int:
 
 
 def parse_speech_request(data: bytes) -> SpeechRequest:
-    """A request of a JSON body. Raises ApiError that names the first wrong field; a field that is
-    null counts as not sent."""
+    """The request in a JSON body. A field that is null counts as not sent.
+
+    Raises ApiError that names the first wrong field.
+    """
     try:
         members = parse_json_object(data)
     except JsonError as error:

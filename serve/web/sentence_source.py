@@ -1,4 +1,4 @@
-"""The sentences of a request's text, made when they are needed: the first sound does not wait for
+"""The sentences of a request's text, made when they are needed. The first sound does not wait for
 the normalization of the whole text."""
 
 import asyncio
@@ -14,7 +14,7 @@ class SentenceSource:
     """Phoneme ids of a text's sentences, of which there is at least one."""
 
     def __init__(self, blocks: Iterator[list[list[int]]], first: list[list[int]]) -> None:
-        """`first` is the first of the `blocks`, which has been taken from them."""
+        """`first` is the first block; `blocks` yields the others."""
         self._blocks = blocks
         self._sentences = list(first)
         self._complete = False
@@ -26,7 +26,7 @@ class SentenceSource:
         return cls(*await run_text(_first_block, request, args))
 
     async def has(self, index: int) -> bool:
-        """True if there is a sentence of that index; makes it if need be."""
+        """True if there is a sentence of that index. Makes it if it is not made yet."""
         return await self._until(lambda: len(self._sentences) > index)
 
     def __getitem__(self, index: int) -> list[int]:
@@ -34,7 +34,7 @@ class SentenceSource:
         return self._sentences[index]
 
     async def n_phonemes(self) -> int:
-        """Phonemes of the whole text."""
+        """Number of phonemes of the whole text, whose remaining sentences are made for it."""
         await self._until(lambda: False)
         return sum(map(len, self._sentences))
 

@@ -78,7 +78,7 @@ class SpeechService:
         self._languages: dict[str, tuple[str, ...]] = {}  # by version
 
     async def create_speech(self, request: SpeechRequest, caller: Caller) -> Response:
-        """The response, as soon as its first chunk is there.
+        """The response, as soon as its first audio chunk is ready.
 
         Raises ApiError for a request that cannot be answered and OverloadedError for one that
         finds a queue full; later errors end the stream.

@@ -1,4 +1,4 @@
-"""One piece of work at a time for each key, whoever asks for it."""
+"""Shares a running computation between all callers that ask for the same key."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable

@@ -1,5 +1,5 @@
-"""Threads of an ingress replica, by the kind of work: slow storage, a flood of texts or of
-recordings takes no thread from the encoders of streams that run, nor from each other."""
+"""Threads of an ingress replica, in a pool for each kind of work: slow storage, many texts or many
+recordings take no thread from the encoders of streams, nor from each other."""
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar

@@ -1,7 +1,7 @@
 """Validates a Serve configuration strictly; Serve itself ignores keys that it does not know.
-An application that would let everybody in is an error here, as it is when it is deployed.
+An endpoint that other machines reach without API keys is an error here, as in deployment.
 
-python -m valle.serve.web.validate_config serve/config.yaml
+    valle validate-config serve/config.yaml
 """
 
 import argparse

@@ -43,7 +43,7 @@ OWNED = "owned"
 
 
 class VoiceError(ValueError):
-    """A missing or existing voice, or a bad name; `code` is the error code of the API."""
+    """A voice that is missing, exists already or has a bad name; `code` is the API's error code."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -59,13 +59,13 @@ class Voice:
     name: str
 
     def is_valid(self) -> bool:
-        """Neither owner nor name can leave the folder."""
+        """True if owner and name are such that the file lies inside the folder of voices."""
         owner = not self.owner or VOICE_ID_PATTERN.fullmatch(self.owner)
         return bool(owner and VOICE_ID_PATTERN.fullmatch(self.name))
 
 
 def _candidates(name: str, caller: Caller) -> list[Voice]:
-    """The voices that a name may mean to a caller, in the order in which they are tried."""
+    """The voices to which a caller's name may refer, in the order in which they are tried."""
     owner, dot, rest = name.partition(".")
     if dot:
         return [Voice(owner, rest)] if owner and (caller.all_voices or owner == caller.key) else []
@@ -209,9 +209,9 @@ class VoiceStore:
         raise VoiceError(f"no voice {name[:100]!r}", "voice_not_found")
 
     def read_reference(self, data: bytes) -> Wave:
-        """A recording as prompts are made of it.
+        """The recording as `ReferenceReader` reads it.
 
-        Raises AudioError for one that cannot serve, OverloadedError when no decoder is free.
+        Raises AudioError for one that breaks a rule, OverloadedError when no decoder is free.
         """
         try:
             return self._references.read(data)
@@ -219,7 +219,8 @@ class VoiceStore:
             raise OverloadedError(str(error)) from error
 
     def read_uploaded(self, data: bytes) -> Wave:
-        """The recording in the file of an uploaded voice, which was trimmed and checked then.
+        """The recording in the file of an uploaded voice, which was trimmed and checked at the
+        upload.
 
         Raises AudioError, and OverloadedError when no decoder is free.
         """

@@ -1,4 +1,4 @@
-"""Sound files of every format that is read, and what happens to them on their way."""
+"""Sound files of every format that is read, also with wrong lengths or cut off."""
 
 import io
 import struct
