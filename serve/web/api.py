@@ -222,10 +222,11 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RefusedCallError)
     async def refused_by_model(request: Request, error: RefusedCallError) -> Response:
         logger.error("a replica refused a call: %s", error, exc_info=error)
-        param = PARAMS_OF_CALLS.get(str(error).partition(":")[0])
+        field, _, reason = str(error).partition(": ")
+        param = PARAMS_OF_CALLS.get(field)
         if param is None:  # nothing that the client can change
             return await failed(request, error)
-        return error_response(400, ErrorDetail(message=f"{param}: {error}", param=param))
+        return error_response(400, ErrorDetail(message=f"{param}: {reason}", param=param))
 
     @api.exception_handler(UnavailableError)
     async def unavailable(request: Request, error: UnavailableError) -> Response:
