@@ -63,7 +63,7 @@ def run(
 
     @contextmanager
     def share(args: AppArgs, port: int) -> Iterator[str]:
-        assert args.model == str(bundle) and Path(args.voices).samefile(voices)
+        assert args.model.partition("#")[0] == str(bundle) and Path(args.voices).samefile(voices)
         yield shared_url
 
     def run_main(module: Any, *arguments: str) -> list[Any]:
