@@ -76,7 +76,7 @@ REASONS = {
     "bad/quiet": "too quiet: -93 dB, limit -50 dB",
     "bad/no text": "no transcript beside the recording",
     "bad/empty text": "empty text",
-    "bad/wordless": "text: nothing to say in it",
+    "bad/wordless": "text cannot be phonemized: text: nothing to say in it",
     "bad/latin1": "text is not UTF-8",
     "bad/corrupt": "unreadable audio",
 }
