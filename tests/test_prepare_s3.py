@@ -71,7 +71,8 @@ def check_outage(home: Path, monkeypatch: pytest.MonkeyPatch, codec: Path, secon
             assert proxy.failures
         report = json.loads(output[output.index("{") :])
         assert (report["prepared"], report["rejected"]) == (6, {}), errors
-        assert report["storage_retries"] > 0
+        if seconds > 20:  # the S3 client itself outlasts a few seconds
+            assert report["storage_retries"] > 0
         assert list(storage.list_files(f"{bucket}/out tokens/rejects")) == []
         assert len(TokenDataset(f"{bucket}/out tokens", home / "cache")) == 6
 
