@@ -1,7 +1,7 @@
 """Exports a published model as a bundle to ship: int8 weights, paths relative to `VALLE_HOME`.
 
 `valle speak --model FOLDER` loads the bundle. The bundle in `release/nano` is the shipped one,
-which is used while the registry is empty.
+which is used while the registry has no champion.
 """
 
 import json

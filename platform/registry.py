@@ -63,10 +63,11 @@ def pin(
     """The pinned name of a model, which later registrations and exports do not change.
 
     `allow_cached`: while the registry does not answer, the version that it gave this node last is
-    used, with a warning. The champion of a registry that holds no version is the shipped model,
-    with a warning if `announce`. Raises MissingModelError, with the remedy, for a model that the
-    registry does not have, FileNotFoundError for a missing folder, RegistryUnavailableError,
-    BundleError for a folder that has been changed, ValueError for another URI.
+    used, with a warning. The champion of a registry that has none, as after `make demo`, is the
+    shipped model, with a warning if `announce`; not where this node has known a champion. Raises
+    MissingModelError, with the remedy, for a model that the registry does not have,
+    FileNotFoundError for a missing folder, RegistryUnavailableError, BundleError for a folder that
+    has been changed, ValueError for another URI.
     """
     if _PINNED_VERSION.fullmatch(model_uri) or _PINNED_FOLDER.fullmatch(model_uri):
         return model_uri
@@ -85,7 +86,7 @@ def pin(
     if pinned is None:
         logger.log(
             logging.WARNING if announce else logging.DEBUG,
-            "the registry at %s is empty: using the model shipped with the code, %s",
+            "the registry at %s has no champion: using the model shipped with the code, %s",
             strip_credentials(address),
             SHIPPED_BUNDLE,
         )
@@ -115,8 +116,8 @@ def current_version(
     pinned = pin(model_uri, tracking_uri, announce=False)
     if current.startswith(REGISTRY_PREFIX) and not pinned.startswith(REGISTRY_PREFIX):
         raise MissingModelError(
-            f"the registry at {strip_credentials(registry_address(tracking_uri))} is empty, but "
-            f"held {display_name(current)}"
+            f"the registry at {strip_credentials(registry_address(tracking_uri))} has no champion "
+            f"any more, but had {display_name(current)}"
         )
     return pinned
 
@@ -179,7 +180,7 @@ def artifact_location(client: Any, source: str) -> str:
 
 
 def _look_up(model_uri: str, name: str, alias: str, number: str, address: str) -> str | None:
-    """The pinned name of a registry URI; None for the champion of an empty registry."""
+    """The pinned name of a registry URI; None for the champion of a registry that never had one."""
     version, numbers = None, []
     # a look-up must not create the database: that takes seconds, and needs rights to write
     if not is_missing_database(address):
@@ -193,7 +194,8 @@ def _look_up(model_uri: str, name: str, alias: str, number: str, address: str) -
         digits = version.tags.get(HASH_TAG, "")[:8]
         key = _cache_key(version.source)
         return f"models:/{name}/{version.version}#{key}" + (f"/{digits}" if digits else "")
-    if model_uri == CHAMPION and not numbers:
+    # a champion that was there is missing for a reason, which the shipped model would hide
+    if model_uri == CHAMPION and not (numbers and node_cache.last_version(address, model_uri)):
         return None
     raise MissingModelError(_missing(model_uri, alias, numbers, address))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny_bundles import pack_bundle
+from mlflow import MlflowClient
 
 from valle.jobs.speak import main
 from valle.model.codec.encodec import Encodec
@@ -48,7 +49,7 @@ def test_the_command_speaks_with_the_shipped_model(tmp_path: Path, voice: Path) 
     )
     assert result.returncode == 0, result.stderr
     assert len(audio.read(out.read_bytes(), max_seconds=30)) > 2_400
-    assert "is empty: using the model shipped with the code" in result.stderr
+    assert "has no champion: using the model shipped with the code" in result.stderr
     assert not list(home.iterdir()), "nothing is written to the home"
 
 
@@ -57,7 +58,7 @@ def test_every_user_of_the_champion_gets_the_shipped_model_of_an_empty_registry(
 ) -> None:
     pinned = registry.pin(registry.CHAMPION)
     assert pinned.startswith(f"{registry.SHIPPED_BUNDLE}#")
-    assert "is empty: using the model shipped with the code" in caplog.text
+    assert "has no champion: using the model shipped with the code" in caplog.text
     assert registry.resolve(registry.CHAMPION).is_relative_to(home / "cache")
     assert registry.current_version(registry.CHAMPION, None, None, None) == pinned
     assert registry.current_version(registry.CHAMPION, None, None, pinned) == pinned
@@ -70,11 +71,16 @@ def test_every_user_of_the_champion_gets_the_shipped_model_of_an_empty_registry(
 
 
 @pytest.mark.usefixtures("database")
-def test_a_registry_with_versions_and_no_champion_is_not_empty(
+def test_a_registry_without_a_champion_leaves_the_shipped_model(
     home: Path, tiny_codec: Encodec, tiny_codec_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert registry.pin(registry.CHAMPION).startswith(str(registry.SHIPPED_BUNDLE))
-    model_versions.publish(pack_bundle(home, tiny_codec_folder, tiny_codec.identity), {})
+    """As after `make demo`. A champion that was there is missed."""
+    version = model_versions.publish(pack_bundle(home, tiny_codec_folder, tiny_codec.identity), {})
+    shipped = registry.pin(registry.CHAMPION)
+    assert shipped.startswith(str(registry.SHIPPED_BUNDLE))
+    model_versions.promote(version, "a test")
+    assert registry.pin(registry.CHAMPION).startswith("models:/valle/1#")
+    MlflowClient(registry.registry_address()).delete_registered_model_alias("valle", "champion")
     with pytest.raises(FileNotFoundError, match="promote N --reason"):
         registry.pin(registry.CHAMPION)
     assert main(["Hello.", str(home / "none.wav"), str(home / "out.wav")]) == 2
@@ -89,7 +95,7 @@ def test_build_app_serves_the_shipped_model_or_names_what_is_missing(
     from valle.serve.app_args import AppArgs
 
     build_app(AppArgs(voices=str(home)))
-    assert "is empty: using the model shipped with the code" in caplog.text
+    assert "has no champion: using the model shipped with the code" in caplog.text
     for model, reason in (
         ("models:/valle@demo", "has no models:/valle@demo; train and publish one"),
         (str(home / "none"), "bundle.json is missing"),

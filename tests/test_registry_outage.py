@@ -288,7 +288,9 @@ def test_a_reset_registry_never_serves_old_weights(
     weights = (registry.resolve(old) / "nar/model.safetensors").read_bytes()
     mlflow_server.reset()
     assert registry.pin(registry.CHAMPION).startswith(str(registry.SHIPPED_BUNDLE)), "it is empty"
-    with pytest.raises(FileNotFoundError, match=r"is empty, but held models:/valle/1#"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no champion any more, but had models:/valle/1#"
+    ):
         registry.current_version(registry.CHAMPION, None, None, old)
     client = mlflow.MlflowClient(tracking_uri=mlflow_server.address)
     assert {e.name for e in client.search_experiments()} == {"Default"}, "nothing is created"
