@@ -115,18 +115,6 @@ def finish(filesystem: fs.FileSystem, path: str, files: Files) -> None:
     _sync(Path(path).parent)
 
 
-def seal(folder: Path) -> None:
-    """Writes `COMPLETE` into a finished local folder."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = {
-            "size": path.stat().st_size, "sha256": digest
-        }  # fmt: skip
-    storage.write_json(str(folder / COMPLETE), {"files": files})
-
-
 def is_sealed(uri: str) -> bool:
     """True if the folder has a `COMPLETE`."""
     return storage.exists(storage.join(uri, COMPLETE))

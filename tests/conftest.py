@@ -1,16 +1,20 @@
 """Shared fixtures: a codec of random weights, a tiny token dataset, an isolated home."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from helpers import clusters
+from helpers.asgi import asgi_client
+from helpers.deployments import FakeDeployments
 from helpers.endpoints import RunningEndpoint, SharedEndpoint
 from helpers.engines import short_ar
 from helpers.mlflow_servers import MlflowServer
+from helpers.recordings import speech
 from helpers.tiny_bundles import EOS_BIAS, write_publish_recipe
 from helpers.tiny_models import TINY_CODEC, tiny_nar
 from hypothesis import settings as hypothesis_settings
@@ -19,7 +23,9 @@ from valle.jobs.publish import PublishRecipe, publish
 from valle.model.codec import encodec
 from valle.model.codec.encodec import Encodec
 from valle.platform import registry
+from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
+from valle.serve.web.api import create_api
 
 
 def pytest_configure() -> None:
@@ -68,6 +74,20 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def database(home: Path, empty_database: Path) -> Path:
     """An empty registry in `VALLE_HOME`."""
     return Path(shutil.copy(empty_database, home / "mlflow.db"))
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> AppArgs:
+    """Configuration of `http`: one voice, and a model that stand-ins replace."""
+    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
+    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
+
+
+@pytest.fixture
+async def http(args: AppArgs) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the web layer with stand-ins for the models, in the process of the test."""
+    async with asgi_client(create_api(args, FakeDeployments())) as http_client:
+        yield http_client
 
 
 @pytest.fixture(scope="session")

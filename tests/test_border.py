@@ -4,12 +4,11 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from helpers.asgi import StreamingRequest, asgi_client
+from helpers.asgi import BODY, JSON, SPEECH, VOICES, StreamingRequest, asgi_client
 from helpers.deployments import FakeDeployments
 from helpers.recordings import speech
 from starlette.types import Message
@@ -28,22 +27,6 @@ from valle.serve.web.threads import (
     run_storage,
     run_text,
 )
-
-SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
-BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def args(tmp_path: Path) -> AppArgs:
-    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
-    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
-
-
-@pytest.fixture
-async def http(args: AppArgs) -> AsyncIterator[httpx.AsyncClient]:
-    async with asgi_client(create_api(args, FakeDeployments())) as http_client:
-        yield http_client
 
 
 @pytest.mark.anyio

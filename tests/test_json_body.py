@@ -2,39 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import pytest
-from helpers.asgi import asgi_client
+from helpers.asgi import JSON, SPEECH, asgi_client
 from helpers.deployments import FakeDeployments
-from helpers.recordings import speech
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
 from valle.serve.web.api import create_api
 from valle.serve.web.json_body import MAX_JSON_VALUES, JsonError, parse_json_object
 from valle.serve.web.schema import SpeechRequest
-
-SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
-BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def args(tmp_path: Path) -> AppArgs:
-    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
-    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
-
-
-@pytest.fixture
-async def http(args: AppArgs) -> AsyncIterator[httpx.AsyncClient]:
-    async with asgi_client(create_api(args, FakeDeployments())) as http_client:
-        yield http_client
-
 
 HOSTILE = {
     "keys": "{" + ",".join(f'"k{i}":1' for i in range(300_000)) + "}",

@@ -1,35 +1,14 @@
 """Hosts and web origins that may use the endpoint, and CORS."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import pytest
-from helpers.asgi import asgi_client
+from helpers.asgi import BODY, JSON, SPEECH, VOICES, asgi_client
 from helpers.deployments import FakeDeployments
-from helpers.recordings import speech
 
-from valle.platform.audio import wav_bytes
 from valle.serve.app_args import AppArgs
 from valle.serve.web.api import create_api
 from valle.serve.web.origins import is_loopback
-
-SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
-BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def args(tmp_path: Path) -> AppArgs:
-    (tmp_path / "ann.wav").write_bytes(wav_bytes(speech(2)))
-    return AppArgs(model="/some/böndle#" + "1a2b3c4d" * 8, voices=str(tmp_path))
-
-
-@pytest.fixture
-async def http(args: AppArgs) -> AsyncIterator[httpx.AsyncClient]:
-    async with asgi_client(create_api(args, FakeDeployments())) as http_client:
-        yield http_client
-
 
 HOSTS = [
     ("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.evaluations import make_report, measurement
+from helpers.evaluations import make_report, measurement, replace_evaluation
 
 from valle.jobs import evaluate, model_versions
 from valle.jobs import publish as publish_job
@@ -17,11 +17,10 @@ from valle.jobs.evaluation.report import write_report
 from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.publish import GateError, PublishRecipe, publish
 from valle.jobs.recipes import load, recipe_names
-from valle.platform import bundle, registry, storage
+from valle.platform import bundle, registry
 from valle.platform import model_versions as versions
 from valle.platform.model_versions import LostRaceError
 from valle.platform.recipe import RecipeError
-from valle.platform.resources import Allocation
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -31,18 +30,7 @@ EVALUATION = EvaluateRecipe(items="demo", recordings="r", out="reports")
 @pytest.fixture
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Word errors of each item in the evaluations to come, which need no models."""
-    errors = [1]
-
-    def fake(recipe: EvaluateRecipe, allocation: Allocation | None = None) -> EvaluationReport:
-        measured = bundle.read_bundle(registry.resolve(recipe.model))
-        report = make_report([measurement(n, errors=errors[0]) for n in range(40)])
-        report = replace(report, model=recipe.model, bundle=measured)
-        write_report(report, storage.absolute(recipe.out), None)
-        return report
-
-    monkeypatch.setattr(evaluate, "evaluate", fake)
-    monkeypatch.setattr(evaluate, "allocation_for", lambda *_: object())
-    return errors
+    return replace_evaluation(monkeypatch)
 
 
 def test_a_version_without_an_evaluation_stays_a_candidate(publish_recipe: PublishRecipe) -> None:

@@ -16,16 +16,13 @@ from pathlib import Path
 import mlflow
 import pytest
 from helpers import clusters
-from helpers.evaluations import make_report, measurement
+from helpers.evaluations import replace_evaluation
 from helpers.mlflow_servers import MlflowServer
 
-from valle.jobs import evaluate
 from valle.jobs import model_versions as command
 from valle.jobs.evaluate import EvaluateRecipe
-from valle.jobs.evaluation.report import write_report
-from valle.jobs.evaluation.results import EvaluationReport
 from valle.jobs.publish import GateError, PublishRecipe, publish
-from valle.platform import bundle, node_cache, registry, settings, storage
+from valle.platform import bundle, node_cache, registry, settings
 from valle.platform import model_versions as versions
 from valle.platform.registry_client import RegistryUnavailableError
 
@@ -250,17 +247,7 @@ def test_the_gate_reads_the_champion_s_report_from_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The node's cache was filled before the report was added; the comparison takes place."""
-    errors = [1]
-
-    def fake(recipe: EvaluateRecipe, allocation: object = None) -> EvaluationReport:
-        measured = bundle.read_bundle(registry.resolve(recipe.model))  # fills the cache
-        report = make_report([measurement(n, errors=errors[0]) for n in range(40)])
-        report = replace(report, model=recipe.model, bundle=measured)
-        write_report(report, storage.absolute(recipe.out), None)
-        return report
-
-    monkeypatch.setattr(evaluate, "evaluate", fake)
-    monkeypatch.setattr(evaluate, "allocation_for", lambda *_: object())
+    errors = replace_evaluation(monkeypatch)
     evaluation = EvaluateRecipe(items="demo", recordings="r", out="reports")
     recipe = replace(publish_recipe, force=None, evaluation=evaluation)
     before = versions.champion_version()

@@ -1,5 +1,6 @@
 """Checkpoints are whole or unseen: damaged folders, interrupted writers, Ray's list of them."""
 
+import hashlib
 import json
 import logging
 import os
@@ -25,9 +26,24 @@ from pyarrow import fs
 from valle.jobs.training import run_folder
 from valle.jobs.training.language_model import LanguageModelTrainee
 from valle.model.codec.encodec import Encodec
-from valle.platform import checkpoint, checkpoint_files
+from valle.platform import checkpoint, checkpoint_files, storage
 from valle.platform.checkpoint import TrainState
 from valle.platform.checkpoint_files import BrokenCheckpointError
+
+
+def seal(folder: Path) -> None:
+    """Writes `COMPLETE` into a finished local folder."""
+    files = {}
+    for path in sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.name != checkpoint_files.COMPLETE
+    ):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size, "sha256": digest
+        }  # fmt: skip
+    storage.write_json(str(folder / checkpoint_files.COMPLETE), {"files": files})
+
 
 # of Ray's own list
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
@@ -44,7 +60,7 @@ def write_checkpoint(folder: Path, codec: Encodec, step: int, *, marked: bool = 
     checkpoint.save_state(path, TrainState(step=step, position=step))
     shutil.copyfile(path / "model.safetensors", path / "state/optimizer.safetensors")
     if marked:
-        checkpoint_files.seal(path)
+        seal(path)
     else:
         state = {"step": step, "epoch": 0, "batch": step}
         (path / "state/train_state.json").write_text(json.dumps(state))
@@ -114,7 +130,7 @@ def test_repair_writes_a_broken_list_anew(
         path = write_checkpoint(tmp_path, tiny_codec, step)
         (path / "COMPLETE").unlink()
         checkpoint.save_metrics(path, {SCORE: rate} if rate else {})
-        checkpoint_files.seal(path)
+        seal(path)
     run_folder.repair(str(tmp_path), SCORE)
     first = (tmp_path / run_folder.SNAPSHOT).read_bytes()
     damage(tmp_path / run_folder.SNAPSHOT)

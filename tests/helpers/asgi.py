@@ -15,6 +15,12 @@ def asgi_client(application: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
+SPEECH, VOICES = "/v1/audio/speech", "/v1/audio/voices"
+BODY = {"input": "Hi there.", "voice": "ann", "response_format": "pcm"}
+JSON = {"Content-Type": "application/json"}
+"""Routes, a request and its content type, for tests of the HTTP border."""
+
+
 class StreamingRequest:
     """One POST request that runs as a task."""
 
